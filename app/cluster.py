@@ -1,0 +1,242 @@
+"""How Ray is started and joined: every environment flag, each with its reason, and one command's session.
+
+`python -m app.cluster COMMAND...` runs a command, such as `ray start`, with these flags: the nodes of
+cluster.yaml start that way, so the flags are written down once.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from app.errors import UserError
+from app.home import home
+
+FLAGS = {
+    # Ray runs its workers at nice 15, so anything else on the machine starves training and serving.
+    "RAY_worker_niceness": "0",
+    # Nothing is reported to Ray's or MLflow's makers.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A pickle is a program: no model from disk or net may bring one. MLflow allows it by default.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    # Bars that redraw themselves fill the log of a job with one line for each redraw.
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # `ray.train.report` waits for the controller's next poll, which comes every 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05",
+    # A rank that answers no poll for so long is replaced; 10 minutes by default.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # HAProxy in front of the replicas instead of Serve's Python proxy, and no thread hop for user code:
+    # about eight times the requests a second on two cores.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # One thread carries more than the replicas of a small node answer; the default 4 take their cores.
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A replica that dies with a request in hand closes the connection without an answer; ask another one.
+    # A request may then run twice, so what an endpoint writes has to be idempotent.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "4",
+    # Strips the client headers that steer Serve and limits bodies, before Serve reads either.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
+}
+
+LOOPBACK = {
+    # Read on Linux too: "0" makes 127.0.0.1 the node's address, so that Ray's own ports (control store,
+    # raylet, workers, agents) listen on loopback alone, and a change of network does not break the cluster.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+MARK = "RAYLWAY_CLUSTER"
+"""Names a local cluster's directory in the environment of each of its processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """A cluster that `up` started, as recorded in `home() / "cluster.json"`."""
+
+    address: str
+    """Where drivers connect: host:port of Ray's control store."""
+    dashboard_url: str
+    """Serves the dashboard and the Jobs API."""
+    pid: int
+    """The process that holds the others, `ray start --block`."""
+    created_s: float
+    """When that process was created, seconds since the epoch: tells it from a later one with its pid."""
+    token_path: str
+    directory: str
+    """Ray's own directory: sessions, logs, sockets. Gone after `down`."""
+
+    def alive(self) -> bool:
+        try:
+            head = psutil.Process(self.pid)
+            # A tolerance, because psutil derives the time from the boot time, which clock steps move.
+            same = abs(head.create_time() - self.created_s) < 1.0
+            return same and head.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+def recorded() -> Cluster | None:
+    """The cluster in this state directory's record, dead or alive."""
+    try:
+        return Cluster(**json.loads((home() / "cluster.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def environment() -> dict[str, str]:
+    """The environment for Ray's processes: ours, completed by FLAGS. What the user has set wins, except that
+    authentication is always by the token in the state directory, and paths are made absolute."""
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    root = str(Path(__file__).resolve().parents[1])
+    return FLAGS | ours | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),  # RAY_AUTH_TOKEN would shadow it: left out above
+        "RAYLWAY_HOME": str(home()),
+        # A job's `python -m app` has to be this Python, and Serve's own actors have to find the callback
+        # above. A job's working directory comes before PYTHONPATH.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+
+
+def local_environment(directory: Path) -> dict[str, str]:
+    """`environment()` for a one-node cluster of its own, whose files are below `directory`.
+
+    HAProxy's admin socket is open to everyone by its own mode, so it goes where only we can enter; its ports
+    are free ones, because HAProxy shares a taken port with whoever has it instead of failing.
+    """
+    stats_port, metrics_port = free_ports(2)
+    haproxy = {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+    }
+    return LOOPBACK | haproxy | environment() | {MARK: str(directory)}
+
+
+def new_directory() -> Path:
+    """A fresh directory that only we can enter, for a local cluster. Directly in /tmp and short: the paths of
+    the sockets below it must fit 107 bytes, and $TMPDIR can be long."""
+    return Path(tempfile.mkdtemp(prefix="raylway-", dir="/tmp"))
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def ensure_token() -> Path:
+    """The state directory's token file, made once, readable by its owner only."""
+    path = home() / "auth_token"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        os.write(descriptor, secrets.token_hex(32).encode())
+        # A link appears whole and never replaces: of two commands that begin together, one token wins.
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.close(descriptor)
+        Path(name).unlink()
+    path.chmod(0o600)
+    return path
+
+
+def reap(directory: Path) -> None:
+    """Kill what is left of the cluster in `directory`, by its mark, and remove the directory.
+
+    HAProxy outlives the actor that started it; a dead cluster's would go on holding its port.
+    """
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(directory):
+                process.kill()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def session(*, log_to_driver: bool = True) -> Iterator[None]:
+    """Ray for one command: joined where there is one for us, started and stopped again where there is none.
+
+    In order: the Ray this process already uses; RAY_ADDRESS, which Ray sets in a job; the cluster `up` started
+    for this state directory; a local one. Never another cluster that happens to run on the machine.
+
+    Serve reads its flags when `ray.serve` is first imported: import it inside the session.
+
+    :param log_to_driver: show what the workers print.
+    :raises UserError: the cluster to join does not answer or refuses our token.
+    """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        yield
+        return
+    before = dict(os.environ)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    cluster = recorded()
+    directory = None
+    try:
+        if address != "local":
+            # Someone else's cluster: its own authentication, read from the user's environment.
+            os.environ.update(FLAGS | before | {"RAYLWAY_HOME": str(home())})
+        elif cluster and cluster.alive():
+            address = cluster.address
+            _replace_environ(LOOPBACK | environment())
+        else:
+            ensure_token()
+            directory = new_directory()
+            _replace_environ(local_environment(directory))
+        _connect(address, directory, log_to_driver)
+        # Only Ray's processes are the cluster's; what the command starts for itself is not.
+        os.environ.pop(MARK, None) if directory else None
+        yield
+    finally:
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
+        if directory:
+            reap(directory)
+        _replace_environ(before)
+
+
+def _replace_environ(values: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(values)
+
+
+def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
+    import ray
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    # Ray reads its authentication settings once, at import; something may have imported it before us.
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+    # The dashboard costs seconds to start and nobody looks at it in a session of one command.
+    local = {"include_dashboard": False, "_temp_dir": str(directory)} if directory else {}
+    try:
+        ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local)
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"A Ray cluster must answer at {address} (RAY_ADDRESS, or the one that `up` started), "
+            f"but: {error}. Check the address and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)."
+        ) from error
+
+
+if __name__ == "__main__":
+    _environment = environment()
+    os.execvpe(sys.argv[1], sys.argv[1:], _environment)

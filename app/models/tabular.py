@@ -1,0 +1,69 @@
+"""Models on rows of numbers and categories."""
+
+import torch
+from torch import Tensor, nn
+
+from app.config import Linear, Mlp
+from app.data.features import Layout
+
+
+class Columns(nn.Module):
+    """Opens the matrix (rows, layout.width): places of embedded categories become their vectors.
+
+    A category's place 0, a value never seen in training, has the zero vector and never learns.
+    """
+
+    def __init__(self, layout: Layout, width: int | None = None):
+        """`width` overrides the length of all vectors."""
+        super().__init__()
+        self.dense = layout.dense
+        sizes = [(count, width or length) for count, length in layout.embeddings]
+        self.embeddings = nn.ModuleList(nn.Embedding(count, length, padding_idx=0) for count, length in sizes)
+        self.width = layout.dense + sum(length for _, length in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = x[:, self.dense :].to(torch.int64)
+        vectors = [table(places[:, i]) for i, table in enumerate(self.embeddings)]
+        return torch.cat([x[:, : self.dense], *vectors], dim=1)
+
+
+class LogisticRegression(nn.Module):
+    """A weight for each number and indicator, and one for each value of an embedded category."""
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self.columns = Columns(layout, width=1)
+        self.dense = nn.Linear(layout.dense, 1)
+        for table in self.columns.embeddings:
+            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        opened = self.columns(x)
+        dense = self.columns.dense
+        return self.dense(opened[:, :dense]).squeeze(1) + opened[:, dense:].sum(dim=1)
+
+
+class MultiLayerPerceptron(nn.Module):
+    """Linear layers with ReLU and dropout between them, on the opened matrix."""
+
+    def __init__(self, layout: Layout, hidden: list[int], dropout: float):
+        super().__init__()
+        self.columns = Columns(layout)
+        widths = [self.columns.width, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.columns(x)).squeeze(1)
+
+
+def linear(settings: Linear, layout: Layout) -> nn.Module:
+    """Logistic regression."""
+    return LogisticRegression(layout)
+
+
+def mlp(settings: Mlp, layout: Layout) -> nn.Module:
+    """A multi-layer perceptron."""
+    return MultiLayerPerceptron(layout, list(settings.hidden), settings.dropout)

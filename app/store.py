@@ -1,0 +1,51 @@
+"""Finished work, kept under a key that is the hash of what went in: the same work is not done twice."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from app.home import home
+
+
+def key(stage: str, inputs: Mapping[str, Any], code: Iterable[ModuleType]) -> str:
+    """The name under which a stage's output is kept.
+
+    `inputs` is everything that determines it (JSON values); `code` the modules that make it, so that a
+    change of theirs makes it anew.
+    """
+    sources = {m.__name__: _sha256(Path(str(m.__file__)).read_bytes()) for m in code}
+    canonical = json.dumps([stage, dict(inputs), sources], sort_keys=True, allow_nan=False)
+    return _sha256(canonical.encode())[:20]
+
+
+def folder(stage: str, key: str) -> Path:
+    """Where a stage's output with this key is, or would be."""
+    return home() / "stages" / stage / key
+
+
+def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False) -> bool:
+    """Have `build` fill a new folder and put it at `target`, whole or not at all.
+
+    Does nothing if the target is there, unless `fresh`. Returns whether it was built.
+    """
+    if target.exists() and not fresh:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        build(draft)
+        if target.exists():  # asked for afresh, or another process was faster: theirs is as good
+            shutil.rmtree(target)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return True
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
