@@ -50,10 +50,12 @@ FLAGS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
 }
 
-LOOPBACK = {
+LOCAL_FLAGS = {
     # Read on Linux too: "0" makes 127.0.0.1 the node's address, so that Ray's own ports (control store,
     # raylet, workers, agents) listen on loopback alone, and a change of network does not break the cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray's processes retitle themselves over their environment, where `reap` looks for the mark.
+    "SPT_NOENV": "1",
 }
 
 MARK = "RAYLWAY_CLUSTER"
@@ -97,17 +99,19 @@ def recorded() -> Cluster | None:
 def environment() -> dict[str, str]:
     """The environment for Ray's processes: ours, completed by FLAGS. What the user has set wins, except that
     authentication is always by the token in the state directory, and paths are made absolute."""
+    # RAY_AUTH_TOKEN would shadow the file.
     ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
     root = str(Path(__file__).resolve().parents[1])
-    return FLAGS | ours | {
+    fixed = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),  # RAY_AUTH_TOKEN would shadow it: left out above
+        "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),
         "RAYLWAY_HOME": str(home()),
         # A job's `python -m app` has to be this Python, and Serve's own actors have to find the callback
         # above. A job's working directory comes before PYTHONPATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
+    return FLAGS | ours | fixed
 
 
 def local_environment(directory: Path) -> dict[str, str]:
@@ -126,7 +130,7 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
     }
-    return LOOPBACK | haproxy | environment() | {MARK: str(directory)}
+    return LOCAL_FLAGS | haproxy | environment() | {MARK: str(directory)}
 
 
 def new_directory() -> Path:
@@ -163,12 +167,15 @@ def ensure_token() -> Path:
 def reap(directory: Path) -> None:
     """Kill what is left of the cluster in `directory`, by its mark, and remove the directory.
 
-    HAProxy outlives the actor that started it; a dead cluster's would go on holding its port.
+    HAProxy and Ray's agents outlive a head that was killed, and go on holding their ports.
     """
+    killed = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(MARK) == str(directory):
                 process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=5)
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -176,8 +183,8 @@ def reap(directory: Path) -> None:
 def session(*, log_to_driver: bool = True) -> Iterator[None]:
     """Ray for one command: joined where there is one for us, started and stopped again where there is none.
 
-    In order: the Ray this process already uses; RAY_ADDRESS, which Ray sets in a job; the cluster `up` started
-    for this state directory; a local one. Never another cluster that happens to run on the machine.
+    In order: the Ray this process already uses; RAY_ADDRESS, which Ray sets in a job; the cluster that `up`
+    started for this state directory; a local one. Never another cluster that happens to run on the machine.
 
     Serve reads its flags when `ray.serve` is first imported: import it inside the session.
 
@@ -197,14 +204,15 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
             os.environ.update(FLAGS | before | {"RAYLWAY_HOME": str(home())})
         elif cluster and cluster.alive():
             address = cluster.address
-            _replace_environ(LOOPBACK | environment())
+            _replace_environ(LOCAL_FLAGS | environment())
         else:
             ensure_token()
             directory = new_directory()
             _replace_environ(local_environment(directory))
         _connect(address, directory, log_to_driver)
-        # Only Ray's processes are the cluster's; what the command starts for itself is not.
-        os.environ.pop(MARK, None) if directory else None
+        if directory:
+            # Only Ray's processes are the cluster's; what the command starts for itself is not.
+            del os.environ[MARK]
         yield
     finally:
         if "ray" in sys.modules:
@@ -229,8 +237,12 @@ def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
     # The dashboard costs seconds to start and nobody looks at it in a session of one command.
     local = {"include_dashboard": False, "_temp_dir": str(directory)} if directory else {}
     try:
+        if ":" in address and "://" not in address:
+            # Ray itself would wait a minute and more for a cluster that is gone.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+    except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"A Ray cluster must answer at {address} (RAY_ADDRESS, or the one that `up` started), "
             f"but: {error}. Check the address and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)."

@@ -78,14 +78,8 @@ def down() -> Cluster | None:
         alive = cluster.alive()
         if alive:
             head = psutil.Process(cluster.pid)
-            # Known before they can be orphaned: workers overwrite the environment that marks them.
-            processes = [head, *head.children(recursive=True)]
             head.terminate()
-            _, left = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)
+            psutil.wait_procs([head], timeout=STOP_TIMEOUT_S)
         _forget(cluster)
         return cluster if alive else None
 
@@ -129,7 +123,7 @@ def _start(directory: Path) -> Cluster:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _takes_jobs(cluster):
         if not cluster.alive() or time.monotonic() > deadline:
-            raise UserError(f"Ray must start within {START_TIMEOUT_S:.0f} s, but it did not. Its output: {log}")
+            raise UserError(f"Ray must start, within {START_TIMEOUT_S:.0f} s, and did not. See {log}")
         time.sleep(0.1)
     # Ray writes its address here once the head stands.
     address = (directory / "ray_current_cluster").read_text().strip()

@@ -70,7 +70,7 @@ class Layout:
 
 
 class Preprocessor(BaseModel):
-    """All columns' encodings, in the order of the matrix: numbers and one-hots, then embeddings."""
+    """All columns' encodings, in the order of the matrix: numbers, one-hots, embeddings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     columns: list[Scaled | Categories]
@@ -120,4 +120,5 @@ def fit(blocks: Iterable[dict[str, Any]], features: Mapping[str, Encoding]) -> P
             values = sorted(set().union(*parts))
             width = encoding.width if isinstance(encoding, Embedding) else len(values)
             columns.append(Categories(column=name, encode=encoding.encode, values=values, width=width))
-    return Preprocessor(columns=sorted(columns, key=lambda c: c.encode == "embedding"))
+    order = ["min_max", "one_hot", "embedding"]
+    return Preprocessor(columns=sorted(columns, key=lambda c: order.index(c.encode)))

@@ -1,0 +1,192 @@
+"""The second stage: a prepared project to a trained model, by Ray Train with Horovod."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import ray
+import ray.data
+import ray.train
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from app import models, store
+from app.config import Project
+from app.data import features
+from app.data.features import Preprocessor
+from app.data.prepare import LABEL, Prepared
+from app.errors import UserError
+from app.home import home
+from app.models import tabular
+from app.training import checkpoint, horovod, loop
+
+CODE = (models, tabular, features, loop, checkpoint)
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The output of the stage."""
+
+    path: Path
+    key: str
+    cached: bool
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The metrics of every epoch, in order."""
+        return json.loads((self.path / "history.json").read_text())
+
+    @property
+    def weights(self) -> Path:
+        """The parameters (safetensors) of the epoch with the best validation AUC."""
+        return self.path / "model.safetensors"
+
+
+def key(project: Project, prepared: Prepared) -> str:
+    """The name of this training: the same for a run that goes on after an interruption."""
+    inputs = project.model_dump(include={"model", "training", "seed"})
+    inputs["training"].pop("max_failures")
+    return store.key("train", {**inputs, "prepared": prepared.key}, CODE)
+
+
+def train(
+    project: Project, prepared: Prepared, on_epoch: Callable[[dict[str, float]], None], *, fresh: bool = False
+) -> Trained:
+    """Train, unless it has been done; an interrupted training goes on from its last checkpoint.
+
+    `on_epoch` hears the metrics of each epoch as it ends. Needs Ray. Raises UserError if the cluster is
+    too small, `ray.train.TrainingFailedError` once `max_failures` is spent.
+    """
+    name = key(project, prepared)
+    target = store.folder("train", name)
+    runs = home() / "runs"
+    if fresh:
+        shutil.rmtree(runs / name, ignore_errors=True)
+
+    def build(draft: Path) -> None:
+        best = _fit(project, prepared, name, runs, on_epoch)
+        with best.as_directory() as folder:
+            shutil.copy(Path(folder) / "model.safetensors", draft)
+        last = max((runs / name).glob("epoch-*/state.json"))
+        (draft / "history.json").write_text(json.dumps(json.loads(last.read_text())["history"], indent=1))
+
+    built = store.produce(target, build, fresh=fresh)
+    shutil.rmtree(runs / name, ignore_errors=True)  # its checkpoints have served
+    return Trained(target, name, cached=not built)
+
+
+def _fit(project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: Callable) -> ray.train.Checkpoint:
+    training = project.training
+    rows = prepared.summary["parts"]
+    if min(rows["train"]["rows"], rows["validation"]["rows"]) < training.num_workers:
+        raise UserError(f"training.num_workers: {training.num_workers} workers, but fewer rows than that to share out")
+    preprocessor = prepared.preprocessor
+    datasets = {part: _matrix(prepared.part(part), preprocessor) for part in ("train", "validation")}
+    with _progress(on_epoch) as progress:
+        trainer = DataParallelTrainer(
+            loop.train_loop,
+            train_loop_config={
+                "project": project.model_dump_json(),
+                "preprocessor": preprocessor.model_dump_json(),
+                "progress": progress,
+            },
+            backend_config=horovod.HorovodConfig(),
+            datasets=datasets,
+            dataset_config=ContiguousShards(datasets, training.num_workers),
+            scaling_config=ray.train.ScalingConfig(num_workers=training.num_workers, use_gpu=_use_gpu(project)),
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=str(runs),
+                failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(
+                    num_to_keep=2, checkpoint_score_attribute="validation_auc", checkpoint_score_order="max"
+                ),
+            ),
+        )
+        result = trainer.fit()
+    assert result.best_checkpoints, "a finished run has a checkpoint of its last epoch"
+    return max(result.best_checkpoints, key=lambda pair: pair[1]["validation_auc"])[0]
+
+
+def _matrix(part: Path, preprocessor: Preprocessor) -> ray.data.Dataset:
+    """A part as blocks of `x`, float32 (rows, width), and `y`, float32 (rows,), in a fixed order."""
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+
+    def transform(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        return {"x": preprocessor.transform(frame), "y": frame[LABEL].to_numpy(np.float32)}
+
+    files = sorted(str(file) for file in part.glob("*.parquet"))
+    return ray.data.read_parquet(files).map_batches(transform, batch_format="pandas", batch_size=None).materialize()
+
+
+class ContiguousShards(ray.train.DataConfig):
+    """Rank r of n gets the r-th n-th of the rows, always the same ones.
+
+    Ray's streaming split hands blocks to whichever rank asks first, which makes no two runs alike. The
+    cuts are made here, before the workers take their CPUs: on a cluster that is full the tasks that cut
+    would wait for the workers, and the workers for them.
+    """
+
+    def __init__(self, datasets: dict[str, ray.data.Dataset], num_workers: int):
+        super().__init__()
+        self._parts: dict[str, list[ray.data.Dataset]] = {}
+        for name, dataset in datasets.items():
+            cuts = [dataset.count() * rank // num_workers for rank in range(1, num_workers)]
+            self._parts[name] = dataset.split_at_indices(cuts) if cuts else [dataset]
+
+    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        return [{name: self._parts[name][rank].iterator() for name in datasets} for rank in range(world_size)]
+
+
+def _use_gpu(project: Project) -> bool:
+    training = project.training
+    num_gpus = ray.cluster_resources().get("GPU", 0)
+    if training.device == "cuda" and not num_gpus:
+        raise UserError("training.device: cuda, but the cluster has no GPU; say auto or cpu")
+    return training.device != "cpu" and num_gpus >= training.num_workers
+
+
+@ray.remote(num_cpus=0)
+class _Progress:
+    """Hears of epochs from rank 0, on whatever node that is."""
+
+    def __init__(self) -> None:
+        self._epochs: list[dict[str, float]] = []
+
+    def add(self, metrics: dict[str, float]) -> None:
+        self._epochs.append(metrics)
+
+    def since(self, count: int) -> list[dict[str, float]]:
+        return self._epochs[count:]
+
+
+@contextmanager
+def _progress(on_epoch: Callable[[dict[str, float]], None]) -> Iterator[Any]:
+    """An actor for rank 0 to tell, and a thread here that passes on what it hears."""
+    actor = _Progress.remote()  # type: ignore[attr-defined]
+    done = threading.Event()
+
+    def listen() -> None:
+        count = 0
+        last = False
+        while not last:
+            last = done.wait(POLL_S)
+            for metrics in ray.get(actor.since.remote(count)):
+                count += 1
+                on_epoch(metrics)
+
+    thread = threading.Thread(target=listen, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield actor
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(actor)

@@ -1,0 +1,174 @@
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from app import cluster, local_cluster
+
+CONFIG = Path(__file__).parents[2] / "cluster.yaml"
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
+    for name in (*cluster.FLAGS, "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def bystander():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def record(state: Path, pid: int, created_s: float, directory: Path) -> cluster.Cluster:
+    recorded = cluster.Cluster(
+        address="127.0.0.1:1", dashboard_url="http://127.0.0.1:1", pid=pid, created_s=created_s,
+        token_path=str(state / "auth_token"), directory=str(directory),
+    )  # fmt: skip
+    (state / "cluster.json").write_text(json.dumps(asdict(recorded)))
+    return recorded
+
+
+def test_flags_complete_the_environment_and_what_the_user_set_wins(monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "7")
+    assert cluster.environment().items() >= (cluster.FLAGS | {"RAY_worker_niceness": "7"}).items()
+
+
+def test_environment_has_absolute_paths_this_python_and_the_token_of_the_home(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYLWAY_HOME", "state")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "shadows the file")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    environment = cluster.environment()
+    assert environment["RAYLWAY_HOME"] == str(tmp_path / "state")
+    assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "state" / "auth_token")
+    assert "RAY_AUTH_TOKEN" not in environment
+
+
+def test_sockets_of_a_local_cluster_fit_the_kernels_limit():
+    directory = cluster.new_directory()
+    try:
+        assert directory.stat().st_mode & 0o777 == 0o700
+        # Serve puts the node's id, 56 digits, before the name; HAProxy binds to a name with its pid first.
+        path = Path(cluster.local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+        assert len(f"{path.parent}/{'0' * 56}/{path.name}.4194304.tmp") <= 107
+    finally:
+        cluster.reap(directory)
+    assert not directory.exists()
+
+
+def test_token_is_made_once_for_the_owner_only(state):
+    path = cluster.ensure_token()
+    token = path.read_text()
+    assert len(token) == 64
+    path.chmod(0o644)
+    assert cluster.ensure_token().read_text() == token
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [each.name for each in state.iterdir()] == ["auth_token"]
+
+
+def test_down_says_when_nothing_is_up():
+    assert local_cluster.down() is None
+
+
+def test_down_forgets_a_dead_cluster(state, bystander):
+    dead = psutil.Process(bystander.pid)
+    record(state, bystander.pid, dead.create_time(), state / "gone")
+    bystander.kill()
+    bystander.wait()
+    assert local_cluster.down() is None
+    assert cluster.recorded() is None
+
+
+def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
+    created_s = psutil.Process(bystander.pid).create_time()
+    assert record(state, bystander.pid, created_s, state / "gone").alive()
+    recycled = record(state, bystander.pid, created_s - 60, state / "gone")
+    assert not recycled.alive()
+    assert local_cluster.down() is None
+    assert cluster.recorded() is None
+    assert bystander.poll() is None
+
+
+def test_reap_kills_what_bears_the_mark_and_nothing_else(tmp_path, bystander):
+    orphan = subprocess.Popen(
+        [sys.executable, "-c", "input()"],
+        stdin=subprocess.PIPE,
+        env=os.environ | {cluster.MARK: str(tmp_path / "ours")},
+    )
+    cluster.reap(tmp_path / "ours")
+    assert not psutil.pid_exists(orphan.pid)
+    orphan.communicate()
+    assert bystander.poll() is None
+
+
+def test_up_answers_when_it_is_up_already(state, bystander, monkeypatch):
+    record(state, bystander.pid, psutil.Process(bystander.pid).create_time(), state / "gone")
+    answer = local_cluster.up()
+    assert not answer.started
+    assert "already up: http://127.0.0.1:1" in str(answer)
+    assert f"RAY_AUTH_TOKEN_PATH='{state}/auth_token'" in str(answer)
+    assert "unset" not in str(answer)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    assert "unset RAY_AUTH_TOKEN" in str(answer)
+
+
+def test_cluster_yaml_passes_rays_own_validation():
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load(CONFIG.read_text()))
+    validate_config(config)
+    assert config["available_node_types"]["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {
+        "MarketType": "spot"
+    }
+
+
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_nodes_start_with_exactly_our_flags(commands, tmp_path):
+    """Runs the command of cluster.yaml with a `ray` that prints its environment."""
+    stub = tmp_path / "raylway" / ".venv" / "bin" / "ray"
+    stub.parent.mkdir(parents=True)
+    stub.write_text('#!/bin/sh\necho "$@"\nenv -0\n')
+    stub.chmod(0o755)
+    (stub.parent / "python").symlink_to(sys.executable)
+    for name in ("pyvenv.cfg", "lib"):
+        (stub.parents[1] / name).symlink_to(Path(sys.prefix) / name)
+    (tmp_path / "raylway" / "app").symlink_to(CONFIG.parent / "app")
+    (tmp_path / ".raylway").mkdir()
+    (tmp_path / ".raylway" / "cluster.env").write_text("RAYLWAY_DATABASE_URL=db\nRAYLWAY_STORE=s3://bucket\n")
+    command = yaml.safe_load(CONFIG.read_text())[commands][-1]
+    ran = subprocess.run(
+        ["bash", "-c", command],
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "192.0.2.1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    arguments, _, printed = ran.stdout.partition("\n")
+    environment = dict(line.split("=", 1) for line in printed.split("\0") if line)
+    assert arguments.startswith("start ")
+    assert "--head" in arguments or "--address=192.0.2.1:6379" in arguments
+    assert environment.items() >= cluster.FLAGS.items()
+    assert environment["RAYLWAY_HOME"] == f"{tmp_path}/.raylway"
+    assert environment["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.raylway/auth_token"
+    assert (environment["RAYLWAY_DATABASE_URL"], environment["RAYLWAY_STORE"]) == ("db", "s3://bucket")
+
+
+def test_cluster_yaml_holds_no_secret_and_no_account():
+    text = CONFIG.read_text()
+    config = yaml.safe_load(text)
+    assert "/home/ubuntu/.raylway/auth_token" in config["file_mounts"]
+    assert "RAY_AUTH_TOKEN=" not in text
+    assert not any(len(word) == 12 and word.isdigit() for word in text.replace(":", " ").split())
