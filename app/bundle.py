@@ -65,7 +65,9 @@ class Bundle:
         `columns` has an array (rows,) for each of `schema.inputs`: numbers with NaN and strings with None
         for what is missing.
         """
-        return self._session.run([OUTPUT], inputs({i.name: columns[i.name] for i in self.schema.inputs}))[0][:, 0]
+        return self._session.run([OUTPUT], inputs({i.name: columns[i.name] for i in self.schema.inputs}))[0][
+            :, 0
+        ]
 
     def check_example(self) -> None:
         """Predict the stored example again. Raises BrokenBundle if the answer is not the stored one."""
@@ -98,10 +100,16 @@ def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def schema_of(project: Project, preprocessor: Preprocessor) -> Schema:
     """What the bundle of a project takes and gives."""
-    known = {c.column: [v for v in c.values if v != MISSING] for c in preprocessor.columns if isinstance(c, Categories)}
+    known = {
+        c.column: [v for v in c.values if v != MISSING]
+        for c in preprocessor.columns
+        if isinstance(c, Categories)
+    }
     return Schema(
         name=project.name,
-        inputs=[Input(name=n, contract=project.data.columns[n], known=known.get(n)) for n in project.features],
+        inputs=[
+            Input(name=n, contract=project.data.columns[n], known=known.get(n)) for n in project.features
+        ],
         label=project.data.label.column,
         positive=project.data.label.positive,
     )
@@ -117,7 +125,7 @@ def columns_of(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> dict[str, n
 
 
 def write_example(folder: Path, frame: pd.DataFrame, schema: Schema) -> None:
-    """Store a few rows with the graph's answers, for `Bundle.check_example` and a newcomer's first request."""
+    """Store a few rows with the graph's answers: for `Bundle.check_example`, and for a first request."""
     head = frame[[i.name for i in schema.inputs]].head(NUM_EXAMPLES).astype(object)
     rows = head.where(head.notna(), None).to_dict("records")
     (answers,) = session(folder / "model.onnx").run([OUTPUT], inputs(columns_of(schema, rows)))
@@ -144,11 +152,15 @@ def verify(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BrokenBundle(f"{path}: is no bundle: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
-        raise BrokenBundle(f"{path}: its {MANIFEST} cannot be read; take the bundle from the registry again") from None
+        raise BrokenBundle(
+            f"{path}: its {MANIFEST} cannot be read; take the bundle from the registry again"
+        ) from None
     found = _files(path)
     faults = [f"{name} is missing" for name in listed if name not in found]
     faults += [f"{name} is not in the manifest" for name in found if name not in listed]
-    faults += [f"{name} was changed" for name in found if name in listed and _sha256(path / name) != listed[name]]
+    faults += [
+        f"{name} was changed" for name in found if name in listed and _sha256(path / name) != listed[name]
+    ]
     if faults:
         raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; take the bundle from the registry again")
     return manifest

@@ -33,7 +33,9 @@ class Scaled(Fitted):
     def transform(self, values: np.ndarray) -> np.ndarray:
         """float64 (rows,) with NaN for missing -> float32 (rows, 1)."""
         span = self.maximum - self.minimum
-        scaled = np.clip((values - self.minimum) / span, 0, 1) if span else np.where(np.isnan(values), np.nan, 0.0)
+        scaled = (
+            np.clip((values - self.minimum) / span, 0, 1) if span else np.where(np.isnan(values), np.nan, 0.0)
+        )
         return np.where(np.isnan(scaled), self.fill, scaled).astype(np.float32)[:, None]
 
 
@@ -47,7 +49,7 @@ class Categories(Fitted):
     """Columns of the matrix that a one-hot takes; length of an embedding's vectors."""
 
     def transform(self, values: np.ndarray) -> np.ndarray:
-        """object (rows,) with None for missing -> float32 (rows, width) of indicators, or (rows, 1) of places."""
+        """object (rows,), None for missing -> float32: indicators (rows, width), or places (rows, 1)."""
         filled = np.where(pd.isna(values), MISSING, values)
         place = pd.Index(self.values, dtype=object).get_indexer(filled) + 1
         if self.encode == "embedding":
@@ -78,7 +80,11 @@ class Preprocessor(BaseModel):
     @property
     def layout(self) -> Layout:
         dense = sum(1 if isinstance(c, Scaled) else c.width for c in self.columns if c.encode != "embedding")
-        tables = tuple((len(c.values) + 1, c.width) for c in self.columns if isinstance(c, Categories) and c.encode == "embedding")
+        tables = tuple(
+            (len(c.values) + 1, c.width)
+            for c in self.columns
+            if isinstance(c, Categories) and c.encode == "embedding"
+        )
         return Layout(dense, tables)
 
     def transform(self, frame: pd.DataFrame | Mapping[str, np.ndarray]) -> np.ndarray:
@@ -94,7 +100,12 @@ def block_statistics(frame: pd.DataFrame, features: Mapping[str, Encoding]) -> d
         if encoding.encode == "min_max":
             numbers = values.dropna()
             if len(numbers):
-                statistics[name] = [float(numbers.min()), float(numbers.max()), float(numbers.sum()), len(numbers)]
+                statistics[name] = [
+                    float(numbers.min()),
+                    float(numbers.max()),
+                    float(numbers.sum()),
+                    len(numbers),
+                ]
         else:
             statistics[name] = sorted(values.where(values.notna(), MISSING).unique())
     return statistics

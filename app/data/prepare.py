@@ -109,7 +109,9 @@ def _label_and_part(block: pa.Table, project: Project) -> pa.Table:
     part = split.assign(frame, project.data.split, project.seed)
     frame[LABEL] = (frame[label.column] == label.positive).astype(np.float32)
     frame["__part__"] = part.astype(np.int8)
-    types = [(n, pa.float64() if c.type == "number" else pa.string()) for n, c in project.data.columns.items()]
+    types = [
+        (n, pa.float64() if c.type == "number" else pa.string()) for n, c in project.data.columns.items()
+    ]
     arrow = pa.schema([*types, (label.column, pa.string()), (LABEL, pa.float32()), ("__part__", pa.int8())])
     return pa.Table.from_pandas(frame, schema=arrow, preserve_index=False)
 
@@ -122,9 +124,13 @@ def _count_labels(block: pa.Table, column: str) -> pa.Table:
 def _refuse_labels(counts: Counter[str], label: config.Label) -> None:
     found = ", ".join(f"{value!r} ({count:,} rows)" for value, count in counts.most_common(8))
     if len(counts) < 2:
-        raise UserError(f"data.label: {label.column!r} must have two values or more, but it is constant: {found}")
+        raise UserError(
+            f"data.label: {label.column!r} must have two values or more, but it is constant: {found}"
+        )
     if label.positive not in counts:
-        raise UserError(f"data.label.positive: {label.positive!r} does not occur in {label.column!r}; it has {found}")
+        raise UserError(
+            f"data.label.positive: {label.positive!r} does not occur in {label.column!r}; it has {found}"
+        )
 
 
 def _select(block: pa.Table, part: int, label: str) -> pa.Table:

@@ -47,7 +47,12 @@ def violations(table: pa.Table, data: Data) -> pa.Table:
     for v in found:
         for key, values in columns.items():
             values.append(getattr(v, key))
-    types = {"column": pa.string(), "rule": pa.string(), "count": pa.int64(), "examples": pa.list_(pa.string())}
+    types = {
+        "column": pa.string(),
+        "rule": pa.string(),
+        "count": pa.int64(),
+        "examples": pa.list_(pa.string()),
+    }
     return pa.table({key: pa.array(values, types[key]) for key, values in columns.items()})
 
 
@@ -63,10 +68,16 @@ def refuse(rows: list[dict[str, Any]], num_rows: int) -> None:
         return
     lines = [
         f"  {column}: {rule}: {counts[column, rule]:,} of {num_rows:,} rows"
-        + (f", such as {', '.join(sorted(set(examples[column, rule]))[:NUM_EXAMPLES])}" if examples[column, rule] else "")
+        + (
+            f", such as {', '.join(sorted(set(examples[column, rule]))[:NUM_EXAMPLES])}"
+            if examples[column, rule]
+            else ""
+        )
         for column, rule in sorted(counts)
     ]
-    raise UserError("the data breaks its contract (data.columns); mend the data or the contract:\n" + "\n".join(lines))
+    raise UserError(
+        "the data breaks its contract (data.columns); mend the data or the contract:\n" + "\n".join(lines)
+    )
 
 
 def _without_missing(table: pa.Table, data: Data) -> pd.DataFrame:
@@ -106,7 +117,9 @@ def _pandera_schema(data: Data) -> Any:
         else:
             assert isinstance(column, Category)
             if column.values is not None:
-                checks.append(pandera.Check.isin(column.values, error=f"must be one of {', '.join(column.values)}"))
+                checks.append(
+                    pandera.Check.isin(column.values, error=f"must be one of {', '.join(column.values)}")
+                )
             columns[name] = pandera.Column(object, checks, nullable=column.nullable)
     columns[data.label.column] = pandera.Column(object, nullable=False)
     return pandera.DataFrameSchema(columns)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.csv
@@ -32,7 +32,9 @@ def read(data: Data) -> "Dataset":
     files.check(data)
     if data.source.format == "csv":
         as_text = pa.csv.ConvertOptions(
-            column_types={name: pa.string() for name in names}, include_columns=names, strings_can_be_null=True
+            column_types={name: pa.string() for name in names},
+            include_columns=names,
+            strings_can_be_null=True,
         )
         return ray.data.read_csv(files.paths, filesystem=files.filesystem, convert_options=as_text)
     return ray.data.read_parquet(files.paths, filesystem=files.filesystem, columns=names)
@@ -68,13 +70,17 @@ class Files:
             raise UserError(f"data.source: {self.name}: no such file or folder (looked for {root})")
         if info.type == pa.fs.FileType.Directory:
             found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=True))
-            infos = sorted((f for f in found if f.is_file and f.extension == source.format), key=lambda f: f.path)
+            infos = sorted(
+                (f for f in found if f.is_file and f.extension == source.format), key=lambda f: f.path
+            )
             if not infos:
                 raise UserError(f"data.source: {self.name}: the folder has no .{source.format} file")
         else:
             infos = [info]
         if empty := [f.path for f in infos if f.size == 0]:
-            raise UserError(f"data.source: {', '.join(empty)}: empty (0 bytes); give a {source.format} file with rows")
+            raise UserError(
+                f"data.source: {', '.join(empty)}: empty (0 bytes); give a {source.format} file with rows"
+            )
         self.paths = [f.path for f in infos]
 
     def check(self, data: Data) -> None:
@@ -103,7 +109,9 @@ class Files:
                     rows = next((b.num_rows for b in _batches(reader) if b.num_rows), 0)
                 return pa.schema([(name, pa.string()) for name in names]), rows
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"data.source: {path}: is no readable {self.source.format} file: {error}") from None
+                raise UserError(
+                    f"data.source: {path}: is no readable {self.source.format} file: {error}"
+                ) from None
 
 
 def _batches(reader: pa.csv.CSVStreamingReader) -> Iterator[pa.RecordBatch]:
@@ -125,7 +133,9 @@ def _schema_faults(schema: pa.Schema, data: Data) -> list[str]:
             have = schema.field(name).type
             kind = "label" if is_label else data.columns[name].type
             if not _fits(have, kind):
-                must = {"number": "numbers", "category": "strings", "label": "strings, integers or booleans"}[kind]
+                must = {"number": "numbers", "category": "strings", "label": "strings, integers or booleans"}[
+                    kind
+                ]
                 faults.append(f"column {name!r} must hold {must}, but its type is {have}")
     return faults
 
@@ -136,6 +146,11 @@ def _fits(have: pa.DataType, kind: str) -> bool:
     if pa.types.is_null(have):
         return True
     if kind == "number":
-        return any(is_(have) for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean))
-    is_string = any(is_(have) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+        return any(
+            is_(have)
+            for is_ in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
+        )
+    is_string = any(
+        is_(have) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
     return is_string or (kind == "label" and (pa.types.is_integer(have) or pa.types.is_boolean(have)))

@@ -34,7 +34,9 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0
         "f1": float(f1),
         "log_loss": float(metrics.log_loss(labels, probabilities)),
         "brier": float(np.mean((probabilities - labels) ** 2)),
-        "calibration_error": sum(b["share"] * abs(b["predicted"] - b["observed"]) for b in reliability(labels, probabilities)),
+        "calibration_error": sum(
+            b["share"] * abs(b["predicted"] - b["observed"]) for b in reliability(labels, probabilities)
+        ),
     }
 
 

@@ -71,7 +71,9 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
     (got,) = session(path).run([OUTPUT], inputs(columns))
     worst = float(np.abs(got[:, 0] - expected).max())
     if not worst <= MAX_DIFFERENCE:
-        raise RuntimeError(f"the exported graph differs from the trained model by {worst:.2g} (limit {MAX_DIFFERENCE})")
+        raise RuntimeError(
+            f"the exported graph differs from the trained model by {worst:.2g} (limit {MAX_DIFFERENCE})"
+        )
     return worst
 
 
@@ -112,12 +114,19 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
         places = list(range(1, len(column.values) + 1))
         nodes.append(
             helper.make_node(
-                "LabelEncoder", [name], [f"{name}/place"], domain="ai.onnx.ml",
-                keys_strings=column.values, values_int64s=places, default_int64=0,
-            )  # fmt: skip
+                "LabelEncoder",
+                [name],
+                [f"{name}/place"],
+                domain="ai.onnx.ml",
+                keys_strings=column.values,
+                values_int64s=places,
+                default_int64=0,
+            )
         )
         if column.encode == "embedding":
-            nodes.append(helper.make_node("Cast", [f"{name}/place"], [f"{name}/encoded"], to=TensorProto.FLOAT))
+            nodes.append(
+                helper.make_node("Cast", [f"{name}/place"], [f"{name}/encoded"], to=TensorProto.FLOAT)
+            )
         else:
             table = constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
             nodes += [

@@ -1,5 +1,7 @@
 """Models on rows of numbers and categories."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +37,7 @@ class LogisticRegression(nn.Module):
         self.columns = Columns(layout, width=1)
         self.dense = nn.Linear(layout.dense, 1)
         for table in self.columns.embeddings:
-            nn.init.zeros_(table.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(table.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         opened = self.columns(x)
@@ -51,7 +53,7 @@ class MultiLayerPerceptron(nn.Module):
         self.columns = Columns(layout)
         widths = [self.columns.width, *hidden]
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 

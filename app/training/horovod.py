@@ -46,7 +46,9 @@ class HorovodBackend(Backend):
         }
         ray.get(
             [
-                worker_group.execute_single_async(rank, _set_environment, {**place.environment(), **rendezvous})
+                worker_group.execute_single_async(
+                    rank, _set_environment, {**place.environment(), **rendezvous}
+                )
                 for rank, place in enumerate(places)
             ]
         )

@@ -56,7 +56,9 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     for epoch in range(len(history), training.epochs):
         started = time.perf_counter()
-        order = _begin_epoch(project.seed, epoch, rank, len(train[1]), num_steps * training.batch_size).to(device)
+        order = _begin_epoch(project.seed, epoch, rank, len(train[1]), num_steps * training.batch_size).to(
+            device
+        )
         model.train()
         total = torch.zeros((), device=device)
         for step, rows in enumerate(order.split(training.batch_size)):
@@ -101,7 +103,9 @@ class FlatGradients:
     def __init__(self, model: nn.Module):
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        for parameter, part in zip(parameters, self.buffer.split([p.numel() for p in parameters]), strict=True):
+        for parameter, part in zip(
+            parameters, self.buffer.split([p.numel() for p in parameters]), strict=True
+        ):
             parameter.grad = part.view_as(parameter)
 
     def zero(self) -> None:

@@ -82,11 +82,15 @@ def train(
     return Trained(target, name, cached=not built)
 
 
-def _fit(project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: Callable) -> ray.train.Checkpoint:
+def _fit(
+    project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: Callable
+) -> ray.train.Checkpoint:
     training = project.training
     rows = prepared.summary["parts"]
     if min(rows["train"]["rows"], rows["validation"]["rows"]) < training.num_workers:
-        raise UserError(f"training.num_workers: {training.num_workers} workers, but fewer rows than that to share out")
+        raise UserError(
+            f"training.num_workers: {training.num_workers} workers, but fewer rows than that to share out"
+        )
     preprocessor = prepared.preprocessor
     datasets = {part: _matrix(prepared.part(part), preprocessor) for part in ("train", "validation")}
     with _progress(on_epoch) as progress:
@@ -100,7 +104,9 @@ def _fit(project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: 
             backend_config=horovod.HorovodConfig(),
             datasets=datasets,
             dataset_config=ContiguousShards(datasets, training.num_workers),
-            scaling_config=ray.train.ScalingConfig(num_workers=training.num_workers, use_gpu=_use_gpu(project)),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=training.num_workers, use_gpu=_use_gpu(project)
+            ),
             run_config=ray.train.RunConfig(
                 name=name,
                 storage_path=str(runs),
@@ -123,7 +129,11 @@ def _matrix(part: Path, preprocessor: Preprocessor) -> ray.data.Dataset:
         return {"x": preprocessor.transform(frame), "y": frame[LABEL].to_numpy(np.float32)}
 
     files = sorted(str(file) for file in part.glob("*.parquet"))
-    return ray.data.read_parquet(files).map_batches(transform, batch_format="pandas", batch_size=None).materialize()
+    return (
+        ray.data.read_parquet(files)
+        .map_batches(transform, batch_format="pandas", batch_size=None)
+        .materialize()
+    )
 
 
 class ContiguousShards(ray.train.DataConfig):

@@ -1,0 +1,153 @@
+"""Reading a project file, so that every fault is told with its line, its key, and what is allowed."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ValidationError
+
+from app.config import Project, Section
+from app.errors import UserError
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Project:
+    """Read a project file.
+
+    `overrides` are strings `a.b=c` whose value is YAML; they replace or add a key.
+
+    Raises UserError, naming every fault with its path, the line of the file, and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such project file; the shipped ones are in configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {error}") from None
+    if not isinstance(document, dict):
+        raise UserError(
+            f"{path}: must be a mapping with the keys {_listed(Project.model_fields)}; it is empty or a list"
+        )
+    lines = _lines(node, path)
+    overridden = [_override(document, text) for text in overrides]
+    try:
+        return Project.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(path, lines, overridden, e) for e in error.errors()]
+        raise UserError("\n".join(faults)) from None
+
+
+def _lines(node: yaml.Node | None, file: Path) -> dict[tuple[str, ...], int]:
+    """The line of each key, by its path. Raises UserError at a key that stands twice."""
+    lines: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, at: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*at, str(key.value))
+                line = key.start_mark.line + 1
+                if here in lines:
+                    raise UserError(
+                        f"{file}:{line}: {'.'.join(here)}: stands twice; keep this one or line {lines[here]}"
+                    )
+                lines[here] = line
+                walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                lines[*at, str(i)] = item.start_mark.line + 1
+                walk(item, (*at, str(i)))
+
+    walk(node, ())
+    return lines
+
+
+def _override(document: dict[str, Any], text: str) -> tuple[str, ...]:
+    """Apply one `a.b=c` to the document; returns its path."""
+    key, equals, value = text.partition("=")
+    path = tuple(key.split("."))
+    if not equals or not all(path):
+        raise UserError(f"--set {text}: must be of the form key.key=value, such as training.epochs=3")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: the value is not valid YAML: {error}") from None
+    place: Any = document
+    for part in path[:-1]:
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {text}: {part!r} is a value, so it has no keys")
+    place[path[-1]] = parsed
+    return path
+
+
+def _fault(
+    path: Path, lines: dict[tuple[str, ...], int], overridden: list[tuple[str, ...]], error: Any
+) -> str:
+    """One line for one fault: where, which key, what is wrong, what is allowed."""
+    loc, allowed = _resolve(Project, tuple(str(part) for part in error["loc"]))
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), 1)
+    where = "--set" if any(loc[: len(o)] == o for o in overridden) else f"{path}:{line}"
+    match error["type"]:
+        case "extra_forbidden":
+            close = difflib.get_close_matches(loc[-1], allowed, 1)
+            meant = f" (did you mean {close[0]}?)" if close else ""
+            message = f"unknown key{meant}; allowed: {_listed(allowed)}"
+        case "missing":
+            message = f"is missing; the keys here are {_listed(allowed)}"
+        case "union_tag_not_found":
+            message = f"{error['ctx']['discriminator']} is missing"
+        case "value_error":
+            message = str(error["ctx"]["error"])
+            named = {".".join(key): line for key, line in lines.items()}  # a check of the whole names its key
+            line = named.get(message.partition(":")[0], 1) if not loc else line
+            where = where if where == "--set" else f"{path}:{line}"
+        case _:
+            message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+            if not isinstance(error["input"], dict | list):
+                message += f"; it is {error['input']!r}"
+    return f"{where}: {'.'.join(loc)}: {message}" if loc else f"{where}: {message}"
+
+
+def _resolve(annotation: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """Pydantic's location without its union tags, and the keys allowed where its last part stands."""
+    clean: list[str] = []
+    allowed: list[str] = []
+    for part in loc:
+        while typing.get_origin(annotation) is Annotated:
+            annotation = typing.get_args(annotation)[0]
+        args = typing.get_args(annotation)
+        if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+            tagged = [a for a in args if part in _tags(a)]
+            if tagged:
+                annotation = tagged[0]
+                continue
+        clean.append(part)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            allowed = list(annotation.model_fields)
+            field = annotation.model_fields.get(part)
+            annotation = field.annotation if field else None
+        elif args:
+            annotation = args[-1]
+            allowed = []
+    return tuple(clean), allowed
+
+
+def _tags(annotation: Any) -> tuple[str, ...]:
+    """The literals by which a section of a discriminated union is chosen."""
+    if not (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return ()
+    field = next(iter(annotation.model_fields.values()))
+    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
