@@ -87,14 +87,26 @@ def session(model: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def predict(model: Path, schema: Schema, columns: Mapping[str, np.ndarray] | pd.DataFrame) -> np.ndarray:
+    """Probabilities (rows,) of a graph that is not sealed in a bundle yet."""
+    return _run(session(model), schema, columns)
+
+
+def _run(
+    graph: onnxruntime.InferenceSession, schema: Schema, columns: Mapping[str, Any] | pd.DataFrame
+) -> np.ndarray:
+    feed = inputs({i.name: np.asarray(columns[i.name]) for i in schema.inputs})
+    return graph.run([OUTPUT], feed)[0][:, 0]
+
+
 def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays (rows,) as the graph takes them: float64 or str, (rows, 1)."""
+    """Arrays (rows,) as the graph takes them: float64, or str with MISSING for None and NaN."""
     feed = {}
     for name, values in columns.items():
         if values.dtype.kind in "fiub":
-            feed[name] = values.astype(np.float64)[:, None]
+            feed[name] = values.astype(np.float64)
         else:
-            feed[name] = np.where(pd.isna(values), MISSING, values).astype(object)[:, None]
+            feed[name] = np.where(pd.isna(values), MISSING, values).astype(object)
     return feed
 
 
@@ -128,8 +140,8 @@ def write_example(folder: Path, frame: pd.DataFrame, schema: Schema) -> None:
     """Store a few rows with the graph's answers: for `Bundle.check_example`, and for a first request."""
     head = frame[[i.name for i in schema.inputs]].head(NUM_EXAMPLES).astype(object)
     rows = head.where(head.notna(), None).to_dict("records")
-    (answers,) = session(folder / "model.onnx").run([OUTPUT], inputs(columns_of(schema, rows)))
-    (folder / "example.json").write_text(json.dumps({"rows": rows, OUTPUT: answers[:, 0].tolist()}, indent=1))
+    answers = predict(folder / "model.onnx", schema, columns_of(schema, rows)).tolist()
+    (folder / "example.json").write_text(json.dumps({"rows": rows, OUTPUT: answers}, indent=1))
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -62,3 +62,8 @@ def fetch(name: str) -> Path:
 def _file(name: str) -> Path:
     # Inside the environment, not the state directory: every node that has the environment has them.
     return Path(sys.prefix) / "share" / "raylway" / f"{name}.parquet"
+
+
+if __name__ == "__main__":
+    for _name in SAMPLES:
+        fetch(_name)

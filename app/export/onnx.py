@@ -2,8 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,7 +33,7 @@ class _Probability(nn.Module):
 
 
 def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
-    """Write the graph: an input (rows, 1) for each raw column, float64 or string, one output (rows, 1)."""
+    """Write the graph: an input (rows,) for each raw column, float64 or string; one output (rows, 1)."""
     model = _Probability(model.cpu().eval())
     example = torch.zeros(2, preprocessor.layout.width)
     with warnings.catch_warnings():
@@ -52,8 +52,8 @@ def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     assert program is not None
     network = program.model_proto
     front = _preprocessing(preprocessor, network.ir_version)
-    # Names of inner values could meet by chance; inputs and outputs keep theirs.
-    front = onnx.compose.add_prefix(front, "raw/", rename_inputs=False, rename_outputs=False)
+    # The exporter's inner names ("linear", say) could be a column's.
+    network = onnx.compose.add_prefix(network, "/network/", rename_inputs=False, rename_outputs=False)
     whole = onnx.compose.merge_models(front, network, io_map=[("encoded", "matrix")])
     onnx.checker.check_model(whole, full_check=True)
     path.write_bytes(whole.SerializeToString())
@@ -67,8 +67,8 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
     with torch.no_grad():
         matrix = torch.from_numpy(preprocessor.transform(frame))
         expected = torch.sigmoid(model.cpu().eval()(matrix)).numpy()
-    columns: Mapping[str, np.ndarray] = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
-    (got,) = session(path).run([OUTPUT], inputs(columns))
+    columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
+    got = session(path).run([OUTPUT], inputs(columns))[0]
     worst = float(np.abs(got[:, 0] - expected).max())
     if not worst <= MAX_DIFFERENCE:
         raise RuntimeError(
@@ -79,64 +79,75 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:
     """The same arithmetic as `Preprocessor.transform`, as a graph with the output `encoded`."""
-    graph_inputs, nodes, constants, parts = [], [], [], []
-
-    def constant(name: str, value: np.ndarray) -> str:
-        constants.append(numpy_helper.from_array(value, name))
-        return name
-
+    graph = _Graph()
     numbers = [c for c in preprocessor.columns if isinstance(c, Scaled)]
-    for column in preprocessor.columns:
-        kind = TensorProto.DOUBLE if isinstance(column, Scaled) else TensorProto.STRING
-        graph_inputs.append(helper.make_tensor_value_info(column.column, kind, ["rows", 1]))
-    if numbers:
-        # In float64 like training: a large number would lose its last digits before it is scaled.
-        spans = [c.maximum - c.minimum or np.inf for c in numbers]
-        low = constant("low", np.array([c.minimum for c in numbers]))
-        span = constant("span", np.array(spans))
-        fill = constant("fill", np.array([c.fill for c in numbers]))
-        zero, one = constant("zero", np.array(0.0)), constant("one", np.array(1.0))
-        nodes += [
-            helper.make_node("Concat", [c.column for c in numbers], ["numbers"], axis=1),
-            helper.make_node("Sub", ["numbers", low], ["shifted"]),
-            helper.make_node("Div", ["shifted", span], ["divided"]),
-            helper.make_node("Clip", ["divided", zero, one], ["clipped"]),
-            helper.make_node("IsNaN", ["numbers"], ["absent"]),
-            helper.make_node("Where", ["absent", fill, "clipped"], ["filled"]),
-            helper.make_node("Cast", ["filled"], ["scaled"], to=TensorProto.FLOAT),
-        ]
-        parts.append("scaled")
-    axis = constant("axis", np.array([1]))
-    for column in preprocessor.columns:
-        if not isinstance(column, Categories):
-            continue
-        name = column.column
-        places = list(range(1, len(column.values) + 1))
-        nodes.append(
-            helper.make_node(
-                "LabelEncoder",
-                [name],
-                [f"{name}/place"],
-                domain="ai.onnx.ml",
-                keys_strings=column.values,
-                values_int64s=places,
-                default_int64=0,
-            )
-        )
-        if column.encode == "embedding":
-            nodes.append(
-                helper.make_node("Cast", [f"{name}/place"], [f"{name}/encoded"], to=TensorProto.FLOAT)
-            )
-        else:
-            table = constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
-            nodes += [
-                helper.make_node("Gather", [table, f"{name}/place"], [f"{name}/rows"], axis=0),
-                helper.make_node("Squeeze", [f"{name}/rows", axis], [f"{name}/encoded"]),
-            ]
-        parts.append(f"{name}/encoded")
-    nodes.append(helper.make_node("Concat", parts, ["encoded"], axis=1))
-    width = preprocessor.layout.width
-    output = helper.make_tensor_value_info("encoded", TensorProto.FLOAT, ["rows", width])
-    graph = helper.make_graph(nodes, "preprocessing", graph_inputs, [output], constants)
+    categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
+    parts = [_scaled(graph, numbers)] if numbers else []
+    parts += [_encoded(graph, column) for column in categories]
+    graph.add("Concat", parts, "encoded", axis=1)
+
+    takes = [(c.column, TensorProto.DOUBLE) for c in numbers]
+    takes += [(c.column, TensorProto.STRING) for c in categories]
+    gives = helper.make_tensor_value_info("encoded", TensorProto.FLOAT, ["rows", preprocessor.layout.width])
+    proto = helper.make_graph(
+        graph.nodes,
+        "preprocessing",
+        [helper.make_tensor_value_info(name, kind, ["rows"]) for name, kind in takes],
+        [gives],
+        graph.constants,
+    )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", 4)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+    return helper.make_model(proto, opset_imports=opsets, ir_version=ir_version)
+
+
+class _Graph:
+    """Nodes and constants as they are added; inner names begin with a slash, to stay clear of columns'."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants.append(numpy_helper.from_array(value, f"/{name}"))
+        return f"/{name}"
+
+    def add(self, operator: str, takes: list[str], gives: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, takes, [gives], **attributes))
+        return gives
+
+
+def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
+    """All numbers at once, in float64 like training: a large one would lose digits before it is scaled."""
+    axis = graph.constant("number/axis", np.array([1]))
+    low = graph.constant("low", np.array([c.minimum for c in numbers]))
+    span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
+    fill = graph.constant("fill", np.array([c.fill for c in numbers]))
+    zero, one = graph.constant("zero", np.array(0.0)), graph.constant("one", np.array(1.0))
+    columns = [graph.add("Unsqueeze", [c.column, axis], f"/{c.column}/column") for c in numbers]
+    raw = graph.add("Concat", columns, "/numbers", axis=1)
+    shifted = graph.add("Sub", [raw, low], "/shifted")
+    divided = graph.add("Div", [shifted, span], "/divided")
+    clipped = graph.add("Clip", [divided, zero, one], "/clipped")
+    absent = graph.add("IsNaN", [raw], "/absent")
+    filled = graph.add("Where", [absent, fill, clipped], "/filled")
+    return graph.add("Cast", [filled], "/scaled", to=TensorProto.FLOAT)
+
+
+def _encoded(graph: _Graph, column: Categories) -> str:
+    """One category: its place among the known values, 0 if it is none, then a row of a table or itself."""
+    name = column.column
+    place = graph.add(
+        "LabelEncoder",
+        [name],
+        f"/{name}/place",
+        domain="ai.onnx.ml",
+        keys_strings=column.values,
+        values_int64s=list(range(1, len(column.values) + 1)),
+        default_int64=0,
+    )
+    if column.encode == "one_hot":
+        table = graph.constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
+        return graph.add("Gather", [table, place], f"/{name}/encoded", axis=0)
+    axis = graph.constant(f"{name}/axis", np.array([1]))
+    number = graph.add("Cast", [place], f"/{name}/number", to=TensorProto.FLOAT)
+    return graph.add("Unsqueeze", [number, axis], f"/{name}/encoded")

@@ -1,0 +1,25 @@
+# Each target sets up .venv first (python3 -m app.install), which takes minutes once and nothing afterwards.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.PHONY: setup demo test test-slow check clean
+
+setup:
+	@$(PYTHON) -m app.install
+
+demo: setup
+	@$(BIN)/raylway demo
+
+test: setup
+	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+check: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv .raylway build *.egg-info

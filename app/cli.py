@@ -1,0 +1,195 @@
+"""The commands. `raylway COMMAND`, or `python -m app COMMAND` in a Ray Job.
+
+Heavy imports (Ray, PyTorch, MLflow) stand inside the commands that need them: `raylway check` and `--help`
+answer at once.
+"""
+
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app import projectfile
+from app.config import Project
+from app.console import Console, chatter_to_log
+from app.errors import UserError
+
+EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
+
+app = typer.Typer(
+    help=__doc__.splitlines()[0] if __doc__ else None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+File = Annotated[
+    Path, typer.Argument(help="The project file, such as configs/income.yaml.", show_default=False)
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, such as training.epochs=3. May be repeated."
+    ),
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do all stages again, also those done before.")]
+
+
+@app.command()
+def check(file: File, overrides: Set = None) -> None:
+    """Validate a project file. Starts nothing."""
+    project = projectfile.load(file, overrides or [])
+    Console().say(
+        f"{file}: valid: {project.name}, {len(project.features)} features of {len(project.data.columns)} columns, "
+        f"{project.model.kind}, {project.training.num_workers} workers, "
+        f"{len(project.serving.variants)} variants"
+    )
+
+
+@app.command()
+def train(file: File, overrides: Set = None, fresh: Fresh = False) -> None:
+    """Prepare, train, evaluate, pass the gate, register.
+
+    An interrupted run goes on when the same command is given again. Exit code 3: trained, but the gate did
+    not let the candidate pass.
+    """
+    project = projectfile.load(file, overrides or [])
+    with _working("train", hint="the same command goes on from the last checkpoint") as console:
+        from app import cluster
+
+        with cluster.session():
+            from app import pipeline
+
+            outcome = pipeline.run(project, console, fresh=fresh)
+        console.say(f"bundle: {_short(outcome.bundle)}")
+    if not outcome.decision.passed:
+        raise typer.Exit(EXIT_GATE)
+
+
+@app.command()
+def serve(file: File, overrides: Set = None) -> None:
+    """Serve the project's variants over HTTP.
+
+    On a cluster that lasts (`raylway up`, or a Ray Job) the endpoint stays when the command has ended;
+    otherwise it lives until Ctrl-C.
+    """
+    project = projectfile.load(file, overrides or [])
+    with _working("serve", hint="the endpoint is down") as console:
+        from app import cluster, registry
+        from app.serving import variants
+
+        chosen = variants.choose(project, registry.find)
+        for note in chosen.notes:
+            console.say(note, style="yellow")
+        with cluster.session():
+            from app.serving import deploy
+
+            url = deploy.deploy(project.serving, project.name, chosen.variants)
+            for variant in chosen.variants:
+                console.say(f"  {variant.name}: version {variant.version.number}, weight {variant.weight:g}")
+            console.say(f"serving at {url}; try:")
+            console.say(deploy.curl(url, next(iter(chosen.variants)).version.path))
+            if cluster.lasts():
+                console.say("it stays up with the cluster")
+                return
+            console.say("Ctrl-C stops it")
+            _wait_for_signal()
+
+
+@app.command()
+def versions(name: Annotated[str, typer.Argument(help="The registered model, such as income.")]) -> None:
+    """List a model's registered versions with their aliases."""
+    with _working("versions") as console:
+        from app import registry
+
+        found = registry.versions(name)
+        if not found:
+            raise UserError(f"no model {name!r} is registered; train one with `raylway train`")
+        for entry in found:
+            console.say(f"  {entry.version:<4} {', '.join(entry.aliases):<12} run {entry.run_id}")
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="The registered model, such as income.")],
+    version: Annotated[str, typer.Argument(help="A version number, or `challenger`.")],
+) -> None:
+    """Make a version the champion."""
+    with _working("promote") as console:
+        from app import registry
+
+        chosen = registry.promote(name, version)
+        console.say(f"{name} version {chosen.number} is the champion")
+
+
+@app.command()
+def up() -> None:
+    """Start a local Ray cluster that lasts, with token authentication, and say how to reach it."""
+    from app import local_cluster
+
+    Console().say(local_cluster.up())
+
+
+@app.command()
+def down() -> None:
+    """Stop the cluster that `raylway up` started, and only that one."""
+    from app import local_cluster
+
+    stopped = local_cluster.down()
+    Console().say(f"stopped the cluster at {stopped.address}" if stopped else "no cluster is up")
+
+
+@app.command()
+def demo() -> None:
+    """A model's whole life on the census sample, in about two minutes; leaves nothing running."""
+    from app import demo
+
+    with demo.own_home(), _working("demo") as console:
+        demo.run(console)
+
+
+@contextmanager
+def _working(command: str, hint: str = "") -> Iterator[Console]:
+    """A command's console, with the chatter in a log file; a defect of ours ends in one line that names it."""
+    with chatter_to_log(command) as (console, log):
+        console.say(f"log: {_short(log)}", style="dim")
+        try:
+            yield console
+        except (UserError, typer.Exit):
+            raise
+        except KeyboardInterrupt:
+            console.say(f"stopped{f'; {hint}' if hint else ''}")
+            raise typer.Exit(128 + signal.SIGINT) from None
+        except Exception as error:
+            traceback.print_exc()
+            reason = str(error).strip().splitlines()[-1:] or [""]
+            console.say(f"failed: {type(error).__name__}: {reason[0]}", style="red")
+            console.say(f"the log has the whole story: {_short(log)}")
+            raise typer.Exit(EXIT_FAILED) from None
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _wait_for_signal() -> None:
+    """Until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+def main() -> None:
+    """The entry point: a user's mistake is one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER)

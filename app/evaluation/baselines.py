@@ -1,0 +1,75 @@
+"""What a model must be compared with: a constant, a logistic regression, a gradient boosting."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from app import store
+from app.config import Project
+from app.data.features import MISSING
+from app.data.prepare import LABEL, Prepared
+from app.evaluation import metrics
+
+CODE = (metrics,)
+
+
+def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> dict[str, dict[str, float]]:
+    """The metrics of each baseline on the test part, fitted on the training part with the same columns.
+
+    scikit-learn's models on the raw columns (not on our preprocessing), so that they also tell whether
+    our preprocessing loses something. Done once for each prepared data set.
+    """
+    key = store.key("baselines", {"prepared": prepared.key, "seed": project.seed}, CODE)
+    target = store.folder("baselines", key)
+
+    def build(draft: Path) -> None:
+        scores = _scores(project, prepared.frame("train"), prepared.frame("test"))
+        (draft / "metrics.json").write_text(json.dumps(scores, indent=1))
+
+    store.produce(target, build, fresh=fresh)
+    return json.loads((target / "metrics.json").read_text())
+
+
+def _scores(project: Project, train: pd.DataFrame, test: pd.DataFrame) -> dict[str, dict[str, float]]:
+    y_train, y_test = train[LABEL].to_numpy(), test[LABEL].to_numpy()
+    x_train, x_test = (_columns(frame, project) for frame in (train, test))
+    scores = {"constant": metrics.evaluate(y_test, np.full(len(y_test), y_train.mean()))}
+    for name, model in _models(project).items():
+        model.fit(x_train, y_train)
+        scores[name] = metrics.evaluate(y_test, model.predict_proba(x_test)[:, 1])
+    return scores
+
+
+def _columns(frame: pd.DataFrame, project: Project) -> pd.DataFrame:
+    filled = {n: frame[n].fillna(MISSING) for n, e in project.features.items() if e.encode != "min_max"}
+    return frame[list(project.features)].assign(**filled)
+
+
+def _models(project: Project) -> Mapping[str, Any]:
+    from sklearn.compose import make_column_transformer
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.impute import SimpleImputer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
+
+    numbers = [n for n, e in project.features.items() if e.encode == "min_max"]
+    categories = [n for n in project.features if n not in numbers]
+    scaled = make_column_transformer(
+        (make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler()), numbers),
+        (OneHotEncoder(handle_unknown="ignore"), categories),
+    )
+    places = OrdinalEncoder(
+        handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=250, dtype=np.float64
+    )
+    ordinal = make_column_transformer(("passthrough", numbers), (places, categories))
+    is_category = [False] * len(numbers) + [True] * len(categories)
+    boosting = HistGradientBoostingClassifier(categorical_features=is_category, random_state=project.seed)
+    return {
+        "logistic_regression": make_pipeline(scaled, LogisticRegression(max_iter=1000)),
+        "gradient_boosting": make_pipeline(ordinal, boosting),
+    }

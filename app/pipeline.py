@@ -1,0 +1,150 @@
+"""The way of a model: prepare, train, evaluate, gate, register."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app import bundle, registry, store
+from app.bundle import Bundle
+from app.config import Project
+from app.console import Console
+from app.data.prepare import LABEL, Prepared, prepare
+from app.evaluation import gate, metrics, report
+from app.evaluation.baselines import baselines
+from app.export import onnx
+from app.models import MODELS
+from app.registry import CHAMPION, Version
+from app.training import trainer
+from app.training.trainer import Trained
+
+CODE = (bundle, metrics, report, onnx)
+NUM_REFERENCE_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run."""
+
+    run_id: str
+    bundle: Path
+    history: list[dict[str, float]]
+    evaluation: dict[str, Any]
+    """The bundle's metrics.json: `model`, `baselines`, `reliability`, `onnx_difference`."""
+    decision: gate.Decision
+    version: Version | None
+    """None if the gate did not let the candidate pass."""
+
+
+def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
+    """Take a project from its raw data to a registered version. Needs Ray.
+
+    What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
+    """
+    with console.stage("prepare") as done:
+        prepared = prepare(project, fresh=fresh)
+        done(_described(prepared), cached=prepared.cached)
+    with registry.run(project, _bundle_key(project, prepared), fresh=fresh) as run:
+
+        def on_epoch(epoch: dict[str, float]) -> None:
+            console.epoch(epoch, project.training.epochs)
+            run.log_epoch(epoch)
+
+        with console.stage("train") as done:
+            trained = trainer.train(project, prepared, on_epoch, fresh=fresh)
+            for epoch in trained.history:
+                run.log_epoch(epoch)
+            workers = f"{project.model.kind}, {project.training.num_workers} Horovod workers"
+            done(f"{workers}{', continued' if run.resumed else ''}", cached=trained.cached)
+        with console.stage("evaluate") as done:
+            scores = baselines(project, prepared, fresh=fresh)
+            path = _bundle(project, prepared, trained, scores, fresh=fresh)
+            evaluation = json.loads((path / "metrics.json").read_text())
+            done(
+                f"test AUC {evaluation['model']['auc']:.4f}, ONNX within {evaluation['onnx_difference']:.0e}"
+            )
+        with console.stage("gate") as done:
+            champion = _champion_metrics(project, prepared)
+            decision = gate.decide(project.gate, evaluation["model"], scores, champion)
+            done(f"{'passed' if decision.passed else 'not passed'}: {decision.reason}")
+        with console.stage("register") as done:
+            tags = {"raylway.gate": f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"}
+            run.log_results({f"test_{k}": v for k, v in evaluation["model"].items()}, tags)
+            run.log_bundle(path)
+            version = None
+            if decision.passed:
+                data_version = prepared.summary["data_version"]
+                version = registry.register(project.name, run.id, path, data_version=data_version)
+                done(f"{project.name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
+            else:
+                done("not registered; the run and its bundle are in MLflow")
+    return Outcome(run.id, path, trained.history, evaluation, decision, version)
+
+
+def _described(prepared: Prepared) -> str:
+    parts = prepared.summary["parts"]
+    return ", ".join(f"{part['rows']:,} {name}" for name, part in parts.items()) + " rows"
+
+
+def _bundle(
+    project: Project, prepared: Prepared, trained: Trained, scores: Mapping[str, Any], *, fresh: bool
+) -> Path:
+    """Make the bundle of a trained model, with its metrics on the test part; returns its folder."""
+    target = store.folder("bundle", _bundle_key(project, prepared))
+
+    def build(draft: Path) -> None:
+        from safetensors.torch import load_file
+
+        preprocessor = prepared.preprocessor
+        model = MODELS[project.model.kind](project.model, preprocessor.layout)
+        model.load_state_dict(load_file(trained.weights))
+        test = prepared.frame("test")
+        schema = bundle.schema_of(project, preprocessor)
+
+        onnx.export(model, preprocessor, draft / "model.onnx")
+        difference = onnx.difference(model, preprocessor, draft / "model.onnx", test)
+        shutil.copy(trained.weights, draft / "model.safetensors")
+        (draft / "preprocessor.json").write_text(preprocessor.model_dump_json(indent=1))
+        (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
+        (draft / "model.json").write_text(project.model.model_dump_json(indent=1))
+        bundle.write_example(draft, test, schema)
+        train = prepared.frame("train")
+        train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
+            draft / "reference.parquet", index=False
+        )
+        probabilities = bundle.predict(draft / "model.onnx", schema, test)
+        labels = test[LABEL].to_numpy()
+        evaluation = {
+            "model": metrics.evaluate(labels, probabilities),
+            "baselines": scores,
+            "reliability": metrics.reliability(labels, probabilities),
+            "onnx_difference": difference,
+        }
+        (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
+        (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
+        registry.write_flavor(draft)
+        bundle.seal(draft, {"data_version": prepared.summary["data_version"], "seed": project.seed})
+
+    store.produce(target, build, fresh=fresh)
+    return target
+
+
+def _bundle_key(project: Project, prepared: Prepared) -> str:
+    trained = trainer.key(project, prepared)
+    inputs = {"trained": trained, **project.model_dump(mode="json", include={"name", "data", "features"})}
+    return store.key("bundle", inputs, CODE)
+
+
+def _champion_metrics(project: Project, prepared: Prepared) -> dict[str, float] | None:
+    """The champion on the same test part; None if there is none, or if it takes columns that are gone."""
+    champion = registry.find(project.name, CHAMPION)
+    if champion is None:
+        return None
+    test = prepared.frame("test")
+    opened = Bundle(champion.path)
+    names = [i.name for i in opened.schema.inputs]
+    if not set(names) <= set(test.columns):
+        return None
+    return metrics.evaluate(test[LABEL].to_numpy(), opened.predict({n: test[n].to_numpy() for n in names}))

@@ -1,0 +1,221 @@
+"""MLflow: runs, metrics and registered versions. The only file that imports it."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before the import: MLflow reads both when it is first imported.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+
+import mlflow
+import mlflow.onnx
+import onnx
+from mlflow.entities import Metric, Param, RunStatus, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model
+from mlflow.tracking import MlflowClient
+
+from app import bundle
+from app.config import Project
+from app.errors import UserError
+from app.home import home
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+KEY_TAG = "raylway.key"
+"""On a run: the key of its bundle, by which a restarted run is found again."""
+BUNDLE_TAG = "raylway.model_sha256"
+"""On a version: the SHA-256 of its graph, by which the same model is not registered twice."""
+ARTIFACT = "bundle"
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version with its bundle."""
+
+    name: str
+    number: str
+    aliases: tuple[str, ...]
+    path: Path
+    """The bundle, on this machine."""
+
+
+def uri() -> str:
+    """Where MLflow keeps its tables: $RAYLWAY_DATABASE_URL, or SQLite in the state directory."""
+    return os.environ.get("RAYLWAY_DATABASE_URL") or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def client() -> MlflowClient:
+    """A client of our MLflow, whose tables are made at the first call."""
+    home().mkdir(parents=True, exist_ok=True)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri(), registry_uri=uri())
+
+
+class Run:
+    """An MLflow run that a restarted training continues."""
+
+    def __init__(self, client: MlflowClient, run_id: str, resumed: bool):
+        self._client = client
+        self.id = run_id
+        self.resumed = resumed
+        history = client.get_metric_history(run_id, "train_loss") if resumed else []
+        self._logged = {metric.step for metric in history}
+
+    def log_epoch(self, metrics: Mapping[str, float]) -> None:
+        """The metrics of an epoch, unless they are there: a resumed training repeats its last one."""
+        step = int(metrics["epoch"])
+        if step in self._logged:
+            return
+        self._logged.add(step)
+        now = int(time.time() * 1000)
+        values = [Metric(name, value, now, step) for name, value in metrics.items() if name != "epoch"]
+        self._client.log_batch(self.id, metrics=values)
+
+    def log_results(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self.id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()]
+        )
+        for name, value in tags.items():
+            self._client.set_tag(self.id, name, value)
+
+    def log_bundle(self, path: Path) -> None:
+        self._client.log_artifacts(self.id, str(path), ARTIFACT)
+
+
+@contextlib.contextmanager
+def run(project: Project, key: str, *, fresh: bool = False) -> Iterator[Run]:
+    """The MLflow run that makes the bundle with this key: the one there is, or a new one.
+
+    It ends FINISHED, or FAILED if the body raises; a process that is killed leaves it RUNNING.
+    """
+    ours = client()
+    experiment = ours.get_experiment_by_name(project.name)
+    if experiment is None:
+        artifacts = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
+        experiment_id = ours.create_experiment(project.name, artifact_location=f"{artifacts}/{project.name}")
+    else:
+        experiment_id = experiment.experiment_id
+    query = f"tags.`{KEY_TAG}` = '{key}'"
+    found = ours.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=1)
+    if found and not fresh:
+        current = Run(ours, found[0].info.run_id, resumed=True)
+        ours.update_run(current.id, status="RUNNING")
+    else:
+        created = ours.create_run(experiment_id, run_name=project.model.kind, tags={KEY_TAG: key})
+        current = Run(ours, created.info.run_id, resumed=False)
+        ours.log_batch(current.id, params=[Param(k, str(v)) for k, v in _parameters(project)])
+    try:
+        yield current
+    except BaseException:
+        ours.set_terminated(current.id, RunStatus.to_string(RunStatus.FAILED))
+        raise
+    ours.set_terminated(current.id, RunStatus.to_string(RunStatus.FINISHED))
+
+
+def _parameters(project: Project) -> Iterator[tuple[str, Any]]:
+    yield "seed", project.seed
+    for section in ("model", "training"):
+        for key, value in getattr(project, section).model_dump().items():
+            yield f"{section}.{key}", value
+
+
+def write_flavor(folder: Path) -> None:
+    """Make a bundle an MLflow model too (ONNX flavour), so that MLflow's own tools open it."""
+    requirements = [f"onnx=={onnx.__version__}", f"onnxruntime=={bundle.onnxruntime.__version__}"]
+    model = Model()
+    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
+    model.add_flavor(
+        "python_function",
+        loader_module="mlflow.onnx",
+        data="model.onnx",
+        env={"virtualenv": "requirements.txt"},
+        python_version=bundle.platform.python_version(),
+    )
+    model.add_flavor(
+        "onnx",
+        onnx_version=onnx.__version__,
+        data="model.onnx",
+        providers=["CPUExecutionProvider"],
+        options=None,
+        code=None,
+    )
+    model.save(str(folder / "MLmodel"))
+
+
+def register(name: str, run_id: str, path: Path, *, data_version: str) -> Version:
+    """Register a run's bundle, unless a version has the very same graph already.
+
+    The first version becomes the champion, a later one the challenger.
+    """
+    ours = client()
+    if not ours.search_registered_models(f"name = '{name}'"):
+        ours.create_registered_model(name)
+    digest = bundle.verify(path)["files"]["model.onnx"]
+    same = ours.search_model_versions(f"name = '{name}' and tags.`{BUNDLE_TAG}` = '{digest}'")
+    if same:
+        return resolve(name, str(same[0].version))
+    source = f"{ours.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
+    tags = {BUNDLE_TAG: digest, "raylway.data_version": data_version}
+    number = str(ours.create_model_version(name, source, run_id=run_id, tags=tags).version)
+    alias = CHALLENGER if CHAMPION in ours.get_registered_model(name).aliases else CHAMPION
+    ours.set_registered_model_alias(name, alias, number)
+    return resolve(name, number)
+
+
+def resolve(name: str, version: str) -> Version:
+    """The version with a number or an alias; its bundle is fetched if it is elsewhere.
+
+    Raises UserError if there is none, saying which there are.
+    """
+    found = find(name, version)
+    if found is None:
+        known = ", ".join(_described(v) for v in versions(name))
+        hint = f"{name} has {known}" if known else f"{name} has no versions; train one with `raylway train`"
+        raise UserError(f"no version {version!r} of the model {name!r} is registered; {hint}")
+    return found
+
+
+def find(name: str, version: str) -> Version | None:
+    """Like `resolve`, but None if there is none."""
+    ours = client()
+    try:
+        if version.isdigit():
+            found = ours.get_model_version(name, version)
+        else:
+            found = ours.get_model_version_by_alias(name, version)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    path = mlflow.artifacts.download_artifacts(found.source, tracking_uri=uri())
+    return Version(name, str(found.version), tuple(found.aliases), Path(path))
+
+
+def versions(name: str) -> Sequence[Any]:
+    """MLflow's entries of all versions of a model, the newest first."""
+    ours = client()
+    entries = ours.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
+    # Searching leaves the aliases out.
+    return [ours.get_model_version(name, entry.version) for entry in entries]
+
+
+def promote(name: str, version: str) -> Version:
+    """Make a version the champion; if it was the challenger, there is none until the next one."""
+    chosen = resolve(name, version)
+    ours = client()
+    ours.set_registered_model_alias(name, CHAMPION, chosen.number)
+    if CHALLENGER in chosen.aliases:
+        ours.delete_registered_model_alias(name, CHALLENGER)
+    return resolve(name, chosen.number)
+
+
+def _described(entry: Any) -> str:
+    aliases = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
+    return f"{entry.version}{aliases}"

@@ -1,0 +1,73 @@
+"""The variants of an endpoint: bundles that take the same inputs and share the traffic."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.bundle import Bundle, Input, Schema
+from app.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """A version of the registered model that answers a share of the traffic."""
+
+    version: str
+    """Its number in the registry."""
+    weight: float
+    """Share of the units, relative to the other variants' weights."""
+    path: Path
+    """Its bundle."""
+
+
+def load(variants: Mapping[str, Deployed]) -> dict[str, Bundle]:
+    """Verify and open each variant's bundle, and let it answer its stored example (which warms it up).
+
+    Raises BrokenBundle if files were changed or the example is answered differently.
+    """
+    bundles = {}
+    for name, variant in variants.items():
+        bundles[name] = Bundle(variant.path)
+        bundles[name].check_example()
+    return bundles
+
+
+def common_schema(schemas: Mapping[str, Schema]) -> Schema:
+    """What all variants take.
+
+    A category's known values are those that every variant knows: whether a request is refused must not
+    depend on the variant, or the variants could not be compared. Raises UserError if they differ in more.
+    """
+    (first, schema), *others = schemas.items()
+    for name, other in others:
+        differences = _differences(schema, other)
+        if differences:
+            raise UserError(
+                f"the variants of one endpoint must take the same inputs, but {first} and {name} differ in "
+                f"{'; '.join(differences)}. Deploy versions that were trained on the same contract."
+            )
+    inputs = []
+    for position, item in enumerate(schema.inputs):
+        known = item.known
+        if known is not None:
+            others_know = [set(other.inputs[position].known or []) for _, other in others]
+            known = [value for value in known if all(value in values for values in others_know)]
+        inputs.append(item.model_copy(update={"known": known}))
+    return schema.model_copy(update={"inputs": inputs})
+
+
+def _differences(one: Schema, other: Schema) -> list[str]:
+    found = []
+    if (one.label, one.positive) != (other.label, other.positive):
+        found.append(f"label ({one.label}: {one.positive}, {other.label}: {other.positive})")
+    left, right = _contracts(one), _contracts(other)
+    for name in dict.fromkeys([*left, *right]):
+        if left.get(name) != right.get(name):
+            found.append(f"column {name} ({left.get(name, 'absent')}, {right.get(name, 'absent')})")
+    return found
+
+
+def _contracts(schema: Schema) -> dict[str, str]:
+    """Each column's contract as text, in the order of the names."""
+    by_name: list[Input] = sorted(schema.inputs, key=lambda item: item.name)
+    return {item.name: str(item.contract.model_dump(exclude_defaults=True)) for item in by_name}

@@ -1,0 +1,69 @@
+"""A small real bundle: a hand-made preprocessor and an untrained network, exported and sealed."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from app import bundle
+from app.config import Project
+from app.data.features import Categories, Preprocessor, Scaled
+from app.export import onnx
+from app.models.tabular import MultiLayerPerceptron
+
+EDUCATION = ["Bachelors", "Doctorate", "HS-grad"]
+
+PROJECT: dict[str, Any] = {
+    "name": "income",
+    "data": {
+        "source": {"path": "unused.parquet"},
+        "label": {"column": "income", "positive": ">50K"},
+        "columns": {
+            "age": {"type": "number", "min": 0, "max": 120},
+            "hours-per-week": {"type": "number", "nullable": True},
+            "education": {"type": "category"},
+            "workclass": {"type": "category", "nullable": True, "unseen": "ignore"},
+            "gender": {"type": "category", "values": ["Female", "Male"]},
+        },
+    },
+    "features": {
+        "age": {"encode": "min_max"},
+        "hours-per-week": {"encode": "min_max"},
+        "education": {"encode": "one_hot"},
+        "workclass": {"encode": "embedding", "width": 2},
+        "gender": {"encode": "one_hot"},
+    },
+    "model": {"kind": "mlp", "hidden": [8]},
+    "training": {"num_workers": 1, "epochs": 1, "batch_size": 8, "learning_rate": 0.1},
+    "serving": {"variants": {"champion": {"version": "champion", "weight": 1}}},
+}
+
+ROWS: list[dict[str, Any]] = [
+    {"age": 39, "hours-per-week": 40, "education": "Bachelors", "workclass": "Private", "gender": "Male"},
+    {"age": 52.5, "hours-per-week": None, "education": "HS-grad", "workclass": None, "gender": "Female"},
+    {"age": 0, "hours-per-week": -3, "education": "Doctorate", "workclass": "State-gov", "gender": "Female"},
+]
+
+
+def build(folder: Path, seed: int, education: list[str] = EDUCATION) -> Path:
+    """A sealed bundle in `folder`, which it makes; each seed gives another model."""
+    folder.mkdir()
+    preprocessor = Preprocessor(
+        columns=[
+            Scaled(column="age", minimum=0, maximum=90, fill=0.4),
+            Scaled(column="hours-per-week", minimum=1, maximum=99, fill=0.4),
+            Categories(column="education", encode="one_hot", values=education, width=len(education)),
+            Categories(column="gender", encode="one_hot", values=["Female", "Male"], width=2),
+            Categories(column="workclass", encode="embedding", values=["", "Private", "State-gov"], width=2),
+        ]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = MultiLayerPerceptron(preprocessor.layout, [8], dropout=0.0)
+    onnx.export(model, preprocessor, folder / "model.onnx")
+    schema = bundle.schema_of(Project.model_validate(PROJECT), preprocessor)
+    (folder / "schema.json").write_text(schema.model_dump_json())
+    bundle.write_example(folder, pd.DataFrame(ROWS), schema)
+    bundle.seal(folder, {"seed": seed})
+    return folder
