@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 
 from app import projectfile
-from app.config import Project
 from app.console import Console, chatter_to_log
 from app.errors import UserError
 
@@ -46,8 +45,8 @@ def check(file: File, overrides: Set = None) -> None:
     """Validate a project file. Starts nothing."""
     project = projectfile.load(file, overrides or [])
     Console().say(
-        f"{file}: valid: {project.name}, {len(project.features)} features of {len(project.data.columns)} columns, "
-        f"{project.model.kind}, {project.training.num_workers} workers, "
+        f"{file}: valid: {project.name}, {len(project.features)} of {len(project.data.columns)} columns as "
+        f"features, {project.model.kind}, {project.training.num_workers} workers, "
         f"{len(project.serving.variants)} variants"
     )
 
@@ -81,20 +80,20 @@ def serve(file: File, overrides: Set = None) -> None:
     """
     project = projectfile.load(file, overrides or [])
     with _working("serve", hint="the endpoint is down") as console:
-        from app import cluster, registry
+        from app import cluster
         from app.serving import variants
 
-        chosen = variants.choose(project, registry.find)
-        for note in chosen.notes:
+        chosen, notes = variants.registered(project)
+        for note in notes:
             console.say(note, style="yellow")
         with cluster.session():
             from app.serving import deploy
 
-            url = deploy.deploy(project.serving, project.name, chosen.variants)
-            for variant in chosen.variants:
-                console.say(f"  {variant.name}: version {variant.version.number}, weight {variant.weight:g}")
-            console.say(f"serving at {url}; try:")
-            console.say(deploy.curl(url, next(iter(chosen.variants)).version.path))
+            server = deploy.deploy(project.serving, project.name, chosen)
+            for name, variant in chosen.items():
+                console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
+            console.say(f"serving at {server}/v2/models/{project.name}; try:")
+            console.say(variants.curl(server, project.name, next(iter(chosen.values()))))
             if cluster.lasts():
                 console.say("it stays up with the cluster")
                 return
@@ -156,7 +155,7 @@ def demo() -> None:
 
 @contextmanager
 def _working(command: str, hint: str = "") -> Iterator[Console]:
-    """A command's console, with the chatter in a log file; a defect of ours ends in one line that names it."""
+    """A command's console, the chatter in a log file; a defect of ours ends in one line that names it."""
     with chatter_to_log(command) as (console, log):
         console.say(f"log: {_short(log)}", style="dim")
         try:

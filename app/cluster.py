@@ -179,6 +179,12 @@ def reap(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def lasts() -> bool:
+    """Whether `session` joins a cluster that goes on when the command has ended."""
+    cluster = recorded()
+    return os.environ.get("RAY_ADDRESS", "local") != "local" or bool(cluster and cluster.alive())
+
+
 @contextlib.contextmanager
 def session(*, log_to_driver: bool = True) -> Iterator[None]:
     """Ray for one command: joined where there is one for us, started and stopped again where there is none.

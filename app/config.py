@@ -20,6 +20,8 @@ class Source(Section):
     """A Parquet or CSV file, or a folder of them; relative to where the command runs, or any URI that
     Ray Data reads."""
     format: Literal["parquet", "csv"] = "parquet"
+    limit: PositiveInt | None = None
+    """Only the first so many rows, for trying something out."""
 
     @model_validator(mode="after")
     def _one(self) -> "Source":

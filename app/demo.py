@@ -50,7 +50,7 @@ def run(console: Console) -> None:
     incumbent = projectfile.load(PROJECT, INCUMBENT)
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with cluster.session():
-        from app import pipeline, registry
+        from app import pipeline
         from app.serving import deploy, variants
 
         console.say("1. A first champion: logistic regression", style="bold")
@@ -59,19 +59,18 @@ def run(console: Console) -> None:
         second = pipeline.run(project, console)
         console.say("3. Both answer requests, in an A/B test", style="bold")
         with console.stage("serve") as done:
-            chosen = variants.choose(project, registry.find)
-            url = deploy.deploy(project.serving, project.name, chosen.variants)
-            done(f"{', '.join(f'{v.name} = version {v.version.number}' for v in chosen.variants)}")
+            chosen, _ = variants.registered(project)
+            server = deploy.deploy(project.serving, project.name, chosen)
+            done(", ".join(f"{name} = version {variant.version}" for name, variant in chosen.items()))
         rows = json.loads((second.bundle / "example.json").read_text())["rows"]
         with console.stage("requests") as done:
-            traffic = asyncio.run(_ask(f"{url}/predict", rows))
+            traffic = asyncio.run(_ask(f"{server}/v2/models/{project.name}/predict", rows))
             done(f"{NUM_REQUESTS} requests of {NUM_UNITS} units, {CONCURRENCY} at a time")
-        with console.stage("stop") as done:
-            deploy.undeploy()
-            done("nothing is left running")
-    _summary(console, [first, second], traffic, [v.name for v in chosen.variants])
-    _next_steps(console, project.name, rows[0])
-    console.say(f"\nDone in {time.perf_counter() - started:.0f} s.", style="bold")
+    trained = {f"champion: {incumbent.model.kind}": first, f"challenger: {project.model.kind}": second}
+    _summary(console, trained, traffic, list(chosen))
+    _next_steps(console, project.name, chosen["challenger"])
+    seconds = time.perf_counter() - started
+    console.say(f"\nDone in {seconds:.0f} s; nothing is left running.", style="bold")
 
 
 @dataclass(frozen=True)
@@ -114,31 +113,17 @@ async def _ask(url: str, rows: list[dict[str, Any]]) -> Traffic:
     return Traffic(units, sum(len(v) > 1 for v in answered.values()), latencies, failed)
 
 
-def _summary(console: Console, outcomes: list[Any], traffic: Traffic, variants: list[str]) -> None:
-    quality = Table(
-        "on the test part",
-        "AUC",
-        "accuracy",
-        "F1",
-        "calibration error",
-        title="Quality",
-        title_justify="left",
-    )
-    scores = {
-        name.replace("_", " "): metrics for name, metrics in outcomes[-1].evaluation["baselines"].items()
-    }
-    for outcome, variant in zip(outcomes, ("champion", "challenger"), strict=True):
-        label = (
-            f"{variant}: version {outcome.version.number}"
-            if outcome.version
-            else f"{variant}: not registered"
-        )
-        scores[label] = outcome.evaluation["model"]
+def _summary(console: Console, trained: dict[str, Any], traffic: Traffic, variants: list[str]) -> None:
+    columns = ("on the test part", "AUC", "accuracy", "F1", "calibration error")
+    quality = Table(*columns, title="Quality", title_justify="left")
+    last = list(trained.values())[-1]
+    scores = {name.replace("_", " "): metrics for name, metrics in last.evaluation["baselines"].items()}
+    scores |= {name: outcome.evaluation["model"] for name, outcome in trained.items()}
     for name, m in scores.items():
         quality.add_row(name, *(f"{m[k]:.4f}" for k in ("auc", "accuracy", "f1", "calibration_error")))
     console.say()
     console.say(quality)
-    rows_per_s = np.median([epoch["rows_per_s"] for epoch in outcomes[-1].history])
+    rows_per_s = np.median([epoch["rows_per_s"] for epoch in last.history])
     total = sum(traffic.units.values())
     split = ", ".join(f"{name} {traffic.units[name] / total:.1%}" for name in variants)
     p50, p99 = np.percentile(traffic.latencies_ms, [50, 99])
@@ -149,15 +134,18 @@ def _summary(console: Console, outcomes: list[Any], traffic: Traffic, variants: 
     )
 
 
-def _next_steps(console: Console, name: str, row: dict[str, Any]) -> None:
+def _next_steps(console: Console, name: str, variant: Any) -> None:
+    from app.serving import variants
+
     folder = _relative(home())
-    database = f"sqlite:///{folder}/mlflow.db"
-    body = json.dumps({"unit": "user-17", "rows": [row]})
-    console.say("\nGo on from here:", style="bold")
-    console.say(f"  runs and versions   .venv/bin/mlflow ui --backend-store-uri {database}")
-    console.say(f"  keep it up          RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
     port = projectfile.load(PROJECT).serving.port
-    console.say(f"  then ask it         curl -s http://127.0.0.1:{port}/v2/models/{name}/predict -d '{body}'")
+    console.say("\nGo on from here:", style="bold")
+    console.say("  runs and versions")
+    console.say(f"    .venv/bin/mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
+    console.say("  keep the endpoint up")
+    console.say(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
+    console.say("  then ask it, from another shell")
+    console.say(f"    {variants.curl(f'http://127.0.0.1:{port}', name, variant)}")
 
 
 def _relative(path: Path) -> Path:

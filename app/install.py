@@ -33,7 +33,7 @@ BUILD_MINUTES = "2 to 5 minutes on two cores"
 
 
 def install() -> None:
-    """Bring .venv up to date with pyproject.toml and constraints.txt. Raises UserError for what is missing."""
+    """Bring .venv up to date with pyproject.toml and constraints.txt. Raises UserError if that cannot be."""
     if sys.version_info[:2] != (3, 11):
         raise UserError(
             f"Python 3.11 is needed, but this is {platform.python_version()}; say make PYTHON=python3.11"
@@ -124,7 +124,7 @@ def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:
             "HOROVOD_NCCL_HOME": str(home),
             "HOROVOD_NCCL_LINK": "SHARED",
         }
-    command = [PYTHON, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
+    command = [str(PYTHON), "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
     log = scratch.parent / "horovod-build.log"
     started = time.monotonic()
     with log.open("w") as file:

@@ -52,6 +52,8 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             console.epoch(epoch, project.training.epochs)
             run.log_epoch(epoch)
 
+        if (fresh or not trainer.done(project, prepared)) and (wait := trainer.shortage(project)):
+            console.say(f"  {wait}", style="yellow")
         with console.stage("train") as done:
             trained = trainer.train(project, prepared, on_epoch, fresh=fresh)
             for epoch in trained.history:

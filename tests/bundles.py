@@ -46,10 +46,8 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def build(folder: Path, seed: int, education: list[str] = EDUCATION) -> Path:
-    """A sealed bundle in `folder`, which it makes; each seed gives another model."""
-    folder.mkdir()
-    preprocessor = Preprocessor(
+def preprocessor(education: list[str]) -> Preprocessor:
+    return Preprocessor(
         columns=[
             Scaled(column="age", minimum=0, maximum=90, fill=0.4),
             Scaled(column="hours-per-week", minimum=1, maximum=99, fill=0.4),
@@ -58,12 +56,22 @@ def build(folder: Path, seed: int, education: list[str] = EDUCATION) -> Path:
             Categories(column="workclass", encode="embedding", values=["", "Private", "State-gov"], width=2),
         ]
     )
+
+
+def schema(education: list[str] = EDUCATION) -> bundle.Schema:
+    """What the bundle takes; `education` is what training saw of that column."""
+    return bundle.schema_of(Project.model_validate(PROJECT), preprocessor(education))
+
+
+def build(folder: Path, seed: int) -> Path:
+    """A sealed bundle in `folder`, which it makes; each seed gives another model."""
+    folder.mkdir()
+    fitted = preprocessor(EDUCATION)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = MultiLayerPerceptron(preprocessor.layout, [8], dropout=0.0)
-    onnx.export(model, preprocessor, folder / "model.onnx")
-    schema = bundle.schema_of(Project.model_validate(PROJECT), preprocessor)
-    (folder / "schema.json").write_text(schema.model_dump_json())
-    bundle.write_example(folder, pd.DataFrame(ROWS), schema)
+        model = MultiLayerPerceptron(fitted.layout, [8], dropout=0.0)
+    onnx.export(model, fitted, folder / "model.onnx")
+    (folder / "schema.json").write_text(schema().model_dump_json())
+    bundle.write_example(folder, pd.DataFrame(ROWS), schema())
     bundle.seal(folder, {"seed": seed})
     return folder

@@ -36,8 +36,10 @@ def read(data: Data) -> "Dataset":
             include_columns=names,
             strings_can_be_null=True,
         )
-        return ray.data.read_csv(files.paths, filesystem=files.filesystem, convert_options=as_text)
-    return ray.data.read_parquet(files.paths, filesystem=files.filesystem, columns=names)
+        rows = ray.data.read_csv(files.paths, filesystem=files.filesystem, convert_options=as_text)
+    else:
+        rows = ray.data.read_parquet(files.paths, filesystem=files.filesystem, columns=names)
+    return rows.limit(data.source.limit) if data.source.limit else rows
 
 
 def version(source: Source) -> str:

@@ -20,8 +20,10 @@ MAX_ONGOING_REQUESTS = 100
 """Requests that a replica has in hand at once; more wait. Far above what the autoscaler aims at, so that
 a burst is taken in while new replicas start."""
 HEALTH_CHECK_PERIOD_S = 5.0
-LOOK_BACK_S = 5.0
-"""Over which the autoscaler averages; Serve's 30 s would outweigh the delays in the project file."""
+METRICS = {"metrics_interval_s": 1.0, "look_back_period_s": 5.0}
+"""How often a replica tells the autoscaler its load, and over which time it averages. Serve's 10 s and 30 s
+would outweigh the delays in the project file. (Ray deprecates the first for environment variables that
+nothing reads in 2.60.)"""
 READY_TIMEOUT_S = 60.0
 """For HAProxy to learn of replicas that run; about 1 s when idle."""
 
@@ -44,11 +46,7 @@ def deploy(serving: Serving, name: str, variants: Mapping[str, Deployed]) -> str
     endpoint = serve.deployment(Endpoint).options(
         name=name,
         ray_actor_options={"num_cpus": serving.num_cpus},
-        autoscaling_config={
-            **serving.autoscaling.model_dump(),
-            "look_back_period_s": LOOK_BACK_S,
-            "metrics_interval_s": LOOK_BACK_S / 5,
-        },
+        autoscaling_config=serving.autoscaling.model_dump() | METRICS,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
     )

@@ -96,7 +96,7 @@ def parse(body: bytes, header_length: str | None, contract: Contract) -> Inferen
         request = _Request.model_validate_json(body[:end])
     except ValidationError as error:
         raise refusal(error) from None
-    columns = _columns(request, body[end:], contract)
+    columns = _columns(request, memoryview(body)[end:], contract)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     question = contract.check(rows, request.parameters.unit, _path)
     wanted = [each.parameters.binary_data for each in request.outputs] or [None]
@@ -157,7 +157,7 @@ def _length(text: str, limit: int) -> int:
     return int(text)
 
 
-def _columns(request: _Request, binary: bytes, contract: Contract) -> dict[str, list[Any]]:
+def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[str, list[Any]]:
     """The values of each input by name; None for what is missing."""
     kinds = {item.name: item.contract.type for item in contract.schema.inputs}
     columns: dict[str, list[Any]] = {}
@@ -206,7 +206,7 @@ def _flat(data: list[Any]) -> list[Any]:
     return [v[0] if isinstance(v, list) and len(v) == 1 else v for v in data]
 
 
-def _unpack(raw: bytes, datatype: str, num_rows: int) -> list[Any]:
+def _unpack(raw: memoryview, datatype: str, num_rows: int) -> list[Any]:
     """Little endian numbers, or strings each after its length in 4 bytes. Raises ValueError."""
     if datatype in NUMBERS:
         return np.frombuffer(raw, NUMBERS[datatype]).astype(np.float64).tolist()
@@ -216,7 +216,7 @@ def _unpack(raw: bytes, datatype: str, num_rows: int) -> list[Any]:
         if len(raw) - at < 4:
             raise ValueError("its binary data ends within a length")
         (length,) = struct.unpack_from("<I", raw, at)
-        value = raw[at + 4 : at + 4 + length]
+        value = raw[at + 4 : at + 4 + length].tobytes()
         if len(value) < length:
             raise ValueError("its binary data ends within a string")
         try:

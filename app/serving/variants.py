@@ -1,10 +1,13 @@
 """The variants of an endpoint: bundles that take the same inputs and share the traffic."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from app import registry
 from app.bundle import Bundle, Input, Schema
+from app.config import Project
 from app.errors import UserError
 
 
@@ -18,6 +21,35 @@ class Deployed:
     """Share of the units, relative to the other variants' weights."""
     path: Path
     """Its bundle."""
+
+
+def registered(project: Project) -> tuple[dict[str, Deployed], list[str]]:
+    """The project's variants with the versions that the registry has for them now, and what is to be said.
+
+    A variant whose alias no version bears yet is left out, so that a project with a challenger can be served
+    before there is one. Raises UserError if none is left, or a version that is named by number is not there.
+    """
+    found, notes = {}, []
+    for name, variant in project.serving.variants.items():
+        is_number = variant.version.isdigit()
+        version = (registry.resolve if is_number else registry.find)(project.name, variant.version)
+        if version is None:
+            notes.append(f"the variant {name} is left out: no version has the alias {variant.version!r} yet")
+        else:
+            found[name] = Deployed(version=version.number, weight=variant.weight, path=version.path)
+    if not found:
+        raise UserError(
+            f"no version of {project.name!r} that serving.variants names is registered; train one first with "
+            "`raylway train`"
+        )
+    return found, notes
+
+
+def curl(server: str, name: str, variant: Deployed) -> str:
+    """A command line that asks the endpoint about the first row of a variant's stored example."""
+    row = json.loads((variant.path / "example.json").read_text())["rows"][0]
+    body = json.dumps({"unit": "user-17", "rows": [row]}).replace("'", "'\\''")
+    return f"curl -s {server}/v2/models/{name}/predict -H 'content-type: application/json' -d '{body}'"
 
 
 def load(variants: Mapping[str, Deployed]) -> dict[str, Bundle]:
@@ -46,12 +78,12 @@ def common_schema(schemas: Mapping[str, Schema]) -> Schema:
                 f"the variants of one endpoint must take the same inputs, but {first} and {name} differ in "
                 f"{'; '.join(differences)}. Deploy versions that were trained on the same contract."
             )
+    others_know = [{item.name: item.known or [] for item in other.inputs} for _, other in others]
     inputs = []
-    for position, item in enumerate(schema.inputs):
+    for item in schema.inputs:
         known = item.known
         if known is not None:
-            others_know = [set(other.inputs[position].known or []) for _, other in others]
-            known = [value for value in known if all(value in values for values in others_know)]
+            known = [value for value in known if all(value in know[item.name] for know in others_know)]
         inputs.append(item.model_copy(update={"known": known}))
     return schema.model_copy(update={"inputs": inputs})
 

@@ -21,7 +21,12 @@ from app.training import checkpoint
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """Train one rank's copy of the model.
+    """`train`, as Ray Train calls it on each rank: what a rank returns must hold no tensors."""
+    train(settings)
+
+
+def train(settings: dict[str, Any]) -> nn.Module:
+    """Train one rank's copy of the model and return it, the same on all ranks.
 
     `settings`: `project` and `preprocessor` as JSON, and `progress`, the actor that hears of each epoch.
     Reports each epoch's metrics with a checkpoint from rank 0, and goes on from the last one if there is.
@@ -35,8 +40,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, size = hvd.rank(), hvd.size()
     device = _device()
     torch.set_num_threads(1)
-    train, validation = _shard("train", device), _shard("validation", device)
-    num_steps = math.ceil(_largest(len(train[1])) / training.batch_size)
+    rows, validation = _shard("train", device), _shard("validation", device)
+    num_steps = math.ceil(_largest(len(rows[1])) / training.batch_size)
 
     torch.manual_seed(project.seed)
     model = MODELS[project.model.kind](project.model, layout).to(device)
@@ -56,17 +61,17 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     for epoch in range(len(history), training.epochs):
         started = time.perf_counter()
-        order = _begin_epoch(project.seed, epoch, rank, len(train[1]), num_steps * training.batch_size).to(
+        order = _begin_epoch(project.seed, epoch, rank, len(rows[1]), num_steps * training.batch_size).to(
             device
         )
         model.train()
         total = torch.zeros((), device=device)
-        for step, rows in enumerate(order.split(training.batch_size)):
+        for step, batch in enumerate(order.split(training.batch_size)):
             rate = cosine(training.learning_rate, epoch * num_steps + step, training.epochs * num_steps)
             optimizer.param_groups[0]["lr"] = rate
             gradients.zero()
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                loss = log_loss(model(train[0][rows]), train[1][rows])
+                loss = log_loss(model(rows[0][batch]), rows[1][batch])
             scaler.scale(loss).backward()
             gradients.average()
             scaler.step(optimizer)
@@ -92,6 +97,7 @@ def train_loop(settings: dict[str, Any]) -> None:
                 settings["progress"].add.remote(metrics)
             ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"epoch-{epoch:05d}")
     hvd.shutdown()
+    return model
 
 
 class FlatGradients:

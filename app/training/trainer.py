@@ -56,6 +56,11 @@ def key(project: Project, prepared: Prepared) -> str:
     return store.key("train", {**inputs, "prepared": prepared.key}, CODE)
 
 
+def done(project: Project, prepared: Prepared) -> bool:
+    """Whether this training has been done before."""
+    return store.folder("train", key(project, prepared)).exists()
+
+
 def train(
     project: Project, prepared: Prepared, on_epoch: Callable[[dict[str, float]], None], *, fresh: bool = False
 ) -> Trained:
@@ -80,6 +85,22 @@ def train(
     built = store.produce(target, build, fresh=fresh)
     shutil.rmtree(runs / name, ignore_errors=True)  # its checkpoints have served
     return Trained(target, name, cached=not built)
+
+
+def shortage(project: Project) -> str | None:
+    """What a training would have to wait for, in words; None if the cluster has room for it now.
+
+    Raises UserError if it would wait forever: no more can come to a cluster that does not grow.
+    """
+    wanted = project.training.num_workers
+    total, free = (int(r.get("CPU", 0)) for r in (ray.cluster_resources(), ray.available_resources()))
+    grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
+    if total < wanted and not grows:
+        raise UserError(
+            f"training.num_workers: {wanted} workers need a CPU each, but the cluster has {total}; "
+            f"say --set training.num_workers={max(total, 1)}, or use a larger cluster"
+        )
+    return f"waiting for {wanted} CPUs; {free} of {total} are free" if free < wanted else None
 
 
 def _fit(

@@ -1,0 +1,41 @@
+"""The demo, whole, in a state directory of its own."""
+
+import os
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+
+def test_demo(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment["RAYLWAY_HOME"] = str(tmp_path)
+    before = {p.pid for p in psutil.process_iter()}
+    done = subprocess.run(
+        [sys.executable, "-m", "app", "demo"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
+    assert len(said.splitlines()) < 80
+    auc = {name: float(value) for name, value in re.findall(r"│ ([\w :]+?) +│ (0\.\d{4})", said)}
+    assert auc["challenger: mlp"] >= 0.905
+    assert auc["challenger: mlp"] > auc["logistic regression"] > auc["constant"]
+    assert "income version 1 (champion)" in said
+    assert "income version 2 (challenger)" in said
+    assert re.search(r"champion (4|5)\d\.\d%, challenger (4|5)\d\.\d% of 400 units; 0 units changed", said)
+    assert "0 of 1200 requests failed" in said
+    assert "curl -s http://127.0.0.1:8000/v2/models/income/predict" in said
+    log = tmp_path / "demo" / "logs"
+    assert any(f.stat().st_size for f in log.glob("demo-*.log"))
+    # Nothing of Ray's is left.
+    left = [
+        p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and str(tmp_path) in str(p.info)
+    ]
+    assert not left

@@ -1,0 +1,246 @@
+"""A model's life through the commands, as a user gives them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import pandas as pd
+import pytest
+
+from app import cluster
+from tests.integration.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+LINEAR = ("--set", "model={kind: linear}")
+
+
+@pytest.fixture(scope="module")
+def trained(reach, home):
+    """Both candidates of the smoke project, trained by the command: the linear one first."""
+    answers = []
+    for overrides in (LINEAR, ()):
+        command = [sys.executable, "-m", "app", "train", "configs/smoke.yaml", *overrides]
+        environment = {**os.environ, "RAYLWAY_HOME": str(home)}
+        answers.append(
+            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        )
+    return answers
+
+
+def test_the_first_version_becomes_champion_the_second_challenger(trained):
+    first, second = trained
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "smoke version 1 (champion)" in first.stdout
+    assert "smoke version 2 (challenger)" in second.stdout
+    for stage in ("prepare", "train", "evaluate", "gate", "register"):
+        assert re.search(rf"^ +{stage} +[\d.]+ s ", second.stdout, re.MULTILINE)
+    assert "(done before)" in next(line for line in second.stdout.splitlines() if "prepare" in line)
+
+
+def test_what_was_done_is_not_done_again(trained, raylway):
+    again = raylway("train", "configs/smoke.yaml")
+    assert again.returncode == 0, again.stdout
+    assert "epoch" not in again.stdout
+    assert "smoke version 2 (challenger)" in again.stdout
+
+
+def test_the_run_is_in_mlflow_with_its_epochs_and_bundle(trained, ray_cluster):
+    from app import registry
+    from app.bundle import Bundle
+
+    version = registry.resolve("smoke", "challenger")
+    bundle = Bundle(version.path)
+    bundle.check_example()
+    assert bundle.manifest["seed"] == 0
+    client = registry.client()
+    run = client.get_run(client.get_model_version("smoke", "2").run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.kind"] == "mlp"
+    assert run.data.metrics["test_auc"] > 0.75
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "validation_auc")] == [0, 1, 2]
+
+
+def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
+    refused = raylway("train", "configs/smoke.yaml", "--set", "gate.minimum={auc: 0.999}")
+    assert refused.returncode == 3
+    assert re.search(r"not passed: auc 0\.\d{4} is below the minimum 0\.9990", refused.stdout)
+    assert "not registered" in refused.stdout
+    assert "version 3" not in raylway("versions", "smoke").stdout
+
+
+def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster):
+    """SIGKILL of the command in the middle of training; the same command again ends the same run."""
+    from app import registry
+
+    command = ["train", "configs/smoke.yaml", "--set", "seed=7", "--set", "training.epochs=6"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", *command],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RAYLWAY_HOME": str(home)},
+    )  # fmt: skip
+    assert process.stdout
+    for line in process.stdout:
+        if "epoch 2/6" in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    again = raylway(*command)
+    assert again.returncode == 0, again.stdout
+    assert "continued" in again.stdout
+    assert "epoch 1/6" not in again.stdout
+    client = registry.client()
+    experiment = client.get_experiment_by_name("smoke")
+    runs = client.search_runs([experiment.experiment_id], "params.seed = '7'")
+    assert [run.info.status for run in runs] == ["FINISHED"]
+    steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train_loss")]
+    assert sorted(steps) == list(range(6))
+
+
+def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home):
+    """`raylway serve` without a cluster that lasts: its own Ray, until SIGINT."""
+    port = cluster.free_ports(1)[0]
+    # The same registry, but no cluster of `raylway up` in sight.
+    alone = tmp_path / "home"
+    alone.mkdir()
+    for name in ("mlflow.db", "artifacts"):
+        (alone / name).symlink_to(home / name)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", "serve", "configs/smoke.yaml", "--set", f"serving.port={port}"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "RAYLWAY_HOME": str(alone)},
+    )  # fmt: skip
+    assert process.stdout
+    try:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if "Ctrl-C" in line:
+                break
+        curl = next(line for line in said if line.startswith("curl"))
+        answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
+        assert '"variant"' in answer.stdout
+        assert httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    with pytest.raises(httpx.TransportError):
+        httpx.get(f"http://127.0.0.1:{port}/v2/health/ready")
+
+
+def test_promote_moves_the_champion(trained, raylway):
+    assert "smoke version 2 is the champion" in raylway("promote", "smoke", "challenger").stdout
+    listed = raylway("versions", "smoke").stdout
+    assert re.search(r"^ +2 +champion", listed, re.MULTILINE)
+    assert "challenger" not in listed
+    assert raylway("promote", "smoke", "1").returncode == 0
+    missing = raylway("promote", "smoke", "9")
+    assert missing.returncode == 2
+    assert "no version '9'" in missing.stderr
+
+
+BAD_DATA = {
+    "missing file": ("no.parquet", None, "no such file"),
+    "empty file": ("empty.parquet", b"", "0 bytes"),
+    "no parquet": ("bad.parquet", b"garbage", "no readable parquet"),
+}
+
+
+def frame() -> pd.DataFrame:
+    rows = range(400)
+    return pd.DataFrame(
+        {
+            "age": [20 + i % 50 for i in rows],
+            "workclass": ["Private" if i % 3 else "State-gov" for i in rows],
+            "educational-num": [1 + i % 16 for i in rows],
+            "marital-status": ["Divorced" if i % 2 else "Widowed" for i in rows],
+            "gender": ["Male" if i % 2 else "Female" for i in rows],
+            "hours-per-week": [20 + i % 40 for i in rows],
+            "income": [">50K" if i % 4 == 0 else "<=50K" for i in rows],
+        }
+    )
+
+
+BAD_FRAMES = {
+    "no label": (lambda f: f.drop(columns="income"), "the label 'income' is missing"),
+    "constant label": (lambda f: f.assign(income="<=50K"), "constant"),
+    "label never positive": (lambda f: f.assign(income=f.age.astype(str)), "'>50K' does not occur"),
+    "no rows": (lambda f: f.head(0), "no rows"),
+    "column of another type": (lambda f: f.assign(age=f.age.astype(str)), "'age' must hold numbers"),
+    "column missing": (lambda f: f.drop(columns="age"), "column 'age' is missing"),
+    "NaN not allowed": (lambda f: f.assign(age=f.age.where(f.age > 25)), "age: must not be missing"),
+    "value not allowed": (lambda f: f.assign(gender="x"), "gender: must be one of Female, Male"),
+    "out of range": (lambda f: f.assign(age=f.age - 500), "age: must be at least 0"),
+    "too few rows": (lambda f: f.head(6), "too few"),
+}
+
+
+def check_refused(raylway, home, path, message):
+    before = sorted((home / "stages" / "prepare").glob("*"))
+    source = f"data.source={{path: {path}, format: {path.suffix[1:]}}}"
+    refused = raylway("train", "configs/smoke.yaml", "--set", source)
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert refused.stderr.startswith("error: ")
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+    # Nothing half-written stays behind.
+    assert sorted((home / "stages" / "prepare").glob("*")) == before
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_file(case, raylway, home, tmp_path):
+    name, content, message = BAD_DATA[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    check_refused(raylway, home, tmp_path / name, message)
+
+
+@pytest.mark.parametrize("case", BAD_FRAMES)
+def test_bad_data(case, raylway, home, tmp_path):
+    change, message = BAD_FRAMES[case]
+    change(frame()).to_parquet(tmp_path / "data.parquet")
+    check_refused(raylway, home, tmp_path / "data.parquet", message)
+
+
+def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
+    bad = frame().astype({"age": object})
+    bad.loc[[3, 5], "age"] = "forty"
+    bad.to_csv(tmp_path / "data.csv", index=False)
+    check_refused(
+        raylway, home, tmp_path / "data.csv", "age: must be a number: 2 of 400 rows, such as 'forty'"
+    )
+
+
+def test_csv_trains_like_parquet(raylway, tmp_path):
+    frame().to_csv(tmp_path / "data.csv", index=False)
+    source = f"data.source={{path: {tmp_path / 'data.csv'}, format: csv}}"
+    gate = "gate={minimum: {auc: 0.1}, beat: []}"
+    done = raylway("train", "configs/smoke.yaml", "--set", source, "--set", gate, "--set", "name=fromcsv")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_tampered_bundle_is_not_served(raylway, home, trained):
+    from app import registry
+
+    path = registry.resolve("smoke", "1").path / "schema.json"
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b"age", b"agf"))
+    try:
+        refused = raylway("serve", "configs/smoke.yaml", "--set", f"serving.port={cluster.free_ports(1)[0]}")
+    finally:
+        path.write_bytes(original)
+    assert refused.returncode == 2, refused.stdout
+    assert "schema.json was changed" in refused.stderr
+
+
+def test_serving_what_was_never_trained(raylway):
+    refused = raylway("serve", "configs/smoke.yaml", "--set", "name=unheard-of")
+    assert refused.returncode == 2
+    assert "train one first" in refused.stderr

@@ -1,0 +1,310 @@
+"""Two variants served by a real Ray Serve behind HAProxy, asked over real HTTP."""
+
+import http.client
+import os
+import signal
+import socket
+import time
+from collections import Counter
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from app import cluster
+from app.bundle import Bundle, columns_of
+from app.config import Serving
+from app.errors import UserError
+from app.serving import deploy, routing
+from app.serving.variants import Deployed
+from tests.bundles import ROWS, build
+
+pytestmark = [
+    pytest.mark.integration,
+    # Ray Serve's own, when it is imported.
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
+]
+
+WEIGHTS = {"champion": 75.0, "challenger": 25.0}
+MAX_BODY_BYTES = 100_000
+PREDICT = "/v2/models/income/predict"
+INFER = "/v2/models/income/infer"
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {
+        name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
+        for number, (name, weight) in enumerate(WEIGHTS.items(), start=1)
+    }
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return Serving.model_validate(
+        {
+            "port": cluster.free_ports(1)[0],
+            "salt": "test",
+            "variants": {name: {"version": name, "weight": weight} for name, weight in WEIGHTS.items()},
+            "max_body_bytes": MAX_BODY_BYTES,
+            "max_rows": 100,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, variants, settings):
+    yield deploy.deploy(settings, "income", variants)
+    deploy.undeploy()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    # Every answer says how long it is: half a chunked one can look whole.
+    def check(response: httpx.Response) -> None:
+        assert "content-length" in response.headers
+        assert response.status_code != 500, response.read()
+
+    hooks = {"response": [check]}
+    with httpx.Client(base_url=url, trust_env=False, timeout=20, event_hooks=hooks) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def triton(url):
+    from tritonclient.http import InferenceServerClient
+
+    with InferenceServerClient(url.removeprefix("http://")) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def expected(variants):
+    """The answers that each variant must give to ROWS."""
+    bundles = {name: Bundle(variant.path) for name, variant in variants.items()}
+    return {name: bundle.predict(columns_of(bundle.schema, ROWS)) for name, bundle in bundles.items()}
+
+
+def raw(url: str, request: bytes) -> int:
+    """The status of the answer to bytes as they are, for requests that no client library would send."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(request)
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert len(response.read()) == int(response.headers["content-length"])
+        return response.status
+
+
+def post(body: bytes, *headers: bytes, path: str = PREDICT) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1".encode(), b"Host: x", b"Connection: close",
+        b"Content-Type: application/json", b"Content-Length: %d" % len(body), *headers,
+    ]  # fmt: skip
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def test_a_taken_port_is_named(ray_cluster, variants, settings):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"{port}.*serving\.port"):
+            deploy.deploy(settings.model_copy(update={"port": port}), "income", variants)
+
+
+def test_rows_are_answered_as_the_bundle_predicts(client, expected):
+    response = client.post(PREDICT, json={"rows": ROWS, "unit": "user-17"}, headers={"x-request-id": "r-1"})
+    assert response.status_code == 200
+    answer = response.json()
+    variant = routing.choose("user-17", "test", WEIGHTS)
+    assert response.headers.get_list("x-request-id") == ["r-1"]
+    predictions = answer.pop("predictions")
+    assert answer == {
+        "model": "income",
+        "variant": variant,
+        "version": {"champion": "1", "challenger": "2"}[variant],
+        "request_id": "r-1",
+        "label": {"column": "income", "positive": ">50K"},
+    }
+    np.testing.assert_allclose([p["probability"] for p in predictions], expected[variant], rtol=1e-6)
+    assert [p["positive"] for p in predictions] == list(expected[variant] >= 0.5)
+
+
+def test_units_are_split_by_weight_and_stay_where_they_are(client):
+    units = [f"user-{i}" for i in range(400)]
+    answers = [client.post(PREDICT, json={"rows": ROWS[:1], "unit": u}).json()["variant"] for u in units]
+    assert answers == [routing.choose(unit, "test", WEIGHTS) for unit in units]
+    assert 70 <= Counter(answers)["challenger"] <= 130  # 100 expected, standard deviation 8.7
+    by_header = client.post(PREDICT, json={"rows": ROWS[:1]}, headers={"x-raylway-unit": "user-1"})
+    assert by_header.json()["variant"] == answers[1]
+
+
+def test_without_a_unit_each_request_falls_anew(client):
+    answers = [client.post(PREDICT, json={"rows": ROWS[:1]}).json() for _ in range(40)]
+    assert {answer["variant"] for answer in answers} == set(WEIGHTS)
+    assert len({answer["request_id"] for answer in answers}) == 40
+    replaced = client.post(PREDICT, json={"rows": ROWS[:1]}, headers={"x-request-id": "a b" * 100})
+    assert replaced.json()["request_id"] == replaced.headers["x-request-id"] != "a b" * 100
+
+
+def test_a_version_can_be_asked_for(client, expected):
+    for number, variant in (("1", "champion"), ("2", "challenger")):
+        answer = client.post(f"/v2/models/income/versions/{number}/predict", json={"rows": ROWS}).json()
+        assert (answer["version"], answer["variant"]) == (number, variant)
+        got = [p["probability"] for p in answer["predictions"]]
+        np.testing.assert_allclose(got, expected[variant], rtol=1e-6)
+    assert client.get("/v2/models/income/versions/9/ready").status_code == 404
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_triton_client_works_unchanged(triton, expected, binary):
+    from tritonclient.http import InferInput, InferRequestedOutput
+
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("income")
+    assert triton.is_model_ready("income", "2")
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    metadata = triton.get_model_metadata("income")
+    assert (metadata["name"], metadata["versions"]) == ("income", ["1", "2"])
+    inputs = []
+    for column in metadata["inputs"]:
+        values = [row[column["name"]] for row in ROWS]
+        if column["datatype"] == "FP64":
+            array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)[:, None]
+            if not binary:
+                array = np.nan_to_num(array, nan=40.0)
+        else:
+            array = np.array(["" if v is None else v for v in values], dtype=np.object_)[:, None]
+        inputs.append(InferInput(column["name"], list(array.shape), column["datatype"]))
+        inputs[-1].set_data_from_numpy(array, binary_data=binary)
+    outputs = None if binary else [InferRequestedOutput("probability", binary_data=False)]
+    parameters = {"unit": "user-17"}
+    result = triton.infer("income", inputs, outputs=outputs, request_id="mine", parameters=parameters)
+    response = result.get_response()
+    variant = routing.choose("user-17", "test", WEIGHTS)
+    assert response["id"] == "mine"
+    assert response["parameters"]["variant"] == variant
+    assert response["model_version"] == {"champion": "1", "challenger": "2"}[variant]
+    rows = [0, 1, 2] if binary else [0, 2]
+    np.testing.assert_array_equal(result.as_numpy("probability")[rows, 0], expected[variant][rows])
+
+
+ROW = b'{"age": 39, "education": "Bachelors", "gender": "Male"}'
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b'{"rows": [' + ROW + b"]}"),
+        (400, b""),
+        (400, b"\xff\xfe"),
+        (400, b'{"rows": [' + ROW),
+        (400, b'{"rows": ' + b"[" * 50_000),
+        (400, b'{"rows": [{"age": 39, "education": "\\ud800", "gender": "Male"}]}'),
+        (422, b"[]"),
+        (422, b'{"rows": []}'),
+        (422, b'{"rows": [{"age": NaN, "education": "Bachelors", "gender": "Male"}]}'),
+        (422, b'{"rows": [{"age": 1e999, "education": "Bachelors", "gender": "Male"}]}'),
+        (422, b'{"rows": [{"age": true, "education": "Bachelors", "gender": "Male"}]}'),
+        (422, b'{"rows": [{"age": 39, "education": "None such", "gender": "Male"}]}'),
+        (413, b'{"rows": [' + b",".join([ROW] * 101) + b"]}"),
+        (413, b" " * (MAX_BODY_BYTES + 1)),
+    ],
+)
+def test_each_body_gets_its_status(client, status, body):
+    response = client.post(PREDICT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert status == 200 or isinstance(response.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "headers"),
+    [
+        (404, "GET", "/", {}),
+        (404, "GET", "/v2/models/income/nothing", {}),
+        (404, "GET", "/v2/models/income/", {}),
+        (404, "POST", "/v2/models/incomes/predict", {}),
+        (404, "POST", "/v2/models/income/versions/9/infer", {}),
+        (405, "GET", PREDICT, {}),
+        (405, "DELETE", "/v2/models/income", {}),
+        (405, "POST", "/v2/health/live", {}),
+        (415, "POST", PREDICT, {"content-type": "text/html"}),
+        (415, "POST", PREDICT, {"content-type": "application/json", "content-encoding": "gzip"}),
+        (422, "POST", PREDICT, {"content-type": "application/json", "x-raylway-unit": "x" * 257}),
+        (400, "POST", INFER, {"inference-header-content-length": "100"}),
+        (422, "POST", INFER, {}),
+    ],
+)
+def test_each_request_line_gets_its_status(client, status, method, path, headers):
+    content = b'{"rows": [' + ROW + b"]}" if path == PREDICT else b"{}"
+    response = client.request(method, path, content=content if method == "POST" else None, headers=headers)
+    assert response.status_code == status
+    assert isinstance(response.json()["error"], str)
+
+
+def test_an_unknown_model_is_told_the_known_ones(client):
+    assert "income" in client.get("/v2/models/incomes").json()["error"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"x-request-id", b"x-session-id", b"x-request-timeout-seconds", b"serve_multiplexed_model_id",
+        b"serve-multiplexed-model-id", b"x-request-disconnect-disabled", b"x-raylway-unit", b"traceparent",
+    ],
+)  # fmt: skip
+def test_header_bytes_that_are_not_utf8_get_400(url, header):
+    assert raw(url, post(b'{"rows": [' + ROW + b"]}", header + b": \xff\xfe")) == 400
+
+
+def test_headers_that_steer_serve_change_nothing(client):
+    steering = {
+        "x-request-timeout-seconds": "0",
+        "x-session-id": "s",
+        "serve_multiplexed_model_id": "m",
+        "x-request-disconnect-disabled": "?1",
+    }
+    for headers in ({}, steering, {"x-request-timeout-seconds": "0.000001"}):
+        response = client.post(PREDICT, json={"rows": ROWS, "unit": "u"}, headers=headers)
+        assert response.status_code == 200
+
+
+def test_a_chunked_body_is_counted_and_a_declared_one_is_not_waited_for(client, url):
+    def chunks():
+        for _ in range(20):
+            yield b" " * 10_000
+
+    response = client.post(PREDICT, content=chunks(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert raw(url, post(b"").replace(b"Content-Length: 0", b"Content-Length: 99999999999")) == 413
+    assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
+
+
+def test_a_replica_that_was_killed_is_replaced(client, reach):
+    def replicas():
+        processes = psutil.Process(reach.cluster.pid).children(recursive=True)
+        return [p for p in processes if "ServeReplica:income:" in " ".join(p.cmdline())]
+
+    (before,) = replicas()
+    os.kill(before.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 40
+    answered = False
+    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as patient:
+        while not answered and time.monotonic() < deadline:
+            answered = patient.post(PREDICT, json={"rows": ROWS}).status_code == 200
+            time.sleep(0.1)
+    assert answered
+    assert [each.pid for each in replicas()] != [before.pid]
+
+
+def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variants, settings, tmp_path):
+    broken = build(tmp_path / "broken", seed=3)
+    (broken / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model\.onnx was changed"):
+        deploy.deploy(settings, "income", {"champion": Deployed(version="3", weight=1, path=broken)})
+    with pytest.raises(UserError, match=r"serving\.port"):
+        deploy.deploy(settings.model_copy(update={"port": settings.port + 1}), "income", variants)
+    assert client.get("/v2/models/income").json()["versions"] == ["1", "2"]

@@ -1,0 +1,19 @@
+"""A unit test stays one: no Ray is started, and no state is written but the test's own."""
+
+import pytest
+import ray
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    """The state directory of each test."""
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a unit test must not start Ray; see tests/integration")
+
+    monkeypatch.setattr(ray, "init", refuse)

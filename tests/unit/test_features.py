@@ -1,0 +1,192 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import TypeAdapter
+from sklearn.preprocessing import MinMaxScaler, OneHotEncoder
+
+from app.config import Encoding
+from app.data.features import Layout, Preprocessor, block_statistics, fit
+
+
+def encodings(**features) -> dict[str, Encoding]:
+    return TypeAdapter(dict[str, Encoding]).validate_python(features)
+
+
+FEATURES = encodings(
+    town={"encode": "embedding", "width": 3},
+    age={"encode": "min_max"},
+    job={"encode": "one_hot"},
+    pay={"encode": "min_max"},
+)
+
+
+def rows(count: int, seed: int = 0) -> pd.DataFrame:
+    random = np.random.default_rng(seed)
+    pay = random.lognormal(8, 2, count)
+    return pd.DataFrame(
+        {
+            "age": random.integers(17, 90, count).astype(float),
+            "pay": np.where(random.random(count) < 0.2, np.nan, pay),
+            "job": random.choice(np.array(["cook", "smith", "ärztin", None], dtype=object), count),
+            "town": random.choice(np.array([f"town {i}" for i in range(20)], dtype=object), count),
+        }
+    )
+
+
+def fitted(frame: pd.DataFrame, features: dict[str, Encoding] = FEATURES) -> Preprocessor:
+    return fit([block_statistics(frame, features)], features)
+
+
+def column(values, encode: str, **settings) -> tuple[Preprocessor, pd.DataFrame]:
+    """A preprocessor of one column, and the frame that it was fitted on."""
+    frame = pd.DataFrame({"x": pd.Series(values, dtype=float if encode == "min_max" else object)})
+    return fitted(frame, encodings(x={"encode": encode, **settings})), frame
+
+
+def test_numbers_are_scaled_like_scikit_learns():
+    frame = rows(500)
+    features = encodings(age={"encode": "min_max"}, pay={"encode": "min_max"})
+    theirs = MinMaxScaler(clip=True).fit(frame[["age", "pay"]])
+    fresh = rows(500, seed=1)[["age", "pay"]] * 3  # beyond the fitted range too
+    expected = theirs.transform(fresh)
+    fill = theirs.transform(frame[["age", "pay"]].mean().to_frame().T)
+    expected = np.where(np.isnan(expected), fill, expected)
+    ours = fitted(frame, features).transform(fresh)
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+    assert ours.dtype == np.float32
+
+
+def test_categories_are_indicated_like_scikit_learns():
+    frame, fresh = rows(500), rows(300, seed=1)
+    fresh.loc[:9, "job"] = "astronaut"
+    theirs = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    theirs.fit(frame[["job"]].fillna(""))
+    ours = fitted(frame, encodings(job={"encode": "one_hot"})).transform(fresh)
+    np.testing.assert_array_equal(ours, theirs.transform(fresh[["job"]].fillna("")))
+    assert ours.shape == (300, 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_rows_in_any_chunks_give_the_same_preprocessor(seed):
+    random = np.random.default_rng(seed)
+    frame = rows(int(random.integers(1, 200)), seed)
+    cuts = np.sort(random.integers(0, len(frame) + 1, random.integers(0, 6)))
+    blocks = [frame.iloc[a:b] for a, b in zip([0, *cuts], [*cuts, len(frame)], strict=True)]
+    merged = fit([block_statistics(b, FEATURES) for b in blocks], FEATURES)
+    whole = fitted(frame)
+    np.testing.assert_allclose(merged.transform(frame), whole.transform(frame), atol=1e-7)
+    for ours, theirs in zip(merged.columns, whole.columns, strict=True):
+        assert ours.model_dump(exclude={"fill"}) == theirs.model_dump(exclude={"fill"})
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_matrix_keeps_its_promises_on_random_rows(seed):
+    preprocessor = fitted(rows(100, seed))
+    fresh = rows(200, seed + 1000)
+    matrix = preprocessor.transform(fresh)
+    assert matrix.shape == (200, preprocessor.layout.width)
+    assert matrix.dtype == np.float32
+    dense, (place,) = matrix[:, : preprocessor.layout.dense], matrix[:, preprocessor.layout.dense :].T
+    assert ((dense >= 0) & (dense <= 1)).all()
+    assert (matrix[:, 2 : preprocessor.layout.dense].sum(axis=1) <= 1).all()
+    assert set(place) <= set(range(preprocessor.layout.embeddings[0][0]))
+
+
+def test_numbers_come_first_then_one_hots_then_embeddings():
+    preprocessor = fitted(rows(300))
+    assert [c.column for c in preprocessor.columns] == ["age", "pay", "job", "town"]
+    assert preprocessor.layout == Layout(dense=2 + 4, embeddings=((21, 3),))
+    assert preprocessor.layout.width == 7
+
+
+def test_beyond_the_training_range_is_clipped():
+    preprocessor, _ = column([10.0, 20.0], "min_max")
+    values = np.array([-1e300, 9.0, 10.0, 15.0, 20.0, 21.0, 1e300])
+    assert preprocessor.transform({"x": values})[:, 0].tolist() == [0, 0, 0, 0.5, 1, 1, 1]
+
+
+def test_a_missing_number_stands_at_the_training_mean():
+    preprocessor, frame = column([0.0, 10.0, 2.0, np.nan], "min_max")
+    np.testing.assert_allclose(preprocessor.transform(frame)[:, 0], [0, 1, 0.2, 0.4], atol=1e-7)
+
+
+def test_a_missing_number_has_a_place_though_none_was_missing_in_training():
+    preprocessor, _ = column([0.0, 10.0, 2.0], "min_max")
+    np.testing.assert_allclose(preprocessor.transform({"x": np.array([np.nan])}), [[0.4]], atol=1e-7)
+
+
+def test_a_constant_number_is_0_everywhere():
+    preprocessor, _ = column([5.0, 5.0, np.nan], "min_max")
+    assert preprocessor.transform({"x": np.array([5.0, 4.0, 1e9, np.nan])})[:, 0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [float, object])
+def test_an_all_missing_number_is_0_everywhere(dtype):
+    frame = pd.DataFrame({"x": pd.Series([None, None], dtype=dtype)})
+    preprocessor = fitted(frame, encodings(x={"encode": "min_max"}))
+    assert preprocessor.transform({"x": np.array([np.nan, 3.0])})[:, 0].tolist() == [0, 0]
+
+
+def test_a_large_number_keeps_its_digits():
+    preprocessor, frame = column([1e9, 1e9 + 1, 1e9 + 2], "min_max")
+    assert preprocessor.transform(frame)[:, 0].tolist() == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "value", "expected"),
+    [
+        (["b", "a"], "a", [1, 0]),
+        (["b", "a"], "b", [0, 1]),
+        (["b", "a"], "c", [0, 0]),
+        (["b", "a"], None, [0, 0]),
+        (["b", None], None, [1, 0]),
+        (["b", np.nan], None, [1, 0]),
+        ([None, None], None, [1]),
+        ([None, None], "a", [0]),
+    ],
+)
+def test_one_hot_of_known_unseen_and_missing(trained_on, value, expected):
+    preprocessor, _ = column(trained_on, "one_hot")
+    assert preprocessor.transform({"x": np.array([value], dtype=object)}).tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "value", "place"),
+    [
+        (["b", "a"], "a", 1),
+        (["b", "a"], "b", 2),
+        (["b", "a"], "c", 0),
+        (["b", "a"], None, 0),
+        (["b", None], None, 1),
+        (["b", None], np.nan, 1),
+        (["b", None], "b", 2),
+    ],
+)
+def test_embeddings_place_of_known_unseen_and_missing(trained_on, value, place):
+    preprocessor, _ = column(trained_on, "embedding", width=2)
+    assert preprocessor.transform({"x": np.array([value], dtype=object)}).tolist() == [[place]]
+    assert preprocessor.layout.embeddings == ((3, 2),)
+
+
+@pytest.mark.parametrize("dtype", [object, "str", "string"])
+def test_string_types_of_pandas_are_all_the_same(dtype):
+    features = encodings(x={"encode": "one_hot"})
+    frame = pd.DataFrame({"x": pd.Series(["b", None, "a", "b"], dtype=dtype)})
+    assert fitted(frame, features).transform(frame).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_statistics_and_preprocessor_survive_json():
+    frame = rows(200)
+    statistics = json.loads(json.dumps(block_statistics(frame, FEATURES)))
+    preprocessor = fit([statistics], FEATURES)
+    again = Preprocessor.model_validate_json(preprocessor.model_dump_json())
+    assert again == preprocessor == fitted(frame)
+    np.testing.assert_array_equal(again.transform(frame), fitted(frame).transform(frame))
+
+
+def test_a_fitted_preprocessor_is_frozen():
+    preprocessor = fitted(rows(10))
+    with pytest.raises(ValueError, match="frozen"):
+        preprocessor.columns[0].fill = 0.0

@@ -1,0 +1,124 @@
+"""The contract that every model keeps."""
+
+import typing
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from app.config import Linear, Model
+from app.data.features import Layout
+from app.models import MODELS
+
+SETTINGS = {
+    "linear": {"kind": "linear"},
+    "mlp": {"kind": "mlp", "hidden": [8, 4], "dropout": 0.5},
+}
+LAYOUTS = {
+    "mixed": Layout(dense=3, embeddings=((4, 2), (6, 3))),
+    "dense": Layout(dense=5, embeddings=()),
+    "embeddings": Layout(dense=0, embeddings=((4, 2),)),
+}
+
+
+def build(kind: str, layout: Layout, seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[kind](TypeAdapter(Model).validate_python(SETTINGS[kind]), layout)
+
+
+def matrix(layout: Layout, count: int = 7) -> torch.Tensor:
+    """Random rows whose categories were all seen."""
+    random = torch.Generator().manual_seed(0)
+    places = [torch.randint(1, size, (count, 1), generator=random) for size, _ in layout.embeddings]
+    return torch.cat([torch.rand(count, layout.dense, generator=random), *places], dim=1)
+
+
+def kinds() -> list[str]:
+    (union, *_) = typing.get_args(Model)
+    return [typing.get_args(m.model_fields["kind"].annotation)[0] for m in typing.get_args(union)]
+
+
+def test_every_kind_of_the_project_file_has_a_model():
+    assert sorted(MODELS) == sorted(kinds()) == sorted(SETTINGS)
+
+
+every_model = pytest.mark.parametrize("kind", MODELS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@every_model
+@every_layout
+@pytest.mark.parametrize("count", [1, 7])
+def test_gives_a_finite_logit_for_each_row(kind, layout, count):
+    logits = build(kind, layout)(matrix(layout, count))
+    assert logits.shape == (count,)
+    assert logits.dtype == torch.float32
+    assert torch.isfinite(logits).all()
+
+
+@every_model
+@every_layout
+def test_is_determined_by_the_seed_and_rows_do_not_mix(kind, layout):
+    x = matrix(layout)
+    model = build(kind, layout).eval()
+    torch.testing.assert_close(build(kind, layout).eval()(x), model(x), rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat([model(row[None]) for row in x]), model(x))
+
+
+@every_model
+@every_layout
+def test_every_parameter_learns(kind, layout):
+    model = build(kind, layout).eval()  # without dropout, which may silence a unit
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    (model(matrix(layout, 200)) - 1).square().sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for name, parameter in model.named_parameters():
+        assert parameter.numel() == 0 or not torch.equal(parameter, before[name]), name
+
+
+@every_model
+@pytest.mark.parametrize("layout", [LAYOUTS["mixed"], LAYOUTS["embeddings"]], ids=["mixed", "embeddings"])
+def test_a_value_never_seen_has_the_zero_vector_and_never_learns(kind, layout):
+    model = build(kind, layout)
+    x = matrix(layout)
+    x[:, layout.dense] = 0
+    model(x).sum().backward()
+    unseen, *others = [table.weight.grad for table in model.columns.embeddings]
+    assert not unseen.any()
+    for table in model.columns.embeddings:
+        assert not table.weight[0].any()
+    assert all(grad[1:].any() for grad in others)
+    torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1).step()
+    assert not model.columns.embeddings[0].weight[0].any()
+
+
+@every_model
+def test_the_place_of_a_category_matters_and_its_neighbours_do_not(kind):
+    layout = LAYOUTS["mixed"]
+    model = build(kind, layout).eval()
+    with torch.no_grad():
+        for table in model.columns.embeddings:
+            table.weight[1:] = torch.randn(table.weight[1:].shape, generator=torch.Generator().manual_seed(1))
+    x = matrix(layout, 1).repeat(2, 1)
+    x[:, 3] = torch.tensor([1.0, 2.0])
+    first, second = model(x)
+    assert first != second
+
+
+def test_dropout_is_for_training_alone():
+    layout = LAYOUTS["dense"]
+    model = build("mlp", layout)
+    x = matrix(layout)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_linear_is_the_sum_of_its_weights_by_hand():
+    model = MODELS["linear"](Linear(kind="linear"), Layout(dense=2, embeddings=((3, 5),)))
+    with torch.no_grad():
+        model.dense.weight[:] = torch.tensor([[2.0, -1.0]])
+        model.dense.bias[:] = 0.5
+        model.columns.embeddings[0].weight[:] = torch.tensor([[0.0], [10.0], [20.0]])
+    x = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 1.0], [0.5, 1.0, 2.0]])
+    assert model(x).tolist() == [2 - 3 + 0.5, 10 + 0.5, 1 - 1 + 20 + 0.5]

@@ -1,0 +1,153 @@
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+
+from app.bundle import OUTPUT, inputs, session
+from app.data.features import MISSING, Categories, Preprocessor, Scaled
+from app.export.onnx import MAX_DIFFERENCE, difference, export
+from app.models.tabular import LogisticRegression, MultiLayerPerceptron
+
+VALUES = [MISSING, "a b", "c", "größe ✓"]
+
+
+def number(column: str, minimum: float = -2.0, maximum: float = 3.0, fill: float = 0.25) -> Scaled:
+    return Scaled(column=column, minimum=minimum, maximum=maximum, fill=fill)
+
+
+def one_hot(column: str, values: list[str] = VALUES) -> Categories:
+    return Categories(column=column, encode="one_hot", values=values, width=len(values))
+
+
+def embedding(column: str, values: list[str] = VALUES) -> Categories:
+    return Categories(column=column, encode="embedding", values=values, width=3)
+
+
+LAYOUTS = {
+    "numbers": [number("x"), number("y", 0, 1e9), number("constant", 5, 5, 0)],
+    "one-hots": [one_hot("c"), one_hot("d", ["only"])],
+    "embeddings": [embedding("c"), embedding("d", ["only"])],
+    "mixed": [number("x"), number("y", 1e9, 1e9 + 3), one_hot("c"), embedding("d"), embedding("e", ["", "z"])],
+    "one number": [number("x")],
+}
+
+
+def network(preprocessor: Preprocessor, seed: int = 0, kind: str = "mlp") -> torch.nn.Module:
+    """A network whose answers vary: random parameters of a size that trained ones have."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layout = preprocessor.layout
+        model = LogisticRegression(layout) if kind == "linear" else MultiLayerPerceptron(layout, [16], 0.5)
+        for table in model.columns.embeddings:
+            torch.nn.init.normal_(table.weight[1:].detach())
+        return model
+
+
+def rows(preprocessor: Preprocessor, count: int, seed: int = 0) -> pd.DataFrame:
+    """Random rows: inside and beyond the range, huge, missing, known and unseen."""
+    random = np.random.default_rng(seed)
+    columns = {}
+    for c in preprocessor.columns:
+        if isinstance(c, Scaled):
+            span = c.maximum - c.minimum or 1.0
+            values = c.minimum + span * random.uniform(-1, 2, count)
+            special = random.choice([np.nan, 1e300, -1e300, c.minimum, c.maximum], count)
+            columns[c.column] = np.where(random.random(count) < 0.3, special, values)
+        else:
+            known = [None if v == MISSING else v for v in c.values]
+            columns[c.column] = random.choice(np.array([*known, "unseen", None], dtype=object), count)
+    return pd.DataFrame(columns)
+
+
+def expected(model: torch.nn.Module, preprocessor: Preprocessor, frame: pd.DataFrame) -> np.ndarray:
+    with torch.no_grad():
+        return torch.sigmoid(model.eval()(torch.from_numpy(preprocessor.transform(frame)))).numpy()
+
+
+def answers(graph: onnxruntime.InferenceSession, frame: pd.DataFrame) -> np.ndarray:
+    return graph.run([OUTPUT], inputs({name: frame[name].to_numpy() for name in frame}))[0]
+
+
+@pytest.fixture
+def exported(tmp_path):
+    def make(columns, seed: int = 0, kind: str = "mlp"):
+        preprocessor = Preprocessor(columns=columns)
+        model = network(preprocessor, seed, kind)
+        export(model, preprocessor, tmp_path / "model.onnx")
+        return model, preprocessor, tmp_path / "model.onnx"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [*((name, "mlp") for name in LAYOUTS), ("mixed", "linear"), ("numbers", "linear"), ("embeddings", "linear")],
+)
+def test_the_graph_answers_like_the_trained_model(exported, layout, kind):
+    model, preprocessor, path = exported(LAYOUTS[layout], kind=kind)
+    graph = session(path)
+    for count in (1, 2, 1000):
+        frame = rows(preprocessor, count, seed=count)
+        got = answers(graph, frame)
+        assert got.shape == (count, 1)
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got[:, 0], expected(model, preprocessor, frame), atol=MAX_DIFFERENCE / 10)
+    assert got.std() > 0.001, "the answers must vary, or equal ones say nothing"
+    assert difference(model, preprocessor, path, frame) <= MAX_DIFFERENCE / 10
+
+
+@pytest.mark.parametrize("kind", ["number", "one_hot", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["linear", "matrix", "encoded", "probability", "number", "x", "zero", "hours per-week/%", "größe"]
+)
+def test_a_column_may_be_called_anything(exported, name, kind):
+    # Among columns of each kind, whose inner names it could meet.
+    others = [number("n"), one_hot("o"), embedding("e")]
+    columns = [*others, {"number": number, "one_hot": one_hot, "embedding": embedding}[kind](name)]
+    order = ["min_max", "one_hot", "embedding"]
+    model, preprocessor, path = exported(sorted(columns, key=lambda c: order.index(c.encode)))
+    difference(model, preprocessor, path, rows(preprocessor, 50))
+
+
+def test_takes_each_raw_column_by_name_and_type(exported):
+    _, _, path = exported(LAYOUTS["mixed"])
+    graph = session(path)
+    assert {i.name: (i.type, i.shape) for i in graph.get_inputs()} == {
+        "x": ("tensor(double)", ["rows"]),
+        "y": ("tensor(double)", ["rows"]),
+        "c": ("tensor(string)", ["rows"]),
+        "d": ("tensor(string)", ["rows"]),
+        "e": ("tensor(string)", ["rows"]),
+    }
+    (output,) = graph.get_outputs()
+    assert (output.name, output.type, output.shape[1]) == (OUTPUT, "tensor(float)", 1)
+
+
+def test_values_beyond_ascii_are_told_apart(exported):
+    values = ["größe", "grösse", "日本", "日本 "]
+    model, preprocessor, path = exported([one_hot("c", sorted(values))])
+    frame = pd.DataFrame({"c": values})
+    got = answers(session(path), frame)
+    np.testing.assert_allclose(got[:, 0], expected(model, preprocessor, frame), atol=1e-6)
+    assert len(set(got[:, 0])) == 4
+
+
+def test_the_graph_of_another_model_is_noticed(exported, tmp_path):
+    _, preprocessor, path = exported(LAYOUTS["mixed"])
+    with pytest.raises(RuntimeError, match="differs from the trained model"):
+        difference(network(preprocessor, seed=1), preprocessor, path, rows(preprocessor, 100))
+
+
+def test_the_graph_of_another_preprocessor_is_noticed(exported):
+    model, preprocessor, path = exported(LAYOUTS["one number"])
+    shifted = Preprocessor(columns=[number("x", minimum=-1.0)])
+    with pytest.raises(RuntimeError, match="differs from the trained model"):
+        difference(model, shifted, path, rows(preprocessor, 100))
+
+
+def test_the_model_does_not_drop_out_in_the_graph(exported):
+    _, preprocessor, path = exported(LAYOUTS["mixed"])
+    frame = rows(preprocessor, 20)
+    graph = session(path)
+    np.testing.assert_array_equal(answers(graph, frame), answers(graph, frame))

@@ -1,0 +1,292 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from app import projectfile
+from app.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+TEXT = """\
+name: small
+data:
+  source: {path: rows.csv, format: csv}
+  label: {column: bought, positive: "yes"}
+  columns:
+    age: {type: number}
+    town: {type: category}
+features:
+  age: {encode: min_max}
+  town: {encode: one_hot}
+model: {kind: mlp, hidden: [4]}
+training:
+  num_workers: 1
+  epochs: 2
+  batch_size: 8
+  learning_rate: 0.1
+serving:
+  variants:
+    champion: {version: champion, weight: 1}
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(TEXT)
+    return file
+
+
+def faults(file: Path, *overrides: str) -> list[str]:
+    """The lines of the error, the file's folder left out."""
+    with pytest.raises(UserError) as caught:
+        projectfile.load(file, overrides)
+    return str(caught.value).replace(f"{file.parent}/", "").splitlines()
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, "the edit must be of one place"
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_project_loads_and_is_called_like_its_file(config):
+    assert projectfile.load(config).name == config.stem
+
+
+def test_there_are_shipped_projects():
+    assert {"income.yaml", "smoke.yaml"} <= {config.name for config in CONFIGS}
+
+
+def test_loads_what_is_written_and_fills_in_defaults(file):
+    project = projectfile.load(file)
+    assert project.data.columns["age"].type == "number"
+    assert project.model.hidden == [4]
+    assert (project.seed, project.data.split.test, project.gate.beat) == (0, 0.2, ["constant"])
+
+
+@pytest.mark.parametrize("section", ["data", "model", "training", "serving"])
+def test_is_frozen_at_every_level(file, section):
+    project = projectfile.load(file)
+    with pytest.raises(ValidationError):
+        project.name = "other"
+    part = getattr(project, section)
+    with pytest.raises(ValidationError):
+        setattr(part, next(iter(type(part).model_fields)), None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "  epochs: 2",
+            "  epochz: 2\n  epochs: 2",
+            "small.yaml:14: training.epochz: unknown key (did you mean epochs?); allowed: batch_size, device, "
+            "epochs, learning_rate, max_failures, num_workers, precision, weight_decay",
+        ),
+        (
+            "serving:",
+            "sevring: {}\nserving:",
+            "small.yaml:17: sevring: unknown key (did you mean serving?); allowed: data, features, gate, model, "
+            "name, seed, serving, training",
+        ),
+        (
+            "{type: number}",
+            "{type: number, maximum: 3}",
+            "small.yaml:6: data.columns.age.maximum: unknown key (did you mean max?); allowed: max, min, "
+            "nullable, type",
+        ),
+        (
+            "hidden: [4]}",
+            "hidden: [4], zzz: 1}",
+            "small.yaml:11: model.zzz: unknown key; allowed: dropout, hidden, kind",
+        ),
+        (
+            "  epochs: 2\n",
+            "",
+            "small.yaml:12: training.epochs: is missing; the keys here are batch_size, device, epochs, "
+            "learning_rate, max_failures, num_workers, precision, weight_decay",
+        ),
+        (
+            "{path: rows.csv, format: csv}",
+            "{format: csv}",
+            "small.yaml:3: data.source: give exactly one of 'sample' and 'path'",
+        ),
+        (
+            "name: small",
+            "name: Small One",
+            "small.yaml:1: name: string should match pattern",
+        ),
+        ("champion, weight: 1", "champion, weight: -1", "small.yaml:19: serving.variants.champion.weight: "),
+        ("learning_rate: 0.1", "learning_rate: .inf", "small.yaml:16: training.learning_rate: "),
+    ],
+)
+def test_a_fault_tells_its_line_its_key_and_what_is_allowed(file, old, new, expected):
+    edit(file, old, new)
+    (line,) = faults(file)
+    assert line.startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "came"),
+    [
+        ("epochs: 2", "epochs: soon", "small.yaml:14: training.epochs: ", "it is 'soon'"),
+        ("epochs: 2", "epochs: 2.5", "small.yaml:14: training.epochs: ", "it is 2.5"),
+        ("format: csv", "format: xlsx", "small.yaml:3: data.source.format: ", "'parquet' or 'csv'; it is 'xlsx'"),
+        ("hidden: [4]", "hidden: 4", "small.yaml:11: model.hidden: ", "valid list; it is 4"),
+        ("hidden: [4]", "hidden: [4, 0]", "small.yaml:11: model.hidden.1: ", "it is 0"),
+        ("kind: mlp", "kind: forest", "small.yaml:11: model: ", "'linear', 'mlp'"),
+        ("type: number", "type: date", "small.yaml:6: data.columns.age: ", "'number', 'category'"),
+        ("type: number", "min: 0", "small.yaml:6: data.columns.age: ", "'type' is missing"),
+        ("encode: min_max", "encode: log", "small.yaml:9: features.age: ", "'min_max', 'one_hot', 'embedding'"),
+        ("  num_workers: 1", "  num_workers: 0", "small.yaml:13: training.num_workers: ", "it is 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_tells_what_is_allowed_and_what_came(file, old, new, where, came):
+    edit(file, old, new)
+    (line,) = faults(file)
+    assert line.startswith(where)
+    assert came in line
+
+
+def test_all_faults_are_told_at_once(file):
+    edit(file, "epochs: 2", "epochs: soon")
+    edit(file, "kind: mlp", "kind: mlp, depth: 3")
+    edit(file, "  batch_size: 8\n", "")
+    assert sorted(line.split(": ")[1] for line in faults(file)) == [
+        "model.depth",
+        "training.batch_size",
+        "training.epochs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (
+            "  town: {encode: one_hot}",
+            "  town: {encode: one_hot}\n  city: {encode: one_hot}",
+            "small.yaml:11: features.city: no such column; data.columns has age, town",
+        ),
+        (
+            "age: {encode: min_max}",
+            "age: {encode: one_hot}",
+            "small.yaml:9: features.age: a number takes min_max, not one_hot",
+        ),
+        (
+            "town: {encode: one_hot}",
+            "town: {encode: min_max}",
+            "small.yaml:10: features.town: a category takes one_hot or embedding, not min_max",
+        ),
+        (
+            "column: bought",
+            "column: town",
+            "small.yaml:4: data.label.column: 'town' must not be one of data.columns",
+        ),
+    ],
+)
+def test_sections_must_fit_one_another(file, old, new, expected):
+    edit(file, old, new)
+    assert faults(file) == [expected]
+
+
+def test_split_must_leave_something_to_train_on(file):
+    edit(file, "features:", "  split: {validation: 0.5, test: 0.5}\nfeatures:")
+    (line,) = faults(file)
+    assert line.startswith("small.yaml:8: data.split: ")
+    assert "train" in line
+
+
+def test_replicas_must_be_in_order(file):
+    edit(file, "serving:", "serving:\n  autoscaling: {min_replicas: 3, max_replicas: 2}")
+    assert faults(file) == ["small.yaml:18: serving.autoscaling: max_replicas must be at least min_replicas"]
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(file):
+    edit(file, "  batch_size: 8", "  epochs: 5\n  batch_size: 8")
+    assert faults(file) == ["small.yaml:15: training.epochs: stands twice; keep this one or line 14"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "must be a mapping with the keys data, features"),
+        (b"# only a remark\n", "must be a mapping"),
+        (b"- name: small\n", "must be a mapping"),
+        (b"just words\n", "must be a mapping"),
+        (b"name: [small\n", "is not valid YAML"),
+        (b"name: small\n\tseed: 1\n", "is not valid YAML"),
+        (b"name: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
+        (b"name: a\x00b\n", "is not valid YAML"),
+        (b"\xff\xfe\x00\x01PAR1", "cannot be read as a text file"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(file, content, says):
+    file.write_bytes(content)
+    assert faults(file)[0].startswith(f"small.yaml: {says}")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert faults(tmp_path / "none.yaml") == [
+        "none.yaml: no such project file; the shipped ones are in configs/"
+    ]
+    (tmp_path / "folder").mkdir()
+    assert faults(tmp_path / "folder")[0].startswith("folder: cannot be read as a text file")
+
+
+def test_set_replaces_and_adds_keys_with_yaml_values(file):
+    project = projectfile.load(
+        file,
+        ["training.epochs=7", "seed=3", "model.hidden=[8, 4]", "gate.minimum.auc=0.7", "data.split={test: 0.3}",
+         "serving.salt='a=b'", "data.columns.age.nullable=true", "model.dropout=0.25"],
+    )  # fmt: skip
+    assert project.training.epochs == 7
+    assert project.training.batch_size == 8
+    assert project.seed == 3
+    assert project.model.hidden == [8, 4]
+    assert project.gate.minimum == {"auc": 0.7}
+    assert project.data.split.test == 0.3
+    assert project.serving.salt == "a=b"
+    assert project.data.columns["age"].nullable is True
+    assert project.model.dropout == 0.25
+
+
+def test_the_last_set_of_a_key_wins(file):
+    assert projectfile.load(file, ["training.epochs=7", "training.epochs=9"]).training.epochs == 9
+
+
+@pytest.mark.parametrize("override", ["training.epochs", "=3", "training..epochs=3", ".=1", ""])
+def test_a_malformed_set_is_refused_with_its_form(file, override):
+    (line,) = faults(file, override)
+    assert line.startswith(f"--set {override}: must be of the form key.key=value")
+
+
+def test_a_set_whose_value_is_no_yaml_is_refused(file):
+    assert faults(file, "training.epochs=[1")[0].startswith("--set training.epochs=[1: the value is not valid")
+
+
+def test_a_set_below_a_value_is_refused(file):
+    assert faults(file, "training.epochs.first=1") == [
+        "--set training.epochs.first=1: 'epochs' is a value, so it has no keys"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.epochs=soon", "training.epochs: "),
+        ("training.epochz=1", "training.epochz: unknown key (did you mean epochs?)"),
+        ("model.hidden=[0]", "model.hidden.0: "),
+        ("features.city={encode: one_hot}", "features.city: no such column"),
+        ("features.city.encode=one_hot", "features.city: no such column"),
+        ("features.age.encode=one_hot", "features.age: a number takes min_max"),
+        ("data.label.column=town", "data.label.column: 'town' must not be one of data.columns"),
+        ("data.split.test=0.95", "data.split: "),
+        ("serving.autoscaling.min_replicas=4", "serving.autoscaling: "),
+    ],
+)
+def test_a_fault_of_a_set_is_not_blamed_on_a_line_of_the_file(file, override, says):
+    (line,) = faults(file, override)
+    assert line.startswith(f"--set: {says}")

@@ -1,0 +1,178 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from app.serving.protocol import NUM_VIOLATIONS, Answer, Contract, Refused, answer
+from tests.bundles import ROWS, schema
+
+GOOD = {"age": 39, "education": "Bachelors", "gender": "Male"}
+
+
+@pytest.fixture(scope="module")
+def contract():
+    return Contract(schema(), max_rows=5)
+
+
+def refused(contract, body) -> Refused:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(Refused) as caught:
+        contract.parse(content)
+    document = json.loads(caught.value.body())
+    assert document["error"] == str(caught.value)
+    return caught.value
+
+
+def test_rows_and_unit_are_taken(contract):
+    question = contract.parse(json.dumps({"rows": ROWS, "unit": "user-17"}).encode())
+    assert question.rows == ROWS
+    assert question.unit == "user-17"
+    assert contract.parse(json.dumps({"rows": [GOOD], "unit": None}).encode()).unit is None
+
+
+@pytest.mark.parametrize(
+    ("change", "path", "message"),
+    [
+        ({"age": "39"}, "age", "Input should be a valid number, not '39'"),
+        ({"age": True}, "age", "Input should be a valid number, not True"),
+        ({"age": None}, "age", "Input should be a valid number, not null"),
+        ({"age": [39]}, "age", "Input should be a valid number, not [39]"),
+        ({"age": float("nan")}, "age", "Input should be a finite number, not nan"),
+        ({"age": float("-inf")}, "age", "Input should be a finite number, not -inf"),
+        ({"age": 10**400}, "age", "Input should be a finite number"),
+        ({"age": -0.5}, "age", "Input should be greater than or equal to 0, not -0.5"),
+        ({"age": 121}, "age", "Input should be less than or equal to 120, not 121"),
+        ({"hours-per-week": False}, "hours-per-week", "Input should be a valid number, not False"),
+        ({"education": "11th"}, "education", "must be one of Bachelors, Doctorate, HS-grad, not '11th'"),
+        ({"education": None}, "education", "must be one of Bachelors, Doctorate, HS-grad, not null"),
+        ({"education": {}}, "education", "must be one of Bachelors, Doctorate, HS-grad, not {}"),
+        ({"gender": "male"}, "gender", "must be one of Female, Male, not 'male'"),
+        ({"workclass": ""}, "workclass", "String should have at least 1 character, not ''"),
+        ({"workclass": 7}, "workclass", "Input should be a valid string, not 7"),
+        (
+            {"colour": "red"},
+            "colour",
+            "is unknown; allowed: age, hours-per-week, education, workclass, gender",
+        ),
+    ],
+)
+def test_each_violation_is_named_with_its_place(contract, change, path, message):
+    refusal = refused(contract, {"rows": [GOOD, GOOD | change]})
+    assert refusal.status == 422
+    (violation,) = refusal.violations
+    assert violation["path"] == f"rows.1.{path}"
+    assert violation["message"].startswith(message)
+
+
+def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
+    refusal = refused(contract, {"rows": [{"age": -1}, {"shoe": 1}], "user": "me"})
+    assert [(v["path"], v["message"]) for v in refusal.violations] == [
+        ("rows.0.age", "Input should be greater than or equal to 0, not -1"),
+        ("rows.0.education", "must be given"),
+        ("rows.0.gender", "must be given"),
+        ("rows.1.age", "must be given"),
+        ("rows.1.education", "must be given"),
+        ("rows.1.gender", "must be given"),
+        ("rows.1.shoe", "is unknown; allowed: age, hours-per-week, education, workclass, gender"),
+        ("user", "is unknown; allowed: rows, unit"),
+    ]
+    many = refused(contract, {"rows": [GOOD | {f"x{i}": 1 for i in range(500)}]})
+    assert str(many) == "the request breaks the contract in 500 places"
+    assert len(json.loads(many.body())["violations"]) == NUM_VIOLATIONS
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b""),
+        (400, b"rows"),
+        (400, b'{"rows": [{"age": 39'),
+        (400, b'{"rows": []} {}'),
+        (400, b"\xef\xbb\xbf{}"),
+        (400, '{"rows": []}'.encode("utf-16")),
+        (400, b'{"rows": [{"education": "\xff"}]}'),
+        (400, b'{"rows": [{"education": "\\ud800"}]}'),
+        (400, b'{"rows": [{"education": "\\udc00\\ud800"}]}'),
+        (400, b'{"rows": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"),
+        (400, b'{"rows": [{"age": 1' + b"0" * 10_000 + b"}]}"),
+        (422, b"null"),
+        (422, b"[]"),
+        (422, b"{}"),
+        (422, b'{"rows": {}}'),
+        (422, b'{"rows": []}'),
+        (422, b'{"rows": [null]}'),
+        (422, b'{"rows": [[39]]}'),
+        (422, {"rows": [GOOD | {"age": 1e308 * 10}]}),
+        (422, {"rows": [GOOD], "unit": 17}),
+        (422, {"rows": [GOOD], "unit": ""}),
+        (422, {"rows": [GOOD], "unit": "x" * 257}),
+        (422, {"instances": [GOOD]}),
+        (413, {"rows": [GOOD] * 6}),
+    ],
+)
+def test_each_bad_body_has_its_status(contract, status, body):
+    assert refused(contract, body).status == status
+
+
+def test_a_value_never_seen_is_ignored_where_the_contract_says_so(contract):
+    rows = [GOOD | {"workclass": "Astronaut"}]
+    assert contract.parse(json.dumps({"rows": rows}).encode()).rows == rows
+
+
+def test_a_column_that_training_never_saw_filled_can_only_be_missing():
+    inputs = [item.model_copy(update={"known": []}) for item in schema().inputs if item.name == "education"]
+    contract = Contract(schema().model_copy(update={"inputs": inputs}), max_rows=5)
+    assert refused(contract, {"rows": [{"education": "Bachelors"}]}).status == 422
+
+
+def test_the_answer_carries_the_decision_and_exactly_the_probability():
+    probabilities = np.array([0.1, 0.5, 0.83], dtype=np.float32)
+    given = Answer(
+        model="income", variant="challenger", version="2", request_id="r", probabilities=probabilities
+    )
+    assert json.loads(answer(given, schema())) == {
+        "model": "income",
+        "variant": "challenger",
+        "version": "2",
+        "request_id": "r",
+        "label": {"column": "income", "positive": ">50K"},
+        "predictions": [
+            {"probability": 0.1, "positive": False},
+            {"probability": 0.5, "positive": True},
+            {"probability": 0.83, "positive": True},
+        ],
+    }
+
+
+def test_whatever_bytes_come_they_are_taken_or_refused(contract):
+    generator = random.Random(0)
+    good = json.dumps({"rows": ROWS, "unit": "user-17"}).encode()
+    scraps = [
+        b"NaN",
+        b"1e999",
+        b"\\ud800",
+        b"null",
+        b"[",
+        b"{",
+        b'"',
+        b"\xff",
+        b"-",
+        b"\0",
+        b"true",
+        b"9" * 400,
+    ]
+    statuses = []
+    for _ in range(5_000):
+        body = bytearray(good)
+        for _ in range(generator.randint(1, 4)):
+            at = generator.randrange(len(body))
+            body[at : at + generator.randint(0, 8)] = generator.choice([*scraps, generator.randbytes(1)])
+        try:
+            contract.parse(bytes(body))
+            statuses.append(200)
+        except Refused as refusal:
+            json.loads(refusal.body())
+            statuses.append(refusal.status)
+    assert {200, 400, 422} <= set(statuses) <= {200, 400, 413, 422}
+    assert statuses.count(200) < 1_000

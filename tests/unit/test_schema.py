@@ -1,0 +1,200 @@
+from decimal import Decimal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from app.config import Data
+from app.data.schema import Violation, conform, refuse, violations
+from app.errors import UserError
+
+DATA = Data.model_validate(
+    {
+        "source": {"path": "unused.parquet"},
+        "label": {"column": "bought", "positive": "yes"},
+        "missing": ["?", "n/a"],
+        "columns": {
+            "age": {"type": "number", "min": 0, "max": 120},
+            "income": {"type": "number", "nullable": True, "min": 1},
+            "gender": {"type": "category", "values": ["Female", "Male"]},
+            "town": {"type": "category", "nullable": True},
+        },
+    }
+)
+GOOD = {
+    "age": [30.0, 40.0, 50.0, 60.0],
+    "income": [1.0, 2.0, 3.0, 4.0],
+    "gender": ["Female", "Male", "Male", "Male"],
+    "town": ["a", "b", "c", "d"],
+    "bought": ["yes", "no", "no", "yes"],
+}
+
+
+def block(**changed) -> pa.Table:
+    return pa.table({**GOOD, **changed})
+
+
+def found(table: pa.Table) -> dict[tuple[str, str], tuple[int, list[str]]]:
+    return {(v.column, v.rule): (v.count, v.examples) for v in conform(table, DATA)[1]}
+
+
+def test_good_rows_break_nothing():
+    frame, broken = conform(block(), DATA)
+    assert broken == []
+    assert frame.to_dict("list") == GOOD
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "rule", "count", "examples"),
+    [
+        ("age", ["30", "young", "old", "5"], "must be a number", 2, ["'young'", "'old'"]),
+        ("age", ["30", "", "40", "5"], "must not be missing", 1, []),
+        ("age", ["30", "?", "n/a", "5"], "must not be missing", 2, []),
+        ("age", [30.0, None, float("nan"), 40.0], "must not be missing", 2, []),
+        ("age", ["30", "nan", "40", "5"], "must not be missing", 1, []),
+        ("income", [1.0, float("inf"), -float("inf"), 2.0], "must be finite", 2, ["inf", "-inf"]),
+        ("income", ["1", "inf", "2", "3"], "must be finite", 1, ["inf"]),
+        ("age", [-0.5, 0.0, 120.0, 5.0], "must be at least 0", 1, ["-0.5"]),
+        ("age", [121, 0, 120, 150], "must be at most 120", 2, ["121.0", "150.0"]),
+        ("age", ["121", "0", "120", "7"], "must be at most 120", 1, ["121.0"]),
+        ("gender", ["male", "Male", "F", "M"], "must be one of Female, Male", 3, ["'male'", "'F'", "'M'"]),
+        ("gender", ["Male", "?", "", None], "must not be missing", 3, []),
+        ("bought", ["yes", "?", None, ""], "must not be missing", 3, []),
+    ],
+)
+def test_each_rule_counts_the_rows_and_shows_some(column, values, rule, count, examples):
+    assert found(block(**{column: values}))[column, rule] == (count, examples)
+
+
+def test_what_is_missing_breaks_no_rule_of_a_nullable_column():
+    frame, broken = conform(block(income=["1", "", "?", None], town=["", "?", None, "x"]), DATA)
+    assert broken == []
+    assert frame["income"].tolist()[:1] == [1.0]
+    assert frame["income"].isna().tolist() == [False, True, True, True]
+    assert frame["town"].tolist() == [None, None, None, "x"]
+
+
+def test_a_block_with_everything_wrong_tells_everything():
+    table = block(
+        age=[-1.0, 200.0, None, 30.0],
+        income=["much", "0", "3", "4"],
+        gender=["Male", "x", None, "Male"],
+        bought=["yes", "?", "no", "no"],
+    )
+    assert set(found(table)) == {
+        ("age", "must be at least 0"),
+        ("age", "must be at most 120"),
+        ("age", "must not be missing"),
+        ("income", "must be a number"),
+        ("gender", "must be one of Female, Male"),
+        ("gender", "must not be missing"),
+        ("bought", "must not be missing"),
+    }
+
+
+def test_few_examples_stand_for_many():
+    many = conform(block(age=[-1.0, -2.0, -3.0, -4.0]), DATA)[1]
+    assert many == [Violation("age", "must be at least 0", 4, ["-1.0", "-2.0", "-3.0"])]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        ("age", pa.array([1, 2, 3, 4], pa.int64()), [1.0, 2.0, 3.0, 4.0]),
+        ("age", pa.array([1, 2, 3, 4], pa.uint8()), [1.0, 2.0, 3.0, 4.0]),
+        ("income", pa.array([1, None, 3, 4], pa.int32()), [1.0, np.nan, 3.0, 4.0]),
+        ("age", pa.array([1, 2, 3, 4], pa.float32()), [1.0, 2.0, 3.0, 4.0]),
+        ("income", pa.array([True, None, True, True]), [1.0, np.nan, 1.0, 1.0]),
+        ("income", pa.array([Decimal("1.25"), None, Decimal(2), Decimal(3)]), [1.25, np.nan, 2.0, 3.0]),
+        ("age", pa.array([1, 2, 1, 2]).dictionary_encode(), [1.0, 2.0, 1.0, 2.0]),
+        ("age", pa.array(["1", "2.5", "1e1", " 4 "]), [1.0, 2.5, 10.0, 4.0]),
+        ("income", pa.nulls(4), [np.nan] * 4),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_numbers_of_any_type_become_float64(column, values, expected):
+    frame, broken = conform(block(**{column: values}), DATA)
+    assert broken == []
+    assert frame[column].dtype == np.float64
+    np.testing.assert_array_equal(frame[column], expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array(["x", None, "", "?"]), ["x", None, None, None]),
+        (pa.array(["x", None, "", "?"], pa.large_string()), ["x", None, None, None]),
+        (pa.array(["x", None, "", "?"], pa.string_view()), ["x", None, None, None]),
+        (pa.array(["x", None, "x", "?"]).dictionary_encode(), ["x", None, "x", None]),
+        (pa.array(["1", "1.0", "true", "é"]), ["1", "1.0", "true", "é"]),
+        (pa.nulls(4), [None] * 4),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_categories_of_any_type_become_strings(values, expected):
+    frame, broken = conform(block(town=values), DATA)
+    assert broken == []
+    assert frame["town"].dtype == object
+    assert frame["town"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (pa.array([1, 0, 1, 0]), ["1", "0", "1", "0"]),
+        (pa.array([True, False, True, True]), ["true", "false", "true", "true"]),
+        (pa.array(["a", "b", "a", "b"]).dictionary_encode(), ["a", "b", "a", "b"]),
+    ],
+)
+def test_labels_are_compared_as_text(values, expected):
+    frame, broken = conform(block(bought=values), DATA)
+    assert broken == []
+    assert frame["bought"].tolist() == expected
+
+
+def test_columns_beyond_the_contract_are_left_out():
+    frame, _ = conform(block(other=[1, 2, 3, 4]), DATA)
+    assert list(frame) == list(GOOD)
+
+
+def test_a_block_without_rows_breaks_nothing():
+    frame, broken = conform(block().slice(0, 0), DATA)
+    assert broken == []
+    assert len(frame) == 0
+    assert violations(block().slice(0, 0), DATA).num_rows == 0
+
+
+def test_blocks_of_violations_have_one_schema_whether_empty_or_not():
+    good, bad = violations(block(), DATA), violations(block(age=[-1, 2, 3, 4]), DATA)
+    assert good.schema == bad.schema
+    assert (good.num_rows, bad.num_rows) == (0, 1)
+
+
+def test_refuse_adds_up_all_blocks():
+    blocks = [
+        block(age=[-1.0, -2.0, 3.0, 4.0]),
+        block(),
+        block(age=[-1.0, -7.0, -8.0, 500.0], gender=["Male", None, "Male", "Male"]),
+    ]
+    rows = [row for b in blocks for row in violations(b, DATA).to_pylist()]
+    with pytest.raises(UserError) as caught:
+        refuse(rows, 12_000)
+    assert str(caught.value).splitlines() == [
+        "the data breaks its contract (data.columns); mend the data or the contract:",
+        "  age: must be at least 0: 5 of 12,000 rows, such as -1.0, -2.0, -7.0",
+        "  age: must be at most 120: 1 of 12,000 rows, such as 500.0",
+        "  gender: must not be missing: 1 of 12,000 rows",
+    ]
+
+
+def test_refuse_lets_good_data_through():
+    refuse(violations(block(), DATA).to_pylist(), 4)
+
+
+def test_conform_leaves_the_rows_in_their_order():
+    ages = list(np.random.default_rng(0).permutation(100).astype(float))
+    table = pa.table({name: values * 25 for name, values in GOOD.items()} | {"age": ages})
+    frame, broken = conform(table, DATA)
+    assert broken == []
+    pd.testing.assert_series_equal(frame["age"], pd.Series(ages, name="age"))

@@ -1,0 +1,221 @@
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from app.config import Data, Source
+from app.data import samples
+from app.data.sources import Files, version
+from app.errors import UserError
+
+TABLE = pa.table({"age": [1.5, 2.5], "town": ["a", "b"], "bought": ["yes", "no"], "other": [1, 2]})
+
+
+def contract(path, file_format: str = "parquet") -> Data:
+    return Data.model_validate(
+        {
+            "source": {"path": str(path), "format": file_format},
+            "label": {"column": "bought", "positive": "yes"},
+            "columns": {"age": {"type": "number"}, "town": {"type": "category"}},
+        }
+    )
+
+
+def check(path, file_format: str = "parquet") -> None:
+    data = contract(path, file_format)
+    Files(data.source).check(data)
+
+
+def fault(path, file_format: str = "parquet") -> str:
+    with pytest.raises(UserError) as caught:
+        check(path, file_format)
+    assert str(caught.value).startswith("data.source: ")
+    return str(caught.value)
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    def write(table: pa.Table, name: str = "rows.parquet"):
+        pa.parquet.write_table(table, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_a_file_with_more_columns_than_the_contract_is_fine(parquet):
+    check(parquet(TABLE))
+
+
+def test_a_csv_file_is_fine_whatever_its_cells_look_like(tmp_path):
+    (tmp_path / "rows.csv").write_text("town,bought,age\n3,1,young\n,,\n")
+    check(tmp_path / "rows.csv", "csv")
+
+
+def test_a_folder_gives_its_files_of_the_format_sorted(tmp_path, parquet):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.parquet", "a.parquet", "deep/c.parquet"):
+        parquet(TABLE, name)
+    (tmp_path / "notes.txt").write_text("not a row")
+    check(tmp_path)
+    paths = Files(Source(path=str(tmp_path))).paths
+    assert paths == [str(tmp_path / name) for name in ("a.parquet", "b.parquet", "deep/c.parquet")]
+
+
+def test_a_relative_path_and_a_uri_are_the_same_file(tmp_path, parquet, monkeypatch):
+    file = parquet(TABLE)
+    monkeypatch.chdir(tmp_path)
+    assert Files(Source(path="rows.parquet")).paths == Files(Source(path=file.as_uri())).paths == [str(file)]
+
+
+@pytest.mark.parametrize("name", ["none.parquet", "none/", "file:///none.parquet"])
+def test_a_missing_file_is_named_with_the_place_that_was_looked_at(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = fault(name)
+    assert f"{name}: no such file or folder (looked for /" in message
+
+
+def test_a_uri_that_no_file_system_knows_is_refused():
+    assert "cannot be opened" in fault("nonsense://bucket/rows.parquet")
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "csv"])
+def test_a_file_of_zero_bytes_is_refused(tmp_path, file_format):
+    file = tmp_path / f"rows.{file_format}"
+    file.touch()
+    assert f"{file}: empty (0 bytes)" in fault(file, file_format)
+
+
+def test_an_empty_file_in_a_folder_is_named(tmp_path, parquet):
+    parquet(TABLE)
+    (tmp_path / "second.parquet").touch()
+    assert f"{tmp_path / 'second.parquet'}: empty (0 bytes)" in fault(tmp_path)
+
+
+def test_columns_without_rows_are_refused(tmp_path, parquet):
+    assert "has columns but no rows" in fault(parquet(TABLE.slice(0, 0)))
+    (tmp_path / "rows.csv").write_text("age,town,bought\n")
+    assert "has columns but no rows" in fault(tmp_path / "rows.csv", "csv")
+
+
+def test_one_file_of_a_folder_may_be_without_rows(tmp_path, parquet):
+    parquet(TABLE, "a.parquet")
+    parquet(TABLE.slice(0, 0), "b.parquet")
+    check(tmp_path)
+
+
+def test_a_folder_without_files_of_the_format_is_refused(tmp_path, parquet):
+    parquet(TABLE)
+    assert "the folder has no .csv file" in fault(tmp_path, "csv")
+
+
+@pytest.mark.parametrize(
+    ("dropped", "says"),
+    [
+        ("age", "column 'age' is missing; the file has town, bought, other"),
+        ("bought", "the label 'bought' is missing; the file has age, town, other"),
+    ],
+)
+def test_a_missing_column_is_told_with_those_there_are(tmp_path, parquet, dropped, says):
+    table = TABLE.drop_columns([dropped])
+    assert says in fault(parquet(table))
+    names = ",".join(table.column_names)
+    (tmp_path / "rows.csv").write_text(f"{names}\n1,2,3\n")
+    assert says in fault(tmp_path / "rows.csv", "csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "says"),
+    [
+        ("age", ["1", "2"], "column 'age' must hold numbers, but its type is string"),
+        ("town", [1, 2], "column 'town' must hold strings, but its type is int64"),
+        ("bought", [0.5, 1.0], "column 'bought' must hold strings, integers or booleans, but its type is double"),
+        ("town", pa.array([1, 2], pa.timestamp("s")), "column 'town' must hold strings, but its type is timestamp"),
+    ],
+)  # fmt: skip
+def test_a_parquet_column_of_another_type_is_refused(parquet, name, values, says):
+    table = TABLE.set_column(TABLE.column_names.index(name), name, pa.array(values))
+    assert says in fault(parquet(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("age", pa.array([1, 2], pa.int8())),
+        ("age", pa.array([True, False])),
+        ("age", pa.array([Decimal("1.5"), None])),
+        ("age", pa.nulls(2)),
+        ("age", pa.array([1, 2]).dictionary_encode()),
+        ("town", pa.array(["a", "b"]).dictionary_encode()),
+        ("town", pa.array(["a", "b"], pa.large_string())),
+        ("bought", pa.array([1, 0])),
+        ("bought", pa.array([True, False])),
+    ],
+    ids=lambda value: str(getattr(value, "type", value)),
+)
+def test_parquet_types_that_fit(parquet, name, values):
+    check(parquet(TABLE.set_column(TABLE.column_names.index(name), name, values)))
+
+
+def test_faults_of_all_files_are_told_at_once(tmp_path, parquet):
+    parquet(TABLE.drop_columns(["age", "town"]), "a.parquet")
+    parquet(TABLE.drop_columns(["bought"]), "b.parquet")
+    lines = fault(tmp_path).splitlines()
+    assert [line.split(" is missing")[0] for line in lines] == [
+        f"data.source: {tmp_path}/a.parquet: column 'age'",
+        f"data.source: {tmp_path}/a.parquet: column 'town'",
+        f"data.source: {tmp_path}/b.parquet: the label 'bought'",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 100, b"PAR1" + bytes(200) + b"PAR1", b"x"])
+def test_bytes_that_are_no_parquet_are_refused_with_the_file(tmp_path, content):
+    (tmp_path / "rows.parquet").write_bytes(content)
+    assert f"{tmp_path}/rows.parquet: is no readable parquet file" in fault(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize("content", [b"\n", b"age,town,bought\n1,2\n"])
+def test_text_that_is_no_csv_is_refused_with_the_file(tmp_path, content):
+    (tmp_path / "rows.csv").write_bytes(content)
+    assert f"{tmp_path}/rows.csv: is no readable csv file" in fault(tmp_path / "rows.csv", "csv")
+
+
+def test_an_unknown_sample_is_told_with_those_there_are():
+    with pytest.raises(UserError, match="no sample is called 'iris'; there are: adult"):
+        Files(Source(sample="iris"))
+
+
+@pytest.mark.parametrize("name", samples.SAMPLES)
+def test_samples_are_checked_like_any_file(name):
+    files = Files(Source(sample=name))
+    assert files.paths == [str(samples.path(name))]
+
+
+def test_version_is_of_the_content_and_not_of_the_place(tmp_path):
+    def stored(folder: str, **files: str) -> str:
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / f"{name}.csv").write_text(text)
+        return version(Source(path=str(tmp_path / folder), format="csv"))
+
+    first = stored("first", a="x\n1\n", b="x\n2\n")
+    assert stored("moved", a="x\n1\n", b="x\n2\n") == first
+    others = [
+        stored("changed", a="x\n1\n", b="x\n3\n"),
+        stored("more", a="x\n1\n", b="x\n2\n", c="x\n2\n"),
+        stored("fewer", a="x\n1\n"),
+        stored("swapped", a="x\n2\n", b="x\n1\n"),
+        stored("cut elsewhere", a="x\n", b="1\nx\n2\n"),
+    ]
+    assert len({first, *others}) == 6
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "csv"])
+def test_a_column_that_stands_twice_is_refused(tmp_path, parquet, file_format):
+    twice = pa.table(
+        [[1.0], [2.0], ["a"], ["yes"]],
+        names=["age", "age", "town", "bought"],
+    )
+    (tmp_path / "rows.csv").write_text("age,age,town,bought\n1,2,a,yes\n")
+    file = parquet(twice).with_suffix(f".{file_format}")
+    assert "'age'" in fault(file, file_format)
