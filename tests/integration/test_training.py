@@ -104,7 +104,7 @@ def test_a_rank_killed_mid_epoch_resumes_to_the_same_end(
 ):
     from app.training import trainer
 
-    marker = str(tmp_path / "killed")
+    marker = tmp_path / "killed"
 
     def die_once(loop, rank):
         """Rank 1 kills itself in the middle of the third epoch, the first time."""
@@ -115,8 +115,8 @@ def test_a_rank_killed_mid_epoch_resumes_to_the_same_end(
 
         def counted(gradients):
             calls[0] += 1
-            if rank == 1 and calls[0] == 2 * 66 + 30 and not os.path.exists(marker):
-                open(marker, "w").close()
+            if rank == 1 and calls[0] == 2 * 66 + 30 and not marker.exists():
+                marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             average(gradients)
 
@@ -125,7 +125,7 @@ def test_a_rank_killed_mid_epoch_resumes_to_the_same_end(
     ranks = observed(die_once)
     heard = []
     trained = trainer.train(project, prepared, heard.append, fresh=True)
-    assert os.path.exists(marker)
+    assert marker.exists()
     assert len(ranks()) == 2
     assert [epoch["epoch"] for epoch in trained.history] == [0, 1, 2, 3]
     # The first two epochs were not trained again.

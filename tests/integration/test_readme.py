@@ -1,0 +1,48 @@
+"""Every command of the README is run, in its order, by one shell."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+MAKE = {"make demo", "make test"}
+"""Run by test_demo.py (the command behind it), and by whoever runs this."""
+
+
+def commands() -> str:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = "".join(blocks).splitlines()
+    assert set(lines) >= MAKE
+    return "\n".join(line for line in lines if line not in MAKE)
+
+
+def test_every_command_of_the_readme_works(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAYLWAY_HOME")}
+    environment |= {"RAYLWAY_HOME": str(tmp_path), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    script = f"set -euxo pipefail\ntrap '.venv/bin/raylway down' EXIT\n{commands()}"
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=ROOT, env=environment, stdout=file, stderr=file, timeout=500
+        )
+    said = log.read_text()
+    assert done.returncode == 0, said[-6000:]
+    assert "income version 2 (challenger)" in said
+    assert "smoke version 1 (champion)" in said
+    assert re.search(r'"predictions":\[\{"probability":0\.\d+', said)
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    """Each file and folder that the README's tree names is there, and none of app/ is left out."""
+    (tree,) = re.findall(r"```\n(app/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    there = {f"{p.name}/" if p.is_dir() else p.name for p in Path(ROOT / "app").iterdir()}
+    assert named == there - {"__init__.py", "__main__.py", "__pycache__/"}
+    top = {line.split()[0].rstrip("/") for line in tree.splitlines() if not line.startswith(" ")}
+    assert all((ROOT / name).exists() for name in top)

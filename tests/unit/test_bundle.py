@@ -1,0 +1,161 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from app import bundle
+from app.bundle import MANIFEST, BrokenBundle, Bundle, columns_of, inputs, seal, verify
+from tests.bundles import EDUCATION, ROWS, build
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("made") / "bundle", seed=0)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A bundle to break."""
+    return shutil.copytree(made, tmp_path / "bundle")
+
+
+def refusal(path) -> str:
+    """How both ways to a bundle refuse it; each names it."""
+    with pytest.raises(BrokenBundle) as verified:
+        verify(path)
+    with pytest.raises(BrokenBundle) as opened:
+        Bundle(path)
+    assert str(verified.value) == str(opened.value)
+    assert str(path) in str(opened.value)
+    return str(opened.value)
+
+
+def test_the_manifest_has_every_file_and_the_facts(made):
+    manifest = verify(made)
+    assert sorted(manifest["files"]) == ["example.json", "model.onnx", "schema.json"]
+    assert manifest["seed"] == 0
+    assert {"created", "git_commit", "python"} <= set(manifest)
+
+
+def test_opens_with_its_schema_and_predicts(made):
+    opened = Bundle(made)
+    got = opened.predict(columns_of(opened.schema, ROWS))
+    assert got.shape == (len(ROWS),)
+    assert got.dtype == np.float32
+    assert ((got > 0) & (got < 1)).all()
+    assert len(set(got)) == len(ROWS)
+    known = {i.name: i.known for i in opened.schema.inputs}
+    assert known == {
+        "age": None,
+        "hours-per-week": None,
+        "education": EDUCATION,
+        "workclass": ["Private", "State-gov"],
+        "gender": ["Female", "Male"],
+    }
+
+
+def test_an_unsealed_graph_predicts_the_same(made):
+    opened = Bundle(made)
+    columns = columns_of(opened.schema, ROWS)
+    expected = opened.predict(columns)
+    np.testing.assert_array_equal(bundle.predict(made / "model.onnx", opened.schema, columns), expected)
+    frame = pd.DataFrame(ROWS)
+    np.testing.assert_array_equal(bundle.predict(made / "model.onnx", opened.schema, frame), expected)
+
+
+def test_a_row_is_predicted_the_same_in_any_company(made):
+    opened = Bundle(made)
+    alone = [opened.predict(columns_of(opened.schema, [row]))[0] for row in ROWS]
+    np.testing.assert_allclose(opened.predict(columns_of(opened.schema, ROWS)), alone, atol=1e-6)
+
+
+def test_an_absent_key_is_missing(made):
+    schema = Bundle(made).schema
+    columns = columns_of(schema, [{"age": 3, "beyond": 1}, {"age": None, "gender": "Male"}])
+    assert list(columns) == [i.name for i in schema.inputs]
+    assert columns["gender"].tolist() == [None, "Male"]
+    np.testing.assert_array_equal(columns["age"], [3.0, np.nan])
+
+
+def test_inputs_are_float64_and_strings_without_null():
+    feed = inputs(
+        {
+            "int": np.array([1, 2]),
+            "bool": np.array([True, False]),
+            "float": np.array([1.5, np.nan], np.float32),
+            "text": np.array(["a", None], dtype=object),
+            "nan": np.array(["a", np.nan], dtype=object),
+            "fixed": np.array(["a", "bc"]),
+        }
+    )
+    assert [values.dtype for values in feed.values()] == [np.float64] * 3 + [object] * 3
+    assert feed["text"].tolist() == feed["nan"].tolist() == ["a", ""]
+    assert feed["fixed"].tolist() == ["a", "bc"]
+    np.testing.assert_array_equal(feed["float"], [1.5, np.nan])
+
+
+def test_answers_its_own_example(made):
+    example = json.loads((made / "example.json").read_text())
+    assert example["rows"][0] == ROWS[0]
+    assert example["rows"][1]["workclass"] is None
+    Bundle(made).check_example()
+
+
+def test_another_answer_to_its_example_is_refused(copy):
+    example = json.loads((copy / "example.json").read_text())
+    example["probability"][0] += 0.001
+    (copy / "example.json").write_text(json.dumps(example))
+    seal(copy, {})
+    with pytest.raises(BrokenBundle, match=r"its own example with a difference of 0\.001"):
+        Bundle(copy).check_example()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "schema.json", "example.json"])
+def test_a_changed_file_is_named(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    assert f": {name} was changed;" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "schema.json", "example.json"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    assert f": {name} is missing;" in refusal(copy)
+
+
+@pytest.mark.parametrize("name", ["model.pkl", "deep/extra.txt", f"deep/{MANIFEST}", ".hidden"])
+def test_an_extra_file_is_named(copy, name):
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    assert f": {name} is not in the manifest;" in refusal(copy)
+
+
+def test_all_that_is_wrong_is_named(copy):
+    (copy / "model.onnx").rename(copy / "other.onnx")
+    (copy / "schema.json").write_text("{}")
+    message = refusal(copy)
+    assert "model.onnx is missing, other.onnx is not in the manifest, schema.json was changed" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"null", b'{"files": 3}', b'{"files": ["schema.json"]}'])
+def test_an_unreadable_manifest_is_named(copy, content):
+    (copy / MANIFEST).write_bytes(content)
+    assert f"its {MANIFEST} cannot be read" in refusal(copy)
+
+
+def test_no_manifest_is_no_bundle(copy, tmp_path):
+    (copy / MANIFEST).unlink()
+    for path in (copy, tmp_path / "nowhere"):
+        assert f"is no bundle: it has no {MANIFEST}" in refusal(path)
+
+
+def test_is_without_pickle(made):
+    files = [file for file in made.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} == {".json", ".onnx"}
+    for file in files:
+        head = file.read_bytes()[:2]
+        assert head[:1] != b"\x80", f"{file.name} begins like a pickle"
+        assert head != b"PK", f"{file.name} is an archive, as torch.save makes"

@@ -1,0 +1,100 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from app import store
+
+
+def module(folder: Path, text: str):
+    file = folder / "stage.py"
+    file.write_text(text)
+    spec = importlib.util.spec_from_file_location("stage", file)
+    assert spec
+    return importlib.util.module_from_spec(spec)
+
+
+def test_the_key_depends_on_the_stage_the_inputs_and_the_code(tmp_path):
+    code = module(tmp_path, "A = 1\n")
+    first = store.key("prepare", {"a": 1, "b": [1, 2]}, [code])
+    assert store.key("prepare", {"b": [1, 2], "a": 1}, [code]) == first
+    others = [
+        store.key("train", {"a": 1, "b": [1, 2]}, [code]),
+        store.key("prepare", {"a": 2, "b": [1, 2]}, [code]),
+        store.key("prepare", {"a": 1, "b": [2, 1]}, [code]),
+        store.key("prepare", {"a": 1}, [code]),
+        store.key("prepare", {"a": 1, "b": [1, 2]}, []),
+        store.key("prepare", {"a": 1, "b": [1, 2]}, [module(tmp_path, "A = 2\n")]),
+    ]
+    assert len({first, *others}) == 7
+    assert all(key.isalnum() for key in others)
+
+
+def test_an_input_that_is_no_json_value_is_refused():
+    with pytest.raises(ValueError, match="JSON"):
+        store.key("prepare", {"a": float("nan")}, [])
+
+
+def test_folders_are_in_the_state_directory(home):
+    assert store.folder("train", "k") == home / "stages" / "train" / "k"
+    assert not home.exists(), "asking makes nothing"
+
+
+def write(text: str):
+    return lambda draft: (draft / "out.txt").write_text(text)
+
+
+def test_is_built_once(home):
+    target = store.folder("train", "k")
+    assert store.produce(target, write("first")) is True
+    assert store.produce(target, write("second")) is False
+    assert (target / "out.txt").read_text() == "first"
+
+
+def test_fresh_builds_again_and_leaves_nothing_of_before(home):
+    target = store.folder("train", "k")
+    store.produce(target, lambda draft: (draft / "old.txt").touch())
+    assert store.produce(target, write("second"), fresh=True) is True
+    assert [file.name for file in target.iterdir()] == ["out.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("before", [False, True])
+def test_a_failure_leaves_what_was_there(home, error, before):
+    target = store.folder("train", "k")
+    if before:
+        store.produce(target, write("first"))
+
+    def fail(draft: Path) -> None:
+        (draft / "half.txt").touch()
+        raise error
+
+    with pytest.raises(error):
+        store.produce(target, fail, fresh=True)
+    assert [f.relative_to(target.parent).as_posix() for f in target.parent.rglob("*.txt")] == (
+        ["k/out.txt"] if before else []
+    )
+    assert list(target.parent.iterdir()) == ([target] if before else [])
+
+
+def test_nothing_is_at_the_target_while_it_is_built(home):
+    target = store.folder("train", "k")
+
+    def build(draft: Path) -> None:
+        assert not target.exists()
+        assert draft.parent == target.parent, "so that putting it in place is one rename"
+
+    assert store.produce(target, build)
+    assert target.is_dir()
+
+
+def test_two_that_build_the_same_both_succeed(home):
+    target = store.folder("train", "k")
+
+    def slow(draft: Path) -> None:
+        store.produce(target, write("of the faster one"))
+        (draft / "out.txt").write_text("of the slower one")
+
+    assert store.produce(target, slow) is True
+    assert [f.name for f in target.parent.iterdir()] == ["k"]
+    assert [f.name for f in target.iterdir()] == ["out.txt"]
