@@ -43,6 +43,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
 
     What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
     """
+    store.require_shared()
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from app.errors import UserError
 from app.home import home
 
 
@@ -45,6 +46,35 @@ def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return True
+
+
+def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:
+    """Check that all nodes of the cluster see this state directory. Needs Ray.
+
+    `seen_by` tells of each node's address whether it sees a file. Raises UserError that names the nodes
+    that do not: their tasks would write where nobody looks.
+    """
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=home(), prefix=".seen-") as marker:
+        nodes = (seen_by or _seen_by)(Path(marker.name))
+    blind = [address for address, sees in nodes.items() if not sees]
+    if blind:
+        raise UserError(
+            f"every node must see the state directory {home()}, but {', '.join(blind)} does not; put "
+            "RAYLWAY_HOME on a file system that all nodes mount (NFS, EFS, Lustre)"
+        )
+
+
+def _seen_by(file: Path) -> dict[str, bool]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:
+        return {}
+    sees = ray.remote(num_cpus=0)(lambda: file.exists())
+    asked = [sees.options(scheduling_strategy=On(n["NodeID"], soft=False)).remote() for n in nodes]
+    return {n["NodeManagerAddress"]: seen for n, seen in zip(nodes, ray.get(asked), strict=True)}
 
 
 def _sha256(data: bytes) -> str:

@@ -49,6 +49,8 @@ def deploy(serving: Serving, name: str, variants: Mapping[str, Deployed]) -> str
         autoscaling_config=serving.autoscaling.model_dump() | METRICS,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        # A new replica starts before an old one stops, so one that cannot start takes nothing down.
+        max_surge_percent=25,
     )
     bound = endpoint.bind(
         name,
@@ -57,13 +59,18 @@ def deploy(serving: Serving, name: str, variants: Mapping[str, Deployed]) -> str
         max_rows=serving.max_rows,
         max_body_bytes=serving.max_body_bytes,
     )
+    if ROOT not in serve.status().applications:
+        root = serve.deployment(Root).options(name=ROOT, ray_actor_options={"num_cpus": 0})
+        serve.run(root.bind(), name=ROOT, route_prefix="/")
     try:
-        if ROOT not in serve.status().applications:
-            root = serve.deployment(Root).options(name=ROOT, ray_actor_options={"num_cpus": 0})
-            serve.run(root.bind(), name=ROOT, route_prefix="/")
         serve.run(bound, name=name, route_prefix=f"/v2/models/{name}")
     except RuntimeError as error:
-        raise UserError(f"Ray Serve could not start the endpoint {name}: {error}") from error
+        # Serve's own error names no reason; the status ends in the replica's.
+        message = serve.status().applications[name].deployments[name].message
+        raise UserError(
+            f"Ray Serve could not start the endpoint {name}: {message.strip().splitlines()[-1]}. "
+            "What it served before goes on."
+        ) from error
     url = f"http://{HOST}:{serving.port}"
     _wait(url, name)
     return url

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,10 +21,9 @@ from app.data.prepare import LABEL, Prepared
 from app.errors import UserError
 from app.home import home
 from app.models import tabular
-from app.training import checkpoint, horovod, loop
+from app.training import checkpoint, horovod, loop, progress, shards
 
 CODE = (models, tabular, features, loop, checkpoint)
-POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -114,17 +110,17 @@ def _fit(
         )
     preprocessor = prepared.preprocessor
     datasets = {part: _matrix(prepared.part(part), preprocessor) for part in ("train", "validation")}
-    with _progress(on_epoch) as progress:
+    with progress.listening(on_epoch) as teller:
         trainer = DataParallelTrainer(
             loop.train_loop,
             train_loop_config={
                 "project": project.model_dump_json(),
                 "preprocessor": preprocessor.model_dump_json(),
-                "progress": progress,
+                "progress": teller,
             },
             backend_config=horovod.HorovodConfig(),
             datasets=datasets,
-            dataset_config=ContiguousShards(datasets, training.num_workers),
+            dataset_config=shards.ContiguousShards(datasets, training.num_workers),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=training.num_workers, use_gpu=_use_gpu(project)
             ),
@@ -157,67 +153,9 @@ def _matrix(part: Path, preprocessor: Preprocessor) -> ray.data.Dataset:
     )
 
 
-class ContiguousShards(ray.train.DataConfig):
-    """Rank r of n gets the r-th n-th of the rows, always the same ones.
-
-    Ray's streaming split hands blocks to whichever rank asks first, which makes no two runs alike. The
-    cuts are made here, before the workers take their CPUs: on a cluster that is full the tasks that cut
-    would wait for the workers, and the workers for them.
-    """
-
-    def __init__(self, datasets: dict[str, ray.data.Dataset], num_workers: int):
-        super().__init__()
-        self._parts: dict[str, list[ray.data.Dataset]] = {}
-        for name, dataset in datasets.items():
-            cuts = [dataset.count() * rank // num_workers for rank in range(1, num_workers)]
-            self._parts[name] = dataset.split_at_indices(cuts) if cuts else [dataset]
-
-    def configure(self, datasets: Any, world_size: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        return [{name: self._parts[name][rank].iterator() for name in datasets} for rank in range(world_size)]
-
-
 def _use_gpu(project: Project) -> bool:
     training = project.training
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if training.device == "cuda" and not num_gpus:
         raise UserError("training.device: cuda, but the cluster has no GPU; say auto or cpu")
     return training.device != "cpu" and num_gpus >= training.num_workers
-
-
-@ray.remote(num_cpus=0)
-class _Progress:
-    """Hears of epochs from rank 0, on whatever node that is."""
-
-    def __init__(self) -> None:
-        self._epochs: list[dict[str, float]] = []
-
-    def add(self, metrics: dict[str, float]) -> None:
-        self._epochs.append(metrics)
-
-    def since(self, count: int) -> list[dict[str, float]]:
-        return self._epochs[count:]
-
-
-@contextmanager
-def _progress(on_epoch: Callable[[dict[str, float]], None]) -> Iterator[Any]:
-    """An actor for rank 0 to tell, and a thread here that passes on what it hears."""
-    actor = _Progress.remote()  # type: ignore[attr-defined]
-    done = threading.Event()
-
-    def listen() -> None:
-        count = 0
-        last = False
-        while not last:
-            last = done.wait(POLL_S)
-            for metrics in ray.get(actor.since.remote(count)):
-                count += 1
-                on_epoch(metrics)
-
-    thread = threading.Thread(target=listen, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield actor
-    finally:
-        done.set()
-        thread.join()
-        ray.kill(actor)

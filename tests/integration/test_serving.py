@@ -17,7 +17,7 @@ from app.bundle import Bundle, columns_of
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy, routing
-from app.serving.variants import Deployed
+from app.serving.variants import Deployed, load
 from tests.bundles import ROWS, build
 
 pytestmark = [
@@ -308,3 +308,15 @@ def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variant
     with pytest.raises(UserError, match=r"serving\.port"):
         deploy.deploy(settings.model_copy(update={"port": settings.port + 1}), "income", variants)
     assert client.get("/v2/models/income").json()["versions"] == ["1", "2"]
+
+
+def test_a_version_that_no_replica_can_start_leaves_the_old_ones_answering(
+    client, variants, settings, tmp_path, monkeypatch
+):
+    bundles = load(variants)
+    monkeypatch.setattr(deploy, "load", lambda _: bundles)  # what this process can read, a replica cannot
+    gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
+    with pytest.raises(UserError, match=r"gone: is no bundle.*goes on"):
+        deploy.deploy(settings, "income", gone)
+    assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
+    assert client.get("/v2/health/ready").status_code == 503

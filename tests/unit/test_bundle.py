@@ -140,7 +140,9 @@ def test_all_that_is_wrong_is_named(copy):
     assert "model.onnx is missing, other.onnx is not in the manifest, schema.json was changed" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"null", b'{"files": 3}', b'{"files": ["schema.json"]}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b"null", b'{"files": 3}', b'{"files": ["schema.json"]}']
+)
 def test_an_unreadable_manifest_is_named(copy, content):
     (copy / MANIFEST).write_bytes(content)
     assert f"its {MANIFEST} cannot be read" in refusal(copy)

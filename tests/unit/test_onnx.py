@@ -28,7 +28,13 @@ LAYOUTS = {
     "numbers": [number("x"), number("y", 0, 1e9), number("constant", 5, 5, 0)],
     "one-hots": [one_hot("c"), one_hot("d", ["only"])],
     "embeddings": [embedding("c"), embedding("d", ["only"])],
-    "mixed": [number("x"), number("y", 1e9, 1e9 + 3), one_hot("c"), embedding("d"), embedding("e", ["", "z"])],
+    "mixed": [
+        number("x"),
+        number("y", 1e9, 1e9 + 3),
+        one_hot("c"),
+        embedding("d"),
+        embedding("e", ["", "z"]),
+    ],
 }
 
 
@@ -75,7 +81,11 @@ def made(folder, columns, seed: int = 0, kind: str = "mlp"):
     return model, preprocessor, folder / "model.onnx"
 
 
-@pytest.fixture(scope="module", params=[("numbers", "mlp"), ("one-hots", "linear"), ("embeddings", "linear"), ("mixed", "mlp")], ids="-".join)
+@pytest.fixture(
+    scope="module",
+    params=[("numbers", "mlp"), ("one-hots", "linear"), ("embeddings", "linear"), ("mixed", "mlp")],
+    ids="-".join,
+)
 def exported(request, tmp_path_factory):
     """A model of each layout, its preprocessor and its graph: exporting takes a second."""
     layout, kind = request.param
@@ -129,7 +139,9 @@ def test_takes_each_raw_column_by_name_and_type(mixed):
 
 def test_values_beyond_ascii_are_told_apart(mixed):
     model, preprocessor, path = mixed
-    frame = pd.DataFrame({"x": 0.0, "c": ["größe ✓", "grösse ✓", "größe", None], "d": ["c", "c", "c", "größe ✓"]})
+    frame = pd.DataFrame(
+        {"x": 0.0, "c": ["größe ✓", "grösse ✓", "größe", None], "d": ["c", "c", "c", "größe ✓"]}
+    )
     got = answers(session(path), frame)[:, 0]
     np.testing.assert_allclose(got, expected(model, preprocessor, frame), atol=1e-6)
     assert got[1] == got[2], "both are unseen"

@@ -129,8 +129,8 @@ def test_a_missing_column_is_told_with_those_there_are(tmp_path, parquet, droppe
     [
         ("age", ["1", "2"], "column 'age' must hold numbers, but its type is string"),
         ("town", [1, 2], "column 'town' must hold strings, but its type is int64"),
-        ("bought", [0.5, 1.0], "column 'bought' must hold strings, integers or booleans, but its type is double"),
-        ("town", pa.array([1, 2], pa.timestamp("s")), "column 'town' must hold strings, but its type is timestamp"),
+        ("bought", [0.5, 1.0], "'bought' must hold strings, integers or booleans, but its type is double"),
+        ("town", pa.array([1, 2], pa.timestamp("s")), "'town' must hold strings, but its type is timestamp"),
     ],
 )  # fmt: skip
 def test_a_parquet_column_of_another_type_is_refused(parquet, name, values, says):

@@ -11,7 +11,9 @@ SPLIT = Split(validation=0.1, test=0.2)
 def rows(count: int) -> pd.DataFrame:
     random = np.random.default_rng(0)
     towns = random.choice(["a", "b", "ü", None], count)
-    return pd.DataFrame({"id": np.arange(count) / 4, "town": towns, "bought": random.choice(["no", "yes"], count)})
+    return pd.DataFrame(
+        {"id": np.arange(count) / 4, "town": towns, "bought": random.choice(["no", "yes"], count)}
+    )
 
 
 @pytest.mark.parametrize("split", [SPLIT, Split(validation=0.25, test=0.05), Split(validation=0.4, test=0.4)])

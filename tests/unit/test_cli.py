@@ -1,0 +1,97 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
+COMMANDS = ("check", "train", "serve", "versions", "promote", "up", "down", "demo")
+
+
+def raylway(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    file = tmp_path / "faulty.yaml"
+    file.write_text((ROOT / "configs" / "smoke.yaml").read_text().replace("epochs: 3", "epochz: soon"))
+    return file
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_shipped_project_is_valid(config):
+    done = raylway("check", config)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{config}: valid: {Path(config).stem}, ")
+    assert len(done.stdout.splitlines()) == 1
+
+
+def test_a_set_overrides_a_key():
+    done = raylway("check", "configs/smoke.yaml", "--set", "training.num_workers=7", "--set", "name=other")
+    assert done.returncode == 0
+    assert ": valid: other, " in done.stdout
+    assert " 7 workers" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["check", "train", "serve"])
+def test_a_faulty_project_is_told_before_anything_starts(faulty, command, home):
+    done = raylway(command, str(faulty))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert f"{faulty}:29: training.epochz: unknown key (did you mean epochs?); allowed: " in done.stderr
+    assert f"{faulty}:27: training.epochs: is missing; " in done.stderr
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["configs/none.yaml"], "error: configs/none.yaml: no such project file"),
+        (
+            ["configs/smoke.yaml", "--set", "nothing"],
+            "error: --set nothing: must be of the form key.key=value",
+        ),
+        (["configs/smoke.yaml", "--set", "training.epochs=soon"], "error: --set: training.epochs: "),
+        (["pyproject.toml"], "error: pyproject.toml: "),
+    ],
+)
+def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, says):
+    done = raylway("check", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(says)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_with_brackets_is_told_as_it_is(tmp_path):
+    file = tmp_path / "a[b].yaml"
+    file.write_text((ROOT / "configs" / "smoke.yaml").read_text())
+    done = raylway("check", str(file))
+    assert done.stdout.startswith(f"{file}: valid: ")
+
+
+def test_help_lists_every_command():
+    done = raylway("--help")
+    assert done.returncode == 0
+    assert all(f" {command} " in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["check"], ["check", "--nonsense"], ["promote", "income"]]
+)
+def test_a_command_that_there_is_not_is_exit_code_2(arguments):
+    done = raylway(*arguments)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_table_of_commands_needs_nothing_heavy():
+    code = "import sys, app.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    loaded = set(done.stdout.split())
+    assert "app.projectfile" in loaded
+    assert not {"ray", "torch", "mlflow", "pandas", "sklearn", "onnx"} & loaded

@@ -1,0 +1,75 @@
+import pytest
+
+from app.config import Gate
+from app.evaluation.gate import decide
+
+CANDIDATE = {"auc": 0.9, "accuracy": 0.8, "recall": 0.6}
+BASELINES = {
+    "constant": {"auc": 0.5, "accuracy": 0.76},
+    "logistic_regression": {"auc": 0.89, "accuracy": 0.79},
+    "gradient_boosting": {"auc": 0.92, "accuracy": 0.85},
+}
+CHAMPION = {"auc": 0.9, "accuracy": 0.81}
+
+
+@pytest.mark.parametrize(
+    ("gate", "champion", "reason"),
+    [
+        (Gate(), None, "auc 0.9000 against constant 0.5000, no champion yet"),
+        (Gate(beat=[]), None, "auc 0.9000 against no champion yet"),
+        (Gate(), CHAMPION, "auc 0.9000 against constant 0.5000, champion 0.9000"),
+        (
+            Gate(metric="accuracy", beat=["constant", "logistic_regression"], tolerance=0.02),
+            CHAMPION,
+            "accuracy 0.8000 against constant 0.7600, logistic regression 0.7900, champion 0.8100",
+        ),
+        (
+            Gate(minimum={"auc": 0.9, "recall": 0.5}),
+            None,
+            "auc 0.9000 against constant 0.5000, no champion yet",
+        ),
+    ],
+)
+def test_passes_with_what_it_was_held_against(gate, champion, reason):
+    decision = decide(gate, CANDIDATE, BASELINES, champion)
+    assert decision.passed
+    assert decision.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("gate", "champion", "reason"),
+    [
+        (Gate(minimum={"recall": 0.7}), None, "recall 0.6000 is below the minimum 0.7000"),
+        (Gate(beat=["gradient_boosting"]), None, "auc 0.9000 does not exceed gradient boosting's 0.9200"),
+        (Gate(), {"auc": 0.91}, "auc 0.9000 is below the champion's 0.9100"),
+        (Gate(tolerance=0.005), {"auc": 0.91}, "auc 0.9000 is below the champion's 0.9100 (tolerance 0.005)"),
+        (
+            Gate(metric="accuracy", minimum={"auc": 0.95, "recall": 0.9}, beat=["gradient_boosting"]),
+            CHAMPION,
+            "auc 0.9000 is below the minimum 0.9500; recall 0.6000 is below the minimum 0.9000; "
+            "accuracy 0.8000 does not exceed gradient boosting's 0.8500; "
+            "accuracy 0.8000 is below the champion's 0.8100",
+        ),
+    ],
+)
+def test_fails_with_every_reason(gate, champion, reason):
+    decision = decide(gate, CANDIDATE, BASELINES, champion)
+    assert not decision.passed
+    assert decision.reason == reason
+
+
+def test_a_tie_with_a_baseline_fails_and_with_the_champion_or_a_minimum_passes():
+    tied = {"auc": 0.5}
+    assert not decide(Gate(beat=["constant"]), tied, BASELINES, None).passed
+    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, tied).passed
+
+
+@pytest.mark.parametrize(("value", "passed"), [(0.75, True), (0.7500001, True), (0.7499, False)])
+def test_the_tolerance_is_how_far_below_the_champion(value, passed):
+    gate = Gate(beat=[], tolerance=0.25)
+    assert decide(gate, {"auc": value}, {}, {"auc": 1.0}).passed is passed
+
+
+def test_a_metric_that_is_no_number_does_not_pass():
+    for gate, champion in ((Gate(beat=["constant"]), None), (Gate(beat=[]), CHAMPION)):
+        assert not decide(gate, {"auc": float("nan")}, BASELINES, champion).passed

@@ -1,0 +1,70 @@
+import socket
+from dataclasses import asdict
+
+import pytest
+from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
+
+from app.training.horovod import HorovodBackend, HorovodConfig, Slot, _serve, slots
+
+
+@pytest.mark.parametrize(
+    "layout", [[1], [2], [1, 1], [2, 2], [3, 1], [1, 3], [1, 2, 3], [3, 1, 2], [4, 1, 2]]
+)
+def test_places_are_those_that_horovod_gives(layout):
+    names = [f"node-{i}" for i in range(len(layout))]
+    theirs = get_host_assignments([HostInfo(n, c) for n, c in zip(names, layout, strict=True)], sum(layout))
+    ours = slots([name for name, count in zip(names, layout, strict=True) for _ in range(count)])
+    assert [asdict(slot) for slot in ours] == [asdict(slot) for slot in theirs]
+
+
+@pytest.mark.parametrize("nodes", ["abab", "abba", "aababcb", "bca"])
+def test_ranks_that_are_not_grouped_by_node_have_consistent_places(nodes):
+    places = slots(list(nodes))
+    assert [(p.hostname, p.rank, p.size) for p in places] == [(n, i, len(nodes)) for i, n in enumerate(nodes)]
+    assert len({(p.hostname, p.local_rank) for p in places}) == len(nodes)
+    for place in places:
+        local = [p for p in places if p.hostname == place.hostname]
+        assert sorted(p.local_rank for p in local) == list(range(place.local_size))
+        cross = [p for p in places if p.local_rank == place.local_rank]
+        assert sorted(p.cross_rank for p in cross) == list(range(place.cross_size))
+
+
+def test_the_environment_is_what_horovod_reads():
+    assert Slot(
+        "n", rank=3, size=5, local_rank=1, local_size=2, cross_rank=0, cross_size=4
+    ).environment() == {
+        "HOROVOD_HOSTNAME": "n",
+        "HOROVOD_RANK": "3",
+        "HOROVOD_SIZE": "5",
+        "HOROVOD_LOCAL_RANK": "1",
+        "HOROVOD_LOCAL_SIZE": "2",
+        "HOROVOD_CROSS_RANK": "0",
+        "HOROVOD_CROSS_SIZE": "4",
+    }
+
+
+@pytest.fixture
+def server():
+    server = _serve("127.0.0.1", slots(["a", "a", "b"]))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_rendezvous_is_on_the_given_address_alone(server):
+    assert server.socket.getsockname()[0] == "127.0.0.1"
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=5):
+        pass
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", server.server_port), timeout=5)
+
+
+def test_the_backend_lets_go_of_its_port():
+    backend = HorovodConfig().backend_cls()
+    assert isinstance(backend, HorovodBackend)
+    backend._server = _serve("127.0.0.1", slots(["a"]))
+    port = backend._server.server_port
+    for _ in range(2):  # a group that died is shut down once more
+        backend.on_shutdown(None, HorovodConfig())
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)

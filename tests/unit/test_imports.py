@@ -1,0 +1,113 @@
+"""Imports run one way, and nothing happens at import: read from the source, not from what is loaded."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[2] / "app"
+NAMES = {
+    ".".join(("app", *f.relative_to(APP).with_suffix("").parts)).removesuffix(".__init__"): f for f in FILES
+}
+
+# From the bottom up: a unit may import those in lines above its own.
+LAYERS: tuple[set[str], ...] = (
+    {"errors", "home"},
+    {"config", "store", "console", "cluster", "install"},
+    {"local_cluster", "projectfile"},
+    {"data"},
+    {"models"},
+    {"bundle"},
+    {"registry"},
+    {"training", "evaluation", "export", "serving"},
+    {"pipeline"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+)
+HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
+# What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
+FOR_COMMANDS = {"projectfile", "console", "cluster", "local_cluster", "install"}
+COMMANDS = {"pipeline", "demo", "cli", "local_cluster", "__main__"}
+# The one exception among siblings: the loop scores its epochs and hands its model over for export.
+SIBLINGS = {("training", "app.evaluation.metrics"), ("training", "app.export")}
+UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def unit(module: str) -> str:
+    """The part of the application that a module belongs to: a folder of `app`, or a file in it."""
+    return module.split(".")[1] if "." in module else module
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse(NAMES[module].read_text())
+
+
+def imports(module: str) -> Iterator[str]:
+    """All modules that a module imports, at its top or in a function."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "imports are absolute"
+            assert node.module
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in NAMES else node.module
+
+
+def test_there_is_something_to_read():
+    assert {"app.cli", "app.data.features", "app.models", "app.training.loop"} <= set(NAMES)
+    assert "app.evaluation.metrics" in imports("app.training.loop")
+    assert "app.pipeline" in imports("app.cli"), "imports inside functions count"
+
+
+def test_every_module_has_its_layer():
+    assert {unit(name) for name in NAMES if name != "app"} == set(HEIGHT)
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_imports_run_one_way(module):
+    for imported in imports(module):
+        if not imported.startswith("app.") or unit(imported) == unit(module):
+            continue
+        source, target = unit(module), unit(imported)
+        allowed = HEIGHT[target] < HEIGHT[source] or any(
+            source == s and imported.startswith(m) for s, m in SIBLINGS
+        )
+        assert allowed, f"{module} must not import {imported}"
+        assert target not in FOR_COMMANDS or source in COMMANDS, f"{imported} is for the commands alone"
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if name != "app.registry"])
+def test_only_the_registry_imports_mlflow(module):
+    assert not [name for name in imports(module) if name.split(".")[0] == "mlflow"]
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_nothing_unpickles(module):
+    assert not [name for name in imports(module) if name.split(".")[0] in UNPICKLERS]
+    for called in calls(module):
+        assert called not in {"torch.load", "torch.save", "numpy.load", "np.load", "pd.read_pickle"}, called
+
+
+def calls(module: str) -> Iterator[str]:
+    yield from (ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
+
+
+def test_only_the_cluster_starts_ray():
+    assert [name for name in NAMES if "ray.init" in calls(name)] == ["app.cluster"]
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_nothing_happens_at_import(module):
+    done = [
+        ast.unparse(statement)
+        for statement in tree(module).body
+        if isinstance(statement, ast.Expr | ast.For | ast.While | ast.With | ast.Try | ast.Delete)
+        and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+    ]
+    if module == "app.registry":  # MLflow reads these when it is first imported, so they must stand before
+        done = [line for line in done if not line.startswith("os.environ.setdefault('MLFLOW_")]
+    assert done == []

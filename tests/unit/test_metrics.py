@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import sklearn.metrics as theirs
+
+from app.config import METRICS
+from app.evaluation.metrics import auc, evaluate, reliability
+
+
+def predictions(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    probabilities = random.beta(0.7, 1.2, count).astype(np.float32)
+    return (random.random(count) < probabilities**1.3).astype(np.float32), probabilities
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("threshold", [0.5, 0.2])
+def test_is_what_scikit_learn_says(seed, threshold):
+    labels, probabilities = predictions(seed)
+    predicted = probabilities >= threshold
+    got = evaluate(labels, probabilities, threshold)
+    expected = {
+        "auc": theirs.roc_auc_score(labels, probabilities),
+        "accuracy": theirs.accuracy_score(labels, predicted),
+        "precision": theirs.precision_score(labels, predicted),
+        "recall": theirs.recall_score(labels, predicted),
+        "f1": theirs.f1_score(labels, predicted),
+        "log_loss": theirs.log_loss(labels, probabilities),
+        "brier": theirs.brier_score_loss(labels, probabilities),
+    }
+    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_by_hand():
+    got = evaluate(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
+    assert got == pytest.approx(
+        {
+            "auc": 3 / 4,  # 0.5 stands behind 0.6, the other three pairs are in order
+            "accuracy": 3 / 4,  # 0.5 counts as positive
+            "precision": 2 / 3,
+            "recall": 1,
+            "f1": 4 / 5,
+            "log_loss": -np.log([0.9, 0.4, 0.5, 0.9]).mean(),
+            "brier": (0.01 + 0.36 + 0.25 + 0.01) / 4,
+            "calibration_error": (0.1 + 0.6 + 0.5 + 0.1) / 4,
+        }
+    )
+
+
+def test_nothing_predicted_positive_is_0_and_no_warning():
+    got = evaluate(np.array([0, 1]), np.array([0.1, 0.2]))
+    assert (got["precision"], got["recall"], got["f1"], got["accuracy"]) == (0, 0, 0, 0.5)
+
+
+def test_all_that_a_gate_may_name_is_there_as_plain_floats():
+    got = evaluate(*predictions(0))
+    assert set(METRICS) <= set(got)
+    assert {type(value) for value in got.values()} == {float}
+
+
+def test_auc_does_not_depend_on_the_scale():
+    labels, probabilities = predictions(0)
+    logits = np.log(probabilities) - np.log1p(-probabilities)
+    assert auc(labels, logits) == pytest.approx(auc(labels, probabilities), abs=1e-3)
+    assert auc(labels, -probabilities) == pytest.approx(1 - auc(labels, probabilities))
+
+
+def test_certain_and_right_is_perfect():
+    labels = np.array([0.0, 1.0, 1.0])
+    got = evaluate(labels, labels)
+    assert [got[n] for n in METRICS] == [1.0] * 5
+    assert (got["brier"], got["calibration_error"]) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_of_the_bins_sum_to_1_and_their_means_to_the_whole(seed):
+    labels, probabilities = predictions(seed)
+    bins = reliability(labels, probabilities)
+    assert sum(b["share"] for b in bins) == pytest.approx(1)
+    assert sum(b["share"] * b["predicted"] for b in bins) == pytest.approx(probabilities.mean(), abs=1e-6)
+    assert sum(b["share"] * b["observed"] for b in bins) == pytest.approx(labels.mean(), abs=1e-6)
+    assert all(b["bin"] / 10 <= b["predicted"] <= (b["bin"] + 1) / 10 for b in bins)
+
+
+def test_the_ends_of_the_scale_have_bins():
+    bins = reliability(np.array([0, 1]), np.array([0.0, 1.0]))
+    assert [(b["bin"], b["share"], b["observed"]) for b in bins] == [(0, 0.5, 0.0), (9, 0.5, 1.0)]

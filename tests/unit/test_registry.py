@@ -1,0 +1,187 @@
+"""Against MLflow itself, with SQLite and files in one state directory for the module: it takes seconds."""
+
+import contextlib
+import shutil
+
+import mlflow
+import numpy as np
+import pytest
+
+from app import bundle, registry
+from app.bundle import Bundle, columns_of
+from app.config import Project
+from app.errors import UserError
+from tests.bundles import PROJECT, ROWS, build
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """In place of the one of each test."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLWAY_HOME", str(home))
+        patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+        patch.delenv("RAYLWAY_STORE", raising=False)
+        yield home
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Two models' bundles that are MLflow models too."""
+    folder = tmp_path_factory.mktemp("bundles")
+    paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
+    for path in paths:
+        registry.write_flavor(path)
+        bundle.seal(path, {})
+    return paths
+
+
+def project(name: str) -> Project:
+    return Project.model_validate({**PROJECT, "name": name})
+
+
+def registered(name: str, path, key: str = "key") -> registry.Version:
+    with registry.run(project(name), key) as run:
+        run.log_bundle(path)
+    return registry.register(name, run.id, path, data_version="c0ffee")
+
+
+def test_the_first_version_is_the_champion_and_the_second_the_challenger(bundles):
+    first, second = (registered("ordered", path, str(path)) for path in bundles)
+    assert (first.number, first.aliases) == ("1", (registry.CHAMPION,))
+    assert (second.number, second.aliases) == ("2", (registry.CHALLENGER,))
+    assert [(v.version, list(v.aliases)) for v in registry.versions("ordered")] == [
+        (2, [registry.CHALLENGER]),
+        (1, [registry.CHAMPION]),
+    ]
+
+
+def test_a_registered_bundle_is_whole_and_opens(bundles):
+    version = registered("whole", bundles[0])
+    opened = Bundle(version.path)
+    opened.check_example()
+    assert registry.resolve("whole", registry.CHAMPION) == registry.resolve("whole", "1") == version
+
+
+def test_the_same_graph_is_not_registered_twice(bundles):
+    first = registered("same", bundles[0])
+    assert registered("same", bundles[0], key="another run") == first
+    assert len(registry.versions("same")) == 1
+
+
+def test_a_changed_bundle_is_not_registered(bundles, tmp_path):
+    broken = shutil.copytree(bundles[0], tmp_path / "broken")
+    (broken / "schema.json").write_text("{}")
+    with pytest.raises(bundle.BrokenBundle, match=r"schema\.json was changed"):
+        registered("broken", broken)
+    assert list(registry.versions("broken")) == []
+
+
+@pytest.mark.parametrize("version", ["3", "0", "challenger", "no-such-alias", "99999999999999999999"])
+def test_what_is_not_registered_is_told_with_what_is(bundles, version):
+    if registry.find("single", "1") is None:
+        registered("single", bundles[0])
+    assert registry.find("single", version) is None
+    with pytest.raises(UserError) as caught:
+        registry.resolve("single", version)
+    assert str(caught.value) == (
+        f"no version {version!r} of the model 'single' is registered; single has 1 (champion)"
+    )
+
+
+@pytest.mark.parametrize("version", ["1", "champion"])
+def test_a_model_without_versions_says_how_to_make_one(version):
+    assert registry.find("nothing", version) is None
+    with pytest.raises(UserError, match="nothing has no versions; train one with `raylway train`"):
+        registry.resolve("nothing", version)
+
+
+def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger(bundles):
+    for path in bundles:
+        registered("promoted", path, str(path))
+    chosen = registry.promote("promoted", registry.CHALLENGER)
+    assert (chosen.number, chosen.aliases) == ("2", (registry.CHAMPION,))
+    assert registry.find("promoted", registry.CHALLENGER) is None
+    assert registry.resolve("promoted", "1").aliases == ()
+    back = registry.promote("promoted", "1")
+    assert back == registry.resolve("promoted", registry.CHAMPION)
+    with pytest.raises(UserError, match="no version '7'"):
+        registry.promote("promoted", "7")
+    assert registry.resolve("promoted", registry.CHAMPION).number == "1"
+
+
+def epoch(number: int, loss: float) -> dict[str, float]:
+    return {"epoch": number, "train_loss": loss, "validation_auc": 0.5 + number / 10}
+
+
+def losses(run: registry.Run) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in registry.client().get_metric_history(run.id, "train_loss")]
+
+
+def status(run: registry.Run) -> str:
+    return registry.client().get_run(run.id).info.status
+
+
+def stopped(name: str, key: str, error: type[BaseException]) -> registry.Run:
+    """A run whose training broke off in its third epoch."""
+    with contextlib.suppress(error), registry.run(project(name), key) as run:
+        for number in (0, 1):
+            run.log_epoch(epoch(number, 1 - number / 10))
+        raise error
+    return run
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_whose_body_raises_has_failed(error):
+    assert status(stopped("failed", error.__name__, error)) == "FAILED"
+
+
+def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
+    first = stopped("resumed", "key", KeyboardInterrupt)
+    with registry.run(project("resumed"), "key") as again:
+        assert status(again) == "RUNNING"
+        for number in (1, 2, 2):
+            again.log_epoch(epoch(number, 0.5))
+    assert (again.id, again.resumed, first.resumed) == (first.id, True, False)
+    assert losses(again) == [(0, 1.0), (1, 0.9), (2, 0.5)]
+    assert status(again) == "FINISHED"
+
+
+def test_another_key_and_fresh_are_runs_of_their_own():
+    with registry.run(project("several"), "key") as first:
+        first.log_epoch(epoch(0, 1.0))
+    with registry.run(project("several"), "other") as other:
+        pass
+    with registry.run(project("several"), "key", fresh=True) as fresh:
+        fresh.log_epoch(epoch(0, 0.7))
+    assert len({first.id, other.id, fresh.id}) == 3
+    assert {other.resumed, fresh.resumed} == {False}
+    assert losses(first) == [(0, 1.0)]
+    assert losses(fresh) == [(0, 0.7)]
+
+
+def test_a_run_has_the_parameters_results_and_tags():
+    with registry.run(project("described"), "key") as run:
+        run.log_results({"auc": 0.9}, {"gate": "passed"})
+    data = registry.client().get_run(run.id).data
+    assert data.metrics == {"auc": 0.9}
+    assert data.tags["gate"] == "passed"
+    assert data.tags[registry.KEY_TAG] == "key"
+    assert data.params.items() >= {"seed": "0", "model.kind": "mlp", "training.epochs": "1"}.items()
+
+
+def test_mlflows_own_tools_open_the_bundle_and_predict_the_same(bundles):
+    version = registered("pyfunc", bundles[0])
+    opened = Bundle(version.path)
+    columns = columns_of(opened.schema, ROWS)
+    mlflow.set_tracking_uri(registry.uri())
+    mlflow.set_registry_uri(registry.uri())
+    model = mlflow.pyfunc.load_model(f"models:/pyfunc@{registry.CHAMPION}")
+    got = model.predict(bundle.inputs(columns))["probability"]
+    np.testing.assert_array_equal(np.ravel(got), opened.predict(columns))
+
+
+def test_state_is_in_the_home_alone(home, bundles):
+    registered("placed", bundles[0])
+    assert (home / "mlflow.db").is_file()
+    assert list((home / "artifacts" / "placed").rglob("model.onnx"))

@@ -1,0 +1,68 @@
+import copy
+
+import numpy as np
+
+from app.config import Project
+from app.evaluation.metrics import evaluate, reliability
+from app.evaluation.report import card
+from tests.bundles import PROJECT
+
+LABELS = np.array([0, 0, 1, 1, 0])
+MODEL, CONSTANT = np.array([0.1, 0.6, 0.55, 0.9, 0.2]), np.full(5, 0.4)
+SUMMARY = {
+    "data_version": "c0ffee" * 8,
+    "parts": {
+        "train": {"rows": 34_189, "positive": 0.2393},
+        "validation": {"rows": 4_884, "positive": 0.24},
+        "test": {"rows": 9_769, "positive": 0.2381},
+    },
+}
+EVALUATION = {
+    "model": evaluate(LABELS, MODEL),
+    "baselines": {"constant": evaluate(LABELS, CONSTANT), "logistic_regression": evaluate(LABELS, MODEL**2)},
+    "reliability": reliability(LABELS, MODEL),
+}
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """The tables of a Markdown text, as rows of cells."""
+    found: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif found[-1]:
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_names_the_model_the_label_the_data_and_every_input():
+    text = card(Project.model_validate(PROJECT), SUMMARY, EVALUATION)
+    assert text.startswith("# income: mlp\n")
+    assert "the probability that `income` is `>50K`" in text
+    assert "- source: unused.parquet" in text
+    assert f"- version: `{SUMMARY['data_version']}`" in text
+    assert "- train: 34,189 rows, 23.9% positive" in text
+    assert "- validation: 4,884 rows, 24.0% positive" in text
+    assert "- test: 9,769 rows, 23.8% positive" in text
+    for name, encoding in PROJECT["features"].items():
+        assert f"- `{name}`: {PROJECT['data']['columns'][name]['type']}, {encoding['encode']}\n" in text
+
+
+def test_names_the_sample_where_the_source_is_one():
+    project = copy.deepcopy(PROJECT)
+    project["data"]["source"] = {"sample": "adult"}
+    assert "- source: sample adult" in card(Project.model_validate(project), SUMMARY, EVALUATION)
+
+
+def test_has_the_metrics_of_the_model_and_every_baseline():
+    quality, calibration = tables(card(Project.model_validate(PROJECT), SUMMARY, EVALUATION))
+    head, rule, *rows = quality
+    assert {len(row) for row in quality} == {len(head)}
+    assert set(rule) == {"---"}
+    assert [row[0] for row in rows] == ["**this model**", "constant", "logistic regression"]
+    names = [name.replace(" ", "_") for name in head[1:]]
+    for row, metrics in zip(rows, [EVALUATION["model"], *EVALUATION["baselines"].values()], strict=True):
+        assert row[1:] == [f"{metrics[name]:.4f}" for name in names]
+    assert {"auc", "accuracy", "brier", "calibration_error"} <= set(names)
+    assert len(calibration) == 2 + len(EVALUATION["reliability"])
+    assert calibration[2] == ["0.100", "0.000", "0.200"]
