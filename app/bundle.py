@@ -160,7 +160,7 @@ def verify(path: Path) -> dict[str, Any]:
     """The manifest of a bundle whose files are all as they were written; raises BrokenBundle if not."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        listed = manifest["files"]
+        listed = dict(manifest["files"])
     except FileNotFoundError:
         raise BrokenBundle(f"{path}: is no bundle: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
@@ -179,7 +179,9 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST)
+    return sorted(
+        str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f != folder / MANIFEST
+    )
 
 
 def _sha256(file: Path) -> str:

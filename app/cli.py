@@ -89,6 +89,8 @@ def serve(file: File, overrides: Set = None) -> None:
         with cluster.session():
             from app.serving import deploy
 
+            needed = project.serving.num_cpus * project.serving.autoscaling.min_replicas
+            console.wait(cluster.shortage(needed, "serving.num_cpus x autoscaling.min_replicas"))
             server = deploy.deploy(project.serving, project.name, chosen)
             for name, variant in chosen.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")

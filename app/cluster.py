@@ -46,6 +46,8 @@ FLAGS = {
     # A request may then run twice, so what an endpoint writes has to be idempotent.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "4",
+    # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # Strips the client headers that steer Serve and limits bodies, before Serve reads either.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
 }
@@ -130,13 +132,22 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
     }
-    return LOCAL_FLAGS | haproxy | environment() | {MARK: str(directory)}
+    return LOCAL_FLAGS | haproxy | environment() | {MARK: str(directory), "RAY_TMPDIR": str(directory)}
 
 
 def new_directory() -> Path:
     """A fresh directory that only we can enter, for a local cluster. Directly in /tmp and short: the paths of
     the sockets below it must fit 107 bytes, and $TMPDIR can be long."""
     return Path(tempfile.mkdtemp(prefix="raylway-", dir="/tmp"))
+
+
+def temp_dir(directory: Path) -> Path:
+    """Ray's own part of a local cluster's directory.
+
+    It is where RAY_TMPDIR leads Ray's processes, so that they find their cluster there and not the one that
+    /tmp/ray happens to name: Train's cleaner, for one, waits 10 s for a cluster that is gone.
+    """
+    return directory / "ray"
 
 
 def free_ports(count: int) -> list[int]:
@@ -210,7 +221,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
             os.environ.update(FLAGS | before | {"RAYLWAY_HOME": str(home())})
         elif cluster and cluster.alive():
             address = cluster.address
-            _replace_environ(LOCAL_FLAGS | environment())
+            _replace_environ(LOCAL_FLAGS | environment() | {"RAY_TMPDIR": cluster.directory})
         else:
             ensure_token()
             directory = new_directory()
@@ -228,6 +239,26 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
         _replace_environ(before)
 
 
+def shortage(num_cpus: float, setting: str) -> str | None:
+    """What to wait for until the cluster has so many CPUs free, in words; None if it has them now. Needs Ray.
+
+    Raises UserError, which names the setting to lower, if it would be forever: a cluster that does not grow
+    has fewer.
+    """
+    import ray
+
+    total, free = (
+        resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources())
+    )
+    grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
+    if total < num_cpus and not grows:
+        raise UserError(
+            f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {total:g}; lower it with --set, or use a "
+            "larger cluster"
+        )
+    return f"waiting for {num_cpus:g} CPUs; {free:g} of {total:g} are free" if free < num_cpus else None
+
+
 def _replace_environ(values: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(values)
@@ -235,19 +266,25 @@ def _replace_environ(values: dict[str, str]) -> None:
 
 def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
     import ray
+    from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    # Ray reads its authentication settings once, at import; something may have imported it before us.
+    # Ray reads these settings once, at import; something may have imported it before us.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(name, True)
     # The dashboard costs seconds to start and nobody looks at it in a session of one command.
-    local = {"include_dashboard": False, "_temp_dir": str(directory)} if directory else {}
+    local = {"include_dashboard": False, "_temp_dir": str(temp_dir(directory))} if directory else {}
     try:
         if ":" in address and "://" not in address:
             # Ray itself would wait a minute and more for a cluster that is gone.
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local)
+        if directory:
+            gcs_address = ray.get_runtime_context().gcs_address
+            ray._private.utils.write_ray_address(gcs_address, str(temp_dir(directory)))
     except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"A Ray cluster must answer at {address} (RAY_ADDRESS, or the one that `up` started), "

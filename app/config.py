@@ -228,6 +228,8 @@ class Project(Section):
         if self.data.label.column in self.data.columns:
             raise ValueError(f"data.label.column: {self.data.label.column!r} must not be one of data.columns")
         for name, encoding in self.features.items():
+            if name == "probability":
+                raise ValueError(f"features.{name}: the model's output has this name; rename the column")
             column = self.data.columns.get(name)
             if column is None:
                 raise ValueError(

@@ -24,7 +24,12 @@ class Console:
         self._rich = Rich(file=stream, width=width, highlight=False, soft_wrap=True)
 
     def say(self, text: object = "", style: str | None = None) -> None:
-        self._rich.print(text, style=style)
+        self._rich.print(text, style=style, markup=False)
+
+    def wait(self, reason: str | None) -> None:
+        """Say what is waited for, if anything is."""
+        if reason:
+            self.say(f"  {reason}", style="yellow")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:

@@ -5,6 +5,8 @@ machine: the wheel is kept in the user's cache directory. When nothing has chang
 it returns at once and asks no network.
 """
 
+from __future__ import annotations  # to say so, an older Python must get past the annotations
+
 import hashlib
 import os
 import platform

@@ -14,7 +14,16 @@ from pathlib import Path
 import httpx
 import psutil
 
-from app.cluster import Cluster, ensure_token, free_ports, local_environment, new_directory, reap, recorded
+from app.cluster import (
+    Cluster,
+    ensure_token,
+    free_ports,
+    local_environment,
+    new_directory,
+    reap,
+    recorded,
+    temp_dir,
+)
 from app.errors import UserError
 from app.home import home
 
@@ -93,7 +102,14 @@ def _start(directory: Path) -> Cluster:
     env = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"} | local_environment(directory)
     ray = str(Path(sys.executable).with_name("ray"))
     command = [
-        *(ray, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--temp-dir={directory}"),
+        *(
+            ray,
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={temp_dir(directory)}",
+        ),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
         # 0: any free port, so that a second Ray on this machine is no problem. Ray's client server cannot
         # choose its own, and starts whenever grpc is installed.
@@ -126,14 +142,14 @@ def _start(directory: Path) -> Cluster:
             raise UserError(f"Ray must start, within {START_TIMEOUT_S:.0f} s, and did not. See {log}")
         time.sleep(0.1)
     # Ray writes its address here once the head stands.
-    address = (directory / "ray_current_cluster").read_text().strip()
+    address = (temp_dir(directory) / "ray_current_cluster").read_text().strip()
     cluster = Cluster(**asdict(cluster) | {"address": address})
     _record(cluster)
     return cluster
 
 
 def _takes_jobs(cluster: Cluster) -> bool:
-    if not (Path(cluster.directory) / "ray_current_cluster").exists():
+    if not (temp_dir(Path(cluster.directory)) / "ray_current_cluster").exists():
         return False
     token = Path(cluster.token_path).read_text()
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import bundle, registry, store
+from app import bundle, cluster, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
@@ -53,8 +53,8 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             console.epoch(epoch, project.training.epochs)
             run.log_epoch(epoch)
 
-        if (fresh or not trainer.done(project, prepared)) and (wait := trainer.shortage(project)):
-            console.say(f"  {wait}", style="yellow")
+        if fresh or not trainer.done(project, prepared):
+            console.wait(cluster.shortage(project.training.num_workers, "training.num_workers"))
         with console.stage("train") as done:
             trained = trainer.train(project, prepared, on_epoch, fresh=fresh)
             for epoch in trained.history:

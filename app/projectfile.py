@@ -107,9 +107,10 @@ def _fault(
             message = f"{error['ctx']['discriminator']} is missing"
         case "value_error":
             message = str(error["ctx"]["error"])
-            named = {".".join(key): line for key, line in lines.items()}  # a check of the whole names its key
-            line = named.get(message.partition(":")[0], 1) if not loc else line
-            where = where if where == "--set" else f"{path}:{line}"
+            key = loc or tuple(message.partition(":")[0].split("."))  # a check of the whole names its key
+            line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
+            # It is of several keys, so one that was set below may be at fault.
+            where = "--set" if any(key[: len(o)] == o[: len(key)] for o in overridden) else f"{path}:{line}"
         case _:
             message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
             if not isinstance(error["input"], dict | list):

@@ -186,7 +186,9 @@ def find(name: str, version: str) -> Version | None:
     """Like `resolve`, but None if there is none."""
     ours = client()
     try:
-        if version.isdigit():
+        if version.isdecimal():
+            if len(version) > 9:  # more than the registry's tables hold
+                return None
             found = ours.get_model_version(name, version)
         else:
             found = ours.get_model_version_by_alias(name, version)

@@ -95,7 +95,10 @@ def _without_missing(table: pa.Table, data: Data) -> pd.DataFrame:
         elif pa.types.is_decimal(column.type) or pa.types.is_boolean(column.type):
             column = column.cast(pa.float64()) if pa.types.is_decimal(column.type) else column.cast(pa.int8())
         series = column.to_pandas()
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        if any(
+            is_(column.type)
+            for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
             series = series.astype(object).where(~series.isin(["", *data.missing]) & series.notna(), None)
         columns[name] = series
     return pd.DataFrame(columns)

@@ -131,6 +131,8 @@ def _schema_faults(schema: pa.Schema, data: Data) -> list[str]:
         if name not in schema.names:
             role = "the label" if is_label else "column"
             faults.append(f"{role} {name!r} is missing; the file has {', '.join(schema.names)}")
+        elif schema.names.count(name) > 1:
+            faults.append(f"column {name!r} stands {schema.names.count(name)} times")
         elif data.source.format == "parquet":
             have = schema.field(name).type
             kind = "label" if is_label else data.columns[name].type

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from app import store
 from app.config import Project
@@ -38,9 +39,11 @@ def _scores(project: Project, train: pd.DataFrame, test: pd.DataFrame) -> dict[s
     y_train, y_test = train[LABEL].to_numpy(), test[LABEL].to_numpy()
     x_train, x_test = (_columns(frame, project) for frame in (train, test))
     scores = {"constant": metrics.evaluate(y_test, np.full(len(y_test), y_train.mean()))}
-    for name, model in _models(project).items():
-        model.fit(x_train, y_train)
-        scores[name] = metrics.evaluate(y_test, model.predict_proba(x_test)[:, 1])
+    for name, model in _models(project, x_train).items():
+        # OpenMP's threads spin while they wait for each other: on busy cores a fit takes 15 times as long.
+        with threadpool_limits(1):
+            model.fit(x_train, y_train)
+            scores[name] = metrics.evaluate(y_test, model.predict_proba(x_test)[:, 1])
     return scores
 
 
@@ -49,7 +52,7 @@ def _columns(frame: pd.DataFrame, project: Project) -> pd.DataFrame:
     return frame[list(project.features)].assign(**filled)
 
 
-def _models(project: Project) -> Mapping[str, Any]:
+def _models(project: Project, train: pd.DataFrame) -> Mapping[str, Any]:
     from sklearn.compose import make_column_transformer
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.impute import SimpleImputer
@@ -59,6 +62,7 @@ def _models(project: Project) -> Mapping[str, Any]:
 
     numbers = [n for n, e in project.features.items() if e.encode == "min_max"]
     categories = [n for n in project.features if n not in numbers]
+    filled = [n for n in numbers if train[n].notna().any()]
     scaled = make_column_transformer(
         (make_pipeline(SimpleImputer(keep_empty_features=True), StandardScaler()), numbers),
         (OneHotEncoder(handle_unknown="ignore"), categories),
@@ -66,8 +70,8 @@ def _models(project: Project) -> Mapping[str, Any]:
     places = OrdinalEncoder(
         handle_unknown="use_encoded_value", unknown_value=np.nan, max_categories=250, dtype=np.float64
     )
-    ordinal = make_column_transformer(("passthrough", numbers), (places, categories))
-    is_category = [False] * len(numbers) + [True] * len(categories)
+    ordinal = make_column_transformer(("passthrough", filled), (places, categories))
+    is_category = [False] * len(filled) + [True] * len(categories)
     boosting = HistGradientBoostingClassifier(categorical_features=is_category, random_state=project.seed)
     return {
         "logistic_regression": make_pipeline(scaled, LogisticRegression(max_iter=1000)),

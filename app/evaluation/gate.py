@@ -30,14 +30,14 @@ def decide(
     faults = [
         f"{metric} {candidate[metric]:.4f} is below the minimum {least:.4f}"
         for metric, least in gate.minimum.items()
-        if candidate[metric] < least
+        if not candidate[metric] >= least
     ]
     faults += [
         f"{name} {value:.4f} does not exceed {other.replace('_', ' ')}'s {baselines[other][name]:.4f}"
         for other in gate.beat
-        if value <= baselines[other][name]
+        if not value > baselines[other][name]
     ]
-    if champion is not None and value < champion[name] - gate.tolerance:
+    if champion is not None and not value >= champion[name] - gate.tolerance:
         allowed = f" (tolerance {gate.tolerance:g})" if gate.tolerance else ""
         faults.append(f"{name} {value:.4f} is below the champion's {champion[name]:.4f}{allowed}")
     if faults:

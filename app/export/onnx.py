@@ -54,7 +54,7 @@ def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     front = _preprocessing(preprocessor, network.ir_version)
     # The exporter's inner names ("linear", say) could be a column's.
     network = onnx.compose.add_prefix(network, "/network/", rename_inputs=False, rename_outputs=False)
-    whole = onnx.compose.merge_models(front, network, io_map=[("encoded", "matrix")])
+    whole = onnx.compose.merge_models(front, network, io_map=[("/encoded", "matrix")])
     onnx.checker.check_model(whole, full_check=True)
     path.write_bytes(whole.SerializeToString())
 
@@ -84,11 +84,11 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
     categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
     parts = [_scaled(graph, numbers)] if numbers else []
     parts += [_encoded(graph, column) for column in categories]
-    graph.add("Concat", parts, "encoded", axis=1)
+    graph.add("Concat", parts, "/encoded", axis=1)
 
     takes = [(c.column, TensorProto.DOUBLE) for c in numbers]
     takes += [(c.column, TensorProto.STRING) for c in categories]
-    gives = helper.make_tensor_value_info("encoded", TensorProto.FLOAT, ["rows", preprocessor.layout.width])
+    gives = helper.make_tensor_value_info("/encoded", TensorProto.FLOAT, ["rows", preprocessor.layout.width])
     proto = helper.make_graph(
         graph.nodes,
         "preprocessing",
@@ -118,7 +118,7 @@ class _Graph:
 
 def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
     """All numbers at once, in float64 like training: a large one would lose digits before it is scaled."""
-    axis = graph.constant("number/axis", np.array([1]))
+    axis = graph.constant("axis", np.array([1]))
     low = graph.constant("low", np.array([c.minimum for c in numbers]))
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
     fill = graph.constant("fill", np.array([c.fill for c in numbers]))

@@ -1,5 +1,6 @@
 """Models on rows of numbers and categories."""
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -35,7 +36,9 @@ class LogisticRegression(nn.Module):
     def __init__(self, layout: Layout):
         super().__init__()
         self.columns = Columns(layout, width=1)
-        self.dense = nn.Linear(layout.dense, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of no numbers there are no weights to initialise
+            self.dense = nn.Linear(layout.dense, 1)
         for table in self.columns.embeddings:
             nn.init.zeros_(table.weight)
 

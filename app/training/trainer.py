@@ -83,22 +83,6 @@ def train(
     return Trained(target, name, cached=not built)
 
 
-def shortage(project: Project) -> str | None:
-    """What a training would have to wait for, in words; None if the cluster has room for it now.
-
-    Raises UserError if it would wait forever: no more can come to a cluster that does not grow.
-    """
-    wanted = project.training.num_workers
-    total, free = (int(r.get("CPU", 0)) for r in (ray.cluster_resources(), ray.available_resources()))
-    grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
-    if total < wanted and not grows:
-        raise UserError(
-            f"training.num_workers: {wanted} workers need a CPU each, but the cluster has {total}; "
-            f"say --set training.num_workers={max(total, 1)}, or use a larger cluster"
-        )
-    return f"waiting for {wanted} CPUs; {free} of {total} are free" if free < wanted else None
-
-
 def _fit(
     project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: Callable
 ) -> ray.train.Checkpoint:

@@ -136,10 +136,9 @@ def test_a_rank_killed_mid_epoch_resumes_to_the_same_end(
     )
 
 
-def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster, project):
+def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster):
+    from app import cluster
     from app.errors import UserError
-    from app.training import trainer
 
-    training = project.training.model_copy(update={"num_workers": 999})
-    with pytest.raises(UserError, match=r"999 workers need a CPU each, but the cluster has \d+"):
-        trainer.shortage(project.model_copy(update={"training": training}))
+    with pytest.raises(UserError, match=r"training.num_workers asks for 999 CPUs, but the cluster has \d+"):
+        cluster.shortage(999, "training.num_workers")

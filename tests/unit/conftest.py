@@ -1,7 +1,6 @@
 """A unit test stays one: no Ray is started, and no state is written but the test's own."""
 
 import pytest
-import ray
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +12,8 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
+    import ray
+
     def refuse(*_, **__):
         raise AssertionError("a unit test must not start Ray; see tests/integration")
 

@@ -50,7 +50,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
             assert torch.equal(resumed[1].state_dict()["state"][index][name], value), (index, name)
 
 
-def test_a_forgotten_optimizer_state_would_be_noticed(tmp_path):
+def test_a_forgotten_optimizer_state_would_be_noticed():
     """The test above can fail: without AdamW's moments the end is another one."""
     whole = started()
     steps(*whole, 0, 9)

@@ -8,7 +8,8 @@ import pytest
 
 APP = Path(__file__).parents[2] / "app"
 NAMES = {
-    ".".join(("app", *f.relative_to(APP).with_suffix("").parts)).removesuffix(".__init__"): f for f in FILES
+    ".".join(file.relative_to(APP.parent).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(APP.rglob("*.py"))
 }
 
 # From the bottom up: a unit may import those in lines above its own.

@@ -114,7 +114,6 @@ def test_the_graph_answers_like_the_trained_model(exported, count):
     [
         {"number": "linear", "one_hot": "matrix", "embedding": "hours per-week/%"},
         {"number": "encoded"},
-        {"number": "probability"},
         {"number": "x", "embedding": "number"},
     ],
     ids=lambda names: ", ".join(names.values()),

@@ -181,6 +181,11 @@ def test_all_faults_are_told_at_once(file):
             "small.yaml:10: features.town: a category takes one_hot or embedding, not min_max",
         ),
         (
+            "age: {encode: min_max}",
+            "probability: {encode: min_max}",
+            "small.yaml:9: features.probability: the model's output has this name; rename the column",
+        ),
+        (
             "column: bought",
             "column: town",
             "small.yaml:4: data.label.column: 'town' must not be one of data.columns",
@@ -240,7 +245,8 @@ def test_set_replaces_and_adds_keys_with_yaml_values(file):
     project = projectfile.load(
         file,
         ["training.epochs=7", "seed=3", "model.hidden=[8, 4]", "gate.minimum.auc=0.7",
-         "data.split={test: 0.3}", "serving.salt='a=b'", "data.columns.age.nullable=true", "model.dropout=0.25"],
+         "data.split={test: 0.3}", "serving.salt='a=b'", "data.columns.age.nullable=true",
+         "model.dropout=0.25"],
     )  # fmt: skip
     assert project.training.epochs == 7
     assert project.training.batch_size == 8

@@ -80,12 +80,14 @@ def test_a_failure_leaves_what_was_there(home, error, before):
 def test_nothing_is_at_the_target_while_it_is_built(home):
     target = store.folder("train", "k")
 
+    drafts = []
+
     def build(draft: Path) -> None:
         assert not target.exists()
-        assert draft.parent == target.parent, "so that putting it in place is one rename"
+        drafts.append(draft.stat().st_ino)
 
     assert store.produce(target, build)
-    assert target.is_dir()
+    assert [target.stat().st_ino] == drafts, "put in place by one rename, not copied file by file"
 
 
 def test_two_that_build_the_same_both_succeed(home):
