@@ -8,6 +8,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -151,11 +152,18 @@ def temp_dir(directory: Path) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Ports that nobody listens on, and that the kernel gives to nobody who asks for any port.
+
+    What is started minutes from now still finds them free: the ports of Ray's workers come from the kernel.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(max(1024, lowest - 20_000), lowest)
+        with socket.socket() as probe:
+            if port not in ports and probe.connect_ex(("127.0.0.1", port)):
+                ports.append(port)
+    return ports
 
 
 def ensure_token() -> Path:
@@ -253,8 +261,8 @@ def shortage(num_cpus: float, setting: str) -> str | None:
     grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
     if total < num_cpus and not grows:
         raise UserError(
-            f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {total:g}; lower it with --set, or use a "
-            "larger cluster"
+            f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {total:g}; lower it with --set, or "
+            "use a larger cluster"
         )
     return f"waiting for {num_cpus:g} CPUs; {free:g} of {total:g} are free" if free < num_cpus else None
 
