@@ -134,7 +134,7 @@ def up() -> None:
     """Start a local Ray cluster that lasts, with token authentication, and say how to reach it."""
     from app import local_cluster
 
-    Console().say(local_cluster.up())
+    Console().say(str(local_cluster.up()))
 
 
 @app.command()

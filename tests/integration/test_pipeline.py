@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import httpx
 import pandas as pd
@@ -32,6 +33,20 @@ def trained(reach, home):
             subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         )
     return answers
+
+
+@contextmanager
+def started(home, *command):
+    """A command that runs while the test looks on; killed if the test fails."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "app", *command],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYLWAY_HOME": str(home)},
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def test_the_first_version_becomes_champion_the_second_challenger(trained):
@@ -80,25 +95,18 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster)
     """SIGKILL of the command in the middle of training; the same command again ends the same run."""
     from app import registry
 
-    command = ["train", "configs/smoke.yaml", "--set", "seed=7", "--set", "training.epochs=6"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *command],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RAYLWAY_HOME": str(home)},
-    )  # fmt: skip
-    assert process.stdout
-    for line in process.stdout:
-        if "epoch 2/6" in line:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+    command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
+    with started(home, *command) as process:
+        for line in process.stdout:
+            if "epoch 2/6" in line:
+                process.kill()
+    assert process.returncode == -signal.SIGKILL
     again = raylway(*command)
     assert again.returncode == 0, again.stdout
     assert "continued" in again.stdout
     assert "epoch 1/6" not in again.stdout
     client = registry.client()
-    experiment = client.get_experiment_by_name("smoke")
-    runs = client.search_runs([experiment.experiment_id], "params.seed = '7'")
+    runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
     steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train_loss")]
     assert sorted(steps) == list(range(6))
@@ -112,13 +120,8 @@ def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home)
     alone.mkdir()
     for name in ("mlflow.db", "artifacts"):
         (alone / name).symlink_to(home / name)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", "serve", "configs/smoke.yaml", "--set", f"serving.port={port}"],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RAYLWAY_HOME": str(alone)},
-    )  # fmt: skip
-    assert process.stdout
-    try:
+    command = ["serve", "configs/smoke.yaml", "--set", f"serving.port={port}"]
+    with started(alone, *command) as process:
         said = []
         for line in process.stdout:
             said.append(line)
@@ -128,7 +131,6 @@ def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home)
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
         assert '"variant"' in answer.stdout
         assert httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200
-    finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     with pytest.raises(httpx.TransportError):
