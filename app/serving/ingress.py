@@ -1,7 +1,7 @@
 """What stands before every replica: no client header steers Ray Serve, and no body is without limit.
 
 `middlewares` is called by Serve in each process that takes HTTP requests (RAY_SERVE_HTTP_PROXY_CALLBACK_
-IMPORT_PATH in app.cluster): behind HAProxy these are the replicas themselves.
+IMPORT_PATH in app.flags): behind HAProxy these are the replicas themselves.
 """
 
 import re

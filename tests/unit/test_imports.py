@@ -15,7 +15,8 @@ NAMES = {
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "home"},
-    {"config", "store", "console", "cluster", "install"},
+    {"config", "store", "console", "flags", "install"},
+    {"cluster"},
     {"local_cluster", "projectfile"},
     {"data"},
     {"models"},
@@ -29,8 +30,8 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 # What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
-FOR_COMMANDS = {"projectfile", "console", "cluster", "local_cluster", "install"}
-COMMANDS = {"pipeline", "demo", "cli", "local_cluster", "__main__"}
+FOR_COMMANDS = {"projectfile", "console", "flags", "cluster", "local_cluster", "install"}
+COMMANDS = {"pipeline", "demo", "cli", "cluster", "local_cluster", "__main__"}
 # The one exception among siblings: the loop scores its epochs and hands its model over for export.
 SIBLINGS = {("training", "app.evaluation.metrics"), ("training", "app.export")}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -1,0 +1,63 @@
+"""Every environment flag that Ray is started with, each with its reason."""
+
+import os
+import sys
+from pathlib import Path
+
+from app.home import home
+
+FLAGS = {
+    # Ray runs its workers at nice 15, so anything else on the machine starves training and serving.
+    "RAY_worker_niceness": "0",
+    # Nothing is reported to Ray's or MLflow's makers.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A pickle is a program: no model from disk or net may bring one. MLflow allows it by default.
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    # Bars that redraw themselves fill the log of a job with one line for each redraw.
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # `ray.train.report` waits for the controller's next poll, which comes every 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05",
+    # A rank that answers no poll for so long is replaced; 10 minutes by default.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # HAProxy in front of the replicas instead of Serve's Python proxy, and no thread hop for user code:
+    # about eight times the requests a second on two cores.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # One thread carries more than the replicas of a small node answer; the default 4 take their cores.
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # A replica that dies with a request in hand closes the connection without an answer; ask another one.
+    # A request may then run twice, so what an endpoint writes has to be idempotent.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_RETRIES": "4",
+    # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # Strips the client headers that steer Serve and limits bodies, before Serve reads either.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
+}
+
+LOCAL_FLAGS = {
+    # Read on Linux too: "0" makes 127.0.0.1 the node's address, so that Ray's own ports (control store,
+    # raylet, workers, agents) listen on loopback alone, and a change of network does not break the cluster.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # Ray's processes retitle themselves over their environment, where `reap` looks for the mark.
+    "SPT_NOENV": "1",
+}
+
+
+def environment() -> dict[str, str]:
+    """The environment for Ray's processes: ours, completed by FLAGS. What the user has set wins, except that
+    authentication is always by the token in the state directory, and paths are made absolute."""
+    # RAY_AUTH_TOKEN would shadow the file.
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    root = str(Path(__file__).resolve().parents[1])
+    fixed = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),
+        "RAYLWAY_HOME": str(home()),
+        # A job's `python -m app` has to be this Python, and Serve's own actors have to find the callback
+        # above. A job's working directory comes before PYTHONPATH.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    return FLAGS | ours | fixed
