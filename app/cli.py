@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from app import projectfile
-from app.console import Console, chatter_to_log
+from app.console import Console, chatter_to_log, short
 from app.errors import UserError
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
@@ -66,7 +66,7 @@ def train(file: File, overrides: Set = None, fresh: Fresh = False) -> None:
             from app import pipeline
 
             outcome = pipeline.run(project, console, fresh=fresh)
-        console.say(f"bundle: {_short(outcome.bundle)}")
+        console.say(f"bundle: {short(outcome.bundle)}")
     if not outcome.decision.passed:
         raise typer.Exit(EXIT_GATE)
 
@@ -159,7 +159,7 @@ def demo() -> None:
 def _working(command: str, hint: str = "") -> Iterator[Console]:
     """A command's console, the chatter in a log file; a defect of ours ends in one line that names it."""
     with chatter_to_log(command) as (console, log):
-        console.say(f"log: {_short(log)}", style="dim")
+        console.say(f"log: {short(log)}", style="dim")
         try:
             yield console
         except (UserError, typer.Exit):
@@ -171,12 +171,8 @@ def _working(command: str, hint: str = "") -> Iterator[Console]:
             traceback.print_exc()
             reason = str(error).strip().splitlines()[-1:] or [""]
             console.say(f"failed: {type(error).__name__}: {reason[0]}", style="red")
-            console.say(f"the log has the whole story: {_short(log)}")
+            console.say(f"the log has the whole story: {short(log)}")
             raise typer.Exit(EXIT_FAILED) from None
-
-
-def _short(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _wait_for_signal() -> None:

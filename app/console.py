@@ -54,6 +54,11 @@ class Console:
         )
 
 
+def short(path: Path) -> Path:
+    """A path as a person would type it here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 @contextlib.contextmanager
 def chatter_to_log(command: str) -> Iterator[tuple[Console, Path]]:
     """Send all that this process and its children print to a log file; yields a console and the file.

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from app import cluster, projectfile
-from app.console import Console
+from app.console import Console, short
 from app.home import home
 
 PROJECT = "configs/income.yaml"
@@ -137,7 +136,7 @@ def _summary(console: Console, trained: dict[str, Any], traffic: Traffic, varian
 def _next_steps(console: Console, name: str, variant: Any) -> None:
     from app.serving import variants
 
-    folder = _relative(home())
+    folder = short(home())
     port = projectfile.load(PROJECT).serving.port
     console.say("\nGo on from here:", style="bold")
     console.say("  runs and versions")
@@ -146,7 +145,3 @@ def _next_steps(console: Console, name: str, variant: Any) -> None:
     console.say(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
     console.say("  then ask it, from another shell")
     console.say(f"    {variants.curl(f'http://127.0.0.1:{port}', name, variant)}")
-
-
-def _relative(path: Path) -> Path:
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

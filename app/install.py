@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.errors import UserError
@@ -159,8 +159,8 @@ def _pip(*arguments: str) -> None:
     _run([PYTHON, "-m", "pip", arguments[0], *quiet, *arguments[1:]])
 
 
-def _run(command: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         what = " ".join(str(part) for part in command[1:5])
         raise UserError(f"`{what} ...` failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")

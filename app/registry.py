@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 import mlflow
 import mlflow.onnx
 import onnx
+import onnxruntime
 from mlflow.entities import Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
@@ -128,7 +130,7 @@ def _parameters(project: Project) -> Iterator[tuple[str, Any]]:
 
 def write_flavor(folder: Path) -> None:
     """Make a bundle an MLflow model too (ONNX flavour), so that MLflow's own tools open it."""
-    requirements = [f"onnx=={onnx.__version__}", f"onnxruntime=={bundle.onnxruntime.__version__}"]
+    requirements = [f"onnx=={onnx.__version__}", f"onnxruntime=={onnxruntime.__version__}"]
     model = Model()
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
     model.add_flavor(
@@ -136,7 +138,7 @@ def write_flavor(folder: Path) -> None:
         loader_module="mlflow.onnx",
         data="model.onnx",
         env={"virtualenv": "requirements.txt"},
-        python_version=bundle.platform.python_version(),
+        python_version=platform.python_version(),
     )
     model.add_flavor(
         "onnx",
