@@ -8,6 +8,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
+import ray
 import ray.train
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def train(settings: dict[str, Any]) -> nn.Module:
     `settings`: `project` and `preprocessor` as JSON, and `progress`, the actor that hears of each epoch.
     Reports each epoch's metrics with a checkpoint from rank 0, and goes on from the last one if there is.
     An epoch's order of rows and its dropout follow from seed, epoch and rank alone, so a run that was
-    interrupted between epochs ends as one that was not.
+    interrupted between epochs ends as one that was not. A loss that is no longer finite ends it.
     """
     project = Project.model_validate_json(settings["project"])
     training = project.training
@@ -87,6 +88,11 @@ def train(settings: dict[str, Any]) -> nn.Module:
             "learning_rate": rate,
             "rows_per_s": num_steps * training.batch_size * size / seconds,
         }
+        if not math.isfinite(train_loss + metrics["validation_loss"]):  # the same on every rank
+            # No exception: Ray would start the group again, to the same end.
+            if rank == 0:
+                ray.get(settings["progress"].diverge.remote(epoch))
+            break
         history.append(metrics)
         with tempfile.TemporaryDirectory() as folder:
             saved = None
@@ -144,7 +150,8 @@ def _validate(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
         logits = hvd.allgather(model(x).float(), name="validation_logits").cpu()
     labels = hvd.allgather(y, name="validation_labels").cpu()
     loss = log_loss(logits, labels).item()
-    return {"validation_loss": loss, "validation_auc": auc(labels.numpy(), logits.numpy())}
+    score = auc(labels.numpy(), logits.numpy()) if math.isfinite(loss) else math.nan
+    return {"validation_loss": loss, "validation_auc": score}
 
 
 def _shard(name: str, device: torch.device) -> tuple[Tensor, Tensor]:

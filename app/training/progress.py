@@ -16,6 +16,14 @@ class _Progress:
 
     def __init__(self) -> None:
         self._epochs: list[dict[str, float]] = []
+        self._diverged: int | None = None
+
+    def diverge(self, epoch: int) -> None:
+        self._diverged = epoch
+
+    def diverged(self) -> int | None:
+        """The epoch in which the loss was no longer finite."""
+        return self._diverged
 
     def add(self, metrics: dict[str, float]) -> None:
         self._epochs.append(metrics)

@@ -62,8 +62,8 @@ def train(
 ) -> Trained:
     """Train, unless it has been done; an interrupted training goes on from its last checkpoint.
 
-    `on_epoch` hears the metrics of each epoch as it ends. Needs Ray. Raises UserError if the cluster is
-    too small, `ray.train.TrainingFailedError` once `max_failures` is spent.
+    `on_epoch` hears the metrics of each epoch as it ends. Needs Ray. Raises UserError if there are fewer
+    rows than workers or the loss diverges, `ray.train.TrainingFailedError` once `max_failures` is spent.
     """
     name = key(project, prepared)
     target = store.folder("train", name)
@@ -118,6 +118,12 @@ def _fit(
             ),
         )
         result = trainer.fit()
+        diverged = ray.get(teller.diverged.remote())
+    if diverged is not None:
+        raise UserError(
+            f"the training diverged in epoch {diverged + 1}: its loss is no longer finite; lower "
+            f"training.learning_rate (it is {training.learning_rate:g})"
+        )
     assert result.best_checkpoints, "a finished run has a checkpoint of its last epoch"
     return max(result.best_checkpoints, key=lambda pair: pair[1]["validation_auc"])[0]
 

@@ -83,6 +83,13 @@ def test_the_run_is_in_mlflow_with_its_epochs_and_bundle(trained, ray_cluster):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "validation_auc")] == [0, 1, 2]
 
 
+def test_a_training_that_diverges_says_what_to_change(raylway):
+    diverged = raylway("train", "configs/smoke.yaml", "--set", "training.learning_rate=1e30")
+    assert diverged.returncode == 2, diverged.stdout + diverged.stderr
+    assert "the training diverged in epoch 1" in diverged.stderr
+    assert "training.learning_rate" in diverged.stderr
+
+
 def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
     refused = raylway("train", "configs/smoke.yaml", "--set", "gate.minimum={auc: 0.999}")
     assert refused.returncode == 3
