@@ -65,9 +65,7 @@ class Bundle:
         `columns` has an array (rows,) for each of `schema.inputs`: numbers with NaN and strings with None
         for what is missing.
         """
-        return self._session.run([OUTPUT], inputs({i.name: columns[i.name] for i in self.schema.inputs}))[0][
-            :, 0
-        ]
+        return _run(self._session, self.schema, columns)
 
     def check_example(self) -> None:
         """Predict the stored example again. Raises BrokenBundle if the answer is not the stored one."""

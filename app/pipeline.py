@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from app.registry import CHAMPION, Version
 from app.training import trainer
 from app.training.trainer import Trained
 
-CODE = (bundle, metrics, report, onnx)
+CODE = (bundle, metrics, report, onnx, sys.modules[__name__])
 NUM_REFERENCE_ROWS = 10_000
 
 

@@ -1,6 +1,7 @@
 """The first stage: from the raw source to three checked parts and a fitted preprocessor."""
 
 import json
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from app.data import features, schema, sources, split
 from app.data.features import Preprocessor
 from app.errors import UserError
 
-CODE = (config, features, schema, sources, split)
+CODE = (config, features, schema, sources, split, sys.modules[__name__])
 LABEL = "__label__"
 """The column of a prepared part that holds the label as 0 or 1."""
 
@@ -36,7 +37,7 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Rows and share of positives by part, the data version, category values unseen in training."""
+        """Rows and share of positives by part, and the data version."""
         return json.loads((self.path / "summary.json").read_text())
 
     def part(self, name: str) -> Path:

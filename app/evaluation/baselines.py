@@ -1,6 +1,7 @@
 """What a model must be compared with: a constant, a logistic regression, a gradient boosting."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from app.data.features import MISSING
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics
 
-CODE = (metrics,)
+CODE = (metrics, sys.modules[__name__])
 
 
 def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> dict[str, dict[str, float]]:

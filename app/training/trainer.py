@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from app.home import home
 from app.models import tabular
 from app.training import checkpoint, horovod, loop, progress, shards
 
-CODE = (models, tabular, features, loop, checkpoint)
+CODE = (models, tabular, features, loop, checkpoint, shards, sys.modules[__name__])
 
 
 @dataclass(frozen=True)
