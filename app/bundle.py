@@ -52,10 +52,13 @@ class BrokenBundle(UserError):
 class Bundle:
     """A verified bundle, open for predictions. Safe to use from several threads."""
 
-    def __init__(self, path: Path):
-        """Verify and open. Raises BrokenBundle if any file was changed, added or removed."""
+    def __init__(self, path: Path, *, sealed: bool = True):
+        """Verify and open. Raises BrokenBundle if any file was changed, added or removed.
+
+        Not `sealed` is one that is being made, and has no manifest yet.
+        """
         self.path = path
-        self.manifest = verify(path)
+        self.manifest = verify(path) if sealed else {}
         self.schema = Schema.model_validate_json((path / "schema.json").read_text())
         self._session = session(path / "model.onnx")
 
@@ -65,7 +68,8 @@ class Bundle:
         `columns` has an array (rows,) for each of `schema.inputs`: numbers with NaN and strings with None
         for what is missing.
         """
-        return _run(self._session, self.schema, columns)
+        feed = inputs({i.name: np.asarray(columns[i.name]) for i in self.schema.inputs})
+        return self._session.run([OUTPUT], feed)[0][:, 0]
 
     def check_example(self) -> None:
         """Predict the stored example again. Raises BrokenBundle if the answer is not the stored one."""
@@ -83,18 +87,6 @@ def session(model: Path) -> onnxruntime.InferenceSession:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def predict(model: Path, schema: Schema, columns: Mapping[str, np.ndarray] | pd.DataFrame) -> np.ndarray:
-    """Probabilities (rows,) of a graph that is not sealed in a bundle yet."""
-    return _run(session(model), schema, columns)
-
-
-def _run(
-    graph: onnxruntime.InferenceSession, schema: Schema, columns: Mapping[str, Any] | pd.DataFrame
-) -> np.ndarray:
-    feed = inputs({i.name: np.asarray(columns[i.name]) for i in schema.inputs})
-    return graph.run([OUTPUT], feed)[0][:, 0]
 
 
 def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -134,12 +126,12 @@ def columns_of(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> dict[str, n
     return columns
 
 
-def write_example(folder: Path, frame: pd.DataFrame, schema: Schema) -> None:
-    """Store a few rows with the graph's answers: for `Bundle.check_example`, and for a first request."""
-    head = frame[[i.name for i in schema.inputs]].head(NUM_EXAMPLES).astype(object)
+def write_example(opened: Bundle, frame: pd.DataFrame) -> None:
+    """Store a few rows with the bundle's answers: for `Bundle.check_example`, and for a first request."""
+    head = frame[[i.name for i in opened.schema.inputs]].head(NUM_EXAMPLES).astype(object)
     rows = head.where(head.notna(), None).to_dict("records")
-    answers = predict(folder / "model.onnx", schema, columns_of(schema, rows)).tolist()
-    (folder / "example.json").write_text(json.dumps({"rows": rows, OUTPUT: answers}, indent=1))
+    answers = opened.predict(columns_of(opened.schema, rows)).tolist()
+    (opened.path / "example.json").write_text(json.dumps({"rows": rows, OUTPUT: answers}, indent=1))
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:

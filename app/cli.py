@@ -17,7 +17,7 @@ import typer
 
 from app import projectfile
 from app.console import Console, chatter_to_log, short
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
 
@@ -155,18 +155,51 @@ def demo() -> None:
         demo.run(console)
 
 
+@app.command()
+def preflight(
+    file: Annotated[Path | None, typer.Argument(help="A project file to hold against it.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Say what this machine can train with, and what to change where it does not fit a project."""
+    project = projectfile.load(file, overrides or []) if file else None
+    with _working("preflight") as console:
+        from app.training import preflight
+
+        machine = preflight.inspect()
+        for line in preflight.described(machine):
+            console.say(f"  {line}")
+        if project:
+            if faults := preflight.faults(project.training, machine):
+                raise UserError("\n".join(faults))
+            console.say(f"{file}: fits")
+
+
 @contextmanager
 def _working(command: str, hint: str = "") -> Iterator[Console]:
-    """A command's console, the chatter in a log file; a defect of ours ends in one line that names it."""
+    """A command's console, the chatter in a log file; a defect of ours ends in one line that names it.
+
+    SIGTERM ends it as Ctrl-C does, in order.
+    """
+    stopped_by = signal.SIGINT
+
+    def interrupt(number: int, _: object) -> None:
+        nonlocal stopped_by
+        stopped_by = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     with chatter_to_log(command) as (console, log):
         console.say(f"log: {short(log)}", style="dim")
         try:
             yield console
         except (UserError, typer.Exit):
             raise
+        except Interrupted as stop:
+            console.say(f"stopped: {stop}; {hint}")
+            raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
             console.say(f"stopped{f'; {hint}' if hint else ''}")
-            raise typer.Exit(128 + signal.SIGINT) from None
+            raise typer.Exit(128 + stopped_by) from None
         except Exception as error:
             traceback.print_exc()
             reason = str(error).strip().splitlines()[-1:] or [""]

@@ -45,11 +45,11 @@ class Console:
         self._rich.print(f"  [bold]{name:<9}[/bold] {seconds:6.1f} s  ", end="")
         self._rich.print("".join(summary), markup=False)
 
-    def epoch(self, metrics: dict[str, float], num_epochs: int) -> None:
-        """A line for each epoch, as it ends."""
+    def epoch(self, metrics: dict[str, float], num_epochs: int, score: str) -> None:
+        """A line for each epoch, as it ends; `score` is the validation metric to show."""
         self._rich.print(
             f"    epoch {metrics['epoch'] + 1:.0f}/{num_epochs}  train loss {metrics['train_loss']:.4f}"
-            f"  validation AUC {metrics['validation_auc']:.4f}  {metrics['rows_per_s']:,.0f} rows/s",
+            f"  validation {score} {metrics[f'validation_{score}']:.4f}  {metrics['rows_per_s']:,.0f} rows/s",
             style="dim",
         )
 

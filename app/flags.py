@@ -16,10 +16,14 @@ FLAGS = {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     # Bars that redraw themselves fill the log of a job with one line for each redraw.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # `ray.train.report` waits for the controller's next poll, which comes every 2 s by default.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05",
+    # The end of a training, or of a rank, is seen at the controller's next poll, every 2 s by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # A rank that answers no poll for so long is replaced; 10 minutes by default.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",
+    # How often it is asked whether a node is about to be taken away; 5 s by default.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # `ray job stop` kills what has not ended after so long; 3 s by default, too short for a checkpoint.
+    "RAY_JOB_STOP_WAIT_TIME_S": "60",
     # HAProxy in front of the replicas instead of Serve's Python proxy, and no thread hop for user code:
     # about eight times the requests a second on two cores.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -12,12 +12,11 @@ from app import bundle, cluster, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
-from app.data.prepare import LABEL, Prepared, prepare
+from app.data.prepare import Prepared, prepare
 from app.evaluation import gate, metrics, report
-from app.evaluation.baselines import baselines
 from app.export import onnx
-from app.models import MODELS
 from app.registry import CHAMPION, Version
+from app.tasks import Task, task_of
 from app.training import trainer
 from app.training.trainer import Trained
 
@@ -49,28 +48,33 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)
     with registry.run(project, _bundle_key(project, prepared), fresh=fresh) as run:
+        task = task_of(project, prepared)
 
         def on_epoch(epoch: dict[str, float]) -> None:
-            console.epoch(epoch, project.training.epochs)
+            console.epoch(epoch, project.training.epochs, task.score)
             run.log_epoch(epoch)
 
+        def on_note(note: str) -> None:
+            console.say(f"  {note}", style="yellow")
+
         if fresh or not trainer.done(project, prepared):
-            console.wait(cluster.shortage(project.training.num_workers, "training.num_workers"))
+            console.wait(cluster.shortage(project.training.min_workers, "training.num_workers"))
         with console.stage("train") as done:
-            trained = trainer.train(project, prepared, on_epoch, fresh=fresh)
+            trained = trainer.train(project, prepared, on_epoch, on_note, fresh=fresh)
             for epoch in trained.history:
                 run.log_epoch(epoch)
-            workers = f"{project.model.kind}, {project.training.num_workers} Horovod workers"
-            done(f"{workers}{', continued' if run.resumed else ''}", cached=trained.cached)
-        with console.stage("evaluate") as done:
-            scores = baselines(project, prepared, fresh=fresh)
-            path = _bundle(project, prepared, trained, scores, fresh=fresh)
-            evaluation = json.loads((path / "metrics.json").read_text())
             done(
-                f"test AUC {evaluation['model']['auc']:.4f}, ONNX within {evaluation['onnx_difference']:.0e}"
+                f"{_trained(project)}{', continued' if run.resumed else ''}",
+                cached=trained.cached,
             )
+        with console.stage("evaluate") as done:
+            scores = task.baselines(fresh=fresh)
+            path = _bundle(project, task, trained, scores, fresh=fresh)
+            evaluation = json.loads((path / "metrics.json").read_text())
+            score = f"test {task.score} {evaluation['model'][task.score]:.4f}"
+            done(f"{score}, ONNX within {evaluation['onnx_difference']:.0e}")
         with console.stage("gate") as done:
-            champion = _champion_metrics(project, prepared)
+            champion = _champion_metrics(project, task)
             decision = gate.decide(project.gate, evaluation["model"], scores, champion)
             done(f"{'passed' if decision.passed else 'not passed'}: {decision.reason}")
         with console.stage("register") as done:
@@ -92,40 +96,37 @@ def _described(prepared: Prepared) -> str:
     return ", ".join(f"{part['rows']:,} {name}" for name, part in parts.items()) + " rows"
 
 
+def _trained(project: Project) -> str:
+    training = project.training
+    low, high = training.min_workers, training.max_workers
+    backend = {"horovod": "Horovod", "ddp": "DDP"}[training.backend]
+    return f"{project.model.kind}, {low if low == high else f'{low} to {high}'} {backend} workers"
+
+
 def _bundle(
-    project: Project, prepared: Prepared, trained: Trained, scores: Mapping[str, Any], *, fresh: bool
+    project: Project, task: Task, trained: Trained, scores: Mapping[str, Any], *, fresh: bool
 ) -> Path:
     """Make the bundle of a trained model, with its metrics on the test part; returns its folder."""
+    prepared = task.prepared
     target = store.folder("bundle", _bundle_key(project, prepared))
 
     def build(draft: Path) -> None:
         from safetensors.torch import load_file
 
-        preprocessor = prepared.preprocessor
-        model = MODELS[project.model.kind](project.model, preprocessor.layout)
-        model.load_state_dict(load_file(trained.weights))
-        test = prepared.frame("test")
-        schema = bundle.schema_of(project, preprocessor)
-
-        onnx.export(model, preprocessor, draft / "model.onnx")
-        difference = onnx.difference(model, preprocessor, draft / "model.onnx", test)
+        network = task.network()
+        network.load_state_dict(load_file(trained.weights))
+        difference = task.export(network, draft)
+        schema = task.schema()
         shutil.copy(trained.weights, draft / "model.safetensors")
-        (draft / "preprocessor.json").write_text(preprocessor.model_dump_json(indent=1))
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
         (draft / "model.json").write_text(project.model.model_dump_json(indent=1))
-        bundle.write_example(draft, test, schema)
-        train = prepared.frame("train")
+        train, test = prepared.frame("train"), prepared.frame("test")
         train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
             draft / "reference.parquet", index=False
         )
-        probabilities = bundle.predict(draft / "model.onnx", schema, test)
-        labels = test[LABEL].to_numpy()
-        evaluation = {
-            "model": metrics.evaluate(labels, probabilities),
-            "baselines": scores,
-            "reliability": metrics.reliability(labels, probabilities),
-            "onnx_difference": difference,
-        }
+        opened = Bundle(draft, sealed=False)
+        bundle.write_example(opened, test)
+        evaluation = {**task.evaluate(opened), "baselines": scores, "onnx_difference": difference}
         (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
         (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
         registry.write_flavor(draft)
@@ -141,14 +142,13 @@ def _bundle_key(project: Project, prepared: Prepared) -> str:
     return store.key("bundle", inputs, CODE)
 
 
-def _champion_metrics(project: Project, prepared: Prepared) -> dict[str, float] | None:
+def _champion_metrics(project: Project, task: Task) -> dict[str, float] | None:
     """The champion on the same test part; None if there is none, or if it takes columns that are gone."""
     champion = registry.find(project.name, CHAMPION)
     if champion is None:
         return None
-    test = prepared.frame("test")
     opened = Bundle(champion.path)
-    names = [i.name for i in opened.schema.inputs]
-    if not set(names) <= set(test.columns):
+    names = {i.name for i in opened.schema.inputs}
+    if not names <= set(task.prepared.frame("test").columns):
         return None
-    return metrics.evaluate(test[LABEL].to_numpy(), opened.predict({n: test[n].to_numpy() for n in names}))
+    return task.evaluate(opened)["model"]

@@ -72,6 +72,6 @@ def build(folder: Path, seed: int) -> Path:
         model = MultiLayerPerceptron(fitted.layout, [8], dropout=0.0)
     onnx.export(model, fitted, folder / "model.onnx")
     (folder / "schema.json").write_text(schema().model_dump_json())
-    bundle.write_example(folder, pd.DataFrame(ROWS), schema())
+    bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
     bundle.seal(folder, {"seed": seed})
     return folder

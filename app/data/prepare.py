@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from app import config, store
+from app import store
 from app.config import Project
+from app.config import data as config
 from app.data import features, schema, sources, split
 from app.data.features import Preprocessor
 from app.errors import UserError
@@ -27,9 +28,12 @@ class Prepared:
     """The output of the stage."""
 
     path: Path
-    key: str
     cached: bool
     """Whether it had been made before."""
+
+    @property
+    def key(self) -> str:
+        return self.path.name
 
     @property
     def preprocessor(self) -> Preprocessor:
@@ -64,7 +68,7 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     key = store.key("prepare", inputs, CODE)
     target = store.folder("prepare", key)
     built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
-    return Prepared(target, key, cached=not built)
+    return Prepared(target, cached=not built)
 
 
 def _build(project: Project, version: str, draft: Path) -> None:

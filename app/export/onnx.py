@@ -21,20 +21,20 @@ MAX_DIFFERENCE = 1e-4
 OPSET = 20
 
 
-class _Probability(nn.Module):
-    """The trained model with its logits turned into probabilities, (rows, 1)."""
+class _Column(nn.Module):
+    """A network with its probabilities as a column, (rows, 1)."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, network: nn.Module):
         super().__init__()
-        self.model = model
+        self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.sigmoid(self.model(x))[:, None]
+        return self.network(x)[:, None]
 
 
 def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     """Write the graph: an input (rows,) for each raw column, float64 or string; one output (rows, 1)."""
-    model = _Probability(model.cpu().eval())
+    model = _Column(model.cpu().eval())
     example = torch.zeros(2, preprocessor.layout.width)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations
@@ -66,7 +66,7 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
     """
     with torch.no_grad():
         matrix = torch.from_numpy(preprocessor.transform(frame))
-        expected = torch.sigmoid(model.cpu().eval()(matrix)).numpy()
+        expected = model.cpu().eval()(matrix).numpy()
     columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
     got = session(path).run([OUTPUT], inputs(columns))[0]
     worst = float(np.abs(got[:, 0] - expected).max())

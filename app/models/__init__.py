@@ -1,7 +1,7 @@
 """The models, by the `kind` of the project file.
 
-Each is a function of its settings and the matrix's layout that returns a `torch.nn.Module`, which takes
-a float32 matrix (rows, layout.width) and gives logits (rows,).
+Each is a function of its settings and of the layout of its inputs that returns a `torch.nn.Module`: its
+`forward` is what is served, its `loss` the mean loss of a batch.
 """
 
 from collections.abc import Callable

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from app.config import Linear, Mlp
 from app.data.features import Layout
@@ -30,7 +31,24 @@ class Columns(nn.Module):
         return torch.cat([x[:, : self.dense], *vectors], dim=1)
 
 
-class LogisticRegression(nn.Module):
+class BinaryClassifier(nn.Module):
+    """Gives the probability of the positive label; subclasses give its logit."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """float32 (rows, layout.width) -> (rows,)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 (rows, layout.width) -> probabilities (rows,)."""
+        return torch.sigmoid(self.logits(x))
+
+    def loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Weighted mean log loss of labels 0 and 1."""
+        losses = binary_cross_entropy_with_logits(self.logits(x), y, reduction="none")
+        return (losses * weight).sum() / weight.sum()
+
+
+class LogisticRegression(BinaryClassifier):
     """A weight for each number and indicator, and one for each value of an embedded category."""
 
     def __init__(self, layout: Layout):
@@ -42,13 +60,13 @@ class LogisticRegression(nn.Module):
         for table in self.columns.embeddings:
             nn.init.zeros_(table.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         opened = self.columns(x)
         dense = self.columns.dense
         return self.dense(opened[:, :dense]).squeeze(1) + opened[:, dense:].sum(dim=1)
 
 
-class MultiLayerPerceptron(nn.Module):
+class MultiLayerPerceptron(BinaryClassifier):
     """Linear layers with ReLU and dropout between them, on the opened matrix."""
 
     def __init__(self, layout: Layout, hidden: list[int], dropout: float):
@@ -60,7 +78,7 @@ class MultiLayerPerceptron(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         return self.layers(self.columns(x)).squeeze(1)
 
 

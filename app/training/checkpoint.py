@@ -1,38 +1,191 @@
-"""A checkpoint: everything that the training loop needs to go on, in safetensors and JSON."""
+"""Checkpoints: all that the training needs to go on as if nothing had happened, in safetensors and JSON.
 
+Written behind the training's back, whole or not at all, and trusted only if every file's hash is right.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
+
+from app.config.training import Checkpointing
+
+Tensors = Mapping[str, Tensor]
+MANIFEST = "MANIFEST.json"
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Write the model, the optimizer and `state` (JSON values) into an empty folder."""
-    save_file(_plain(model.state_dict()), folder / "model.safetensors")
-    whole = optimizer.state_dict()
-    tensors = {
-        f"{index}.{name}": value for index, values in whole["state"].items() for name, value in values.items()
-    }
-    save_file(_plain(tensors), folder / "optimizer.safetensors")
-    document = {**state, "param_groups": whole["param_groups"]}
-    (folder / "state.json").write_text(json.dumps(document))
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a training between two steps, detached from it."""
+
+    groups: Mapping[str, Tensors]
+    """`model`, `optimizer`, `random`: a file of tensors each."""
+    state: Mapping[str, Any]
+    """JSON values; has `epoch` and `step`, the position in the data, and `score`, None but after an epoch."""
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read what `save` wrote back into the model and the optimizer; returns the state."""
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    document = json.loads((folder / "state.json").read_text())
+class Checkpoints:
+    """The checkpoints of one training, in a folder that all ranks see; rank 0 writes."""
+
+    def __init__(self, folder: Path, settings: Checkpointing):
+        self._folder = folder
+        self._settings = settings
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._buffers: dict[str, Tensor] = {}
+
+    def save(self, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        """Copy the tensors and return; they are written behind.
+
+        Waits for the write before, if that is not done, and raises what it raised.
+        """
+        self.wait()
+        copies = {name: self._copy(name, tensors) for name, tensors in groups.items()}
+        snapshot = Snapshot(copies, dict(state))
+        self._thread = threading.Thread(target=self._write_behind, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the last `save` is on the disk. Raises OSError if it could not be written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def folder_of(self, epoch: int, step: int) -> Path:
+        """Where the checkpoint of a position is."""
+        return self._folder / _name(epoch, step)
+
+    def latest(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint whose files are all as they were written; `say` hears of damaged ones."""
+        for folder in reversed(self._all()):
+            if not (fault := damage(folder)):
+                return folder
+            say(f"the checkpoint {folder.name} is damaged ({fault}); looking for the one before it")
+        return None
+
+    def best(self) -> Path:
+        """The checkpoint of the epoch with the best score, the first of equals. There must be one."""
+        sound = [pair for pair in self._scored() if not damage(pair[1])]
+        return min(sound, key=lambda pair: (-pair[0], pair[1].name))[1]
+
+    def _copy(self, group: str, tensors: Tensors) -> Tensors:
+        """Into buffers that are kept: fresh memory costs as much as the copy."""
+        copies = {}
+        for name, tensor in tensors.items():
+            buffer = self._buffers.get(key := f"{group}/{name}")
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = self._buffers[key] = torch.empty_like(tensor, device="cpu").contiguous()
+            copies[name] = buffer.copy_(tensor.detach())
+        return copies
+
+    def _write_behind(self, snapshot: Snapshot) -> None:
+        try:
+            write(self._folder, snapshot)
+            self._prune()
+        except BaseException as error:
+            self._failure = error
+
+    def _prune(self) -> None:
+        """Keep the last and the best; a deletion that is cut short leaves a damaged one, which is skipped."""
+        last = self._all()[-self._settings.keep_last :]
+        best = sorted(self._scored(), key=lambda pair: (-pair[0], pair[1].name))[: self._settings.keep_best]
+        keep = {*last, *(folder for _, folder in best)}
+        for folder in set(self._all()) - keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _all(self) -> list[Path]:
+        return sorted(f for f in self._folder.glob("[0-9]*-[0-9]*") if f.is_dir())
+
+    def _scored(self) -> list[tuple[float, Path]]:
+        scored = []
+        for folder in self._all():
+            try:
+                score = json.loads((folder / "state.json").read_text())["score"]
+            except (OSError, ValueError):
+                continue  # damaged: `latest` says so
+            if score is not None:
+                scored.append((score, folder))
+        return scored
+
+
+def write(folder: Path, snapshot: Snapshot) -> Path:
+    """Write a snapshot into a folder of its own under `folder`: there whole, or not at all."""
+    name = _name(snapshot.state["epoch"], snapshot.state["step"])
+    draft = folder / f".{name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for group, tensors in snapshot.groups.items():
+        save_file(dict(tensors), draft / f"{group}.safetensors")
+    (draft / "state.json").write_text(json.dumps(snapshot.state))
+    manifest = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+    (draft / MANIFEST).write_text(json.dumps(manifest))
+    for file in draft.iterdir():
+        _sync(file)
+    _sync(draft)
+    target = folder / name
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+    _sync(folder)
+    return target
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        faults = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(faults)} changed" if faults else ""
+
+
+def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The groups of tensors and the state that `write` wrote."""
+    groups = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
+    return groups, json.loads((folder / "state.json").read_text())
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by `<parameter>.<name>`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Give the optimizer the state that `optimizer_tensors` took; its groups' settings stay as they are."""
     values: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         values.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": values, "param_groups": document.pop("param_groups")})
-    return document
+    optimizer.load_state_dict({"state": values, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _name(epoch: int, step: int) -> str:
+    """Sorts by position."""
+    return f"{epoch:06d}-{step:09d}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything that comes after."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

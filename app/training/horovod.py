@@ -116,9 +116,14 @@ def _node_id() -> str:
 
 
 def _set_environment(variables: dict[str, str]) -> None:
-    """On a worker: its place, and the network interface that has the node's address."""
+    """On a worker: its place among the ranks."""
     os.environ.update(variables)
+    use_interface()
+
+
+def use_interface() -> None:
+    """On a worker: have Gloo listen on the network interface that has the node's address, and no other."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.address == address for a in addresses):
-            os.environ["HOROVOD_GLOO_IFACE"] = name
+            os.environ["HOROVOD_GLOO_IFACE"] = os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -1,24 +1,31 @@
-"""The training loop: what each Horovod rank does, from top to bottom."""
+"""The training loop: what each rank does, from top to bottom."""
 
 import math
-import tempfile
+import os
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
 import numpy as np
 import ray
 import ray.train
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits as log_loss
 
-from app.config import Project
-from app.data.features import Preprocessor
-from app.evaluation.metrics import auc
-from app.models import MODELS
-from app.training import checkpoint
+from app.config import Project, Training
+from app.data.prepare import Prepared
+from app.tasks import Arrays, Task, task_of
+from app.training import checkpoint, collective, schedule, shards
+from app.training.checkpoint import Checkpoints
+from app.training.collective import Collective
+from app.training.gradients import Gradients
+from app.training.progress import Teller
+from app.training.watchdog import Watchdog
+
+LOOK_S = 1.0
+"""How often the ranks look up from their steps whether one of them has to stop or move."""
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -27,109 +34,206 @@ def train_loop(settings: dict[str, Any]) -> None:
 
 
 def train(settings: dict[str, Any]) -> nn.Module:
-    """Train one rank's copy of the model and return it, the same on all ranks.
+    """Train one rank's copy of the network and return it, the same on all ranks.
 
-    `settings`: `project` and `preprocessor` as JSON, and `progress`, the actor that hears of each epoch.
-    Reports each epoch's metrics with a checkpoint from rank 0, and goes on from the last one if there is.
-    An epoch's order of rows and its dropout follow from seed, epoch and rank alone, so a run that was
-    interrupted between epochs ends as one that was not. A loss that is no longer finite ends it.
+    `settings`: `project` as JSON, the folders `prepared` (of the stage before) and `run` (of this training),
+    and `progress`, the actor that hears of epochs and of wishes. Goes on from the last sound checkpoint.
+
+    All that is random follows from seed, epoch and rank, and a checkpoint holds the rest, so a training that
+    was interrupted anywhere ends as one that was not. It ends with `Teller.end`: `finished`, `stopped`
+    because somebody asked, `moved` because a node goes away, or `diverged` with a loss that is not finite.
     """
     project = Project.model_validate_json(settings["project"])
     training = project.training
-    layout = Preprocessor.model_validate_json(settings["preprocessor"]).layout
-    hvd.init()
-    rank, size = hvd.rank(), hvd.size()
+    run = Path(settings["run"])
+    _be_deterministic(training)
+    ranks = collective.join(training, run / "timeline.json")
+    tell = Teller(settings["progress"], ranks.rank)
     device = _device()
-    torch.set_num_threads(1)
-    rows, validation = _shard("train", device), _shard("validation", device)
-    num_steps = math.ceil(_largest(len(rows[1])) / training.batch_size)
+    task = task_of(project, Prepared(Path(settings["prepared"]), cached=True))
+    rows, validation = (_load(task, part, ranks, device) for part in ("train", "validation"))
+    num_rows = _length(rows)
+    num_passes = training.backward_passes_per_step
+    most = int(ranks.gather(torch.tensor([num_rows])).max())
+    num_steps = math.ceil(most / (training.batch_size * num_passes))
 
     torch.manual_seed(project.seed)
-    model = MODELS[project.model.kind](project.model, layout).to(device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-    )
-    gradients = FlatGradients(model)
+    network = task.network().to(device)
+    groups = task.parameter_groups(network)
+    optimizer: Any = torch.optim.AdamW(groups, weight_decay=training.weight_decay, fused=True)
+    gradients = ranks.gradients(network, optimizer)
+    optimizer = gradients.optimizer
     dtype = _precision(training.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    history: list[dict[str, float]] = []
-    if last := ray.train.get_checkpoint():
-        with last.as_directory() as folder:
-            state = checkpoint.restore(Path(folder), model, optimizer)
-        history = state["history"]
-        scaler.load_state_dict(state["scaler"])
-    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    checkpoints = Checkpoints(run / "checkpoints", training.checkpoints)
+    start = _resume(checkpoints, ranks, tell, network, optimizer, scaler, num_steps)
+    history = start.history
+    ranks.broadcast(network.state_dict().values())
 
-    for epoch in range(len(history), training.epochs):
+    def save(epoch: int, step: int, score: float | None, loss: Tensor) -> None:
+        """Rank 0 writes, behind; the others tell it what only they know."""
+        random, losses = ranks.gather(_random_state(device)[None]), ranks.gather(loss[None].cpu())
+        if ranks.rank == 0:
+            tensors = {
+                "model": network.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(optimizer),
+                "ranks": {"random": random, "loss": losses},
+            }
+            position = {"epoch": epoch, "step": step, "num_steps": num_steps, "score": score}
+            state = {**position, "history": history, "scaler": scaler.state_dict()}
+            checkpoints.save(tensors, state)
+
+    watchdog = Watchdog(training.hang_timeout_s)
+    every, look_every, outcome = training.checkpoints.every_steps, 1, ""
+    epoch, done = start.epoch, start.step
+    for epoch in range(start.epoch, training.epochs):
+        if is_stale(training, task.score, history):
+            tell.note(f"stopped early: the validation {task.score} no longer rises")
+            break
         started = time.perf_counter()
-        order = _begin_epoch(project.seed, epoch, rank, len(rows[1]), num_steps * training.batch_size).to(
-            device
+        order = _begin_epoch(
+            project.seed, epoch, ranks.rank, num_rows, num_steps * num_passes * training.batch_size
         )
-        model.train()
-        total = torch.zeros((), device=device)
-        for step, batch in enumerate(order.split(training.batch_size)):
-            rate = cosine(training.learning_rate, epoch * num_steps + step, training.epochs * num_steps)
-            optimizer.param_groups[0]["lr"] = rate
-            gradients.zero()
-            with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
-                loss = log_loss(model(rows[0][batch]), rows[1][batch])
-            scaler.scale(loss).backward()
-            gradients.average()
-            scaler.step(optimizer)
-            scaler.update()
-            total += loss.detach()
-        train_loss = hvd.allreduce(total / num_steps, name="train_loss").item()
+        order = task.arrange(rows, order, training.batch_size).to(device)
+        steps = order.view(num_steps, num_passes, training.batch_size)
+        first, total = 0, torch.zeros((), device=device)
+        if epoch == start.epoch and start.step:
+            first = start.step
+            total += start.loss
+            _set_random_state(start.random, device)
+        network.train()
+        for step in range(first, num_steps):
+            rate = schedule.rate(training, ranks.size, epoch + step / num_steps)
+            batches = [task.batch(rows, chosen) for chosen in steps[step]]
+            total += _step(batches, gradients, scaler, rate, training.clip_norm, dtype)
+            watchdog.beat()
+            done = step + 1
+            if done == first + 5:
+                look_every = _steps_per_look(ranks, (time.perf_counter() - started) / 5)
+            wish = _wish(ranks, tell) if done % look_every == 0 else ""
+            if wish and wish != "save":
+                outcome = wish
+            if done < num_steps and (wish or (every and done % every == 0)):
+                save(epoch, done, None, total)
+            if wish == "save":
+                checkpoints.wait()
+                tell.saved()
+            if outcome:
+                break
+        if done < num_steps:
+            break
         seconds = time.perf_counter() - started
-
+        ranks.average(train_loss := total / num_steps)
         metrics = {
             "epoch": epoch,
-            "train_loss": train_loss,
-            **_validate(model, *validation),
+            "train_loss": train_loss.item(),
+            **_validate(task, network, validation, ranks),
             "learning_rate": rate,
-            "rows_per_s": num_steps * training.batch_size * size / seconds,
+            "rows_per_s": (num_steps - first) * steps[0].numel() * ranks.size / seconds,
         }
-        if not math.isfinite(train_loss + metrics["validation_loss"]):  # the same on every rank
-            # No exception: Ray would start the group again, to the same end.
-            if rank == 0:
-                ray.get(settings["progress"].diverge.remote(epoch))
+        watchdog.beat()
+        if not math.isfinite(metrics["train_loss"] + metrics["validation_loss"]):  # the same on every rank
+            outcome = "diverged"  # no exception: Ray would start the group again, to the same end
             break
         history.append(metrics)
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
-            if rank == 0:
-                state = {"history": history, "scaler": scaler.state_dict()}
-                checkpoint.save(Path(folder), model, optimizer, state)
-                saved = ray.train.Checkpoint.from_directory(folder)
-                settings["progress"].add.remote(metrics)
-            ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"epoch-{epoch:05d}")
-    hvd.shutdown()
-    return model
+        save(epoch + 1, 0, metrics[f"validation_{task.score}"], torch.zeros(()))
+        tell.epoch(metrics)
+        if outcome:
+            break
+    checkpoints.wait()
+    watchdog.stop()
+    complete = len(history) == training.epochs or is_stale(training, task.score, history)
+    tell.end("finished" if complete else outcome, epoch=epoch, step=done)
+    ranks.close()
+    return network
 
 
-class FlatGradients:
-    """All gradients as views of one buffer, averaged over the ranks by a single allreduce.
+def is_stale(training: Training, score: str, history: list[dict[str, float]]) -> bool:
+    """Whether early stopping says that enough epochs have gone by without a better validation score."""
+    rule = training.early_stopping
+    if rule is None or not history:
+        return False
+    best, best_epoch = -math.inf, 0
+    for metrics in history:
+        if metrics[f"validation_{score}"] > best + rule.min_delta:
+            best, best_epoch = metrics[f"validation_{score}"], int(metrics["epoch"])
+    return history[-1]["epoch"] - best_epoch >= rule.patience
 
-    A small model has many small gradients, and what each allreduce costs is its start, not its bytes.
+
+def _step(
+    batches: list[tuple[Tensor, ...]],
+    gradients: Gradients,
+    scaler: torch.amp.GradScaler,
+    rate: float,
+    clip_norm: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One step of the optimizer on the mean gradient of all batches and ranks; returns this rank's loss."""
+    optimizer = gradients.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    gradients.zero()
+    losses = []
+    for i, batch in enumerate(batches):
+        with gradients.accumulating(last=i == len(batches) - 1):
+            with torch.autocast(batch[0].device.type, dtype, enabled=dtype is not torch.float32):
+                loss = gradients.loss(*batch) / len(batches)
+            scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    gradients.reduce()
+    if clip_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], clip_norm)
+    with gradients.stepping():
+        scaler.step(optimizer)
+    scaler.update()
+    return torch.stack(losses).sum()
+
+
+@dataclass
+class _Start:
+    """Where a training begins: at the very start, or at a checkpoint."""
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    """Of this rank, summed over the steps of the epoch so far."""
+    random: Tensor | None = None
+    """This rank's random state; None if it was no rank then."""
+
+
+def _resume(
+    checkpoints: Checkpoints,
+    ranks: Collective,
+    tell: Teller,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    num_steps: int,
+) -> _Start:
+    """Load the last sound checkpoint, the same on all ranks, and return the position that it is of.
+
+    With another number of ranks an epoch has another number of steps: it goes on at the same share.
     """
-
-    def __init__(self, model: nn.Module):
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.buffer = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-        for parameter, part in zip(
-            parameters, self.buffer.split([p.numel() for p in parameters]), strict=True
-        ):
-            parameter.grad = part.view_as(parameter)
-
-    def zero(self) -> None:
-        self.buffer.zero_()
-
-    def average(self) -> None:
-        hvd.allreduce_(self.buffer, name="gradients", op=hvd.Average)
-
-
-def cosine(peak: float, step: int, num_steps: int) -> float:
-    """The learning rate of a step: half a cosine from `peak` to 0 (Loshchilov and Hutter, 2017)."""
-    return peak * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    found = checkpoints.latest(tell.note) if ranks.rank == 0 else None
+    place = torch.tensor([int(part) for part in found.name.split("-")] if found else [-1, -1])
+    ranks.broadcast([place])
+    if place[0] < 0:
+        return _Start()
+    tensors, state = checkpoint.read(checkpoints.folder_of(*place.tolist()))
+    network.load_state_dict(tensors["model"])
+    checkpoint.restore_optimizer(optimizer, tensors["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    start = _Start(state["history"], state["epoch"])
+    if ranks.rank < len(losses := tensors["ranks"]["loss"]):
+        start.random, start.loss = tensors["ranks"]["random"][ranks.rank], losses[ranks.rank].item()
+    start.step = state["step"] * num_steps // state["num_steps"]
+    if start.step != state["step"]:
+        start.loss = losses.mean().item() * start.step / state["step"]
+    step = f", step {start.step} of {num_steps}" if start.step else ""
+    tell.note(f"going on from epoch {start.epoch + 1}{step}, {ranks.size} workers")
+    return start
 
 
 def _begin_epoch(seed: int, epoch: int, rank: int, num_rows: int, length: int) -> Tensor:
@@ -143,27 +247,62 @@ def _begin_epoch(seed: int, epoch: int, rank: int, num_rows: int, length: int) -
     return torch.randperm(num_rows, generator=generator).repeat(math.ceil(length / num_rows))[:length]
 
 
-def _validate(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, float]:
-    """Loss and AUC over the validation rows of all ranks."""
-    model.eval()
+def _random_state(device: torch.device) -> Tensor:
+    """The state of torch's generators, the CPU's and the device's, as bytes."""
+    state = torch.get_rng_state()
+    return state if device.type == "cpu" else torch.cat([state, torch.cuda.get_rng_state(device)])
+
+
+def _set_random_state(state: Tensor | None, device: torch.device) -> None:
+    if state is None:
+        return
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size])
+    if device.type != "cpu" and len(state) > size:
+        torch.cuda.set_rng_state(state[size:], device)
+
+
+def _validate(task: Task, network: nn.Module, arrays: Arrays, ranks: Collective) -> dict[str, float]:
+    """The task's metrics over the validation rows of all ranks."""
+    network.eval()
     with torch.no_grad():
-        logits = hvd.allgather(model(x).float(), name="validation_logits").cpu()
-    labels = hvd.allgather(y, name="validation_labels").cpu()
-    loss = log_loss(logits, labels).item()
-    score = auc(labels.numpy(), logits.numpy()) if math.isfinite(loss) else math.nan
-    return {"validation_loss": loss, "validation_auc": score}
+        outputs = task.outputs(network, arrays)
+    joined = [ranks.gather(output).cpu() for output in outputs]
+    return {f"validation_{name}": value for name, value in task.metrics(*joined).items()}
 
 
-def _shard(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """This rank's rows of a part, kept as tensors: the matrix (rows, width) and the labels (rows,)."""
-    blocks = list(ray.train.get_dataset_shard(name).iter_batches(batch_size=None, batch_format="numpy"))
-    x = torch.cat([torch.as_tensor(block["x"]) for block in blocks])
-    y = torch.cat([torch.as_tensor(block["y"]) for block in blocks])
-    return x.to(device), y.to(device)
+def _load(task: Task, part: str, ranks: Collective, device: torch.device) -> dict[str, Tensor]:
+    """This rank's rows of a part."""
+    arrays = task.arrays(shards.read(task.prepared.part(part), ranks.rank, ranks.size))
+    return {name: torch.as_tensor(array).to(device) for name, array in arrays.items()}
 
 
-def _largest(count: int) -> int:
-    return int(hvd.allgather(torch.tensor([count]), name="rows").max())
+def _length(arrays: Arrays) -> int:
+    return len(next(iter(arrays.values())))
+
+
+def _wish(ranks: Collective, tell: Teller) -> str:
+    """What all ranks are to do after this step: nothing, `save`, `stopped` or `moved`."""
+    wishes = ("", "save", "moved", "stopped")  # of several, the last counts
+    mine = {"": "", "save": "save", "stop": "stopped"}[tell.wish()]
+    if not mine and get_train_context().preemption_context.preemption_info is not None:
+        mine = "moved"  # Ray has heard that this group's node will be taken away
+    return wishes[int(ranks.gather(torch.tensor([wishes.index(mine)])).max())]
+
+
+def _steps_per_look(ranks: Collective, seconds: float) -> int:
+    """How many steps of so many seconds make LOOK_S, as rank 0 sees it."""
+    steps = torch.tensor([max(1, int(LOOK_S / seconds))])
+    ranks.broadcast([steps])
+    return int(steps)
+
+
+def _be_deterministic(training: Training) -> None:
+    torch.set_num_threads(1)
+    if training.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def _device() -> torch.device:

@@ -1,5 +1,6 @@
-"""The epochs of a training as they end, from rank 0 to whoever started it. Imports little: it is an actor."""
+"""What the ranks and the one who started them tell each other. Imports little: it is an actor."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,46 +13,138 @@ POLL_S = 0.2
 
 @ray.remote(num_cpus=0)
 class _Progress:
-    """Hears of epochs from rank 0, on whatever node that is."""
+    """Hears of epochs from rank 0, on whatever node that is, and passes on the wish to stop."""
 
     def __init__(self) -> None:
-        self._epochs: list[dict[str, float]] = []
-        self._diverged: int | None = None
+        self._events: list[tuple[str, Any]] = []
+        self._wishes: list[str] = []
+        self._change = asyncio.Condition()
 
-    def diverge(self, epoch: int) -> None:
-        self._diverged = epoch
+    async def add(self, kind: str, what: Any) -> None:
+        async with self._change:
+            self._events.append((kind, what))
+            self._change.notify_all()
 
-    def diverged(self) -> int | None:
-        """The epoch in which the loss was no longer finite."""
-        return self._diverged
+    async def since(self, count: int) -> list[tuple[str, Any]]:
+        return self._events[count:]
 
-    def add(self, metrics: dict[str, float]) -> None:
-        self._epochs.append(metrics)
+    async def want(self, wish: str) -> None:
+        """`stop` or `save`, for the ranks."""
+        async with self._change:
+            self._wishes.append(wish)
+            self._change.notify_all()
 
-    def since(self, count: int) -> list[dict[str, float]]:
-        return self._epochs[count:]
+    async def wish(self, count: int) -> str:
+        """The wish after the first `count`, as soon as there is one."""
+        async with self._change:
+            await self._change.wait_for(lambda: len(self._wishes) > count)
+        return self._wishes[count]
+
+    async def num_wishes(self) -> int:
+        return len(self._wishes)
+
+    async def save(self) -> None:
+        """Have the ranks write a checkpoint; answers when it is on the disk."""
+        count = len(self._events)
+        await self.want("save")
+        async with self._change:
+            await self._change.wait_for(lambda: ("saved", None) in self._events[count:])
+
+
+class Teller:
+    """Rank 0's side: tells what happens, and hears what is wished. The other ranks' is silent and deaf."""
+
+    def __init__(self, actor: Any, rank: int):
+        self._actor = actor
+        self._rank = rank
+        if rank == 0:
+            # Of the wishes to another group of ranks before this one, only the last may still stand.
+            self._heard = max(0, ray.get(actor.num_wishes.remote()) - 1)
+            self._wish = actor.wish.remote(self._heard)
+
+    def epoch(self, metrics: dict[str, float]) -> None:
+        """An epoch is done; the metrics are of all ranks."""
+        self._tell("epoch", metrics)
+
+    def note(self, text: str) -> None:
+        """A line for the person who waits."""
+        self._tell("note", text)
+
+    def end(self, outcome: str, **facts: Any) -> None:
+        """How the training ended: `finished`, `stopped`, `moved` or `diverged`. Heard before this returns."""
+        if self._rank == 0:
+            ray.get(self._actor.add.remote("end", {"outcome": outcome, **facts}))
+
+    def saved(self) -> None:
+        """The checkpoint that was wished for is on the disk."""
+        self._tell("saved", None)
+
+    def wish(self) -> str:
+        """A new wish, `stop` or `save`, if there is one; else empty."""
+        if self._rank != 0 or not ray.wait([self._wish], timeout=0)[0]:
+            return ""
+        wish = ray.get(self._wish)
+        self._heard += 1
+        self._wish = self._actor.wish.remote(self._heard)
+        return wish
+
+    def _tell(self, kind: str, what: Any) -> None:
+        if self._rank == 0:
+            self._actor.add.remote(kind, what)
+
+
+class Listener:
+    """The starter's side: an actor for the ranks, and a thread here that passes on what it hears."""
+
+    def __init__(self, on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]):
+        self.actor: Any = _Progress.remote()  # type: ignore[attr-defined]
+        self._hear: dict[str, Callable[[Any], None]] = {
+            "epoch": on_epoch,
+            "note": on_note,
+            "end": self._ends,
+        }
+        self._end: dict[str, Any] = {}
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """Ask the ranks to write a checkpoint and end."""
+        self.actor.want.remote("stop")
+
+    def end(self) -> dict[str, Any]:
+        """What `Teller.end` said: `outcome`, and the `epoch` and `step` at which it was."""
+        self._listen_once()
+        return self._end
+
+    def _ends(self, what: dict[str, Any]) -> None:
+        self._end = what
+
+    def _listen_once(self) -> None:
+        with self._lock:
+            for kind, what in ray.get(self.actor.since.remote(self._count)):
+                self._count += 1
+                if kind in self._hear:  # `saved` is for whoever waits in `save`
+                    self._hear[kind](what)
 
 
 @contextmanager
-def listening(on_epoch: Callable[[dict[str, float]], None]) -> Iterator[Any]:
-    """An actor for rank 0 to tell, and a thread here that passes on what it hears."""
-    actor = _Progress.remote()  # type: ignore[attr-defined]
+def listening(
+    on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]
+) -> Iterator[Listener]:
+    """A listener for the time of the block."""
+    listener = Listener(on_epoch, on_note)
     done = threading.Event()
 
     def listen() -> None:
-        count = 0
-        last = False
-        while not last:
-            last = done.wait(POLL_S)
-            for metrics in ray.get(actor.since.remote(count)):
-                count += 1
-                on_epoch(metrics)
+        while not done.wait(POLL_S):
+            listener._listen_once()
 
     thread = threading.Thread(target=listen, name="progress", daemon=True)
     thread.start()
     try:
-        yield actor
+        yield listener
+        listener._listen_once()
     finally:
         done.set()
         thread.join()
-        ray.kill(actor)
+        ray.kill(listener.actor)

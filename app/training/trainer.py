@@ -1,30 +1,47 @@
-"""The second stage: a prepared project to a trained model, by Ray Train with Horovod."""
+"""The second stage: a prepared project to a trained model, by Ray Train."""
 
 import json
 import shutil
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
 import ray
-import ray.data
 import ray.train
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from app import models, store
+from app import store
 from app.config import Project
-from app.data import features
-from app.data.features import Preprocessor
-from app.data.prepare import LABEL, Prepared
-from app.errors import UserError
+from app.data.prepare import Prepared
+from app.errors import Interrupted, UserError
 from app.home import home
-from app.models import tabular
-from app.training import checkpoint, horovod, loop, progress, shards
+from app.tasks import task_of
+from app.training import (
+    checkpoint,
+    collective,
+    gradients,
+    horovod,
+    loop,
+    preflight,
+    progress,
+    schedule,
+    shards,
+)
+from app.training.checkpoint import Checkpoints
+from app.training.elastic import CheckpointBeforeResize
+from app.training.progress import Listener
 
-CODE = (models, tabular, features, loop, checkpoint, shards, sys.modules[__name__])
+CODE = (loop, checkpoint, collective, gradients, schedule, shards, sys.modules[__name__])
+NOT_OF_THE_RESULT = {"max_failures", "hang_timeout_s", "checkpoints", "timeline"}
+"""Settings of a training that change nothing of the model that comes out."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +59,16 @@ class Trained:
 
     @property
     def weights(self) -> Path:
-        """The parameters (safetensors) of the epoch with the best validation AUC."""
+        """The parameters (safetensors) of the epoch with the best validation score."""
         return self.path / "model.safetensors"
 
 
 def key(project: Project, prepared: Prepared) -> str:
     """The name of this training: the same for a run that goes on after an interruption."""
-    inputs = project.model_dump(include={"model", "training", "seed"})
-    inputs["training"].pop("max_failures")
-    return store.key("train", {**inputs, "prepared": prepared.key}, CODE)
+    inputs = project.model_dump(mode="json", include={"model", "training", "seed"})
+    inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in NOT_OF_THE_RESULT}
+    code = (*CODE, *task_of(project, prepared).code)
+    return store.key("train", {**inputs, "prepared": prepared.key}, code)
 
 
 def done(project: Project, prepared: Prepared) -> bool:
@@ -59,89 +77,137 @@ def done(project: Project, prepared: Prepared) -> bool:
 
 
 def train(
-    project: Project, prepared: Prepared, on_epoch: Callable[[dict[str, float]], None], *, fresh: bool = False
+    project: Project,
+    prepared: Prepared,
+    on_epoch: Callable[[dict[str, float]], None],
+    on_note: Callable[[str], None] = print,
+    *,
+    fresh: bool = False,
 ) -> Trained:
     """Train, unless it has been done; an interrupted training goes on from its last checkpoint.
 
-    `on_epoch` hears the metrics of each epoch as it ends. Needs Ray. Raises UserError if there are fewer
-    rows than workers or the loss diverges, `ray.train.TrainingFailedError` once `max_failures` is spent.
+    `on_epoch` hears the metrics of each epoch as it ends, `on_note` lines for a person. Needs Ray. Raises
+    UserError if this cannot run here, there are fewer rows than workers, or the loss diverges; Interrupted on
+    SIGTERM or Ctrl-C, once a checkpoint is written; `ray.train.TrainingFailedError` once `max_failures` is
+    spent.
     """
     name = key(project, prepared)
     target = store.folder("train", name)
-    runs = home() / "runs"
+    run = home() / "runs" / name
     if fresh:
-        shutil.rmtree(runs / name, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
 
     def build(draft: Path) -> None:
-        best = _fit(project, prepared, name, runs, on_epoch)
-        with best.as_directory() as folder:
-            shutil.copy(Path(folder) / "model.safetensors", draft)
-        last = max((runs / name).glob("epoch-*/state.json"))
-        (draft / "history.json").write_text(json.dumps(json.loads(last.read_text())["history"], indent=1))
+        preflight.require(project.training)
+        _fit(project, prepared, run, on_epoch, on_note)
+        checkpoints = Checkpoints(run / "checkpoints", project.training.checkpoints)
+        last = checkpoints.latest(on_note)
+        assert last is not None, "a finished training has a checkpoint of its last epoch"
+        _, state = checkpoint.read(last)
+        shutil.copy(checkpoints.best() / "model.safetensors", draft)
+        (draft / "history.json").write_text(json.dumps(state["history"], indent=1))
+        if (timeline := run / "timeline.json").exists():
+            shutil.copy(timeline, draft)
 
     built = store.produce(target, build, fresh=fresh)
-    shutil.rmtree(runs / name, ignore_errors=True)  # its checkpoints have served
+    shutil.rmtree(run, ignore_errors=True)  # its checkpoints have served
     return Trained(target, name, cached=not built)
 
 
 def _fit(
-    project: Project, prepared: Prepared, name: str, runs: Path, on_epoch: Callable
-) -> ray.train.Checkpoint:
+    project: Project,
+    prepared: Prepared,
+    run: Path,
+    on_epoch: Callable[[dict[str, float]], None],
+    on_note: Callable[[str], None],
+) -> None:
+    """Train to the end. A group whose node goes away is followed by another, elsewhere."""
     training = project.training
-    rows = prepared.summary["parts"]
-    if min(rows["train"]["rows"], rows["validation"]["rows"]) < training.num_workers:
+    parts = prepared.summary["parts"]
+    if min(parts["train"]["rows"], parts["validation"]["rows"]) < training.max_workers:
         raise UserError(
-            f"training.num_workers: {training.num_workers} workers, but fewer rows than that to share out"
+            f"training.num_workers: {training.max_workers} workers, but fewer rows than that to share out"
         )
-    preprocessor = prepared.preprocessor
-    datasets = {part: _matrix(prepared.part(part), preprocessor) for part in ("train", "validation")}
-    with progress.listening(on_epoch) as teller:
-        trainer = DataParallelTrainer(
-            loop.train_loop,
-            train_loop_config={
-                "project": project.model_dump_json(),
-                "preprocessor": preprocessor.model_dump_json(),
-                "progress": teller,
-            },
-            backend_config=horovod.HorovodConfig(),
-            datasets=datasets,
-            dataset_config=shards.ContiguousShards(datasets, training.num_workers),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=training.num_workers, use_gpu=_use_gpu(project)
-            ),
-            run_config=ray.train.RunConfig(
-                name=name,
-                storage_path=str(runs),
-                failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(
-                    num_to_keep=2, checkpoint_score_attribute="validation_auc", checkpoint_score_order="max"
-                ),
-            ),
-        )
-        result = trainer.fit()
-        diverged = ray.get(teller.diverged.remote())
-    if diverged is not None:
+    end: dict[str, Any] = {}
+    while not end or end["outcome"] == "moved":
+        if end:
+            on_note("a node is going away: a checkpoint is written, the training moves on elsewhere")
+        with progress.listening(on_epoch, on_note) as listener:
+            caught = _fit_once(project, prepared, run, listener)
+            end = listener.end()
+    if (outcome := end["outcome"]) == "stopped":
+        place = f"epoch {end['epoch'] + 1}" + (f", step {end['step']}" if end["step"] else "")
+        raise Interrupted(f"a checkpoint of {place} is kept", caught or signal.SIGTERM)
+    if outcome == "diverged":
         raise UserError(
-            f"the training diverged in epoch {diverged + 1}: its loss is no longer finite; lower "
+            f"the training diverged in epoch {end['epoch'] + 1}: its loss is no longer finite; lower "
             f"training.learning_rate (it is {training.learning_rate:g})"
         )
-    assert result.best_checkpoints, "a finished run has a checkpoint of its last epoch"
-    return max(result.best_checkpoints, key=lambda pair: pair[1]["validation_auc"])[0]
 
 
-def _matrix(part: Path, preprocessor: Preprocessor) -> ray.data.Dataset:
-    """A part as blocks of `x`, float32 (rows, width), and `y`, float32 (rows,), in a fixed order."""
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-
-    def transform(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        return {"x": preprocessor.transform(frame), "y": frame[LABEL].to_numpy(np.float32)}
-
-    files = sorted(str(file) for file in part.glob("*.parquet"))
-    return (
-        ray.data.read_parquet(files)
-        .map_batches(transform, batch_format="pandas", batch_size=None)
-        .materialize()
+def _fit_once(project: Project, prepared: Prepared, run: Path, listener: Listener) -> int | None:
+    """One `fit`; returns the signal that was caught meanwhile and passed on to the ranks, if any."""
+    training = project.training
+    trainer = DataParallelTrainer(
+        loop.train_loop,
+        train_loop_config={
+            "project": project.model_dump_json(),
+            "prepared": str(prepared.path),
+            "run": str(run),
+            "progress": listener.actor,
+        },
+        backend_config=_backend(project),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=training.num_workers,
+            use_gpu=_use_gpu(project),
+            elastic_resize_monitor_interval_s=10,
+        ),
+        run_config=ray.train.RunConfig(
+            # Ray's own snapshots of a run are not needed: ours are whole whenever the process is killed.
+            name=f"{run.name}-{time.time_ns()}",
+            storage_path=str(run / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            callbacks=[CheckpointBeforeResize(listener.actor)],
+        ),
     )
+    # In a thread of its own: in the main one, Ray takes SIGINT for itself and aborts the ranks.
+    with ThreadPoolExecutor(1, "fit") as executor:
+        future = executor.submit(trainer.fit)
+        with _passing_signals_on(listener) as caught:
+            while not future.done():
+                wait_for([future], timeout=0.2)
+        future.result()
+    return caught[0] if caught else None
+
+
+@contextmanager
+def _passing_signals_on(listener: Listener) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM ask the ranks to write a checkpoint and end; a second one is obeyed at once."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handle(number: int, _: Any) -> None:
+        caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
+        listener.stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _backend(project: Project) -> Any:
+    if project.training.backend == "ddp":
+        from app.training.ddp import DdpConfig
+
+        return DdpConfig(backend="nccl" if _use_gpu(project) else "gloo")
+    return horovod.HorovodConfig()
 
 
 def _use_gpu(project: Project) -> bool:
@@ -149,4 +215,4 @@ def _use_gpu(project: Project) -> bool:
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if training.device == "cuda" and not num_gpus:
         raise UserError("training.device: cuda, but the cluster has no GPU; say auto or cpu")
-    return training.device != "cpu" and num_gpus >= training.num_workers
+    return training.device != "cpu" and num_gpus >= training.max_workers

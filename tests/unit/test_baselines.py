@@ -55,7 +55,7 @@ def prepared(tmp_path):
     for part, count, seed in (("train", 300, 0), ("test", 200, 1)):
         (tmp_path / "prepared" / part).mkdir(parents=True)
         rows(count, seed).to_parquet(tmp_path / "prepared" / part / "0.parquet")
-    return Prepared(tmp_path / "prepared", key="some-key", cached=False)
+    return Prepared(tmp_path / "prepared", cached=False)
 
 
 @pytest.mark.parametrize("features", LAYOUTS.values(), ids=LAYOUTS)
@@ -87,7 +87,7 @@ def test_is_done_once_for_each_prepared_data_set_and_seed(prepared):
     shutil.rmtree(prepared.path)
     assert baselines(project(LAYOUTS["mixed"]), prepared) == first
     with pytest.raises(FileNotFoundError):
-        baselines(project(LAYOUTS["mixed"]), Prepared(prepared.path, key="another", cached=False))
+        baselines(project(LAYOUTS["mixed"]), Prepared(prepared.path.with_name("another"), cached=False))
     with pytest.raises(FileNotFoundError):
         baselines(project(LAYOUTS["mixed"]).model_copy(update={"seed": 1}), prepared)
     with pytest.raises(FileNotFoundError):

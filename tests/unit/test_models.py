@@ -121,4 +121,5 @@ def test_linear_is_the_sum_of_its_weights_by_hand():
         model.dense.bias[:] = 0.5
         model.columns.embeddings[0].weight[:] = torch.tensor([[0.0], [10.0], [20.0]])
     x = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 1.0], [0.5, 1.0, 2.0]])
-    assert model(x).tolist() == [2 - 3 + 0.5, 10 + 0.5, 1 - 1 + 20 + 0.5]
+    assert model.logits(x).tolist() == [2 - 3 + 0.5, 10 + 0.5, 1 - 1 + 20 + 0.5]
+    torch.testing.assert_close(model(x), torch.sigmoid(model.logits(x)))

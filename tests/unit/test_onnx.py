@@ -67,7 +67,7 @@ def rows(preprocessor: Preprocessor, count: int, seed: int = 0) -> pd.DataFrame:
 
 def expected(model: torch.nn.Module, preprocessor: Preprocessor, frame: pd.DataFrame) -> np.ndarray:
     with torch.no_grad():
-        return torch.sigmoid(model.eval()(torch.from_numpy(preprocessor.transform(frame)))).numpy()
+        return model.eval()(torch.from_numpy(preprocessor.transform(frame))).numpy()
 
 
 def answers(graph: onnxruntime.InferenceSession, frame: pd.DataFrame) -> np.ndarray:

@@ -1,0 +1,97 @@
+"""Rows of numbers and categories, and a binary outcome."""
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy as log_loss
+
+from app import bundle, models
+from app.bundle import Bundle, Schema
+from app.config import Project
+from app.data import features
+from app.data.prepare import LABEL, Prepared
+from app.evaluation import metrics
+from app.models import MODELS
+from app.models import tabular as networks
+from app.tasks import Arrays
+
+VALIDATION_ROWS = 8192
+"""In one forward pass."""
+
+
+class Tabular:
+    """Rows of numbers and categories, and a binary outcome."""
+
+    score = "auc"
+    code: tuple[ModuleType, ...] = (models, networks, features, sys.modules[__name__])
+
+    def __init__(self, project: Project, prepared: Prepared):
+        self.project = project
+        self.prepared = prepared
+        self.preprocessor = prepared.preprocessor
+
+    def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        """`x`, float32 (rows, layout.width); `y` and `weight`, float32 (rows,)."""
+        y = frame[LABEL].to_numpy(np.float32)
+        return {"x": self.preprocessor.transform(frame), "y": y, "weight": self._weights(y)}
+
+    def _weights(self, y: np.ndarray) -> np.ndarray:
+        if self.project.training.class_weights == "none":
+            return np.ones_like(y)
+        positive = self.prepared.summary["parts"]["train"]["positive"]
+        return np.where(y > 0, 0.5 / positive, 0.5 / (1 - positive)).astype(np.float32)
+
+    def network(self) -> nn.Module:
+        model = self.project.model
+        return MODELS[model.kind](model, self.preprocessor.layout)
+
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(network.parameters())}]
+
+    def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
+        return order
+
+    def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
+        return arrays["x"][rows], arrays["y"][rows], arrays["weight"][rows]
+
+    def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
+        predicted = [network(x).float() for x in arrays["x"].split(VALIDATION_ROWS)]
+        return torch.cat(predicted), arrays["y"]
+
+    def metrics(self, *outputs: Tensor) -> dict[str, float]:
+        """Log loss and AUC of probabilities (rows,) against labels (rows,)."""
+        probabilities, labels = outputs
+        loss = log_loss(probabilities.double(), labels.double()).item()
+        score = metrics.auc(labels.numpy(), probabilities.numpy()) if math.isfinite(loss) else math.nan
+        return {"loss": loss, "auc": score}
+
+    def export(self, network: nn.Module, folder: Path) -> float:
+        from app.export import onnx
+
+        onnx.export(network, self.preprocessor, folder / "model.onnx")
+        (folder / "preprocessor.json").write_text(self.preprocessor.model_dump_json(indent=1))
+        return onnx.difference(network, self.preprocessor, folder / "model.onnx", self.prepared.frame("test"))
+
+    def schema(self) -> Schema:
+        return bundle.schema_of(self.project, self.preprocessor)
+
+    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+        test = self.prepared.frame("test")
+        labels = test[LABEL].to_numpy()
+        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
+        return {
+            "model": metrics.evaluate(labels, probabilities),
+            "reliability": metrics.reliability(labels, probabilities),
+        }
+
+    def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
+        from app.evaluation.baselines import baselines
+
+        return baselines(self.project, self.prepared, fresh=fresh)

@@ -1,0 +1,160 @@
+"""What the ranks do together, the same over Horovod and over torch.distributed."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from app.config import Training
+from app.training import gradients
+from app.training.gradients import Gradients
+
+
+class Collective(Protocol):
+    """This process among the ranks. Every method but the properties is called by all ranks, in one order."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors with rank 0's."""
+
+    def average(self, tensor: Tensor) -> None:
+        """Overwrite a tensor with its mean over the ranks."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of the ranks; each may have another number of them."""
+
+    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+        """How the gradients of this network are exchanged."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+def join(training: Training, timeline: Path) -> Collective:
+    """Become a rank. Ray Train's backend has told this process where the others are."""
+    return Horovod(training, timeline) if training.backend == "horovod" else TorchDistributed(training)
+
+
+def any_of(ranks: Collective, flag: bool) -> bool:
+    """Whether the flag is up on any rank."""
+    return bool(ranks.gather(torch.tensor([int(flag)], dtype=torch.int32)).any())
+
+
+class Horovod:
+    """Ranks of Horovod (Sergeev and Del Balso, 2018)."""
+
+    def __init__(self, training: Training, timeline: Path):
+        """`timeline` is the file that rank 0 writes if the project asks for one."""
+        settings = training.horovod
+        os.environ["HOROVOD_FUSION_THRESHOLD"] = str(int(settings.fusion_threshold_mb * 2**20))
+        os.environ["HOROVOD_CYCLE_TIME"] = str(settings.cycle_time_ms)
+        os.environ["HOROVOD_AUTOTUNE"] = str(int(settings.autotune))
+        if training.timeline:
+            timeline.parent.mkdir(parents=True, exist_ok=True)
+            os.environ["HOROVOD_TIMELINE"] = str(timeline)
+        import horovod.torch as hvd
+
+        hvd.init()
+        self._hvd: Any = hvd
+        self._training = training
+        self.rank, self.size = hvd.rank(), hvd.size()
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        handles = [self._hvd.broadcast_async_(t, 0, name=f"broadcast.{i}") for i, t in enumerate(tensors)]
+        for handle in handles:
+            self._hvd.synchronize(handle)
+
+    def average(self, tensor: Tensor) -> None:
+        self._hvd.allreduce_(tensor, name="average", op=self._hvd.Average)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return self._hvd.allgather(tensor.contiguous(), name=f"gather.{tensor.dtype}.{tensor.dim()}")
+
+    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+        training = self._training
+        fp16 = training.compression == "fp16"
+        compression = self._hvd.Compression.fp16 if fp16 else self._hvd.Compression.none
+        operation = self._hvd.Adasum if training.horovod.adasum else self._hvd.Average
+        if gradients.overlaps(training, network):
+            distributed = self._hvd.DistributedOptimizer(
+                optimizer,
+                named_parameters=[(n, p) for n, p in network.named_parameters() if p.requires_grad],
+                compression=compression,
+                backward_passes_per_step=training.backward_passes_per_step,
+                op=operation,
+            )
+            return gradients.OverlappedByHorovod(network, distributed)
+
+        def exchange(buffer: Tensor) -> None:
+            small, context = compression.compress(buffer)
+            self._hvd.allreduce_(small, name="gradients", op=operation)
+            if fp16:
+                buffer.copy_(compression.decompress(small, context))
+
+        def exchange_bf16(buffer: Tensor) -> None:
+            # Horovod adds no bfloat16 numbers, but their bits travel as integers, and each rank adds them.
+            bits = buffer.to(torch.bfloat16).view(torch.int16)
+            gathered = self._hvd.allgather(bits[None], name="gradients").view(torch.bfloat16)
+            torch.mean(gathered, dim=0, dtype=torch.float32, out=buffer)
+
+        return gradients.Flat(
+            network, optimizer, exchange_bf16 if training.compression == "bf16" else exchange
+        )
+
+    def close(self) -> None:
+        self._hvd.shutdown()
+
+
+class TorchDistributed:
+    """Ranks of torch.distributed: NCCL on GPUs, else Gloo."""
+
+    def __init__(self, training: Training):
+        from torch import distributed
+
+        self._distributed: Any = distributed
+        self._training = training
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self._distributed.broadcast(tensor, 0)
+
+    def average(self, tensor: Tensor) -> None:
+        self._distributed.all_reduce(tensor)
+        tensor /= self.size
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        tensor = self._on_device(tensor.contiguous())
+        counts = [self._on_device(torch.zeros(1, dtype=torch.int64)) for _ in range(self.size)]
+        self._distributed.all_gather(counts, self._on_device(torch.tensor([len(tensor)])))
+        most = int(torch.cat(counts).max())
+        padded = tensor.new_zeros((most, *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._distributed.all_gather(parts, padded)
+        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+        compression = self._training.compression
+        if gradients.overlaps(self._training, network):
+            return gradients.OverlappedByDdp(network, optimizer, compression)
+        dtype = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
+
+        def exchange(buffer: Tensor) -> None:
+            small = buffer.to(dtype) if dtype else buffer
+            self.average(small)
+            if dtype:
+                buffer.copy_(small)
+
+        return gradients.Flat(network, optimizer, exchange)
+
+    def close(self) -> None:
+        self._distributed.destroy_process_group()
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.cuda() if self._distributed.get_backend() == "nccl" else tensor
