@@ -2,26 +2,38 @@
 
 import hashlib
 import json
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import onnxruntime
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from app.config import Column, Project
+from app.data import tokens
 from app.data.features import MISSING, Categories, Preprocessor
 from app.errors import UserError
 
+if TYPE_CHECKING:
+    import onnxruntime
+    from tokenizers import Tokenizer
+
 MANIFEST = "MANIFEST.json"
 OUTPUT = "probability"
-"""The graph's only output: the probability of the positive label, float32 (rows, 1)."""
+"""The graph's only output, float32: the probability of the positive label (rows, 1), or of each class
+(rows, classes)."""
+ITEMS, SCORES, KNOWN = "items", "scores", "known"
+"""A recommender's outputs: strings and float32 (rows, n), and bool (rows,)."""
+MAX_ITEMS = 100
+"""Items of a recommender's answer."""
 NUM_EXAMPLES = 8
+TEXTS_AT_ONCE = 32
 
 
 class Input(BaseModel):
@@ -40,9 +52,28 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     """The registered model's."""
+    task: Literal["binary", "classes", "ranking"] = "binary"
     inputs: list[Input]
     label: str
-    positive: str
+    """The column that is predicted; of a ranking, the items'."""
+    positive: str = ""
+    """Of a binary task: what counts as 1."""
+    classes: list[str] = []
+    """Of several classes: their names, in the order of the graph's output."""
+    num_items: int = 0
+    """Of a ranking: how many items the graph gives."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The best items for some users, best first, without those that they have had."""
+
+    items: np.ndarray
+    """str (rows, n); empty strings at the end where fewer are left."""
+    scores: np.ndarray
+    """float32 (rows, n): comparable within a row alone."""
+    known: np.ndarray
+    """bool (rows,): whether training saw the user; who is not known gets the most popular items."""
 
 
 class BrokenBundle(UserError):
@@ -61,27 +92,55 @@ class Bundle:
         self.manifest = verify(path) if sealed else {}
         self.schema = Schema.model_validate_json((path / "schema.json").read_text())
         self._session = session(path / "model.onnx")
+        self._tokenizer = tokens.load(path / tokens.FILE) if (path / tokens.FILE).exists() else None
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Probabilities of the positive label, float32 (rows,).
+        """Probabilities, float32: of the positive label (rows,), or of each class (rows, classes).
 
         `columns` has an array (rows,) for each of `schema.inputs`: numbers with NaN and strings with None
         for what is missing.
         """
-        feed = inputs({i.name: np.asarray(columns[i.name]) for i in self.schema.inputs})
-        return self._session.run([OUTPUT], feed)[0][:, 0]
+        arrays = {i.name: np.asarray(columns[i.name]) for i in self.schema.inputs}
+        if self._tokenizer is None:
+            given = self._session.run([OUTPUT], inputs(arrays))[0]
+        else:
+            (texts,) = arrays.values()
+            given = self._of_texts(self._tokenizer, texts)
+        return given[:, 0] if self.schema.task == "binary" else given
+
+    def rank(self, columns: Mapping[str, np.ndarray]) -> Ranking:
+        """A recommender's answer for each user; `columns` as of `predict`."""
+        arrays = {i.name: np.asarray(columns[i.name]) for i in self.schema.inputs}
+        return Ranking(*self._session.run([ITEMS, SCORES, KNOWN], inputs(arrays)))
+
+    def _of_texts(self, tokenizer: "Tokenizer", texts: np.ndarray) -> np.ndarray:
+        """In batches of texts of like length: padding is computed like text."""
+        ids, lengths = tokens.encode(tokenizer, texts)
+        given = np.empty((len(texts), len(self.schema.classes)), dtype=np.float32)
+        order = np.argsort(lengths, kind="stable")
+        for rows in np.array_split(order, max(1, math.ceil(len(order) / TEXTS_AT_ONCE))):
+            feed = tokens.pad(ids[rows], lengths[rows])
+            given[rows] = self._session.run([OUTPUT], feed)[0]
+        return given
 
     def check_example(self) -> None:
         """Predict the stored example again. Raises BrokenBundle if the answer is not the stored one."""
         example = json.loads((self.path / "example.json").read_text())
-        got = self.predict(columns_of(self.schema, example["rows"]))
-        worst = float(np.abs(got - example[OUTPUT]).max())
+        columns = columns_of(self.schema, example["rows"])
+        if self.schema.task == "ranking":
+            scores, stored = self.rank(columns).scores, np.array(example[SCORES])
+            worst = float((np.abs(scores - stored) / np.maximum(1, np.abs(stored))).max())
+        else:
+            worst = float(np.abs(self.predict(columns) - example[OUTPUT]).max())
         if not worst <= 1e-4:
             raise BrokenBundle(f"{self.path}: answers its own example with a difference of {worst:.2g}")
 
 
-def session(model: Path) -> onnxruntime.InferenceSession:
+def session(model: Path) -> "onnxruntime.InferenceSession":
     """ONNX Runtime on one thread: replicas, not threads, are how serving scales."""
+    # Imported here: a training rank imports this module, and never runs a graph.
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
@@ -107,13 +166,16 @@ def schema_of(project: Project, preprocessor: Preprocessor) -> Schema:
         for c in preprocessor.columns
         if isinstance(c, Categories)
     }
+    label = project.data.target
     return Schema(
         name=project.name,
+        task="binary" if label.classes is None else "classes",
         inputs=[
             Input(name=n, contract=project.data.columns[n], known=known.get(n)) for n in project.features
         ],
-        label=project.data.label.column,
-        positive=project.data.label.positive,
+        label=label.column,
+        positive=label.outcome if label.classes is None else "",
+        classes=label.classes or [],
     )
 
 
@@ -130,8 +192,13 @@ def write_example(opened: Bundle, frame: pd.DataFrame) -> None:
     """Store a few rows with the bundle's answers: for `Bundle.check_example`, and for a first request."""
     head = frame[[i.name for i in opened.schema.inputs]].head(NUM_EXAMPLES).astype(object)
     rows = head.where(head.notna(), None).to_dict("records")
-    answers = opened.predict(columns_of(opened.schema, rows)).tolist()
-    (opened.path / "example.json").write_text(json.dumps({"rows": rows, OUTPUT: answers}, indent=1))
+    columns = columns_of(opened.schema, rows)
+    if opened.schema.task == "ranking":
+        ranking = opened.rank(columns)
+        answers = {ITEMS: ranking.items.tolist(), SCORES: ranking.scores.tolist()}
+    else:
+        answers = {OUTPUT: opened.predict(columns).tolist()}
+    (opened.path / "example.json").write_text(json.dumps({"rows": rows, **answers}, indent=1))
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -20,6 +20,8 @@ FLAGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # A rank that answers no poll for so long is replaced; 10 minutes by default.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",
+    # An elastic group that finds no place, because somebody was faster, counts anew; after 60 s by default.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     # How often it is asked whether a node is about to be taken away; 5 s by default.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
     # `ray job stop` kills what has not ended after so long; 3 s by default, too short for a checkpoint.

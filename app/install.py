@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import venv
@@ -29,6 +30,13 @@ STAMP = VENV / ".raylway-installed"
 TORCH = "torch==2.13.0"
 HOROVOD = "horovod==0.28.1"
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake")
+RIGHT_INTERFACE = (
+    "horovod/common/gloo/gloo_context.cc",
+    "device_attr.iface = gloo_iface_;",
+    "device_attr.iface = global_context.gloo_iface_;",
+)
+"""File, wrong, right. Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the
+gradients, made last in this file, go over the interface of the host's own name, or abort if it has none."""
 CXX_STANDARD = 20
 """Horovod 0.28.1 asks for C++14, which PyTorch's headers no longer compile as."""
 BUILD_MINUTES = "2 to 5 minutes on two cores"
@@ -80,12 +88,13 @@ def _horovod_wheel(compiler: str) -> Path:
     """Horovod's wheel for this Python, PyTorch and platform: from the user's cache, or built into it."""
     nccl = _nccl_home()
     operations = "nccl" if nccl else "gloo"
+    digest = hashlib.sha256(repr(RIGHT_INTERFACE).encode()).hexdigest()[:8]
     tag = f"py{sys.version_info.major}{sys.version_info.minor}-{platform.system()}-{platform.machine()}"
     build = subprocess.check_output(
         [PYTHON, "-c", "import torch; print(torch.__version__)"], text=True
     ).strip()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylway"
-    folder = cache / f"{HOROVOD}-torch{build}-{tag}-{operations}".replace("==", "-").lower()
+    folder = cache / f"{HOROVOD}-torch{build}-{tag}-{operations}-{digest}".replace("==", "-").lower()
     if not (found := list(folder.glob("*.whl"))):
         print(f"  building Horovod against PyTorch {build} with {operations}: {BUILD_MINUTES}", flush=True)
         cache.mkdir(parents=True, exist_ok=True)
@@ -126,12 +135,13 @@ def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:
             "HOROVOD_NCCL_HOME": str(home),
             "HOROVOD_NCCL_LINK": "SHARED",
         }
+    source = _horovod_source(scratch)
     command = [str(PYTHON), "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
     log = scratch.parent / "horovod-build.log"
     started = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "-w", str(scratch / "wheel"), HOROVOD],
+            [*command, "-w", str(scratch / "wheel"), str(source)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         assert process.stdout
@@ -144,6 +154,21 @@ def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:
         if process.wait():
             raise UserError(f"Horovod could not be built; the end of {log} says why")
     print(f"    built in {time.monotonic() - started:.0f} s and kept for the next time", flush=True)
+
+
+def _horovod_source(scratch: Path) -> Path:
+    """Horovod's source, unpacked and mended."""
+    _pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(scratch), HOROVOD)
+    (archive,) = scratch.glob("horovod-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(scratch, filter="data")
+    source = scratch / archive.name.removesuffix(".tar.gz")
+    name, wrong, right = RIGHT_INTERFACE
+    before, found, after = (source / name).read_text().rpartition(wrong)
+    if not found:
+        raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{wrong}`")
+    (source / name).write_text(before + right + after)
+    return source
 
 
 def _nccl_home() -> Path | None:

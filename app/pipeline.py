@@ -13,14 +13,14 @@ from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
 from app.data.prepare import Prepared, prepare
-from app.evaluation import gate, metrics, report
-from app.export import onnx
+from app.evaluation import gate, metrics, report, slices
+from app.export import onnx, text
 from app.registry import CHAMPION, Version
 from app.tasks import Task, task_of
 from app.training import trainer
 from app.training.trainer import Trained
 
-CODE = (bundle, metrics, report, onnx, sys.modules[__name__])
+CODE = (bundle, metrics, report, slices, onnx, text, sys.modules[__name__])
 NUM_REFERENCE_ROWS = 10_000
 
 
@@ -119,7 +119,7 @@ def _bundle(
         schema = task.schema()
         shutil.copy(trained.weights, draft / "model.safetensors")
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
-        (draft / "model.json").write_text(project.model.model_dump_json(indent=1))
+        (draft / "project.json").write_text(project.model_dump_json(indent=1))
         train, test = prepared.frame("train"), prepared.frame("test")
         train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
             draft / "reference.parquet", index=False
@@ -130,7 +130,8 @@ def _bundle(
         (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
         (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
         registry.write_flavor(draft)
-        bundle.seal(draft, {"data_version": prepared.summary["data_version"], "seed": project.seed})
+        facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
+        bundle.seal(draft, {**facts, "seed": project.seed})
 
     store.produce(target, build, fresh=fresh)
     return target
@@ -138,7 +139,8 @@ def _bundle(
 
 def _bundle_key(project: Project, prepared: Prepared) -> str:
     trained = trainer.key(project, prepared)
-    inputs = {"trained": trained, **project.model_dump(mode="json", include={"name", "data", "features"})}
+    told = {"name", "data", "features", "evaluation", "compression", "gate"}
+    inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
     return store.key("bundle", inputs, CODE)
 
 

@@ -76,13 +76,13 @@ class Run:
             return
         self._logged.add(step)
         now = int(time.time() * 1000)
-        values = [Metric(name, value, now, step) for name, value in metrics.items() if name != "epoch"]
+        values = [Metric(_named(n), value, now, step) for n, value in metrics.items() if n != "epoch"]
         self._client.log_batch(self.id, metrics=values)
 
     def log_results(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
         now = int(time.time() * 1000)
         self._client.log_batch(
-            self.id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()]
+            self.id, metrics=[Metric(_named(name), value, now, 0) for name, value in metrics.items()]
         )
         for name, value in tags.items():
             self._client.set_tag(self.id, name, value)
@@ -126,6 +126,11 @@ def _parameters(project: Project) -> Iterator[tuple[str, Any]]:
     for section in ("model", "training"):
         for key, value in getattr(project, section).model_dump().items():
             yield f"{section}.{key}", value
+
+
+def _named(metric: str) -> str:
+    """MLflow takes no @."""
+    return metric.replace("@", "_at_")
 
 
 def write_flavor(folder: Path) -> None:

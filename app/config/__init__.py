@@ -9,38 +9,69 @@ from app.config.data import (
     Label,
     MinMax,
     Number,
+    NumberEncoding,
     OneHot,
+    PiecewiseLinear,
+    Quantile,
     Source,
     Split,
+    Text,
+    Tokens,
 )
-from app.config.gate import METRICS, Gate
-from app.config.model import Linear, Mlp, Model
+from app.config.gate import CLASS_METRICS, METRICS, Compression, Evaluation, Gate
+from app.config.model import (
+    Linear,
+    LinearNumbers,
+    MatrixFactorization,
+    Mlp,
+    Model,
+    NeuralCollaborativeFiltering,
+    NumberEmbedding,
+    PeriodicNumbers,
+    TabM,
+    TextClassifier,
+)
 from app.config.project import Project
 from app.config.section import Section
 from app.config.serving import Autoscaling, Serving, Variant
 from app.config.training import Training
 
 __all__ = [
+    "CLASS_METRICS",
     "METRICS",
     "Autoscaling",
     "Category",
     "Column",
+    "Compression",
     "Data",
     "Embedding",
     "Encoding",
+    "Evaluation",
     "Gate",
     "Label",
     "Linear",
+    "LinearNumbers",
+    "MatrixFactorization",
     "MinMax",
     "Mlp",
     "Model",
+    "NeuralCollaborativeFiltering",
     "Number",
+    "NumberEmbedding",
+    "NumberEncoding",
     "OneHot",
+    "PeriodicNumbers",
+    "PiecewiseLinear",
     "Project",
+    "Quantile",
     "Section",
     "Serving",
     "Source",
     "Split",
+    "TabM",
+    "Text",
+    "TextClassifier",
+    "Tokens",
     "Training",
     "Variant",
 ]

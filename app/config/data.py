@@ -27,11 +27,31 @@ class Source(Section):
 
 
 class Label(Section):
-    """What the model predicts: a binary outcome."""
+    """What the model predicts: a binary outcome, by exactly one of `positive` and `above`, or one of several
+    `classes`."""
 
     column: str
-    positive: str
+    positive: str | None = None
     """The value that counts as 1; every other value of the column counts as 0."""
+    above: float | None = None
+    """Of a numerical column: the number beyond which a value counts as 1."""
+    classes: list[str] | None = Field(None, min_length=2)
+    """All the values of the column, for a model of several classes."""
+    missing: Literal["refuse", "drop"] = "refuse"
+    """drop: leave out the rows that have no label, such as those whose outcome is not known yet."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "Label":
+        if sum(given is not None for given in (self.positive, self.above, self.classes)) != 1:
+            raise ValueError("give exactly one of 'positive', 'above' and 'classes'")
+        if self.classes and len(set(self.classes)) < len(self.classes):
+            raise ValueError("classes: each must stand once")
+        return self
+
+    @property
+    def outcome(self) -> str:
+        """What counts as 1, in words: `>50K`, or `above 15`."""
+        return f"above {self.above:g}" if self.positive is None else self.positive
 
 
 class Number(Section):
@@ -57,38 +77,122 @@ class Category(Section):
     a prediction with this column left out (its encoding is all zeros)."""
 
 
-Column = Annotated[Number | Category, Field(discriminator="type")]
+class Text(Section):
+    """A column of free text."""
+
+    type: Literal["text"]
+    nullable: bool = False
+    """A missing text is read as an empty one."""
+    max_characters: PositiveInt = 10_000
+    """Of a text in training data and requests."""
+
+
+Column = Annotated[Number | Category | Text, Field(discriminator="type")]
 
 
 class Split(Section):
-    """Shares of the rows by part. A row's part is a hash of its content and the seed, so equal rows stay
-    together and neither the order of rows nor the layout of files matters."""
+    """Shares of the rows by part. Neither the order of rows nor the layout of files matters."""
 
+    by: Literal["content", "time"] = "content"
+    """content: a row's part is a hash of its content and the seed, so equal rows stay together. time: the
+    last rows are the test part, those before them the validation part: what a model that is to predict the
+    future must be held against."""
+    column: str | None = None
+    """Of `by: time`: when a row's event was; timestamps, dates, ISO 8601 text or numbers. Rows of the same
+    time stay together."""
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
 
     @model_validator(mode="after")
-    def _room_to_train(self) -> "Split":
+    def _possible(self) -> "Split":
         if self.validation + self.test >= 1:
             raise ValueError("validation + test must be below 1, or nothing is left to train on")
+        if (self.by == "time") != (self.column is not None):
+            raise ValueError("column: by time needs the column to go by, by content takes none")
         return self
+
+
+class Interactions(Section):
+    """Whose rows are interactions of users with items: what a recommender learns from."""
+
+    user: str
+    """The column of the contract, a category, that says who."""
+    item: str
+    """The one that says what."""
+    time: str
+    """When it was; timestamps, dates, ISO 8601 text or numbers, and no column of the contract. Each user's
+    last interaction is the test part and the one before it the validation part (leave one out)."""
+    rating: str | None = None
+    """A number of the contract: how the user found the item; for explicit feedback."""
 
 
 class Data(Section):
     """The raw data and the contract that it, and every request, must keep."""
 
     source: Source
-    label: Label
+    label: Label | None = None
+    interactions: Interactions | None = None
+    """What a recommender has instead of a label."""
     columns: dict[str, Column] = Field(min_length=1)
     missing: list[str] = Field([])
     """Strings that stand for a missing value, beside null and the empty string."""
     split: Split = Split()
 
+    @model_validator(mode="after")
+    def _one(self) -> "Data":
+        if (self.label is None) == (self.interactions is None):
+            raise ValueError("give exactly one of 'label' and 'interactions'")
+        return self
 
-class MinMax(Section):
+    @property
+    def target(self) -> Label:
+        """The label of data that have one."""
+        assert self.label, "interactions have no label"
+        return self.label
+
+    @property
+    def time(self) -> str | None:
+        """The column that says when, where the split goes by it."""
+        return self.interactions.time if self.interactions else self.split.column
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that is read."""
+        beside = [self.label.column if self.label else None, self.time]
+        return list(dict.fromkeys([*self.columns, *(name for name in beside if name)]))
+
+
+class NumberEncoding(Section):
+    """What the encodings of numbers share."""
+
+    encode: str
+    exact: PositiveInt | None = None
+    """Values that occur at least so often in the training part get an indicator of their own as well. For
+    numbers of which some are codes or round sums, whose meaning does not lie between their neighbours'."""
+
+
+class MinMax(NumberEncoding):
     """Scale to 0..1 over the training part; beyond it is clipped; missing becomes the training mean."""
 
     encode: Literal["min_max"]
+
+
+class Quantile(NumberEncoding):
+    """The normal score of a number's quantile in the training part: outliers and skew lose their weight.
+    Linear between quantiles; clipped and missing as with min_max."""
+
+    encode: Literal["quantile"]
+    bins: PositiveInt = 256
+    """Between that many quantiles at most; fewer where values repeat."""
+
+
+class PiecewiseLinear(NumberEncoding):
+    """A share of 0..1 for each bin of training quantiles: how far the number has come through it, so that
+    even a linear model bends at every edge (Gorishniy et al., 2022). Clipped and missing as with min_max."""
+
+    encode: Literal["piecewise_linear"]
+    bins: PositiveInt = 32
+    """At most; fewer where values repeat."""
 
 
 class OneHot(Section):
@@ -105,4 +209,14 @@ class Embedding(Section):
     width: PositiveInt
 
 
-Encoding = Annotated[MinMax | OneHot | Embedding, Field(discriminator="encode")]
+class Tokens(Section):
+    """The tokens of a text, by the tokenizer of the model's encoder."""
+
+    encode: Literal["tokens"]
+    max_length: int = Field(128, ge=3)
+    """Tokens of a text, the two that mark its ends included; what is beyond is cut off."""
+
+
+Encoding = Annotated[
+    MinMax | Quantile | PiecewiseLinear | OneHot | Embedding | Tokens, Field(discriminator="encode")
+]

@@ -7,10 +7,43 @@ from pydantic import Field
 from app.config.section import Section
 
 METRICS = ("auc", "accuracy", "precision", "recall", "f1")
-"""The metrics that a gate may name, each better when higher."""
+"""The metrics of a binary outcome that a gate may name, each better when higher."""
+CLASS_METRICS = ("macro_f1", "accuracy", "macro_precision", "macro_recall")
+"""The same of several classes; `macro` is the mean over the classes, each counting the same."""
+RANKING_METRICS = ("hr@10", "ndcg@10", "mrr")
+"""Of a recommender: how far up each user's held-out item stands among all that the user has not had."""
+RATING_METRICS = ("r2",)
+"""Of explicit feedback, beside those: the share of the ratings' variance that is explained."""
+BASELINES = ("constant", "logistic_regression", "gradient_boosting")
+"""What a tabular model is held against."""
+TEXT_BASELINES = ("constant", "tfidf_logistic_regression")
+"""What a text model is held against."""
+RANKING_BASELINES = ("popularity", "item_knn", "ease")
+"""What a recommender is held against."""
 
-Metric = Literal["auc", "accuracy", "precision", "recall", "f1"]
-Baseline = Literal["constant", "logistic_regression", "gradient_boosting"]
+Metric = Literal[
+    "auc",
+    "accuracy",
+    "precision",
+    "recall",
+    "f1",
+    "macro_f1",
+    "macro_precision",
+    "macro_recall",
+    "hr@10",
+    "ndcg@10",
+    "mrr",
+    "r2",
+]
+Baseline = Literal[
+    "constant",
+    "logistic_regression",
+    "gradient_boosting",
+    "tfidf_logistic_regression",
+    "popularity",
+    "item_knn",
+    "ease",
+]
 
 
 class Gate(Section):
@@ -23,3 +56,18 @@ class Gate(Section):
     """Baselines that the candidate's metric must exceed."""
     tolerance: float = Field(0.0, ge=0)
     """How far below the champion's metric the candidate may be."""
+
+
+class Evaluation(Section):
+    """What else is looked at on the test part."""
+
+    slices: list[str] = Field([])
+    """Columns of categories: the metrics of the rows with each of their values, for the card. An input of the
+    model or not."""
+
+
+class Compression(Section):
+    """`raylway compress`: an int8 version of a bundle."""
+
+    max_loss: float = Field(0.01, ge=0)
+    """How much of `gate.metric` it may lose on the test part."""

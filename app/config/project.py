@@ -2,9 +2,20 @@
 
 from pydantic import Field, model_validator
 
-from app.config.data import Data, Encoding
-from app.config.gate import Gate
-from app.config.model import Model
+from app.config.data import Category, Data, Embedding, Encoding, Number, NumberEncoding, OneHot, Split, Tokens
+from app.config.gate import (
+    BASELINES,
+    CLASS_METRICS,
+    METRICS,
+    RANKING_BASELINES,
+    RANKING_METRICS,
+    RATING_METRICS,
+    TEXT_BASELINES,
+    Compression,
+    Evaluation,
+    Gate,
+)
+from app.config.model import Model, PeriodicNumbers, Recommender, TextClassifier
 from app.config.section import Section
 from app.config.serving import Serving
 from app.config.training import Training
@@ -17,17 +28,19 @@ class Project(Section):
     """The registered model's name and the endpoint's: small letters, digits and dashes."""
     seed: int = Field(0, ge=0, lt=2**31)
     data: Data
-    features: dict[str, Encoding] = Field(min_length=1)
+    features: dict[str, Encoding] = Field({})
     """The columns that the model sees, and how. A column of the contract that is not named here is
-    checked, but no input of the model."""
+    checked, but no input of the model. A recommender takes none: it sees users and items alone."""
     model: Model
     training: Training
+    evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
+    compression: Compression = Compression()
     serving: Serving
 
     @model_validator(mode="after")
     def _consistent(self) -> "Project":
-        if self.data.label.column in self.data.columns:
+        if self.data.label and self.data.label.column in self.data.columns:
             raise ValueError(f"data.label.column: {self.data.label.column!r} must not be one of data.columns")
         for name, encoding in self.features.items():
             if name == "probability":
@@ -37,7 +50,95 @@ class Project(Section):
                 raise ValueError(
                     f"features.{name}: no such column; data.columns has {', '.join(self.data.columns)}"
                 )
-            if (column.type == "number") != (encoding.encode == "min_max"):
-                fits = "min_max" if column.type == "number" else "one_hot or embedding"
+            suits: dict[str, tuple[type, ...]] = {
+                "number": (NumberEncoding,), "category": (OneHot, Embedding), "text": (Tokens,)
+            }  # fmt: skip
+            if not isinstance(encoding, suits[column.type]):
+                fits = {
+                    "number": "min_max, quantile or piecewise_linear",
+                    "category": "one_hot or embedding",
+                    "text": "tokens",
+                }[column.type]
                 raise ValueError(f"features.{name}: a {column.type} takes {fits}, not {encoding.encode}")
+            numbers = getattr(self.model, "numbers", None)
+            if isinstance(numbers, PeriodicNumbers) and encoding.encode == "piecewise_linear":
+                raise ValueError(
+                    f"features.{name}: model.numbers is periodic, which takes numbers of one column: say "
+                    "min_max or quantile, or model.numbers: {embed: linear}"
+                )
+        self._check_family()
+        for name in self.evaluation.slices:
+            if not isinstance(self.data.columns.get(name), Category):
+                raise ValueError(f"evaluation.slices: {name!r} must be a category of data.columns")
         return self
+
+    def _check_family(self) -> None:
+        """Raise ValueError if label, features and gate do not fit the model."""
+        if isinstance(self.model, Recommender):
+            self._check_recommender(self.model)
+            return
+        if self.data.label is None:
+            raise ValueError(
+                f"data.label: a {self.model.kind} needs one; model.kind mf and ncf take interactions"
+            )
+        if not self.features:
+            raise ValueError("features: name at least one column of data.columns")
+        tokens = [name for name, encoding in self.features.items() if isinstance(encoding, Tokens)]
+        kind = self.model.kind
+        if isinstance(self.model, TextClassifier):
+            if self.data.label.classes is None:
+                raise ValueError(f"data.label.classes: a {kind} needs them, such as classes: [no, yes]")
+            if len(self.features) != 1 or not tokens:
+                raise ValueError(f"features: a {kind} takes one text, such as text: {{encode: tokens}}")
+            metrics, baselines = list(CLASS_METRICS), list(TEXT_BASELINES)
+        else:
+            if self.data.label.classes is not None:
+                raise ValueError(f"data.label.classes: a {kind} takes a binary label: positive or above")
+            if tokens:
+                raise ValueError(
+                    f"features.{tokens[0]}: a {kind} takes no text; model.kind text_classifier does"
+                )
+            metrics, baselines = list(METRICS), list(BASELINES)
+        self._check_gate(metrics, baselines)
+
+    def _check_recommender(self, model: Recommender) -> None:
+        if (interactions := self.data.interactions) is None:
+            raise ValueError(f"data.interactions: a {model.kind} needs them, and takes no label")
+        for key, name, kind in (
+            ("user", interactions.user, Category),
+            ("item", interactions.item, Category),
+            ("rating", interactions.rating, Number),
+        ):
+            column = self.data.columns.get(name) if name is not None else None
+            if name is not None and (not isinstance(column, kind) or column.nullable):
+                wanted = f"a {kind.__name__.lower()} of data.columns that is not nullable"
+                raise ValueError(f"data.interactions.{key}: {name!r} must be {wanted}")
+        if interactions.user in ("items", "scores", "known"):
+            raise ValueError("data.interactions.user: the model's output has this name; rename the column")
+        for key, given in (
+            ("features", self.features),
+            ("data.split", self.data.split != Split()),
+            ("training.class_weights", self.training.class_weights != "none"),
+            ("evaluation.slices", self.evaluation.slices),
+        ):
+            if given:
+                raise ValueError(f"{key}: a {model.kind} takes none; leave it out")
+        metrics, baselines = list(RANKING_METRICS), list(RANKING_BASELINES)
+        if model.feedback == "explicit":
+            if interactions.rating is None:
+                raise ValueError("data.interactions.rating: explicit feedback needs the column of ratings")
+            metrics += RATING_METRICS
+            if self.gate.metric in RATING_METRICS and self.gate.beat:
+                raise ValueError(f"gate.beat: no baseline has {self.gate.metric!r}; say beat: []")
+        self._check_gate(metrics, baselines)
+
+    def _check_gate(self, metrics: list[str], baselines: list[str]) -> None:
+        kind = self.model.kind
+        for key, named, allowed in (
+            ("metric", [self.gate.metric], metrics),
+            ("minimum", self.gate.minimum, metrics),
+            ("beat", self.gate.beat, baselines),
+        ):
+            for name in named:
+                if name not in allowed:
+                    raise ValueError(f"gate.{key}: of a {kind}, one of {', '.join(allowed)}; it is {name!r}")

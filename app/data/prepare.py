@@ -12,15 +12,15 @@ import pandas as pd
 import pyarrow as pa
 
 from app import store
-from app.config import Project
+from app.config import Project, TextClassifier, Tokens
 from app.config import data as config
-from app.data import features, schema, sources, split
+from app.data import features, interactions, schema, sources, split, tokens
 from app.data.features import Preprocessor
 from app.errors import UserError
 
-CODE = (config, features, schema, sources, split, sys.modules[__name__])
+CODE = (config, features, interactions, schema, sources, split, tokens, sys.modules[__name__])
 LABEL = "__label__"
-"""The column of a prepared part that holds the label as 0 or 1."""
+"""The column of a prepared part that holds the label: 0 or 1, or its place among `label.classes`."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Rows and share of positives by part, and the data version."""
+        """Rows and share of positives (or of each class) by part, and the data version."""
         return json.loads((self.path / "summary.json").read_text())
 
     def part(self, name: str) -> Path:
@@ -65,6 +65,8 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
         "features": project.model_dump()["features"],
         "seed": project.seed,
     }
+    if isinstance(project.model, TextClassifier):
+        inputs["encoder"] = tokens.version(project.model.encoder)
     key = store.key("prepare", inputs, CODE)
     target = store.folder("prepare", key)
     built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
@@ -82,42 +84,78 @@ def _build(project: Project, version: str, draft: Path) -> None:
     whole = {"batch_format": "pyarrow", "batch_size": None}
     schema.refuse(raw.map_batches(schema.violations, fn_args=(data,), **whole).take_all(), num_rows)
 
-    rows = raw.map_batches(_label_and_part, fn_args=(project,), **whole).materialize()
+    if data.interactions:
+        interactions.build(raw, data, version, draft)
+        return
+    starts = None
+    if data.split.by == "time":
+        found = raw.map_batches(_count_times, fn_args=(data,), **whole).to_pandas()
+        starts = split.starts(found["time"].to_numpy(), found["rows"].to_numpy(), data.split)
+    rows = raw.map_batches(_label_and_part, fn_args=(project, starts), **whole).materialize()
     labels: Counter[str] = Counter()
-    for count in rows.map_batches(_count_labels, fn_args=(data.label.column,), **whole).take_all():
+    for count in rows.map_batches(_count_labels, fn_args=(data.target.column,), **whole).take_all():
         labels[count["value"]] += count["rows"]
-    _refuse_labels(labels, data.label)
+    _refuse_labels(labels, data.target)
 
     parts = {}
     for i, name in enumerate(split.PARTS):
-        parts[name] = rows.map_batches(_select, fn_args=(i, data.label.column), **whole).materialize()
+        parts[name] = rows.map_batches(_select, fn_args=(i, data.target.column), **whole).materialize()
         parts[name].write_parquet(str(draft / name))
     statistics = parts["train"].map_batches(_statistics, fn_args=(project.features,), **whole).take_all()
     preprocessor = features.fit([json.loads(row["statistics"]) for row in statistics], project.features)
     (draft / "preprocessor.json").write_text(preprocessor.model_dump_json(indent=1))
+    if isinstance(project.model, TextClassifier):
+        (encoding,) = (e for e in project.features.values() if isinstance(e, Tokens))
+        tokens.write(project.model.encoder, encoding.max_length, draft / tokens.FILE)
 
-    summary = {"data_version": version, "rows": num_rows, "parts": {}}
+    summary: dict[str, Any] = {"data_version": version, "rows": labels.total(), "parts": {}}
     for name, part in parts.items():
-        positive = part.mean(LABEL)
-        if positive is None or not 0 < positive < 1:
+        shares = _shares(part.map_batches(_count_labels, fn_args=(LABEL,), **whole).take_all(), data.target)
+        if not all(shares):
             raise UserError(
-                f"data.split: the {name} part has {part.count()} rows with a label that is always the same; "
+                f"data.split: the {name} part has {part.count()} rows, and not every label among them; "
                 f"{num_rows} rows in all are too few for these shares"
             )
-        summary["parts"][name] = {"rows": part.count(), "positive": round(positive, 4)}
+        rounded = [round(share, 4) for share in shares]
+        of = {"positive": rounded[1]} if data.target.classes is None else {"shares": rounded}
+        summary["parts"][name] = {"rows": part.count(), **of}
     (draft / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
-def _label_and_part(block: pa.Table, project: Project) -> pa.Table:
-    frame, _ = schema.conform(block, project.data)
-    label = project.data.label
-    part = split.assign(frame, project.data.split, project.seed)
-    frame[LABEL] = (frame[label.column] == label.positive).astype(np.float32)
+def _labelled(block: pa.Table, data: config.Data) -> pd.DataFrame:
+    frame, _ = schema.conform(block, data)
+    return frame[frame[data.target.column].notna()]
+
+
+def _count_times(block: pa.Table, data: config.Data) -> pa.Table:
+    times = _labelled(block, data)[split.TIME].to_numpy(np.float64)
+    values, counts = np.unique(times, return_counts=True)
+    return pa.table({"time": values, "rows": counts})
+
+
+def _label_and_part(block: pa.Table, project: Project, starts: tuple[float, float] | None = None) -> pa.Table:
+    frame = _labelled(block, project.data)
+    label = project.data.target
+    part = split.assign(frame, project.data.split, project.seed, starts)
+    if label.above is not None:
+        beyond = frame[label.column] > label.above
+        frame[label.column] = np.where(beyond, label.outcome, f"not {label.outcome}")
+    if label.classes is None:
+        frame[LABEL] = (frame[label.column] == label.outcome).astype(np.float32)
+    else:
+        frame[LABEL] = pd.Index(label.classes).get_indexer(frame[label.column])
     frame["__part__"] = part.astype(np.int8)
     types = [
         (n, pa.float64() if c.type == "number" else pa.string()) for n, c in project.data.columns.items()
     ]
-    arrow = pa.schema([*types, (label.column, pa.string()), (LABEL, pa.float32()), ("__part__", pa.int8())])
+    arrow = pa.schema(
+        [
+            *types,
+            (label.column, pa.string()),
+            (LABEL, pa.int64() if label.classes else pa.float32()),
+            ("__part__", pa.int8()),
+        ]
+    )
     return pa.Table.from_pandas(frame, schema=arrow, preserve_index=False)
 
 
@@ -132,10 +170,18 @@ def _refuse_labels(counts: Counter[str], label: config.Label) -> None:
         raise UserError(
             f"data.label: {label.column!r} must have two values or more, but it is constant: {found}"
         )
-    if label.positive not in counts:
-        raise UserError(
-            f"data.label.positive: {label.positive!r} does not occur in {label.column!r}; it has {found}"
-        )
+    key = "positive" if label.classes is None else "classes"
+    for value in label.classes or [label.outcome]:
+        if value not in counts:
+            raise UserError(f"data.label.{key}: {value!r} does not occur in {label.column!r}; it has {found}")
+
+
+def _shares(counts: list[dict[str, Any]], label: config.Label) -> list[float]:
+    """The share of each label, in order; of a binary one, of 0 and 1."""
+    rows = Counter({int(count["value"]): 0 for count in counts})
+    for count in counts:
+        rows[int(count["value"])] += count["rows"]
+    return [rows[i] / max(1, rows.total()) for i in range(len(label.classes or "01"))]
 
 
 def _select(block: pa.Table, part: int, label: str) -> pa.Table:

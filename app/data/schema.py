@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from app.config import Category, Data, Number
+from app.config import Data, Label, Number, Text
+from app.data import split
 from app.errors import UserError
 
 NUM_EXAMPLES = 3
@@ -28,7 +29,8 @@ def conform(table: pa.Table, data: Data) -> tuple[pd.DataFrame, list[Violation]]
     """The rows as the contract has them, and what breaks it.
 
     Numbers become float64 and categories strings, with null for what is missing (NaN, empty strings and
-    `data.missing`); the label becomes a string. With violations the frame is not to be used.
+    `data.missing`); the label becomes a string, or a number if it has a threshold; `split.TIME` is added
+    if the split goes by it. With violations the frame is not to be used.
     """
     # Imported here: every Ray worker process imports this module, few of them check a block.
     from pandera.errors import SchemaErrors
@@ -37,7 +39,8 @@ def conform(table: pa.Table, data: Data) -> tuple[pd.DataFrame, list[Violation]]
     try:
         return _pandera_schema(data).validate(frame, lazy=True), []
     except SchemaErrors as error:
-        return frame, _violations(error.failure_cases)
+        cases = error.failure_cases
+        return frame, _violations(cases.assign(column=cases["column"].replace(split.TIME, data.time)))
 
 
 def violations(table: pa.Table, data: Data) -> pa.Table:
@@ -83,15 +86,17 @@ def refuse(rows: list[dict[str, Any]], num_rows: int) -> None:
 def _without_missing(table: pa.Table, data: Data) -> pd.DataFrame:
     """The block in pandas, decoded, with None for what is missing."""
     columns: dict[str, pd.Series] = {}
-    for name in [*data.columns, data.label.column]:
+    label = data.label
+    for name in [*data.columns, *([label.column] if label else [])]:
         column = table[name]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        if name == data.label.column:
+        if label and name == label.column and label.above is None:
             # An integer or boolean label is compared with `positive` as text.
             column = column.cast(pa.string())
         elif pa.types.is_null(column.type):
-            column = column.cast(pa.float64() if data.columns[name].type == "number" else pa.string())
+            is_string = name in data.columns and data.columns[name].type != "number"
+            column = column.cast(pa.string() if is_string else pa.float64())
         elif pa.types.is_decimal(column.type) or pa.types.is_boolean(column.type):
             column = column.cast(pa.float64()) if pa.types.is_decimal(column.type) else column.cast(pa.int8())
         series = column.to_pandas()
@@ -101,6 +106,8 @@ def _without_missing(table: pa.Table, data: Data) -> pd.DataFrame:
         ):
             series = series.astype(object).where(~series.isin(["", *data.missing]) & series.notna(), None)
         columns[name] = series
+    if data.time:
+        columns[split.TIME] = split.times(table[data.time])
     return pd.DataFrame(columns)
 
 
@@ -118,14 +125,36 @@ def _pandera_schema(data: Data) -> Any:
                 checks.append(pandera.Check.le(column.max, error=f"must be at most {column.max:g}"))
             columns[name] = pandera.Column(float, checks, nullable=column.nullable, coerce=True)
         else:
-            assert isinstance(column, Category)
-            if column.values is not None:
+            if isinstance(column, Text):
+                limit = column.max_characters
+                checks.append(
+                    pandera.Check.str_length(max_value=limit, error=f"must have at most {limit} characters")
+                )
+            elif column.values is not None:
                 checks.append(
                     pandera.Check.isin(column.values, error=f"must be one of {', '.join(column.values)}")
                 )
             columns[name] = pandera.Column(object, checks, nullable=column.nullable)
-    columns[data.label.column] = pandera.Column(object, nullable=False)
+    if data.label:
+        columns[data.label.column] = _label(data.label)
+    if data.time:
+        is_time = pandera.Check(
+            lambda value: not isinstance(value, str), element_wise=True, error="must be ISO 8601 or a number"
+        )
+        columns[split.TIME] = pandera.Column(object, is_time, nullable=False)
     return pandera.DataFrameSchema(columns)
+
+
+def _label(label: Label) -> Any:
+    from pandera import pandas as pandera
+
+    may_miss = label.missing == "drop"
+    if label.above is not None:
+        finite = pandera.Check(np.isfinite, error="must be finite")
+        return pandera.Column(float, finite, nullable=may_miss, coerce=True)
+    names = label.classes
+    known = pandera.Check.isin(names, error=f"must be one of {', '.join(names)}") if names else None
+    return pandera.Column(object, known, nullable=may_miss)
 
 
 def _violations(cases: pd.DataFrame) -> list[Violation]:

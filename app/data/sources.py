@@ -28,7 +28,7 @@ def read(data: Data) -> "Dataset":
     import ray.data
 
     files = Files(data.source)
-    names = [*data.columns, data.label.column]
+    names = data.names
     files.check(data)
     if data.source.format == "csv":
         as_text = pa.csv.ConvertOptions(
@@ -126,28 +126,38 @@ def _batches(reader: pa.csv.CSVStreamingReader) -> Iterator[pa.RecordBatch]:
 
 def _schema_faults(schema: pa.Schema, data: Data) -> list[str]:
     faults = []
-    for name in [*data.columns, data.label.column]:
-        is_label = name == data.label.column
+    for name in data.names:
+        kind = _kind(name, data)
         if name not in schema.names:
-            role = "the label" if is_label else "column"
+            role = "the label" if data.label and name == data.label.column else "column"
             faults.append(f"{role} {name!r} is missing; the file has {', '.join(schema.names)}")
         elif schema.names.count(name) > 1:
             faults.append(f"column {name!r} stands {schema.names.count(name)} times")
         elif data.source.format == "parquet":
             have = schema.field(name).type
-            kind = "label" if is_label else data.columns[name].type
             if not _fits(have, kind):
-                must = {"number": "numbers", "category": "strings", "label": "strings, integers or booleans"}[
-                    kind
-                ]
+                must = {
+                    "number": "numbers",
+                    "category": "strings",
+                    "text": "strings",
+                    "label": "strings, integers or booleans",
+                    "time": "timestamps, dates, ISO 8601 text or numbers",
+                }[kind]
                 faults.append(f"column {name!r} must hold {must}, but its type is {have}")
     return faults
+
+
+def _kind(name: str, data: Data) -> str:
+    """What a column must hold."""
+    if data.label and name == data.label.column:
+        return "number" if data.label.above is not None else "label"
+    return data.columns[name].type if name in data.columns else "time"
 
 
 def _fits(have: pa.DataType, kind: str) -> bool:
     if pa.types.is_dictionary(have):
         have = have.value_type
-    if pa.types.is_null(have):
+    if pa.types.is_null(have) or (kind == "time" and pa.types.is_temporal(have)):
         return True
     if kind == "number":
         return any(
@@ -157,4 +167,6 @@ def _fits(have: pa.DataType, kind: str) -> bool:
     is_string = any(
         is_(have) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     )
+    if kind == "time":
+        return is_string or pa.types.is_integer(have) or pa.types.is_floating(have)
     return is_string or (kind == "label" and (pa.types.is_integer(have) or pa.types.is_boolean(have)))

@@ -49,7 +49,8 @@ def _scores(project: Project, train: pd.DataFrame, test: pd.DataFrame) -> dict[s
 
 
 def _columns(frame: pd.DataFrame, project: Project) -> pd.DataFrame:
-    filled = {n: frame[n].fillna(MISSING) for n, e in project.features.items() if e.encode != "min_max"}
+    categories = [n for n in project.features if project.data.columns[n].type == "category"]
+    filled = {n: frame[n].fillna(MISSING) for n in categories}
     return frame[list(project.features)].assign(**filled)
 
 
@@ -61,7 +62,7 @@ def _models(project: Project, train: pd.DataFrame) -> Mapping[str, Any]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder, StandardScaler
 
-    numbers = [n for n, e in project.features.items() if e.encode == "min_max"]
+    numbers = [n for n in project.features if project.data.columns[n].type == "number"]
     categories = [n for n in project.features if n not in numbers]
     filled = [n for n in numbers if train[n].notna().any()]
     scaled = make_column_transformer(

@@ -1,4 +1,4 @@
-"""How good the probabilities of a binary outcome are."""
+"""How good probabilities are: of a binary outcome, or of several classes."""
 
 from typing import Any
 
@@ -38,6 +38,49 @@ def evaluate(labels: np.ndarray, probabilities: np.ndarray, threshold: float = 0
             b["share"] * abs(b["predicted"] - b["observed"]) for b in reliability(labels, probabilities)
         ),
     }
+
+
+def macro_f1(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The mean of the classes' F1, each counting the same; `probabilities` (rows, classes)."""
+    return evaluate_classes(labels, probabilities)["macro_f1"]
+
+
+def evaluate_classes(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
+    """Accuracy, the means over the classes of precision, recall and F1, log loss, Brier score (summed over
+    the classes), and the expected calibration error of the class that is predicted.
+
+    `labels` (rows,) places of classes, `probabilities` (rows, classes). What has no rows counts as 0.
+    """
+    scores = by_class(labels, probabilities)
+    rows = np.arange(len(labels))
+    right = probabilities.argmax(axis=1) == labels
+    found = {
+        "accuracy": float(right.mean()),
+        **{f"macro_{k}": float(np.mean([s[k] for s in scores])) for k in ("precision", "recall", "f1")},
+        "log_loss": float(-np.log(np.clip(probabilities[rows, labels], 1e-15, 1)).mean()),
+    }
+    indicators = np.eye(probabilities.shape[1])[labels]
+    found["brier"] = float(((probabilities - indicators) ** 2).sum(axis=1).mean())
+    bins = reliability(right.astype(float), probabilities.max(axis=1))
+    found["calibration_error"] = sum(b["share"] * abs(b["predicted"] - b["observed"]) for b in bins)
+    return found
+
+
+def by_class(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
+    """Rows, precision, recall and F1 of each class."""
+    size = probabilities.shape[1]
+    predicted = probabilities.argmax(axis=1)
+    rows, given = (np.bincount(of, minlength=size) for of in (labels, predicted))
+    right = np.bincount(labels[predicted == labels], minlength=size)
+    return [
+        {
+            "precision": float(r / max(1, g)),
+            "recall": float(r / max(1, n)),
+            "f1": float(2 * r / max(1, g + n)),
+            "rows": float(n),
+        }
+        for r, g, n in zip(right, given, rows, strict=True)
+    ]
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from app.bundle import OUTPUT, inputs, session
-from app.data.features import Categories, Preprocessor, Scaled
+from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
 
 MAX_DIFFERENCE = 1e-4
 """Between the graph's probabilities and PyTorch's, on any row."""
@@ -80,13 +80,20 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:
     """The same arithmetic as `Preprocessor.transform`, as a graph with the output `encoded`."""
     graph = _Graph()
-    numbers = [c for c in preprocessor.columns if isinstance(c, Scaled)]
+    scaled = [c for c in preprocessor.columns if isinstance(c, Scaled)]
+    binned = [c for c in preprocessor.columns if isinstance(c, Binned)]
+    exact = [c for c in preprocessor.columns if isinstance(c, Exact)]
     categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
-    parts = [_scaled(graph, numbers)] if numbers else []
+    graph.constant("axis", np.array([1]))
+    for number in [*scaled, *binned]:
+        graph.add("Unsqueeze", [number.column, "/axis"], f"/{number.column}/raw")
+    parts = [_scaled(graph, scaled)] if scaled else []
+    parts += [_binned(graph, number) for number in binned]
+    parts += [_exact(graph, number) for number in exact]
     parts += [_encoded(graph, column) for column in categories]
     graph.add("Concat", parts, "/encoded", axis=1)
 
-    takes = [(c.column, TensorProto.DOUBLE) for c in numbers]
+    takes = [(c.column, TensorProto.DOUBLE) for c in [*scaled, *binned]]
     takes += [(c.column, TensorProto.STRING) for c in categories]
     gives = helper.make_tensor_value_info("/encoded", TensorProto.FLOAT, ["rows", preprocessor.layout.width])
     proto = helper.make_graph(
@@ -118,19 +125,47 @@ class _Graph:
 
 def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
     """All numbers at once, in float64 like training: a large one would lose digits before it is scaled."""
-    axis = graph.constant("axis", np.array([1]))
     low = graph.constant("low", np.array([c.minimum for c in numbers]))
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
     fill = graph.constant("fill", np.array([c.fill for c in numbers]))
     zero, one = graph.constant("zero", np.array(0.0)), graph.constant("one", np.array(1.0))
-    columns = [graph.add("Unsqueeze", [c.column, axis], f"/{c.column}/column") for c in numbers]
-    raw = graph.add("Concat", columns, "/numbers", axis=1)
+    raw = graph.add("Concat", [f"/{c.column}/raw" for c in numbers], "/numbers", axis=1)
     shifted = graph.add("Sub", [raw, low], "/shifted")
     divided = graph.add("Div", [shifted, span], "/divided")
     clipped = graph.add("Clip", [divided, zero, one], "/clipped")
     absent = graph.add("IsNaN", [raw], "/absent")
     filled = graph.add("Where", [absent, fill, clipped], "/filled")
     return graph.add("Cast", [filled], "/scaled", to=TensorProto.FLOAT)
+
+
+def _binned(graph: _Graph, number: Binned) -> str:
+    """One number among its edges: its share of each bin, or their weighted sum; in float64, as above."""
+    name = number.column
+    raw = f"/{name}/raw"
+    edges = graph.constant(f"{name}/edges", np.array(number.edges[:-1]))
+    widths = graph.constant(f"{name}/widths", np.diff(number.edges))
+    fill = graph.constant(f"{name}/fill", np.array(number.fill))
+    zero = graph.constant(f"{name}/zero", np.array(0.0))
+    one = graph.constant(f"{name}/one", np.array(1.0))
+    absent = graph.add("IsNaN", [raw], f"/{name}/absent")
+    filled = graph.add("Where", [absent, fill, raw], f"/{name}/filled")
+    above = graph.add("Sub", [filled, edges], f"/{name}/above")
+    divided = graph.add("Div", [above, widths], f"/{name}/divided")
+    value = graph.add("Clip", [divided, zero, one], f"/{name}/shares")
+    if number.scores:
+        steps = graph.constant(f"{name}/steps", np.diff(number.scores)[:, None])
+        lowest = graph.constant(f"{name}/lowest", np.array(number.scores[0]))
+        climbed = graph.add("MatMul", [value, steps], f"/{name}/climbed")
+        value = graph.add("Add", [climbed, lowest], f"/{name}/score")
+    return graph.add("Cast", [value], f"/{name}/binned", to=TensorProto.FLOAT)
+
+
+def _exact(graph: _Graph, number: Exact) -> str:
+    """Indicators of one number's frequent values."""
+    name = number.column
+    values = graph.constant(f"{name}/values", np.array(number.values, dtype=np.float64))
+    same = graph.add("Equal", [f"/{name}/raw", values], f"/{name}/same")
+    return graph.add("Cast", [same], f"/{name}/exact", to=TensorProto.FLOAT)
 
 
 def _encoded(graph: _Graph, column: Categories) -> str:
@@ -148,6 +183,5 @@ def _encoded(graph: _Graph, column: Categories) -> str:
     if column.encode == "one_hot":
         table = graph.constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
         return graph.add("Gather", [table, place], f"/{name}/encoded", axis=0)
-    axis = graph.constant(f"{name}/axis", np.array([1]))
     number = graph.add("Cast", [place], f"/{name}/number", to=TensorProto.FLOAT)
-    return graph.add("Unsqueeze", [number, axis], f"/{name}/encoded")
+    return graph.add("Unsqueeze", [number, "/axis"], f"/{name}/encoded")

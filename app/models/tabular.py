@@ -1,51 +1,107 @@
-"""Models on rows of numbers and categories."""
+"""Networks on rows of numbers and categories."""
 
+import math
 import warnings
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from app.config import Linear, Mlp
+from app.config import Linear, LinearNumbers, Mlp, NumberEmbedding, PeriodicNumbers, TabM
 from app.data.features import Layout
 
 
 class Columns(nn.Module):
-    """Opens the matrix (rows, layout.width): places of embedded categories become their vectors.
+    """Opens the matrix (rows, layout.width): embedded numbers and categories become their vectors.
 
     A category's place 0, a value never seen in training, has the zero vector and never learns.
     """
 
-    def __init__(self, layout: Layout, width: int | None = None):
-        """`width` overrides the length of all vectors."""
+    def __init__(self, layout: Layout, numbers: NumberEmbedding | None = None, width: int | None = None):
+        """`width` overrides the length of all categories' vectors."""
         super().__init__()
         self.dense = layout.dense
+        self.embedded = 0
+        """Of the dense columns, the first ones, which are embedded numbers'."""
+        self.numbers: nn.Module | None = None
         sizes = [(count, width or length) for count, length in layout.embeddings]
         self.embeddings = nn.ModuleList(nn.Embedding(count, length, padding_idx=0) for count, length in sizes)
         self.width = layout.dense + sum(length for _, length in sizes)
+        if layout.numbers and isinstance(numbers, LinearNumbers | PeriodicNumbers):
+            self.embedded = sum(layout.numbers)
+            self.width += len(layout.numbers) * numbers.width - self.embedded
+            if isinstance(numbers, LinearNumbers):
+                self.numbers = LinearEmbeddings(layout.numbers, numbers.width)
+            else:
+                self.numbers = PeriodicEmbeddings(layout.numbers, numbers)
 
     def forward(self, x: Tensor) -> Tensor:
         places = x[:, self.dense :].to(torch.int64)
         vectors = [table(places[:, i]) for i, table in enumerate(self.embeddings)]
-        return torch.cat([x[:, : self.dense], *vectors], dim=1)
+        if self.numbers:
+            vectors.append(self.numbers(x[:, : self.embedded]))
+        return torch.cat([x[:, self.embedded : self.dense], *vectors], dim=1)
+
+
+class LinearEmbeddings(nn.Module):
+    """Each number's columns through a linear layer of its own and ReLU (Gorishniy et al., 2022)."""
+
+    def __init__(self, widths: tuple[int, ...], width: int):
+        super().__init__()
+        self.spans = list(pairwise(accumulate(widths, initial=0)))
+        self.layers = nn.ModuleList(nn.Linear(before, width) for before in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, sum of widths) -> (rows, numbers * width)."""
+        vectors = [layer(x[:, a:b]) for (a, b), layer in zip(self.spans, self.layers, strict=True)]
+        return torch.relu(torch.cat(vectors, dim=1))
+
+
+class PeriodicEmbeddings(nn.Module):
+    """Sines and cosines of learnt frequencies, then as `LinearEmbeddings` (Gorishniy et al., 2022)."""
+
+    def __init__(self, widths: tuple[int, ...], settings: PeriodicNumbers):
+        super().__init__()
+        assert set(widths) == {1}, "the project file was checked for this"
+        count, num_waves = len(widths), settings.frequencies
+        self.frequencies = nn.Parameter(torch.randn(count, num_waves) * settings.scale)
+        self.linear = LinearEmbeddings((2 * num_waves,) * count, settings.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, numbers) -> (rows, numbers * width)."""
+        angles = 2 * math.pi * x[:, :, None] * self.frequencies
+        return self.linear(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1))
 
 
 class BinaryClassifier(nn.Module):
     """Gives the probability of the positive label; subclasses give its logit."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """float32 (rows, layout.width) -> (rows,)."""
+        """float32 (rows, layout.width) -> (rows,), or (rows, members) of an ensemble."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (rows, layout.width) -> probabilities (rows,)."""
-        return torch.sigmoid(self.logits(x))
+        """float32 (rows, layout.width) -> probabilities (rows,), the mean of an ensemble's."""
+        probabilities = torch.sigmoid(self.logits(x))
+        return probabilities if probabilities.ndim == 1 else probabilities.mean(dim=1)
 
     def loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Weighted mean log loss of labels 0 and 1."""
-        losses = binary_cross_entropy_with_logits(self.logits(x), y, reduction="none")
+        """Weighted mean log loss of labels 0 and 1; of an ensemble, the mean of its members' losses."""
+        logits = self.logits(x)
+        if logits.ndim == 2:
+            y, weight = (t[:, None].expand_as(logits) for t in (y, weight))
+        losses = binary_cross_entropy_with_logits(logits, y, reduction="none")
         return (losses * weight).sum() / weight.sum()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For the optimizer: only weights decay. Biases, frequencies and scales have no reason to be 0."""
+        named = list(self.named_parameters())
+        return [
+            {"params": [p for name, p in named if name.endswith("weight")]},
+            {"params": [p for name, p in named if not name.endswith("weight")], "weight_decay": 0.0},
+        ]
 
 
 class LogisticRegression(BinaryClassifier):
@@ -69,9 +125,11 @@ class LogisticRegression(BinaryClassifier):
 class MultiLayerPerceptron(BinaryClassifier):
     """Linear layers with ReLU and dropout between them, on the opened matrix."""
 
-    def __init__(self, layout: Layout, hidden: list[int], dropout: float):
+    def __init__(
+        self, layout: Layout, hidden: list[int], dropout: float, numbers: NumberEmbedding | None = None
+    ):
         super().__init__()
-        self.columns = Columns(layout)
+        self.columns = Columns(layout, numbers)
         widths = [self.columns.width, *hidden]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -82,6 +140,65 @@ class MultiLayerPerceptron(BinaryClassifier):
         return self.layers(self.columns(x)).squeeze(1)
 
 
+class TabularEnsemble(BinaryClassifier):
+    """TabM (Gorishniy et al., 2024): perceptrons that share their weights but for scales, biases and output.
+
+    Each learns from its own loss; together they predict the mean of their probabilities.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        hidden: list[int],
+        dropout: float,
+        members: int,
+        numbers: NumberEmbedding | None = None,
+    ):
+        super().__init__()
+        self.columns = Columns(layout, numbers)
+        widths = [self.columns.width, *hidden]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [SharedLinear(members, before, after), nn.ReLU(), nn.Dropout(dropout)]
+        self.layers = nn.Sequential(*layers, MembersOutput(members, widths[-1]))
+        nn.init.normal_(self.layers[0].scale_in)  # what makes the members differ
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.layers(self.columns(x)[:, None])
+
+
+class SharedLinear(nn.Module):
+    """A linear layer whose members share the weight (BatchEnsemble, Wen et al., 2020).
+
+    Each member scales its inputs and outputs and adds its bias. (rows, members or 1, before) -> (rows,
+    members, after).
+    """
+
+    def __init__(self, members: int, before: int, after: int):
+        super().__init__()
+        bound = max(before, 1) ** -0.5
+        self.weight = nn.Parameter(torch.empty(after, before).uniform_(-bound, bound))
+        self.scale_in = nn.Parameter(torch.ones(members, before))
+        self.scale_out = nn.Parameter(torch.ones(members, after))
+        self.bias = nn.Parameter(torch.empty(members, after).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.scale_in) @ self.weight.T * self.scale_out + self.bias
+
+
+class MembersOutput(nn.Module):
+    """An output for each member: (rows, members, before) -> (rows, members)."""
+
+    def __init__(self, members: int, before: int):
+        super().__init__()
+        bound = before**-0.5
+        self.weight = nn.Parameter(torch.empty(members, before).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum(dim=2) + self.bias
+
+
 def linear(settings: Linear, layout: Layout) -> nn.Module:
     """Logistic regression."""
     return LogisticRegression(layout)
@@ -89,4 +206,11 @@ def linear(settings: Linear, layout: Layout) -> nn.Module:
 
 def mlp(settings: Mlp, layout: Layout) -> nn.Module:
     """A multi-layer perceptron."""
-    return MultiLayerPerceptron(layout, list(settings.hidden), settings.dropout)
+    return MultiLayerPerceptron(layout, list(settings.hidden), settings.dropout, settings.numbers)
+
+
+def tabm(settings: TabM, layout: Layout) -> nn.Module:
+    """An ensemble of perceptrons in one."""
+    return TabularEnsemble(
+        layout, list(settings.hidden), settings.dropout, settings.members, settings.numbers
+    )

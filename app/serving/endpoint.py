@@ -70,8 +70,9 @@ class Endpoint:
             return Response(orjson.dumps({"name": self._name, "ready": True}), media_type=JSON)
         body = await self._body(request, binary=action == "/infer")
         if action == "/predict":
-            given = self._answer(self._contract.parse(body), version, request)
-            return Response(protocol.answer(given, self._schema), media_type=JSON)
+            question = self._contract.parse(body)
+            given = self._answer(question, version, request)
+            return Response(protocol.answer(given, self._schema, question.k), media_type=JSON)
         inference = tensors.parse(body, request.headers.get(tensors.HEADER_LENGTH), self._contract)
         content, headers = tensors.answer(self._answer(inference.question, version, request), inference)
         return Response(content, headers=headers)
@@ -95,12 +96,15 @@ class Endpoint:
             variant = routing.choose(unit, self._salt, self._weights)
         else:
             variant = next(name for name, number in self._versions.items() if number == version)
+        columns, bundle = columns_of(self._schema, question.rows), self._bundles[variant]
+        is_ranking = self._schema.task == "ranking"
         return Answer(
             model=self._name,
             variant=variant,
             version=self._versions[variant],
             request_id=request_id,
-            probabilities=self._bundles[variant].predict(columns_of(self._schema, question.rows)),
+            probabilities=None if is_ranking else bundle.predict(columns),
+            ranking=bundle.rank(columns) if is_ranking else None,
         )
 
 

@@ -9,7 +9,22 @@
      "label": {"column": "income", "positive": ">50K"},
      "predictions": [{"probability": 0.83, "positive": true}]}
 
-`probability` is that of `label.positive`, and `positive` is true from 0.5 on. A refusal is a 4xx with
+`probability` is that of `label.positive`, and `positive` is true from 0.5 on. A model of several classes says
+
+     "label": {"column": "sentiment", "classes": ["negative", "neutral", "positive"]},
+     "predictions": [{"label": "neutral",
+                      "probabilities": {"negative": 0.11, "neutral": 0.75, "positive": 0.14}}]
+
+A recommender takes users, and `k`, how many items of each (10 if left out). It says whether it knows the
+user; who is not known gets the most popular items. Items that the user has had are left out, and `scores` can
+be compared within one user's items alone:
+
+    {"rows": [{"user_id": "17"}], "k": 2}
+
+     "item": "movie_id",
+     "predictions": [{"known": true, "items": ["268", "307"], "scores": [4.1, 3.9]}]
+
+A refusal is a 4xx with
 `{"error": "...", "violations": [{"path": "rows.3.age", "message": "..."}]}`.
 """
 
@@ -23,11 +38,14 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, SchemaValidator, core_schema
 
-from app.bundle import Input, Schema
+from app.bundle import Input, Ranking, Schema
+from app.config import Category
 from app.errors import UserError
 
 MAX_UNIT_LENGTH = 256
 """Characters of a unit."""
+NUM_ITEMS = 10
+"""How many items a recommender gives if the request does not say."""
 NUM_VIOLATIONS = 100
 """How many violations a refusal lists; it counts them all."""
 NUM_VALUES = 20
@@ -54,6 +72,8 @@ class Question:
 
     rows: list[dict[str, Any]]
     unit: str | None
+    k: int | None = None
+    """Of a recommender: how many items; None if the request does not say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +84,10 @@ class Answer:
     variant: str
     version: str
     request_id: str
-    probabilities: np.ndarray
-    """float32 (rows,)"""
+    probabilities: np.ndarray | None = None
+    """float32 (rows,), or (rows, classes)"""
+    ranking: Ranking | None = None
+    """Of a recommender, instead."""
 
 
 class Contract:
@@ -85,6 +107,10 @@ class Contract:
             "rows": field(core_schema.list_schema(row, min_length=1, max_length=max_rows, strict=True)),
             "unit": field(core_schema.nullable_schema(unit), required=False),
         }
+        if schema.task == "ranking":
+            k = core_schema.int_schema(ge=1, le=schema.num_items, strict=True)
+            request["k"] = field(core_schema.nullable_schema(k), required=False)
+        self._fields = list(request)
         self._validator = SchemaValidator(core_schema.typed_dict_schema(request, extra_behavior="forbid"))
 
     def parse(self, body: bytes) -> Question:
@@ -93,25 +119,24 @@ class Contract:
             request = self._validator.validate_json(body)
         except ValidationError as error:
             raise refusal(error, self._message) from None
-        return Question(request["rows"], request.get("unit"))
+        return Question(request["rows"], request.get("unit"), request.get("k"))
 
     def check(
-        self, rows: list[dict[str, Any]], unit: str | None, path: Callable[[Location], str]
+        self, rows: list[dict[str, Any]], unit: str | None, k: int | None, path: Callable[[Location], str]
     ) -> Question:
         """Rows of any origin. Raises Refused with all their violations; `path` names their places."""
+        given = {"rows": rows, "unit": unit, "k": k}
         try:
-            request = self._validator.validate_python({"rows": rows, "unit": unit})
+            request = self._validator.validate_python({name: given[name] for name in self._fields})
         except ValidationError as error:
             raise refusal(error, self._message, path) from None
-        return Question(request["rows"], unit)
+        return Question(request["rows"], unit, k)
 
     def _message(self, error: ErrorDetails) -> str:
         place, came = error["loc"], _short(error["input"])
         match error["type"]:
             case "extra_forbidden":
-                return (
-                    f"is unknown; allowed: {', '.join(self._columns if len(place) > 1 else ('rows', 'unit'))}"
-                )
+                return f"is unknown; allowed: {', '.join(self._columns if len(place) > 1 else self._fields)}"
             case "missing":
                 return "must be given"
             case "literal_error":
@@ -124,18 +149,53 @@ class Contract:
                 return f"{error['msg']}, not {came}"
 
 
-def answer(given: Answer, schema: Schema) -> bytes:
+def answer(given: Answer, schema: Schema, k: int | None = None) -> bytes:
     """The answer to `Contract.parse`'s request, in JSON."""
     document = {
         "model": given.model,
         "variant": given.variant,
         "version": given.version,
         "request_id": given.request_id,
-        "label": {"column": schema.label, "positive": schema.positive},
-        # float32 is written with its own shortest digits.
-        "predictions": [{"probability": p, "positive": bool(p >= 0.5)} for p in given.probabilities],
+        **_said(given, schema, k or NUM_ITEMS),
     }
+    # float32 is written with its own shortest digits.
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _said(given: Answer, schema: Schema, k: int) -> dict[str, Any]:
+    if given.ranking is not None:
+        return _of_ranking(given.ranking, schema, k)
+    assert given.probabilities is not None
+    return (_of_classes if schema.task == "classes" else _of_binary)(given.probabilities, schema)
+
+
+def _of_ranking(ranking: Ranking, schema: Schema, k: int) -> dict[str, Any]:
+    rows = zip(ranking.items[:, :k], ranking.scores[:, :k], ranking.known, strict=True)
+    predictions = []
+    for items, scores, known in rows:
+        count = int((items != "").sum())  # who has had nearly everything gets fewer
+        predictions.append({"known": bool(known), "items": items[:count].tolist(), "scores": scores[:count]})
+    return {"item": schema.label, "predictions": predictions}
+
+
+def _of_binary(probabilities: np.ndarray, schema: Schema) -> dict[str, Any]:
+    return {
+        "label": {"column": schema.label, "positive": schema.positive},
+        "predictions": [{"probability": p, "positive": bool(p >= 0.5)} for p in probabilities],
+    }
+
+
+def _of_classes(probabilities: np.ndarray, schema: Schema) -> dict[str, Any]:
+    return {
+        "label": {"column": schema.label, "classes": schema.classes},
+        "predictions": [
+            {
+                "label": schema.classes[row.argmax()],
+                "probabilities": dict(zip(schema.classes, row, strict=True)),
+            }
+            for row in probabilities
+        ],
+    }
 
 
 def dotted(place: Location) -> str:
@@ -160,7 +220,7 @@ def refusal(
 
 def _allowed(item: Input) -> list[str] | None:
     """The values that a request may have in a column; None if any."""
-    if item.contract.type == "number":
+    if not isinstance(item.contract, Category):
         return None
     return item.known or [] if item.contract.unseen == "refuse" else item.contract.values
 
@@ -171,6 +231,8 @@ def _value(item: Input) -> core_schema.CoreSchema:
     value: core_schema.CoreSchema
     if contract.type == "number":
         value = core_schema.float_schema(ge=contract.min, le=contract.max, allow_inf_nan=False, strict=True)
+    elif contract.type == "text":
+        value = core_schema.str_schema(min_length=1, max_length=contract.max_characters, strict=True)
     elif allowed is None:
         # The empty string is how the graph spells a missing value; here that is null.
         value = core_schema.str_schema(min_length=1, strict=True)

@@ -1,8 +1,11 @@
 """Requests and answers of the Open Inference Protocol v2 over HTTP, with its binary tensor extension.
 
 A column is an input of its name, of shape [rows] or [rows, 1]: FP64, FP32 or an integer type for a number and
-BYTES for a category. NaN and the empty string stand for a missing value, and an input for a nullable column
-may be left out. The only output is `probability`, FP32 [rows, 1]. `parameters.unit` is the unit.
+BYTES for a category or text. NaN and the empty string stand for a missing value, and an input for a nullable
+column may be left out. The only output is `probability`, FP32: [rows, 1], or a column for each class, whose
+names are in the metadata. `parameters.unit` is the unit. A recommender has the outputs `items`, BYTES, and
+`scores`, FP32, both [rows, k], and `known`, BOOL [rows]; k is `parameters.k`, or 10. Where fewer than k items
+are left to recommend, the last are empty strings.
 
 https://github.com/open-inference/open-inference-protocol/blob/main/specification/protocol/inference_rest.md
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
@@ -16,9 +19,10 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from app.bundle import OUTPUT, Schema
+from app.bundle import ITEMS, KNOWN, OUTPUT, SCORES, Schema
 from app.serving.protocol import (
     MAX_UNIT_LENGTH,
+    NUM_ITEMS,
     Answer,
     Contract,
     Location,
@@ -34,6 +38,8 @@ NUMBERS = {
     "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
 }  # fmt: skip
 """The data types of a number and how they lie in memory."""
+DATA_TYPES = {"f": "FP32", "b": "BOOL", "O": "BYTES"}
+"""Of an output, by numpy's kind."""
 HEADER_LENGTH = "inference-header-content-length"
 """The HTTP header that says where the JSON ends and the binary data begins, in bytes."""
 
@@ -45,6 +51,7 @@ class _Part(BaseModel):
 class _Parameters(_Part):
     model_config = ConfigDict(extra="allow")  # the protocol lets clients send their own
     unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH)] | None = None
+    k: int | None = None
     binary_data_output: bool = False
 
 
@@ -82,8 +89,8 @@ class Inference:
 
     question: Question
     id: str | None
-    binary: bool
-    """The output as raw bytes after the JSON."""
+    outputs: dict[str, bool]
+    """Those wanted, and whether as raw bytes after the JSON."""
 
 
 def parse(body: bytes, header_length: str | None, contract: Contract) -> Inference:
@@ -98,37 +105,81 @@ def parse(body: bytes, header_length: str | None, contract: Contract) -> Inferen
         raise refusal(error) from None
     columns = _columns(request, memoryview(body)[end:], contract)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    question = contract.check(rows, request.parameters.unit, _path)
-    wanted = [each.parameters.binary_data for each in request.outputs] or [None]
-    binary = request.parameters.binary_data_output if wanted[-1] is None else wanted[-1]
-    return Inference(question, request.id, binary)
+    question = contract.check(rows, request.parameters.unit, request.parameters.k, _path)
+    default = request.parameters.binary_data_output
+    wanted = {each.name: each.parameters.binary_data for each in request.outputs}
+    outputs = {
+        name: default if wanted.get(name) is None else bool(wanted[name])
+        for name in wanted or _outputs(contract.schema)
+    }
+    return Inference(question, request.id, outputs)
 
 
 def answer(given: Answer, inference: Inference) -> tuple[bytes, dict[str, str]]:
     """The answer's body and its HTTP headers."""
-    values = given.probabilities.astype("<f4")
-    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [len(values), 1]}
-    if inference.binary:
-        output["parameters"] = {"binary_data_size": values.nbytes}
-    else:
-        output["data"] = values
+    values = _values(given, inference.question.k or NUM_ITEMS)
+    outputs: list[dict[str, Any]] = []
+    tail = b""
+    for name, binary in inference.outputs.items():
+        value = values[name]
+        output: dict[str, Any] = {
+            "name": name,
+            "datatype": DATA_TYPES[value.dtype.kind],
+            "shape": list(value.shape),
+        }
+        if binary:
+            raw = _pack(value)
+            output["parameters"] = {"binary_data_size": len(raw)}
+            tail += raw
+        else:
+            output["data"] = value.ravel().tolist() if value.dtype == object else value.ravel()
+        outputs.append(output)
     document = {
         "model_name": given.model,
         "model_version": given.version,
         "id": inference.id if inference.id is not None else given.request_id,
         "parameters": {"variant": given.variant, "request_id": given.request_id},
-        "outputs": [output],
+        "outputs": outputs,
     }
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
-    if not inference.binary:
+    if not any(inference.outputs.values()):
         return head, {"content-type": "application/json"}
     headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
-    return head + values.tobytes(), headers
+    return head + tail, headers
+
+
+def _values(given: Answer, k: int) -> dict[str, np.ndarray]:
+    """The outputs by name."""
+    if (ranking := given.ranking) is not None:
+        scores = np.ascontiguousarray(ranking.scores[:, :k])
+        return {ITEMS: ranking.items[:, :k], SCORES: scores, KNOWN: ranking.known}
+    assert given.probabilities is not None
+    return {OUTPUT: given.probabilities.astype("<f4").reshape(len(given.probabilities), -1)}
+
+
+def _pack(values: np.ndarray) -> bytes:
+    """As they lie in memory; strings each after its length in 4 bytes."""
+    if values.dtype != object:
+        return values.tobytes()
+    encoded = [str(value).encode() for value in values.ravel()]
+    return b"".join(struct.pack("<I", len(value)) + value for value in encoded)
+
+
+def _outputs(schema: Schema) -> list[str]:
+    return [ITEMS, SCORES, KNOWN] if schema.task == "ranking" else [OUTPUT]
 
 
 def metadata(name: str, versions: list[str], schema: Schema) -> bytes:
     """What a model takes and gives."""
-    kinds = {"number": "FP64", "category": "BYTES"}
+    kinds = {"number": "FP64", "category": "BYTES", "text": "BYTES"}
+    output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": [-1, len(schema.classes) or 1]}
+    if schema.classes:
+        output["parameters"] = {"classes": schema.classes}
+    ranked = [
+        {"name": ITEMS, "datatype": "BYTES", "shape": [-1, -1]},
+        {"name": SCORES, "datatype": "FP32", "shape": [-1, -1]},
+        {"name": KNOWN, "datatype": "BOOL", "shape": [-1]},
+    ]
     return orjson.dumps(
         {
             "name": name,
@@ -138,7 +189,7 @@ def metadata(name: str, versions: list[str], schema: Schema) -> bytes:
                 {"name": item.name, "datatype": kinds[item.contract.type], "shape": [-1, 1]}
                 for item in schema.inputs
             ],
-            "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, 1]}],
+            "outputs": ranked if schema.task == "ranking" else [output],
         }
     )
 
@@ -191,11 +242,11 @@ def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[
         if not item.contract.nullable and item.name not in columns:
             wrong.setdefault(item.name, "must be given")
     violations = [{"path": dotted(("inputs", name)), "message": why} for name, why in wrong.items()]
+    allowed = _outputs(contract.schema)
     for output in request.outputs:
-        if output.name != OUTPUT:
-            violations.append(
-                {"path": dotted(("outputs", output.name)), "message": f"is unknown; allowed: {OUTPUT}"}
-            )
+        if output.name not in allowed:
+            message = f"is unknown; allowed: {', '.join(allowed)}"
+            violations.append({"path": dotted(("outputs", output.name)), "message": message})
     if violations:
         raise Refused(422, f"the request breaks the contract in {len(violations)} places", violations)
     return columns

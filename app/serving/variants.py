@@ -85,18 +85,24 @@ def common_schema(schemas: Mapping[str, Schema]) -> Schema:
         if known is not None:
             known = [value for value in known if all(value in know[item.name] for know in others_know)]
         inputs.append(item.model_copy(update={"known": known}))
-    return schema.model_copy(update={"inputs": inputs})
+    num_items = min(s.num_items for s in schemas.values())
+    return schema.model_copy(update={"inputs": inputs, "num_items": num_items})
 
 
 def _differences(one: Schema, other: Schema) -> list[str]:
     found = []
-    if (one.label, one.positive) != (other.label, other.positive):
-        found.append(f"label ({one.label}: {one.positive}, {other.label}: {other.positive})")
+    left_label, right_label = _label(one), _label(other)
+    if left_label != right_label:
+        found.append(f"label ({left_label}, {right_label})")
     left, right = _contracts(one), _contracts(other)
     for name in dict.fromkeys([*left, *right]):
         if left.get(name) != right.get(name):
             found.append(f"column {name} ({left.get(name, 'absent')}, {right.get(name, 'absent')})")
     return found
+
+
+def _label(schema: Schema) -> str:
+    return f"{schema.label}: {schema.positive or ', '.join(schema.classes)}"
 
 
 def _contracts(schema: Schema) -> dict[str, str]:

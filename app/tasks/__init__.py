@@ -77,6 +77,14 @@ class Task(Protocol):
 
 def task_of(project: Project, prepared: Prepared) -> Task:
     """The task of a project."""
+    if project.model.kind == "text_classifier":
+        from app.tasks.text import Text
+
+        return Text(project, prepared)
+    if project.model.kind in ("mf", "ncf"):
+        from app.tasks.recommender import Recommender
+
+        return Recommender(project, prepared)
     from app.tasks.tabular import Tabular
 
     return Tabular(project, prepared)

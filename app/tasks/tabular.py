@@ -17,7 +17,7 @@ from app.bundle import Bundle, Schema
 from app.config import Project
 from app.data import features
 from app.data.prepare import LABEL, Prepared
-from app.evaluation import metrics
+from app.evaluation import metrics, slices
 from app.models import MODELS
 from app.models import tabular as networks
 from app.tasks import Arrays
@@ -53,7 +53,7 @@ class Tabular:
         return MODELS[model.kind](model, self.preprocessor.layout)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        return [{"params": list(network.parameters())}]
+        return network.parameter_groups()
 
     def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
         return order
@@ -89,6 +89,11 @@ class Tabular:
         return {
             "model": metrics.evaluate(labels, probabilities),
             "reliability": metrics.reliability(labels, probabilities),
+            "slices": slices.slices(
+                test,
+                self.project.evaluation.slices,
+                lambda rows: slices.of_binary(labels[rows], probabilities[rows]),
+            ),
         }
 
     def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:

@@ -75,10 +75,16 @@ class Checkpoints:
             say(f"the checkpoint {folder.name} is damaged ({fault}); looking for the one before it")
         return None
 
-    def best(self) -> Path:
-        """The checkpoint of the epoch with the best score, the first of equals. There must be one."""
-        sound = [pair for pair in self._scored() if not damage(pair[1])]
-        return min(sound, key=lambda pair: (-pair[0], pair[1].name))[1]
+    def best(self, say: Callable[[str], None]) -> Path:
+        """The checkpoint of the epoch with the best score, the first of equals. There must be one.
+
+        `say` hears of better ones that are damaged.
+        """
+        for _, folder in _best_first(self._scored()):
+            if not (fault := damage(folder)):
+                return folder
+            say(f"the checkpoint {folder.name} is damaged ({fault}); taking the next best")
+        raise FileNotFoundError(f"no sound checkpoint of an epoch in {self._folder}")
 
     def _copy(self, group: str, tensors: Tensors) -> Tensors:
         """Into buffers that are kept: fresh memory costs as much as the copy."""
@@ -92,15 +98,19 @@ class Checkpoints:
 
     def _write_behind(self, snapshot: Snapshot) -> None:
         try:
-            write(self._folder, snapshot)
-            self._prune()
+            self._prune(write(self._folder, snapshot))
         except BaseException as error:
             self._failure = error
 
-    def _prune(self) -> None:
-        """Keep the last and the best; a deletion that is cut short leaves a damaged one, which is skipped."""
-        last = self._all()[-self._settings.keep_last :]
-        best = sorted(self._scored(), key=lambda pair: (-pair[0], pair[1].name))[: self._settings.keep_best]
+    def _prune(self, newest: Path) -> None:
+        """Keep the last and the best; a deletion that is cut short leaves a damaged one, which is skipped.
+
+        What stands after the newest is damaged, or counts the steps of another number of ranks: it would be
+        taken for the newest.
+        """
+        last = [folder for folder in self._all() if folder <= newest][-self._settings.keep_last :]
+        scored = [pair for pair in self._scored() if pair[1] <= newest]
+        best = _best_first(scored)[: self._settings.keep_best]
         keep = {*last, *(folder for _, folder in best)}
         for folder in set(self._all()) - keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -113,11 +123,15 @@ class Checkpoints:
         for folder in self._all():
             try:
                 score = json.loads((folder / "state.json").read_text())["score"]
-            except (OSError, ValueError):
+            except (OSError, ValueError, KeyError, TypeError):
                 continue  # damaged: `latest` says so
             if score is not None:
                 scored.append((score, folder))
         return scored
+
+
+def _best_first(scored: list[tuple[float, Path]]) -> list[tuple[float, Path]]:
+    return sorted(scored, key=lambda pair: (-pair[0], pair[1].name))
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
@@ -148,6 +162,8 @@ def damage(folder: Path) -> str:
         faults = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
+    if "state.json" not in manifest:
+        return f"{MANIFEST} is of something else"
     return f"{', '.join(faults)} changed" if faults else ""
 
 

@@ -40,11 +40,6 @@ def join(training: Training, timeline: Path) -> Collective:
     return Horovod(training, timeline) if training.backend == "horovod" else TorchDistributed(training)
 
 
-def any_of(ranks: Collective, flag: bool) -> bool:
-    """Whether the flag is up on any rank."""
-    return bool(ranks.gather(torch.tensor([int(flag)], dtype=torch.int32)).any())
-
-
 class Horovod:
     """Ranks of Horovod (Sergeev and Del Balso, 2018)."""
 
@@ -73,7 +68,9 @@ class Horovod:
         self._hvd.allreduce_(tensor, name="average", op=self._hvd.Average)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        return self._hvd.allgather(tensor.contiguous(), name=f"gather.{tensor.dtype}.{tensor.dim()}")
+        # As bytes: neither library knows all types of numbers.
+        rows = tensor.contiguous().view(torch.uint8)
+        return self._hvd.allgather(rows, name=f"gather.{tensor.dim()}").view(tensor.dtype)
 
     def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
         training = self._training
@@ -97,9 +94,8 @@ class Horovod:
                 buffer.copy_(compression.decompress(small, context))
 
         def exchange_bf16(buffer: Tensor) -> None:
-            # Horovod adds no bfloat16 numbers, but their bits travel as integers, and each rank adds them.
-            bits = buffer.to(torch.bfloat16).view(torch.int16)
-            gathered = self._hvd.allgather(bits[None], name="gradients").view(torch.bfloat16)
+            # Horovod adds no bfloat16 numbers: each rank adds those of all.
+            gathered = self.gather(buffer.to(torch.bfloat16)[None])
             torch.mean(gathered, dim=0, dtype=torch.float32, out=buffer)
 
         return gradients.Flat(
@@ -122,22 +118,26 @@ class TorchDistributed:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            self._distributed.broadcast(tensor, 0)
+            there = self._on_device(tensor)
+            self._distributed.broadcast(there, 0)
+            if there is not tensor:
+                tensor.copy_(there)
 
     def average(self, tensor: Tensor) -> None:
         self._distributed.all_reduce(tensor)
         tensor /= self.size
 
     def gather(self, tensor: Tensor) -> Tensor:
-        tensor = self._on_device(tensor.contiguous())
+        rows = self._on_device(tensor.contiguous().view(torch.uint8))
         counts = [self._on_device(torch.zeros(1, dtype=torch.int64)) for _ in range(self.size)]
-        self._distributed.all_gather(counts, self._on_device(torch.tensor([len(tensor)])))
+        self._distributed.all_gather(counts, self._on_device(torch.tensor([len(rows)])))
         most = int(torch.cat(counts).max())
-        padded = tensor.new_zeros((most, *tensor.shape[1:]))
-        padded[: len(tensor)] = tensor
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         self._distributed.all_gather(parts, padded)
-        return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+        joined = torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+        return joined.view(tensor.dtype)
 
     def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
         compression = self._training.compression

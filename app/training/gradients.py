@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from app.config import Training
 
@@ -87,8 +87,7 @@ class OverlappedByHorovod:
         self._network = network
 
     def zero(self) -> None:
-        # Kept at zero, not dropped: Horovod's hooks look for them.
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
 
     def loss(self, *batch: Tensor) -> Tensor:
         return self._network.loss(*batch)
@@ -107,14 +106,13 @@ class OverlappedByDdp:
     """PyTorch's DistributedDataParallel (Li et al., 2020): the same, in buckets."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, compression: str):
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
         from torch.nn.parallel import DistributedDataParallel
 
         self.optimizer = optimizer
         self._wrapped = DistributedDataParallel(_Loss(network), gradient_as_bucket_view=True)
-        hooks = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
-        if compression in hooks:
-            self._wrapped.register_comm_hook(None, hooks[compression])
+        if compression != "none":
+            dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[compression]
+            self._wrapped.register_comm_hook(dtype, _average_in)
 
     def zero(self) -> None:
         self.optimizer.zero_grad()
@@ -143,3 +141,10 @@ class _Loss(nn.Module):
 
     def forward(self, *batch: Tensor) -> Tensor:
         return self.network.loss(*batch)
+
+
+def _average_in(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook as PyTorch's own, whose bfloat16 one refuses Gloo."""
+    small = bucket.buffer().to(dtype).div_(distributed.get_world_size())
+    sent = distributed.all_reduce(small, async_op=True).get_future()
+    return sent.then(lambda future: bucket.buffer().copy_(future.value()[0]))

@@ -7,6 +7,8 @@ training function then finds the other ranks through Gloo.
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ import psutil
 import ray
 from ray.train.backend import Backend, BackendConfig
 
-GLOO_TIMEOUT_S = 120
+JOIN_TIMEOUT_S = 120
 """How long a rank waits for the others to come to the rendezvous."""
 
 
@@ -34,24 +36,25 @@ class HorovodBackend(Backend):
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         self._stop()  # of a group that died without a shutdown
-        places = slots(worker_group.execute(_node_id))
-        address = ray.util.get_node_ip_address()
-        self._server = _serve(address, places)
-        rendezvous = {
-            "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
-            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._server.server_port),
-            "HOROVOD_CONTROLLER": "gloo",
-            "HOROVOD_CPU_OPERATIONS": "gloo",
-            "HOROVOD_GLOO_TIMEOUT_SECONDS": str(GLOO_TIMEOUT_S),
-        }
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, _set_environment, {**place.environment(), **rendezvous}
-                )
-                for rank, place in enumerate(places)
-            ]
-        )
+        with giving_back(worker_group):
+            places = slots(worker_group.execute(_node_id))
+            address = ray.util.get_node_ip_address()
+            self._server = _serve(address, places)
+            rendezvous = {
+                "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
+                "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._server.server_port),
+                "HOROVOD_CONTROLLER": "gloo",
+                "HOROVOD_CPU_OPERATIONS": "gloo",
+                "HOROVOD_GLOO_TIMEOUT_SECONDS": str(JOIN_TIMEOUT_S),
+            }
+            ray.get(
+                [
+                    worker_group.execute_single_async(
+                        rank, _set_environment, {**place.environment(), **rendezvous}
+                    )
+                    for rank, place in enumerate(places)
+                ]
+            )
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
         self._stop()
@@ -61,6 +64,16 @@ class HorovodBackend(Backend):
             self._server.shutdown()
             self._server.server_close()
             self._server = None
+
+
+@contextmanager
+def giving_back(worker_group: Any) -> Iterator[None]:
+    """If the block fails, give back the places of the group: Ray would keep them from the next one."""
+    try:
+        yield
+    except BaseException:
+        worker_group.get_worker_group_state().shutdown()
+        raise
 
 
 @dataclass(frozen=True)

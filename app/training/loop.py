@@ -70,8 +70,8 @@ def train(settings: dict[str, Any]) -> nn.Module:
     history = start.history
     ranks.broadcast(network.state_dict().values())
 
-    def save(epoch: int, step: int, score: float | None, loss: Tensor) -> None:
-        """Rank 0 writes, behind; the others tell it what only they know."""
+    def save(epoch: int, step: int, score: float | None, loss: Tensor, wish: str) -> None:
+        """Rank 0 writes, behind; the others tell it what only they know. Who wished for it hears of it."""
         random, losses = ranks.gather(_random_state(device)[None]), ranks.gather(loss[None].cpu())
         if ranks.rank == 0:
             tensors = {
@@ -82,6 +82,9 @@ def train(settings: dict[str, Any]) -> nn.Module:
             position = {"epoch": epoch, "step": step, "num_steps": num_steps, "score": score}
             state = {**position, "history": history, "scaler": scaler.state_dict()}
             checkpoints.save(tensors, state)
+        if wish == "save":
+            checkpoints.wait()
+            tell.saved()
 
     watchdog = Watchdog(training.hang_timeout_s)
     every, look_every, outcome = training.checkpoints.every_steps, 1, ""
@@ -110,14 +113,11 @@ def train(settings: dict[str, Any]) -> nn.Module:
             done = step + 1
             if done == first + 5:
                 look_every = _steps_per_look(ranks, (time.perf_counter() - started) / 5)
-            wish = _wish(ranks, tell) if done % look_every == 0 else ""
+            wish = _wish(ranks, tell) if done % look_every == 0 or done == num_steps else ""
             if wish and wish != "save":
                 outcome = wish
             if done < num_steps and (wish or (every and done % every == 0)):
-                save(epoch, done, None, total)
-            if wish == "save":
-                checkpoints.wait()
-                tell.saved()
+                save(epoch, done, None, total, wish)
             if outcome:
                 break
         if done < num_steps:
@@ -136,7 +136,7 @@ def train(settings: dict[str, Any]) -> nn.Module:
             outcome = "diverged"  # no exception: Ray would start the group again, to the same end
             break
         history.append(metrics)
-        save(epoch + 1, 0, metrics[f"validation_{task.score}"], torch.zeros(()))
+        save(epoch + 1, 0, metrics[f"validation_{task.score}"], torch.zeros(()), wish)
         tell.epoch(metrics)
         if outcome:
             break
@@ -257,9 +257,9 @@ def _set_random_state(state: Tensor | None, device: torch.device) -> None:
     if state is None:
         return
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
+    torch.set_rng_state(state[:size].clone())  # of a view, PyTorch reads where its storage begins
     if device.type != "cpu" and len(state) > size:
-        torch.cuda.set_rng_state(state[size:], device)
+        torch.cuda.set_rng_state(state[size:].clone(), device)
 
 
 def _validate(task: Task, network: nn.Module, arrays: Arrays, ranks: Collective) -> dict[str, float]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 POLL_S = 0.2
 
@@ -97,7 +98,9 @@ class Listener:
     """The starter's side: an actor for the ranks, and a thread here that passes on what it hears."""
 
     def __init__(self, on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]):
-        self.actor: Any = _Progress.remote()  # type: ignore[attr-defined]
+        # On this node: if it were on another, the training could not outlive that one.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor: Any = _Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         self._hear: dict[str, Callable[[Any], None]] = {
             "epoch": on_epoch,
             "note": on_note,

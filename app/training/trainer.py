@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from app import store
 from app.config import Project
@@ -36,7 +35,7 @@ from app.training import (
     shards,
 )
 from app.training.checkpoint import Checkpoints
-from app.training.elastic import CheckpointBeforeResize
+from app.training.elastic import ElasticTrainer, Transitions
 from app.training.progress import Listener
 
 CODE = (loop, checkpoint, collective, gradients, schedule, shards, sys.modules[__name__])
@@ -97,20 +96,24 @@ def train(
     if fresh:
         shutil.rmtree(run, ignore_errors=True)
 
+    caught: list[int] = []
+
     def build(draft: Path) -> None:
         preflight.require(project.training)
-        _fit(project, prepared, run, on_epoch, on_note)
+        caught.extend(_fit(project, prepared, run, on_epoch, on_note))
         checkpoints = Checkpoints(run / "checkpoints", project.training.checkpoints)
         last = checkpoints.latest(on_note)
         assert last is not None, "a finished training has a checkpoint of its last epoch"
         _, state = checkpoint.read(last)
-        shutil.copy(checkpoints.best() / "model.safetensors", draft)
+        shutil.copy(checkpoints.best(on_note) / "model.safetensors", draft)
         (draft / "history.json").write_text(json.dumps(state["history"], indent=1))
         if (timeline := run / "timeline.json").exists():
             shutil.copy(timeline, draft)
 
     built = store.produce(target, build, fresh=fresh)
     shutil.rmtree(run, ignore_errors=True)  # its checkpoints have served
+    if caught:
+        raise Interrupted("the training was at its end and is kept", caught[0])
     return Trained(target, name, cached=not built)
 
 
@@ -120,35 +123,43 @@ def _fit(
     run: Path,
     on_epoch: Callable[[dict[str, float]], None],
     on_note: Callable[[str], None],
-) -> None:
-    """Train to the end. A group whose node goes away is followed by another, elsewhere."""
+) -> list[int]:
+    """Train to the end. A group whose node goes away is followed by another, elsewhere.
+
+    Returns the signals that came too late to stop it.
+    """
     training = project.training
     parts = prepared.summary["parts"]
     if min(parts["train"]["rows"], parts["validation"]["rows"]) < training.max_workers:
         raise UserError(
             f"training.num_workers: {training.max_workers} workers, but fewer rows than that to share out"
         )
-    end: dict[str, Any] = {}
-    while not end or end["outcome"] == "moved":
-        if end:
+    outcome = ""
+    caught: list[int] = []
+    while outcome in ("", "moved") and not caught:
+        if outcome:
             on_note("a node is going away: a checkpoint is written, the training moves on elsewhere")
         with progress.listening(on_epoch, on_note) as listener:
-            caught = _fit_once(project, prepared, run, listener)
+            caught = _fit_once(project, prepared, run, listener, on_note)
             end = listener.end()
-    if (outcome := end["outcome"]) == "stopped":
+            outcome = end["outcome"]
+    if outcome in ("stopped", "moved"):
         place = f"epoch {end['epoch'] + 1}" + (f", step {end['step']}" if end["step"] else "")
-        raise Interrupted(f"a checkpoint of {place} is kept", caught or signal.SIGTERM)
+        raise Interrupted(f"a checkpoint of {place} is kept", caught[0] if caught else signal.SIGTERM)
     if outcome == "diverged":
         raise UserError(
             f"the training diverged in epoch {end['epoch'] + 1}: its loss is no longer finite; lower "
             f"training.learning_rate (it is {training.learning_rate:g})"
         )
+    return caught
 
 
-def _fit_once(project: Project, prepared: Prepared, run: Path, listener: Listener) -> int | None:
-    """One `fit`; returns the signal that was caught meanwhile and passed on to the ranks, if any."""
+def _fit_once(
+    project: Project, prepared: Prepared, run: Path, listener: Listener, on_note: Callable[[str], None]
+) -> list[int]:
+    """One `fit`; returns the signals that were caught meanwhile and passed on to the ranks."""
     training = project.training
-    trainer = DataParallelTrainer(
+    trainer = ElasticTrainer(
         loop.train_loop,
         train_loop_config={
             "project": project.model_dump_json(),
@@ -167,17 +178,30 @@ def _fit_once(project: Project, prepared: Prepared, run: Path, listener: Listene
             name=f"{run.name}-{time.time_ns()}",
             storage_path=str(run / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            callbacks=[CheckpointBeforeResize(listener.actor)],
+            callbacks=[Transitions(listener.actor)],
         ),
     )
-    # In a thread of its own: in the main one, Ray takes SIGINT for itself and aborts the ranks.
-    with ThreadPoolExecutor(1, "fit") as executor:
-        future = executor.submit(trainer.fit)
-        with _passing_signals_on(listener) as caught:
-            while not future.done():
-                wait_for([future], timeout=0.2)
-        future.result()
-    return caught[0] if caught else None
+    # In a thread of its own: in the main one, Ray takes SIGINT for itself and aborts the ranks. Nobody waits
+    # for it at the end: after a second signal it may have no end.
+    future: Future[None] = Future()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    with _passing_signals_on(listener) as caught:
+        threading.Thread(target=fit, name="fit", daemon=True).start()
+        said = False
+        while not future.done():
+            wait_for([future], timeout=0.2)
+            if caught and not said:
+                on_note("stopping after a checkpoint; the same again stops at once")
+                said = True
+    future.result()
+    return caught
 
 
 @contextmanager
@@ -188,11 +212,14 @@ def _passing_signals_on(listener: Listener) -> Iterator[list[int]]:
         yield caught
         return
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         caught.append(number)
-        if len(caught) > 1:
-            raise KeyboardInterrupt
-        listener.stop()
+        if len(caught) == 1:
+            listener.stop()
+            return
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+        raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

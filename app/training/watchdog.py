@@ -42,8 +42,9 @@ class Watchdog:
                 continue
             silent += interval
             if silent >= self._timeout:
-                print(
-                    f"no step for {self._timeout:g} s; the threads stand here:", file=sys.stderr, flush=True
-                )
-                faulthandler.dump_traceback(sys.stderr)
-                os.kill(os.getpid(), signal.SIGKILL)
+                try:
+                    note = f"no step for {self._timeout:g} s; the threads stand here:"
+                    print(note, file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(sys.stderr)
+                finally:  # nobody may read what is written
+                    os.kill(os.getpid(), signal.SIGKILL)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,70 @@ def raylway(reach, home):
         )
 
     return run
+
+
+class Observed:
+    """What the ranks of a training have noted, as files in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def observe(self, before: Callable | None = None, seconds_per_step: float = 0.0) -> Callable:
+        """The loop, but each rank calls `before(loop, rank)`, and notes its process, steps and parameters."""
+        folder = self.folder
+
+        def train_loop(settings):
+            import hashlib
+            import os
+            import time
+
+            import ray.train
+
+            from app.training import loop
+
+            rank, step = ray.train.get_context().get_world_rank(), loop._step
+            with (folder / f"steps-{rank}").open("ab", buffering=0) as steps:
+
+                def noted(*arguments):
+                    time.sleep(seconds_per_step)
+                    loss = step(*arguments)
+                    steps.write(b".")
+                    return loss
+
+                loop._step = noted
+                if before:
+                    before(loop, rank)
+                (folder / f".pid-{rank}").write_text(str(os.getpid()))
+                (folder / f".pid-{rank}").rename(folder / f"pid-{rank}")
+                model = loop.train(settings)
+            parameters = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
+            (folder / f"parameters-{rank}").write_text(hashlib.sha256(parameters).hexdigest())
+
+        return train_loop
+
+    def pids(self) -> dict[int, int]:
+        """The process of each rank, of those that have begun last."""
+        return {
+            int(file.name.removeprefix("pid-")): int(file.read_text()) for file in self.folder.glob("pid-*")
+        }
+
+    def num_steps(self) -> int:
+        """Steps of all processes that have been the same rank, of the rank that made most."""
+        return max(file.stat().st_size for file in self.folder.glob("steps-*"))
+
+    def parameters(self) -> list[str]:
+        """A hash of each rank's parameters at the end."""
+        return [file.read_text() for file in sorted(self.folder.glob("parameters-*"))]
+
+
+@pytest.fixture
+def observed(monkeypatch, tmp_path):
+    """Has the next trainings observed: `observed(before, seconds_per_step)`, see Observed.observe."""
+    from app.training import trainer
+
+    def observe(*arguments) -> Observed:
+        seen = Observed(tmp_path)
+        monkeypatch.setattr(trainer.loop, "train_loop", seen.observe(*arguments))
+        return seen
+
+    return observe

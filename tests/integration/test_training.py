@@ -1,11 +1,17 @@
-"""Horovod on Ray Train: real ranks, killed for real."""
+"""Training on Ray: real ranks, killed and stopped for real."""
 
 import json
-import os
+import math
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 
 from app import projectfile
+from tests.integration.conftest import ROOT, Observed
 
 pytestmark = [
     pytest.mark.integration,
@@ -14,126 +20,264 @@ pytestmark = [
 ]
 
 SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=4")
+STEPS = 67
+"""Of an epoch of these rows, by two ranks."""
+
+
+def small(*overrides: str):
+    return projectfile.load("configs/smoke.yaml", [*SMALL, *overrides])
 
 
 @pytest.fixture(scope="module")
-def project():
-    return projectfile.load("configs/smoke.yaml", SMALL)
-
-
-@pytest.fixture(scope="module")
-def prepared(ray_cluster, project):
+def prepared(ray_cluster):
     from app.data.prepare import prepare
 
-    return prepare(project)
+    return prepare(small())
 
 
-@pytest.fixture
-def observed(monkeypatch, tmp_path):
-    """Replaces the loop by one that notes each rank's process and parameters when it ends.
-
-    `observed(before)` also has each rank call `before(loop)` when it starts.
-    """
+def train(project, prepared, on_epoch=lambda epoch: None, on_note=print):
     from app.training import trainer
 
-    original = trainer.loop.train
+    return trainer.train(project, prepared, on_epoch, on_note, fresh=True)
 
-    def observe(before=None):
-        def train_loop(settings):
-            import hashlib
 
-            import ray.train
+def timeless(history):
+    return [{k: v for k, v in epoch.items() if k != "rows_per_s"} for epoch in history]
 
-            from app.training import loop
 
-            rank = ray.train.get_context().get_world_rank()
-            if before:
-                before(loop, rank)
-            model = original(settings)
-            digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-            note = {"pid": os.getpid(), "parameters": digest.hexdigest()}
-            (tmp_path / f"rank-{rank}.json").write_text(json.dumps(note))
-
-        monkeypatch.setattr(trainer.loop, "train_loop", train_loop)
-        return lambda: [json.loads(f.read_text()) for f in sorted(tmp_path.glob("rank-*.json"))]
-
-    return observe
+def check_same(history, other, tolerance=1e-6):
+    """The same epochs with the same metrics."""
+    assert len(history) == len(other)
+    for one, two in zip(timeless(history), timeless(other), strict=True):
+        assert one == pytest.approx(two, rel=0, abs=tolerance)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(prepared, project):
+def uninterrupted(prepared, tmp_path_factory):
+    """A plain training: its history, what was heard meanwhile, and what the ranks noted."""
     from app.training import trainer
 
-    return trainer.train(project, prepared, lambda _: None, fresh=True).history
+    seen, heard = Observed(tmp_path_factory.mktemp("ranks")), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.loop, "train_loop", seen.observe())
+        trained = train(small(), prepared, heard.append)
+    return trained.history, heard, seen
 
 
-def test_two_processes_end_with_equal_parameters(prepared, project, observed):
-    from app.training import trainer
-
-    ranks = observed()
-    heard = []
-    trained = trainer.train(project, prepared, heard.append, fresh=True)
-    first, second = ranks()
-    assert first["pid"] != second["pid"]
-    assert first["parameters"] == second["parameters"]
+def test_two_processes_end_with_equal_parameters(uninterrupted):
+    history, heard, seen = uninterrupted
+    assert len(set(seen.pids().values())) == 2
+    first, second = seen.parameters()
+    assert first == second
+    assert seen.num_steps() == 4 * STEPS
     assert [epoch["epoch"] for epoch in heard] == [0, 1, 2, 3]
-    assert trained.history == heard
-    assert trained.history[-1]["train_loss"] < trained.history[0]["train_loss"]
+    assert history == heard
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
-def test_the_same_seed_gives_the_same_history(prepared, project, uninterrupted):
-    from app.training import trainer
-
-    again = trainer.train(project, prepared, lambda _: None, fresh=True).history
-    timeless = [{k: v for k, v in epoch.items() if k != "rows_per_s"} for epoch in again]
-    assert timeless == [{k: v for k, v in epoch.items() if k != "rows_per_s"} for epoch in uninterrupted]
+def test_the_same_seed_gives_the_same_history_and_so_does_deterministic(prepared, uninterrupted):
+    again = train(small("training.deterministic=true"), prepared).history
+    assert timeless(again) == timeless(uninterrupted[0])
 
 
-def test_two_workers_learn_what_one_learns(prepared, project, uninterrupted):
-    """Two ranks with batches of 16 take the steps of one rank with 32, on other batches."""
-    from app.training import trainer
-
-    training = project.training.model_copy(update={"num_workers": 1, "batch_size": 32})
-    alone = project.model_copy(update={"training": training})
-    history = trainer.train(alone, prepared, lambda _: None, fresh=True).history
-    assert history[-1]["validation_auc"] == pytest.approx(uninterrupted[-1]["validation_auc"], abs=0.02)
+def test_ddp_gives_the_history_that_horovod_gives(prepared, uninterrupted):
+    check_same(train(small("training.backend=ddp"), prepared).history, uninterrupted[0], 1e-5)
 
 
-def test_a_rank_killed_mid_epoch_resumes_to_the_same_end(
-    prepared, project, observed, uninterrupted, tmp_path
-):
-    from app.training import trainer
+def die_once(marker, victim: int, step: int, first=lambda: None):
+    """Has a rank kill itself in that step of its life, once; before, it calls `first`."""
 
-    marker = tmp_path / "killed"
-
-    def die_once(loop, rank):
-        """Rank 1 kills itself in the middle of the third epoch, the first time."""
+    def before(loop, rank):
+        import itertools
         import os
         import signal
 
-        average, calls = loop.FlatGradients.average, [0]
+        count, original = itertools.count(), loop._step
 
-        def counted(gradients):
-            calls[0] += 1
-            if rank == 1 and calls[0] == 2 * 66 + 30 and not marker.exists():
+        def counted(*arguments):
+            if rank == victim and next(count) == step and not marker.exists():
                 marker.touch()
+                first()
                 os.kill(os.getpid(), signal.SIGKILL)
-            average(gradients)
+            return original(*arguments)
 
-        loop.FlatGradients.average = counted
+        loop._step = counted
 
-    ranks = observed(die_once)
-    heard = []
-    trained = trainer.train(project, prepared, heard.append, fresh=True)
+    return before
+
+
+def test_a_rank_killed_mid_epoch_costs_what_was_done_since_the_last_checkpoint(
+    prepared, observed, uninterrupted, tmp_path
+):
+    marker, heard, notes = tmp_path / "killed", [], []
+    seen = observed(die_once(marker, victim=1, step=2 * STEPS + 30), 0.005)
+    project = small("training.checkpoints.every_steps=20")
+    trained = train(project, prepared, heard.append, notes.append)
     assert marker.exists()
-    assert len(ranks()) == 2
-    assert [epoch["epoch"] for epoch in trained.history] == [0, 1, 2, 3]
-    # The first two epochs were not trained again.
-    assert [epoch["epoch"] for epoch in heard] == [0, 1, 2, 3]
-    assert trained.history[-1]["train_loss"] == pytest.approx(uninterrupted[-1]["train_loss"], abs=1e-6)
-    assert trained.history[-1]["validation_auc"] == pytest.approx(
-        uninterrupted[-1]["validation_auc"], abs=1e-6
+    check_same(trained.history, uninterrupted[0])
+    assert sorted({epoch["epoch"] for epoch in heard}) == [0, 1, 2, 3]
+    (note,) = notes
+    epoch, step = map(int, re.match(r"going on from epoch (\d), step (\d+) of 67, 2 workers", note).groups())
+    assert (epoch, step) == (3, 20)
+    assert 10 <= seen.num_steps() - 4 * STEPS <= 11
+    assert seen.parameters() == uninterrupted[2].parameters()
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, observed, uninterrupted, tmp_path):
+    from app.home import home
+
+    runs = home() / "runs"
+
+    def damage():
+        import time
+
+        time.sleep(1)  # until it is written
+        last = max(runs.glob("*/checkpoints/[0-9]*"), key=lambda folder: folder.name)
+        (last / "model.safetensors").write_bytes(b"no tensors")
+
+    marker, notes = tmp_path / "killed", []
+    seen = observed(die_once(marker, 0, 2 * STEPS + 30, damage))
+    trained = train(small("training.checkpoints.every_steps=20"), prepared, on_note=notes.append)
+    check_same(trained.history, uninterrupted[0])
+    damaged, going_on = notes
+    assert damaged.startswith("the checkpoint 000002-000000020 is damaged (model.safetensors changed)")
+    assert going_on == "going on from epoch 3, 2 workers"
+    assert 30 <= seen.num_steps() - 4 * STEPS <= 31, "two intervals"
+
+
+def test_many_settings_at_once_and_a_timeline(prepared, observed, uninterrupted):
+    """Each changes something; together they still train, and stop early."""
+    project = small(
+        "training.epochs=8",
+        "training.learning_rate=0.05",
+        "training.schedule=linear",
+        "training.warmup_epochs=1.5",
+        "training.scale_learning_rate=sqrt",
+        "training.clip_norm=0.5",
+        "training.class_weights=balanced",
+        "training.backward_passes_per_step=3",
+        "training.compression=fp16",
+        "training.gradients=overlapped",
+        "training.early_stopping={patience: 1, min_delta: 0.01}",
+        "training.timeline=true",
+        "training.horovod={fusion_threshold_mb: 0.5, cycle_time_ms: 2}",
+        "training.checkpoints={keep_best: 2, keep_last: 1}",
     )
+    seen, notes = observed(), []
+    trained = train(project, prepared, on_note=notes.append)
+    history = trained.history
+    assert notes == ["stopped early: the validation auc no longer rises"]
+    scores = [epoch["validation_auc"] for epoch in history]
+    assert 2 <= len(history) < 8
+    assert scores[-1] <= max(scores[:-1]) + 0.01
+    assert max(scores) > 0.75
+    assert seen.num_steps() == len(history) * math.ceil(STEPS / 3)
+    assert len(set(seen.parameters())) == 1
+    # A warm-up to 0.05 * sqrt(2) in the middle of the second epoch, then a line.
+    rates = [epoch["learning_rate"] for epoch in history]
+    assert rates[0] < rates[1] < 0.05 * 2**0.5
+    # The weights are those of the best epoch.
+    assert trained.weights.exists()
+
+    # What Chrome opens: an array of events, whose end may be missing.
+    text = (trained.path / "timeline.json").read_text().rstrip().rstrip(",").removesuffix("]")
+    events = json.loads(text + "]")
+    assert {event["ph"] for event in events} >= {"B", "E", "M"}
+    names = {event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    assert any("layers" in name for name in names), "each layer's gradient has its own line"
+    assert sum(event.get("name", "").startswith("NEGOTIATE") for event in events) > len(names)
+
+
+LONG = ("data.source.limit=4000", "training.batch_size=8", "training.epochs=60")
+
+
+@contextmanager
+def started(home, *overrides: str):
+    """`raylway train`, while the test looks on; killed if the test fails."""
+    import os
+
+    command = [sys.executable, "-m", "app", "train", "configs/smoke.yaml"]
+    for override in overrides:
+        command += ["--set", override]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYLWAY_HOME": str(home)}
+    ) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home, ray_cluster):
+    from app.data.prepare import prepare
+    from app.training import trainer
+
+    project = projectfile.load("configs/smoke.yaml", [*LONG, "name=stopped"])
+    places = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with started(home, *LONG, "name=stopped") as process:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if re.match(r" +epoch \d+/60", line):
+                    process.send_signal(number)
+                    break
+            said += process.stdout.readlines()
+            assert process.wait(60) == 128 + number, "".join(said)
+        stopped = next(line for line in said if line.startswith("stopped"))
+        found = re.fullmatch(
+            r"stopped: a checkpoint of epoch (\d+), step (\d+) is kept; "
+            r"the same command goes on from the last checkpoint\n",
+            stopped,
+        )
+        assert found, stopped
+        places.append(tuple(map(int, found.groups())))
+        if number == signal.SIGINT:
+            epoch, step = places[0]
+            wanted = f"step {step} of" if step < 175 else f"epoch {epoch + 1}"
+            assert any(line.startswith("  going on from epoch") and wanted in line for line in said), said
+    assert (1, 0) < places[0] < places[1] < (60, 200)
+    with started(home, *LONG, "name=stopped") as process:
+        said = process.stdout.readlines()
+        assert process.wait(120) in (0, 3), "".join(said)
+    prepared = prepare(project)
+    assert prepared.cached
+    history = trainer.train(project, prepared, lambda _: None).history
+    check_same(history, train(project, prepared).history)
+
+
+def test_a_second_signal_is_obeyed_at_once(home, ray_cluster):
+    """Here no rank ever comes up: somebody else has the processors."""
+    import ray
+
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+    class Greedy:
+        def ready(self):
+            pass
+
+    greedy = Greedy.remote()
+    ray.get(greedy.ready.remote())
+    try:
+        with started(home, *SMALL, "training.epochs=5", "name=twice") as process:
+            for line in process.stdout:
+                if "waiting for 2 CPUs" in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            line = process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            rest = line + process.stdout.read()
+            assert process.wait(20) == 128 + signal.SIGINT
+    finally:
+        ray.kill(greedy)
+    assert "stopped" in rest
+
+
+@pytest.mark.slow
+def test_two_workers_learn_what_one_learns(prepared, uninterrupted):
+    """Two ranks with batches of 16 take the steps of one rank with 32, on other batches."""
+    history = train(small("training.num_workers=1", "training.batch_size=32"), prepared).history
+    assert history[-1]["validation_auc"] == pytest.approx(uninterrupted[0][-1]["validation_auc"], abs=0.02)
 
 
 def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster):

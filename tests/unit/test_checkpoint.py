@@ -1,92 +1,309 @@
+"""What is written down is whole, sound, enough to go on from, and no more than is asked for."""
+
+import contextlib
+import itertools
 import json
+import multiprocessing
+import random
+import time
 
 import pytest
 import torch
+from torch import nn
 
-from app.data.features import Layout
-from app.models.tabular import MultiLayerPerceptron
+from app.config.training import Checkpointing
 from app.training import checkpoint
+from app.training.checkpoint import MANIFEST, Checkpoints, Snapshot
 
-LAYOUT = Layout(dense=3, embeddings=((5, 2),))
+
+def refuse(note: str) -> None:
+    raise AssertionError(f"said: {note}")
 
 
-def started() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def kept(folder, **settings) -> Checkpoints:
+    return Checkpoints(folder, Checkpointing(**settings))
+
+
+def save(checkpoints: Checkpoints, epoch: int, step: int = 0, score: float | None = None) -> None:
+    groups = {"model": {"weight": torch.full((3,), float(epoch))}, "optimizer": {}}
+    checkpoints.save(groups, {"epoch": epoch, "step": step, "score": score, "history": []})
+    checkpoints.wait()
+
+
+def names(folder) -> list[str]:
+    return sorted(f"{int(f.name[:6])}/{int(f.name[7:])}" for f in folder.glob("[0-9]*"))
+
+
+# To go on as if nothing had happened
+
+
+def started() -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = MultiLayerPerceptron(LAYOUT, [8], dropout=0.0)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1)
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+    groups = [{"params": network[0].parameters(), "lr_scale": 0.5}, {"params": network[3].parameters()}]
+    return network, torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1, fused=True)
 
 
-def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+def steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
-        random = torch.Generator().manual_seed(step)
-        places = torch.randint(0, 5, (16, 1), generator=random)
-        x = torch.cat([torch.rand(16, 3, generator=random), places], dim=1)
-        optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
+        torch.manual_seed(step)
+        x = torch.rand(16, 3)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * group.get("lr_scale", 1) / (1 + step)
         optimizer.zero_grad()
-        (model(x) - x[:, 0]).square().mean().backward()
+        (network(x).squeeze(1) - x[:, 0]).square().mean().backward()
         optimizer.step()
 
 
-def test_training_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
     whole = started()
     steps(*whole, 0, 9)
 
-    stopped = started()
-    steps(*stopped, 0, 4)
-    history = [{"epoch": 0, "train_loss": 0.1 + 0.2}]
-    checkpoint.save(tmp_path, *stopped, {"history": history, "scaler": {}})
+    network, optimizer = started()
+    steps(network, optimizer, 0, 4)
+    state = {"epoch": 0, "step": 4, "score": None, "history": [{"epoch": 0, "train_loss": 0.1 + 0.2}]}
+    tensors = checkpoint.optimizer_tensors(optimizer)
+    folder = checkpoint.write(
+        tmp_path, Snapshot({"model": network.state_dict(), "optimizer": tensors}, state)
+    )
 
-    resumed = started()
-    steps(*resumed, 50, 53)  # whatever it held before
-    assert checkpoint.restore(tmp_path, *resumed) == {"history": history, "scaler": {}}
-    steps(*resumed, 4, 9)
+    resumed, other = started()
+    steps(resumed, other, 50, 53)  # whatever it held before
+    groups, read = checkpoint.read(folder)
+    assert read == state
+    resumed.load_state_dict(groups["model"])
+    checkpoint.restore_optimizer(other, groups["optimizer"])
+    assert [group.get("lr_scale") for group in other.param_groups] == [0.5, None]
+    steps(resumed, other, 4, 9)
 
     for name, value in whole[0].state_dict().items():
-        assert torch.equal(resumed[0].state_dict()[name], value), name
-    ours, theirs = (json.dumps(optimizer.state_dict()["param_groups"]) for _, optimizer in (resumed, whole))
-    assert ours == theirs
-    for index, values in whole[1].state_dict()["state"].items():
-        for name, value in values.items():
-            assert torch.equal(resumed[1].state_dict()["state"][index][name], value), (index, name)
+        assert torch.equal(resumed.state_dict()[name], value), name
+    ours, theirs = checkpoint.optimizer_tensors(other), checkpoint.optimizer_tensors(whole[1])
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 3 * 4
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_forgotten_optimizer_state_would_be_noticed():
     """The test above can fail: without AdamW's moments the end is another one."""
-    whole = started()
+    whole, (network, optimizer) = started(), started()
     steps(*whole, 0, 9)
-    stopped = started()
-    steps(*stopped, 0, 4)
-    fresh = torch.optim.AdamW(stopped[0].parameters(), lr=0.05, weight_decay=0.1)
-    steps(stopped[0], fresh, 4, 9)
-    assert not torch.equal(stopped[0].layers[0].weight, whole[0].layers[0].weight)
+    steps(network, optimizer, 0, 4)
+    checkpoint.restore_optimizer(optimizer, {})
+    steps(network, optimizer, 4, 9)
+    assert not torch.equal(network[0].weight, whole[0][0].weight)
 
 
 def test_before_the_first_step_there_is_no_state_and_that_is_fine(tmp_path):
-    model, optimizer = started()
-    checkpoint.save(tmp_path, model, optimizer, {})
-    again, others = started()
-    assert checkpoint.restore(tmp_path, again, others) == {}
-    steps(again, others, 0, 1)
+    network, optimizer = started()
+    assert checkpoint.optimizer_tensors(optimizer) == {}
+    state = {"epoch": 0, "step": 0, "score": None}
+    folder = checkpoint.write(tmp_path, Snapshot({"model": network.state_dict(), "optimizer": {}}, state))
+    checkpoint.restore_optimizer(optimizer, checkpoint.read(folder)[0]["optimizer"])
+    steps(network, optimizer, 0, 1)
 
 
 def test_is_safetensors_and_json_alone(tmp_path):
-    model, optimizer = started()
-    steps(model, optimizer, 0, 1)
-    checkpoint.save(tmp_path, model, optimizer, {"history": []})
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
+    save(kept(tmp_path), 1)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(file.name for file in folder.iterdir()) == [
+        MANIFEST,
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ]
-    json.loads((tmp_path / "state.json").read_text())
-    for file in tmp_path.glob("*.safetensors"):
+    for file in folder.glob("*.json"):
+        json.loads(file.read_text())
+    for file in folder.glob("*.safetensors"):
         content = file.read_bytes()
         json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
-def test_another_models_checkpoint_is_refused(tmp_path):
-    model, optimizer = started()
-    checkpoint.save(tmp_path, model, optimizer, {})
-    other = MultiLayerPerceptron(LAYOUT, [9], dropout=0.0)
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        checkpoint.restore(tmp_path, other, torch.optim.AdamW(other.parameters()))
+# Behind the training's back
+
+
+def test_what_is_written_is_not_changed_by_later_steps(tmp_path, monkeypatch):
+    """Written late, on purpose: two hundred steps are made meanwhile."""
+    network, optimizer = started()
+    steps(network, optimizer, 0, 2)
+    write, before = checkpoint.write, {n: t.clone() for n, t in network.state_dict().items()}
+    moments = {n: t.clone() for n, t in checkpoint.optimizer_tensors(optimizer).items()}
+    monkeypatch.setattr(checkpoint, "write", lambda *a: (time.sleep(0.3), write(*a))[1])
+    checkpoints = kept(tmp_path)
+    groups = {"model": network.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
+    began = time.monotonic()
+    checkpoints.save(groups, {"epoch": 1, "step": 0, "score": None})
+    assert time.monotonic() - began < 0.2, "the training must not wait for the disk"
+    steps(network, optimizer, 2, 200)
+    checkpoints.wait()
+    read, _ = checkpoint.read(checkpoints.latest(refuse))
+    assert all(torch.equal(read["model"][name], value) for name, value in before.items())
+    assert all(torch.equal(read["optimizer"][name], value) for name, value in moments.items())
+    assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_tensors_that_change_their_shape_or_are_views_are_written_too(tmp_path):
+    checkpoints = kept(tmp_path)
+    whole = torch.arange(12.0).view(3, 4)
+    for epoch, tensor in enumerate([torch.ones(5), whole.T, whole[:, 1:3], whole.to(torch.float64)], 1):
+        checkpoints.save({"model": {"a": tensor}}, {"epoch": epoch, "step": 0, "score": None})
+        checkpoints.wait()
+        read, _ = checkpoint.read(checkpoints.latest(refuse))
+        assert torch.equal(read["model"]["a"], tensor)
+        assert read["model"]["a"].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("how", ["save", "wait"])
+def test_a_write_that_failed_is_told_at_the_next_chance_and_once(tmp_path, how):
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("a file where the folder has to be")
+    checkpoints = kept(blocked)
+    arguments = ({"model": {"a": torch.ones(2)}}, {"epoch": 1, "step": 0, "score": None})
+    checkpoints.save(*arguments)
+    with pytest.raises(OSError, match="checkpoints"):
+        checkpoints.save(*arguments) if how == "save" else checkpoints.wait()
+    blocked.unlink()
+    checkpoints.save(*arguments)
+    checkpoints.wait()
+    assert names(blocked) == ["1/0"]
+
+
+# Whole or not at all
+
+KILLS = 20
+
+
+def write_forever(folder, first: int, pipe) -> None:
+    checkpoints = kept(folder)
+    for step in itertools.count(first):
+        tensors = {f"w{i}": torch.full((50_000,), float(step)) for i in range(4)}
+        state = {"epoch": 0, "step": step, "score": None}
+        checkpoints.save({"model": tensors, "optimizer": tensors}, state)
+        pipe.send(step)
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
+    dice, last = random.Random(0), 0
+    servers = multiprocessing.get_context("forkserver")  # imports PyTorch once
+    servers.set_forkserver_preload([__name__])
+    for _ in range(KILLS):
+        ours, theirs = servers.Pipe(duplex=False)
+        writer = servers.Process(target=write_forever, args=(tmp_path, last + 1, theirs))
+        writer.start()
+        theirs.close()
+        ours.recv(), ours.recv()
+        time.sleep(dice.uniform(0, 0.1))
+        writer.kill()
+        writer.join()
+        begun = 0
+        with contextlib.suppress(EOFError):
+            while True:
+                begun = ours.recv()
+        latest = kept(tmp_path).latest(lambda note: None)
+        groups, state = checkpoint.read(latest)
+        # All that was begun is there, but for the last: the one before was waited for.
+        assert state["step"] >= max(begun - 1, last + 1)
+        for tensors in groups.values():
+            assert len(tensors) == 4
+            assert all((tensor == state["step"]).all() for tensor in tensors.values())
+        last = state["step"]
+    assert len(names(tmp_path)) <= 3
+
+
+# Damage
+
+
+def flip(file) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped bit in the tensors": lambda f: flip(f / "model.safetensors"),
+    "a flipped bit in the state": lambda f: flip(f / "state.json"),
+    "a flipped bit in the manifest": lambda f: flip(f / MANIFEST),
+    "cut tensors": lambda f: (f / "optimizer.safetensors").write_bytes(b"{"),
+    "an empty state": lambda f: (f / "state.json").write_bytes(b""),
+    "an empty manifest": lambda f: (f / MANIFEST).write_bytes(b""),
+    "a manifest of nothing": lambda f: (f / MANIFEST).write_text("{}"),
+    "a manifest of another kind": lambda f: (f / MANIFEST).write_text("[]"),
+    "no manifest": lambda f: (f / MANIFEST).unlink(),
+    "no tensors": lambda f: (f / "model.safetensors").unlink(),
+    "nothing": lambda f: [file.unlink() for file in f.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
+def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(tmp_path, damage):
+    checkpoints = kept(tmp_path, keep_last=3)
+    for epoch in (1, 2, 3):
+        save(checkpoints, epoch, score=epoch / 10)
+    damage(checkpoints.folder_of(3, 0))
+    said = []
+    assert checkpoints.latest(said.append) == checkpoints.folder_of(2, 0)
+    assert len(said) == 1
+    assert said[0].startswith("the checkpoint 000003-000000000 is damaged (")
+    assert checkpoints.best(said.append) == checkpoints.folder_of(2, 0)
+
+    damage(checkpoints.folder_of(2, 0))
+    assert checkpoints.latest(said.append) == checkpoints.folder_of(1, 0)
+    damage(checkpoints.folder_of(1, 0))
+    assert checkpoints.latest(said.append) is None
+
+
+def test_where_there_is_none_none_is_latest(tmp_path):
+    assert kept(tmp_path / "nowhere").latest(refuse) is None
+
+
+# What is kept
+
+SCORES = [0.5, 0.9, 0.7, 0.9, 0.8, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"keep_last": 1, "keep_best": 1}, [2, 6]),
+        ({"keep_last": 2, "keep_best": 1}, [2, 5, 6]),
+        ({"keep_last": 1, "keep_best": 3}, [2, 4, 5, 6]),
+        ({"keep_last": 9, "keep_best": 1}, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_the_last_and_the_best_are_kept_the_first_of_equals(tmp_path, settings, left):
+    checkpoints = kept(tmp_path, **settings)
+    for epoch, score in enumerate(SCORES, 1):
+        save(checkpoints, epoch, score=score)
+    assert names(tmp_path) == [f"{epoch}/0" for epoch in left]
+    assert checkpoints.best(refuse) == checkpoints.folder_of(2, 0)
+    assert checkpoints.latest(refuse) == checkpoints.folder_of(6, 0)
+
+
+def test_steps_within_an_epoch_count_as_last_but_never_as_best(tmp_path):
+    checkpoints = kept(tmp_path)
+    save(checkpoints, 1, score=0.7)
+    for step in (50, 100, 150):
+        save(checkpoints, 1, step)
+    assert names(tmp_path) == ["1/0", "1/100", "1/150"]
+    assert checkpoints.best(refuse) == checkpoints.folder_of(1, 0)
+
+
+def test_the_newest_written_is_the_latest_whatever_stood_after_it(tmp_path):
+    """Half as many steps make an epoch of twice as many workers; and the last two are damaged."""
+    checkpoints = kept(tmp_path, keep_last=2)
+    save(checkpoints, 1, score=0.5)
+    save(checkpoints, 1, 900)
+    save(checkpoints, 2, score=0.9)
+    for folder in (checkpoints.folder_of(1, 900), checkpoints.folder_of(2, 0)):
+        flip(folder / "model.safetensors")
+    save(checkpoints, 1, 450)
+    assert checkpoints.latest(refuse) == checkpoints.folder_of(1, 450)
+    assert names(tmp_path) == ["1/450"]
+
+
+def test_a_position_is_written_anew(tmp_path):
+    checkpoints = kept(tmp_path)
+    save(checkpoints, 1, score=0.1)
+    flip(checkpoints.folder_of(1, 0) / "model.safetensors")
+    save(checkpoints, 1, score=0.2)
+    assert json.loads((checkpoints.latest(refuse) / "state.json").read_text())["score"] == 0.2

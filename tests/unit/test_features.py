@@ -4,10 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from pydantic import TypeAdapter
-from sklearn.preprocessing import MinMaxScaler, OneHotEncoder
+from scipy.stats import norm
+from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, QuantileTransformer
 
+import app.data.features
 from app.config import Encoding
 from app.data.features import Layout, Preprocessor, block_statistics, fit
+
+NUMBERS = ["min_max", "quantile", "piecewise_linear"]
 
 
 def encodings(**features) -> dict[str, Encoding]:
@@ -19,6 +23,8 @@ FEATURES = encodings(
     age={"encode": "min_max"},
     job={"encode": "one_hot"},
     pay={"encode": "min_max"},
+    rent={"encode": "quantile", "bins": 20, "exact": 4},
+    debt={"encode": "piecewise_linear", "bins": 5},
 )
 
 
@@ -29,6 +35,8 @@ def rows(count: int, seed: int = 0) -> pd.DataFrame:
         {
             "age": random.integers(17, 90, count).astype(float),
             "pay": np.where(random.random(count) < 0.2, np.nan, pay),
+            "rent": np.round(pay, -3),
+            "debt": np.where(random.random(count) < 0.5, 0.0, random.normal(0, 1e4, count)),
             "job": random.choice(np.array(["cook", "smith", "ärztin", None], dtype=object), count),
             "town": random.choice(np.array([f"town {i}" for i in range(20)], dtype=object), count),
         }
@@ -41,7 +49,8 @@ def fitted(frame: pd.DataFrame, features: dict[str, Encoding] = FEATURES) -> Pre
 
 def column(values, encode: str, **settings) -> tuple[Preprocessor, pd.DataFrame]:
     """A preprocessor of one column, and the frame that it was fitted on."""
-    frame = pd.DataFrame({"x": pd.Series(values, dtype=float if encode == "min_max" else object)})
+    dtype = object if encode in ("one_hot", "embedding") else float
+    frame = pd.DataFrame({"x": pd.Series(values, dtype=dtype)})
     return fitted(frame, encodings(x={"encode": encode, **settings})), frame
 
 
@@ -81,6 +90,20 @@ def test_random_rows_in_any_chunks_give_the_same_preprocessor(seed):
         assert ours.model_dump(exclude={"fill"}) == theirs.model_dump(exclude={"fill"})
 
 
+def test_of_too_many_values_quantiles_stand_for_all(monkeypatch):
+    frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=5000)})
+    features = encodings(x={"encode": "piecewise_linear", "bins": 10})
+    whole = fitted(frame, features).columns[0]
+    monkeypatch.setattr(app.data.features, "MAX_VALUES", 500)
+    statistics = block_statistics(frame, features)
+    assert len(statistics["x"]["values"]) <= 501
+    assert sum(statistics["x"]["counts"]) == 5000
+    few = fit([statistics], features).columns[0]
+    assert (few.edges[0], few.edges[-1]) == (frame.x.min(), frame.x.max())
+    shares = [np.searchsorted(np.sort(frame.x), column.edges) / 5000 for column in (whole, few)]
+    np.testing.assert_allclose(*shares, atol=1 / 500)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_the_matrix_keeps_its_promises_on_random_rows(seed):
     preprocessor = fitted(rows(100, seed))
@@ -88,23 +111,77 @@ def test_the_matrix_keeps_its_promises_on_random_rows(seed):
     matrix = preprocessor.transform(fresh)
     assert matrix.shape == (200, preprocessor.layout.width)
     assert matrix.dtype == np.float32
-    dense, (place,) = matrix[:, : preprocessor.layout.dense], matrix[:, preprocessor.layout.dense :].T
-    assert ((dense >= 0) & (dense <= 1)).all()
-    assert (matrix[:, 2 : preprocessor.layout.dense].sum(axis=1) <= 1).all()
+    layout = preprocessor.layout
+    dense, (place,) = matrix[:, : layout.dense], matrix[:, layout.dense :].T
+    score, shares = dense[:, 2], dense[:, 3 : sum(layout.numbers)]
+    assert (np.abs(score) <= 3).all()
+    assert ((np.delete(dense, 2, axis=1) >= 0) & (np.delete(dense, 2, axis=1) <= 1)).all()
+    assert (np.diff(shares, axis=1) <= 0).all()  # no bin is begun before the last is full
+    one_hot = dense[:, layout.dense - 4 :]
+    exact = dense[:, sum(layout.numbers) : layout.dense - 4]
+    assert (one_hot.sum(axis=1) <= 1).all()
+    assert (exact.sum(axis=1) <= 1).all()
     assert set(place) <= set(range(preprocessor.layout.embeddings[0][0]))
 
 
 def test_numbers_come_first_then_one_hots_then_embeddings():
     preprocessor = fitted(rows(300))
-    assert [c.column for c in preprocessor.columns] == ["age", "pay", "job", "town"]
-    assert preprocessor.layout == Layout(dense=2 + 4, embeddings=((21, 3),))
-    assert preprocessor.layout.width == 7
+    assert [c.column for c in preprocessor.columns] == ["age", "pay", "rent", "debt", "rent", "job", "town"]
+    bins, exact = preprocessor.columns[3].width, preprocessor.columns[4].width
+    assert (bins, exact > 0) == (4, True)  # half of the debts are 0, so of six edges two fall together
+    numbers = (1, 1, 1, bins)
+    assert preprocessor.layout == Layout(dense=3 + bins + exact + 4, embeddings=((21, 3),), numbers=numbers)
+    assert preprocessor.layout.width == 3 + bins + exact + 4 + 1
 
 
 def test_beyond_the_training_range_is_clipped():
     preprocessor, _ = column([10.0, 20.0], "min_max")
     values = np.array([-1e300, 9.0, 10.0, 15.0, 20.0, 21.0, 1e300])
     assert preprocessor.transform({"x": values})[:, 0].tolist() == [0, 0, 0, 0.5, 1, 1, 1]
+
+
+def test_shares_of_bins_by_hand():
+    preprocessor, _ = column([0.0, 1.0, 2.0, 10.0], "piecewise_linear", bins=4)
+    assert preprocessor.columns[0].edges == [0, 1, 2, 10]
+    values = np.array([-5.0, 0.0, 0.5, 1.0, 2.0, 4.0, 99.0, np.nan])  # the mean is 3.25
+    assert preprocessor.transform({"x": values}).tolist() == [
+        [0, 0, 0],
+        [0, 0, 0],
+        [0.5, 0, 0],
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 0.25],
+        [1, 1, 1],
+        [1, 1, 0.15625],
+    ]
+
+
+def test_quantiles_have_normal_scores_like_scikit_learns():
+    values = np.random.default_rng(0).lognormal(size=2001)
+    preprocessor, frame = column(values, "quantile", bins=1000)
+    theirs = QuantileTransformer(n_quantiles=1001, output_distribution="normal").fit_transform(frame[["x"]])
+    inner = np.abs(theirs) < 2.5
+    ours = preprocessor.transform(frame)
+    np.testing.assert_allclose(ours[inner], theirs[inner], atol=0.03)
+    assert np.abs(ours).max() <= 3
+
+
+def test_a_value_that_repeats_stands_in_the_middle_of_its_quantiles():
+    preprocessor, _ = column([0.0] * 60 + [1.0] * 20 + [2.0] * 20, "quantile", bins=10)
+    scores = preprocessor.transform({"x": np.array([0.0, 1.0, 2.0])})[:, 0]
+    np.testing.assert_allclose(scores, norm.ppf([0.3, 0.7, 0.9]), atol=1e-6)
+
+
+def test_frequent_values_have_indicators_of_their_own():
+    preprocessor, _ = column([7.0, 7.0, 0.1, 0.1, 3.0, np.nan, np.nan], "min_max", exact=2)
+    assert preprocessor.layout == Layout(dense=3, embeddings=(), numbers=(1,))
+    values = np.array([0.1, 7.0, 3.0, 0.1 + 1e-12, np.nan])
+    assert preprocessor.transform({"x": values})[:, 1:].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]
+
+
+def test_no_value_may_be_frequent_enough():
+    preprocessor, frame = column([1.0, 2.0, 3.0], "min_max", exact=2)
+    assert preprocessor.transform(frame).tolist() == [[0], [0.5], [1]]
 
 
 def test_a_missing_number_stands_at_the_training_mean():
@@ -117,15 +194,17 @@ def test_a_missing_number_has_a_place_though_none_was_missing_in_training():
     np.testing.assert_allclose(preprocessor.transform({"x": np.array([np.nan])}), [[0.4]], atol=1e-7)
 
 
-def test_a_constant_number_is_0_everywhere():
-    preprocessor, _ = column([5.0, 5.0, np.nan], "min_max")
+@pytest.mark.parametrize("encode", NUMBERS)
+def test_a_constant_number_is_0_everywhere(encode):
+    preprocessor, _ = column([5.0, 5.0, np.nan], encode)
     assert preprocessor.transform({"x": np.array([5.0, 4.0, 1e9, np.nan])})[:, 0].tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", [float, object])
-def test_an_all_missing_number_is_0_everywhere(dtype):
+@pytest.mark.parametrize("encode", NUMBERS)
+def test_an_all_missing_number_is_0_everywhere(dtype, encode):
     frame = pd.DataFrame({"x": pd.Series([None, None], dtype=dtype)})
-    preprocessor = fitted(frame, encodings(x={"encode": "min_max"}))
+    preprocessor = fitted(frame, encodings(x={"encode": encode, "exact": 1}))
     assert preprocessor.transform({"x": np.array([np.nan, 3.0])})[:, 0].tolist() == [0, 0]
 
 

@@ -2,8 +2,10 @@ import socket
 from dataclasses import asdict
 
 import pytest
+import ray
 from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
+from app.training.ddp import DdpConfig
 from app.training.horovod import HorovodBackend, HorovodConfig, Slot, _serve, slots
 
 
@@ -68,3 +70,27 @@ def test_the_backend_lets_go_of_its_port():
         backend.on_shutdown(None, HorovodConfig())
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+@pytest.mark.parametrize("config", [HorovodConfig, DdpConfig])
+def test_a_group_that_fails_to_start_gives_its_places_back(config):
+    class Group:
+        """Whose ranks are dead."""
+
+        given_back = 0
+
+        def execute(self, function, *_):
+            raise ray.exceptions.ActorDiedError
+
+        execute_single = execute
+
+        def get_worker_group_state(self):
+            return self
+
+        def shutdown(self):
+            self.given_back += 1
+
+    group = Group()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        config().backend_cls().on_start(group, config())
+    assert group.given_back == 1

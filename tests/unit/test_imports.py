@@ -25,7 +25,7 @@ LAYERS: tuple[set[str], ...] = (
     {"evaluation", "export", "serving"},
     {"tasks"},
     {"training"},
-    {"pipeline"},
+    {"pipeline", "compression"},
     {"demo"},
     {"cli"},
     {"__main__"},

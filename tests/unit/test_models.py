@@ -5,18 +5,21 @@ import typing
 import pytest
 import torch
 from pydantic import TypeAdapter
+from torch.nn.functional import binary_cross_entropy
 
-from app.config import Linear, Model
+from app.config import Linear, LinearNumbers, Model, PeriodicNumbers
 from app.data.features import Layout
 from app.models import MODELS
+from app.models.tabular import Columns, SharedLinear
 
 SETTINGS = {
     "linear": {"kind": "linear"},
-    "mlp": {"kind": "mlp", "hidden": [8, 4], "dropout": 0.5},
+    "mlp": {"kind": "mlp", "hidden": [8, 4], "dropout": 0.5, "numbers": {"embed": "linear", "width": 3}},
+    "tabm": {"kind": "tabm", "hidden": [8, 4], "members": 3, "numbers": {"embed": "linear", "width": 3}},
 }
 LAYOUTS = {
     "mixed": Layout(dense=3, embeddings=((4, 2), (6, 3))),
-    "dense": Layout(dense=5, embeddings=()),
+    "dense": Layout(dense=5, embeddings=(), numbers=(1, 3)),
     "embeddings": Layout(dense=0, embeddings=((4, 2),)),
 }
 
@@ -38,8 +41,9 @@ def kinds() -> list[str]:
     return [typing.get_args(m.model_fields["kind"].annotation)[0] for m in typing.get_args(union)]
 
 
-def test_every_kind_of_the_project_file_has_a_model():
-    assert sorted(MODELS) == sorted(kinds()) == sorted(SETTINGS)
+def test_every_model_is_a_kind_of_the_project_file():
+    assert set(MODELS) <= set(kinds())
+    assert sorted(MODELS) == sorted(SETTINGS)
 
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -123,3 +127,61 @@ def test_linear_is_the_sum_of_its_weights_by_hand():
     x = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 1.0], [0.5, 1.0, 2.0]])
     assert model.logits(x).tolist() == [2 - 3 + 0.5, 10 + 0.5, 1 - 1 + 20 + 0.5]
     torch.testing.assert_close(model(x), torch.sigmoid(model.logits(x)))
+
+
+def test_each_number_has_an_embedding_of_its_own():
+    columns = Columns(Layout(dense=5, embeddings=((4, 2),), numbers=(1, 3)), LinearNumbers(embed="linear"))
+    x = torch.rand(6, 6)
+    x[:, 5] = 2
+    opened = columns(x)
+    assert opened.shape == (6, columns.width) == (6, 1 + 2 + 2 * 16)
+    torch.testing.assert_close(opened[:, :1], x[:, 4:5])
+    one, two = columns.numbers.layers
+    torch.testing.assert_close(opened[:, 3:19], torch.relu(one(x[:, :1])))
+    torch.testing.assert_close(opened[:, 19:], torch.relu(two(x[:, 1:4])))
+
+
+def test_periodic_embeddings_by_hand():
+    settings = PeriodicNumbers(embed="periodic", width=4, frequencies=3)
+    columns = Columns(Layout(dense=2, embeddings=(), numbers=(1, 1)), settings)
+    x = torch.rand(5, 2)
+    waves = 2 * torch.pi * x[:, 1:] * columns.numbers.frequencies[1]
+    expected = columns.numbers.linear.layers[1](torch.cat([waves.sin(), waves.cos()], dim=1)).relu()
+    torch.testing.assert_close(columns(x)[:, 4:], expected)
+
+
+def test_members_share_a_weight_and_have_scales_of_their_own():
+    layer = SharedLinear(members=3, before=4, after=2)
+    with torch.no_grad():
+        layer.scale_in.normal_()
+        layer.scale_out.normal_()
+    x = torch.rand(5, 4)
+    together = layer(x[:, None])
+    assert together.shape == (5, 3, 2)
+    for member in range(3):
+        alone = (x * layer.scale_in[member]) @ layer.weight.T * layer.scale_out[member] + layer.bias[member]
+        torch.testing.assert_close(together[:, member], alone)
+
+
+def test_members_learn_from_their_own_losses_and_predict_together():
+    layout = LAYOUTS["mixed"]
+    model = build("tabm", layout).eval()
+    x, y = matrix(layout), torch.tensor([0.0, 1, 1, 0, 1, 0, 0])
+    weight = torch.tensor([1.0, 1, 2, 1, 1, 3, 1])
+    members = model.logits(x)
+    assert members.shape == (7, 3)
+    assert len({tuple(column.tolist()) for column in members.T}) == 3
+    torch.testing.assert_close(model(x), members.sigmoid().mean(dim=1))
+    total = [binary_cross_entropy(m.sigmoid(), y, weight, reduction="sum") for m in members.T]
+    torch.testing.assert_close(model.loss(x, y, weight), torch.stack(total).mean() / weight.sum())
+
+
+@every_model
+def test_only_weights_decay_and_every_parameter_is_in_a_group(kind):
+    model = build(kind, LAYOUTS["dense"])
+    decayed, others = model.parameter_groups()
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert "weight_decay" not in decayed
+    assert others["weight_decay"] == 0
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(names)

@@ -5,15 +5,25 @@ import pytest
 import torch
 
 from app.bundle import OUTPUT, inputs, session
-from app.data.features import MISSING, Categories, Preprocessor, Scaled
+from app.config import LinearNumbers, PeriodicNumbers
+from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
 from app.export.onnx import MAX_DIFFERENCE, difference, export
-from app.models.tabular import LogisticRegression, MultiLayerPerceptron
+from app.models.tabular import LogisticRegression, MultiLayerPerceptron, TabularEnsemble
 
 VALUES = [MISSING, "a b", "c", "größe ✓"]
 
 
 def number(column: str, minimum: float = -2.0, maximum: float = 3.0, fill: float = 0.25) -> Scaled:
     return Scaled(column=column, minimum=minimum, maximum=maximum, fill=fill)
+
+
+def binned(column: str, encode: str = "piecewise_linear") -> Binned:
+    scores = [-1.5, -0.25, 0.0, 3.0] if encode == "quantile" else []
+    return Binned(column=column, encode=encode, edges=[-2.0, 0.5, 0.75, 3.0], scores=scores, fill=0.6)
+
+
+def exact(column: str, values: tuple[float, ...] = (-2.0, 0.1, 3.0)) -> Exact:
+    return Exact(column=column, values=values)
 
 
 def one_hot(column: str, values: list[str] = VALUES) -> Categories:
@@ -35,6 +45,16 @@ LAYOUTS = {
         embedding("d"),
         embedding("e", ["", "z"]),
     ],
+    "bins": [number("x"), binned("y"), binned("z", "quantile"), exact("x"), exact("z"), exact("y", ())],
+    "bins alone": [binned("y", "quantile")],
+}
+
+
+NETWORKS = {
+    "linear": LogisticRegression,
+    "mlp": lambda layout: MultiLayerPerceptron(layout, [16], 0.5, LinearNumbers(embed="linear")),
+    "periodic": lambda layout: MultiLayerPerceptron(layout, [16], 0.5, PeriodicNumbers(embed="periodic")),
+    "tabm": lambda layout: TabularEnsemble(layout, [16, 8], 0.5, 4, LinearNumbers(embed="linear")),
 }
 
 
@@ -43,7 +63,7 @@ def network(preprocessor: Preprocessor, seed: int = 0, kind: str = "mlp") -> tor
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         layout = preprocessor.layout
-        model = LogisticRegression(layout) if kind == "linear" else MultiLayerPerceptron(layout, [16], 0.5)
+        model = NETWORKS[kind](layout)
         for table in model.columns.embeddings:
             torch.nn.init.normal_(table.weight[1:].detach())
         return model
@@ -54,7 +74,13 @@ def rows(preprocessor: Preprocessor, count: int, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     columns = {}
     for c in preprocessor.columns:
-        if isinstance(c, Scaled):
+        if isinstance(c, Binned):
+            values = random.uniform(-5, 6, count)
+            special = random.choice([np.nan, 1e300, -1e300, 0.1, *c.edges], count)
+            columns[c.column] = np.where(random.random(count) < 0.5, special, values)
+        elif isinstance(c, Exact):
+            continue
+        elif isinstance(c, Scaled):
             span = c.maximum - c.minimum or 1.0
             values = c.minimum + span * random.uniform(-1, 2, count)
             special = random.choice([np.nan, 1e300, -1e300, c.minimum, c.maximum], count)
@@ -83,7 +109,15 @@ def made(folder, columns, seed: int = 0, kind: str = "mlp"):
 
 @pytest.fixture(
     scope="module",
-    params=[("numbers", "mlp"), ("one-hots", "linear"), ("embeddings", "linear"), ("mixed", "mlp")],
+    params=[
+        ("numbers", "mlp"),
+        ("numbers", "periodic"),
+        ("one-hots", "linear"),
+        ("embeddings", "tabm"),
+        ("mixed", "mlp"),
+        ("bins", "tabm"),
+        ("bins alone", "linear"),
+    ],
     ids="-".join,
 )
 def exported(request, tmp_path_factory):

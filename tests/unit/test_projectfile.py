@@ -90,8 +90,8 @@ def test_is_frozen_at_every_level(file, section):
         (
             "serving:",
             "sevring: {}\nserving:",
-            "small.yaml:17: sevring: unknown key (did you mean serving?); allowed: data, features, gate, "
-            "model, name, seed, serving, training",
+            "small.yaml:17: sevring: unknown key (did you mean serving?); allowed: compression, data, "
+            "evaluation, features, gate, model, name, seed, serving, training",
         ),
         (
             "{type: number}",
@@ -174,7 +174,7 @@ def test_all_faults_are_told_at_once(file):
         (
             "age: {encode: min_max}",
             "age: {encode: one_hot}",
-            "small.yaml:9: features.age: a number takes min_max, not one_hot",
+            "small.yaml:9: features.age: a number takes min_max, quantile or piecewise_linear, not one_hot",
         ),
         (
             "town: {encode: one_hot}",
@@ -185,6 +185,26 @@ def test_all_faults_are_told_at_once(file):
             "age: {encode: min_max}",
             "probability: {encode: min_max}",
             "small.yaml:9: features.probability: the model's output has this name; rename the column",
+        ),
+        (
+            '{column: bought, positive: "yes"}',
+            "{column: bought}",
+            "small.yaml:4: data.label: give exactly one of 'positive', 'above' and 'classes'",
+        ),
+        (
+            '{column: bought, positive: "yes"}',
+            '{column: bought, positive: "yes", above: 3}',
+            "small.yaml:4: data.label: give exactly one of 'positive', 'above' and 'classes'",
+        ),
+        (
+            '{column: bought, positive: "yes"}\n',
+            '{column: bought, positive: "yes"}\n  split: {by: time}\n',
+            "small.yaml:5: data.split: column: by time needs the column to go by, by content takes none",
+        ),
+        (
+            '{column: bought, positive: "yes"}\n',
+            '{column: bought, positive: "yes"}\n  split: {column: day}\n',
+            "small.yaml:5: data.split: column: by time needs the column to go by, by content takes none",
         ),
         (
             "column: bought",
@@ -218,7 +238,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(file):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "must be a mapping with the keys data, features"),
+        (b"", "must be a mapping with the keys compression, data"),
         (b"# only a remark\n", "must be a mapping"),
         (b"- name: small\n", "must be a mapping"),
         (b"just words\n", "must be a mapping"),
@@ -299,3 +319,98 @@ def test_a_set_below_a_value_is_refused(file):
 def test_a_fault_of_a_set_is_not_blamed_on_a_line_of_the_file(file, override, says):
     (line,) = faults(file, override)
     assert line.startswith(f"--set: {says}")
+
+
+def test_periodic_numbers_take_one_column(file):
+    edit(file, "hidden: [4]", "hidden: [4], numbers: {embed: periodic}")
+    assert projectfile.load(file).model.numbers.frequencies == 32
+    edit(file, "age: {encode: min_max}", "age: {encode: piecewise_linear}")
+    assert faults(file) == [
+        "small.yaml:9: features.age: model.numbers is periodic, which takes numbers of one column: say "
+        "min_max or quantile, or model.numbers: {embed: linear}"
+    ]
+
+
+def test_says_how_a_number_may_be_embedded(file):
+    edit(file, "hidden: [4]", "hidden: [4], numbers: {embed: polynomial}")
+    (fault,) = faults(file)
+    assert fault.startswith("small.yaml:11: model.numbers: ")
+    assert "'none', 'linear', 'periodic'" in fault
+
+
+def test_a_label_may_be_a_number_beyond_a_threshold(file):
+    edit(file, 'positive: "yes"', "above: 15")
+    assert projectfile.load(file).data.label.outcome == "above 15"
+
+
+def test_names_are_all_columns_that_are_read(file):
+    edit(file, 'positive: "yes"}', 'positive: "yes"}\n  split: {by: time, column: day}')
+    assert projectfile.load(file).data.names == ["age", "town", "bought", "day"]
+
+
+TWEETS = TEXT.replace('positive: "yes"', "classes: [bad, good]").replace(
+    "mlp, hidden: [4]", "text_classifier, encoder: minilm"
+)
+TWEETS = TWEETS.replace("age: {type: number}", "words: {type: text}").replace(
+    "  age: {encode: min_max}\n", ""
+)
+TWEETS = TWEETS.replace("town: {encode: one_hot}", "words: {encode: tokens, max_length: 32}")
+TWEETS += "gate: {metric: macro_f1, beat: [tfidf_logistic_regression]}\nevaluation: {slices: [town]}\n"
+
+
+@pytest.fixture
+def tweets(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(TWEETS)
+    return file
+
+
+def test_a_text_classifier_takes_a_text_and_classes(tweets):
+    project = projectfile.load(tweets)
+    assert project.data.label.classes == ["bad", "good"]
+    assert project.features["words"].max_length == 32
+    assert (project.model.layer_decay, project.model.freeze) == (0.9, False)
+    assert project.evaluation.slices == ["town"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("classes: [bad, good]", 'positive: "good"', "4: data.label.classes: a text_classifier needs them"),
+        ("[bad, good]", "[bad, bad]", "4: data.label: classes: each must stand once"),
+        ("{encode: tokens, max_length: 32}", "{encode: one_hot}", "9: features.words: a text takes tokens"),
+        (
+            "  words: {encode",
+            "  town: {encode: one_hot}\n  words: {encode",
+            "8: features: a text_classifier takes one",
+        ),
+        (
+            "text_classifier, encoder: minilm",
+            "linear",
+            "4: data.label.classes: a linear takes a binary label",
+        ),
+        (
+            "metric: macro_f1",
+            "metric: auc",
+            "19: gate.metric: of a text_classifier, one of macro_f1, accuracy",
+        ),
+        (
+            "tfidf_logistic_regression",
+            "gradient_boosting",
+            "19: gate.beat: of a text_classifier, one of constant",
+        ),
+        ("slices: [town]", "slices: [words]", "20: evaluation.slices: 'words' must be a category"),
+        ("max_length: 32", "max_length: 2", "9: features.words.max_length: "),
+    ],
+)
+def test_a_text_project_must_fit_together(tweets, old, new, expected):
+    edit(tweets, old, new)
+    (line,) = faults(tweets)
+    assert line.startswith(f"small.yaml:{expected}")
+
+
+def test_a_tabular_model_takes_no_text(file):
+    edit(file, "town: {type: category}", "town: {type: text}")
+    edit(file, "town: {encode: one_hot}", "town: {encode: tokens}")
+    (line,) = faults(file)
+    assert line.startswith("small.yaml:10: features.town: a mlp takes no text")

@@ -7,6 +7,7 @@ import pytest
 
 from app.config import Data
 from app.data.schema import Violation, conform, refuse, violations
+from app.data.split import TIME
 from app.errors import UserError
 
 DATA = Data.model_validate(
@@ -198,3 +199,53 @@ def test_conform_leaves_the_rows_in_their_order():
     frame, broken = conform(table, DATA)
     assert broken == []
     pd.testing.assert_series_equal(frame["age"], pd.Series(ages, name="age"))
+
+
+def with_label(**label) -> Data:
+    return Data.model_validate({**DATA.model_dump(), "label": {"column": "bought", **label}})
+
+
+@pytest.mark.parametrize("values", [[20.0, 15.0, -3.0, 15.5], ["20", "15", "-3", "15.5"], [20, 15, -3, 16]])
+def test_a_label_with_a_threshold_is_a_number(values):
+    frame, broken = conform(block(bought=values), with_label(above=15))
+    assert broken == []
+    assert (frame["bought"] > 15).tolist() == [True, False, False, True]
+
+
+def test_a_label_with_a_threshold_must_be_a_number():
+    _, broken = conform(block(bought=["20", "late", "inf", ""]), with_label(above=15))
+    rules = {(v.column, v.rule, v.count) for v in broken}
+    assert ("bought", "must be a number", 1) in rules
+    assert ("bought", "must not be missing", 1) in rules
+    _, (infinite,) = conform(block(bought=[20.0, 1.0, float("inf"), 2.0]), with_label(above=15))
+    assert (infinite.column, infinite.rule) == ("bought", "must be finite")
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    [({"positive": "yes"}, ["yes", None, "?", ""]), ({"above": 15}, [20.0, None, float("nan"), None])],
+)
+def test_a_missing_label_may_be_dropped(label, values):
+    frame, broken = conform(block(bought=values), with_label(**label, missing="drop"))
+    assert broken == []
+    assert frame["bought"].notna().tolist() == [True, False, False, False]
+
+
+BY_TIME = Data.model_validate({**DATA.model_dump(), "split": {"by": "time", "column": "day"}})
+
+
+def test_the_time_of_a_split_is_read_as_a_number():
+    frame, broken = conform(
+        block(day=["2013-01-01", "2013-01-02", "2013-01-03T10:00", "2013-02-01"]), BY_TIME
+    )
+    assert broken == []
+    assert np.diff(frame[TIME].astype(float)).min() > 0
+    assert "day" not in frame
+
+
+def test_a_time_that_is_none_is_told_by_the_columns_name():
+    _, broken = conform(block(day=["2013-01-01", "soon", None, ""]), BY_TIME)
+    assert {(v.column, v.rule, v.count) for v in broken} == {
+        ("day", "must be ISO 8601 or a number", 1),
+        ("day", "must not be missing", 2),
+    }

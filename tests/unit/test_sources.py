@@ -181,11 +181,11 @@ def test_text_that_is_no_csv_is_refused_with_the_file(tmp_path, content):
 
 
 def test_an_unknown_sample_is_told_with_those_there_are():
-    with pytest.raises(UserError, match="no sample is called 'iris'; there are: adult"):
+    with pytest.raises(UserError, match="no sample data set is called 'iris'; there are: adult, "):
         Files(Source(sample="iris"))
 
 
-@pytest.mark.parametrize("name", samples.SAMPLES)
+@pytest.mark.parametrize("name", samples.DATA_SETS)
 def test_samples_are_checked_like_any_file(name):
     files = Files(Source(sample=name))
     assert files.paths == [str(samples.path(name))]
@@ -219,3 +219,21 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, parquet, file_format):
     (tmp_path / "rows.csv").write_text("age,age,town,bought\n1,2,a,yes\n")
     file = parquet(twice).with_suffix(f".{file_format}")
     assert "'age'" in fault(file, file_format)
+
+
+def test_the_column_that_a_split_goes_by_is_read_too(parquet):
+    path = parquet(TABLE)
+    split = {"by": "time", "column": "day"}
+    data = Data.model_validate({**contract(path).model_dump(), "split": split})
+    with pytest.raises(UserError, match="column 'day' is missing; the file has age, town, bought, other"):
+        Files(data.source).check(data)
+    parquet(TABLE.append_column("day", pa.array([0, 1], pa.timestamp("s"))))
+    Files(data.source).check(data)
+
+
+def test_a_label_with_a_threshold_must_hold_numbers(parquet):
+    path = parquet(TABLE)
+    label = {"column": "bought", "above": 15}
+    data = Data.model_validate({**contract(path).model_dump(), "label": label})
+    with pytest.raises(UserError, match="column 'bought' must hold numbers, but its type is string"):
+        Files(data.source).check(data)

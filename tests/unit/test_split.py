@@ -1,9 +1,10 @@
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from app.config import Split
-from app.data.split import PARTS, assign
+from app.data.split import PARTS, TIME, assign, starts, times
 
 SPLIT = Split(validation=0.1, test=0.2)
 
@@ -63,3 +64,48 @@ def test_known_answer():
 
 def test_no_rows_have_no_parts():
     assert assign(rows(3).iloc[:0], SPLIT, seed=0).shape == (0,)
+
+
+BY_TIME = Split(by="time", column="day", validation=0.1, test=0.2)
+
+
+def test_by_time_the_last_rows_are_the_test_part():
+    day = np.random.default_rng(0).permutation(1000).astype(float)
+    part = assign(pd.DataFrame({TIME: day}), BY_TIME, 0, starts(day, np.ones(1000), BY_TIME))
+    assert np.bincount(part).tolist() == [700, 100, 200]
+    assert day[part == 0].max() < day[part == 1].min()
+    assert day[part == 1].max() < day[part == 2].min()
+
+
+def test_rows_of_the_same_time_stay_together():
+    # 65 rows of time 1, then 10, 15 and 10: 70 and 80 rows lie within those of time 2 and 3.
+    assert starts(np.array([3.0, 1.0, 4.0, 2.0]), np.array([15, 65, 10, 10]), BY_TIME) == (3.0, 4.0)
+
+
+def test_a_part_may_be_empty():
+    assert starts(np.array([1.0, 2.0]), np.array([95, 5]), BY_TIME) == (2.0, 2.0)
+    assert starts(np.array([1.0]), np.array([5]), BY_TIME) == (np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([0, 86_400_000, None], pa.timestamp("ms", "UTC")),
+        pa.array([0, 1, None], pa.date32()),
+        pa.array(["1970-01-01", "1970-01-02T00:00:00", None]),
+        pa.array(["1970-01-01T00:00:00Z", "1970-01-02T01:00:00+01:00", ""]),
+        pa.array(["0", "86400.0", ""]),
+        pa.array([0, 86400, None]),
+        pa.array([0.0, 86400.0, float("nan")]),
+        pa.array(["0", "86400", None]).dictionary_encode(),
+    ],
+    ids=str,
+)
+def test_times_of_many_types(column):
+    first, second, missing = times(pa.chunked_array([column]))
+    assert 0 == first < second
+    assert missing is None
+
+
+def test_text_that_is_no_time_stays():
+    assert times(pa.chunked_array([["1970-01-01", "soon"]])).tolist() == [0, "soon"]

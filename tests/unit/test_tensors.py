@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 
+from app.bundle import OUTPUT
 from app.serving import tensors
 from app.serving.protocol import Answer, Contract, Refused
 from tests.bundles import ROWS, schema
@@ -41,7 +42,7 @@ def bytes_of(*values: bytes) -> bytes:
 def test_json_tensors_become_rows(contract):
     inference = parse(contract, AGE, EDUCATION, GENDER, id="mine", parameters={"unit": "user-17"})
     assert inference.question.rows == TWO
-    assert (inference.question.unit, inference.id, inference.binary) == ("user-17", "mine", False)
+    assert (inference.question.unit, inference.id, inference.outputs) == ("user-17", "mine", {OUTPUT: False})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_nan_and_the_empty_string_are_missing(contract):
 )
 def test_the_client_says_how_it_wants_the_output(contract, parameters, outputs, binary):
     more = {"parameters": parameters} | ({"outputs": outputs} if outputs else {})
-    assert parse(contract, AGE, EDUCATION, GENDER, **more).binary is binary
+    assert parse(contract, AGE, EDUCATION, GENDER, **more).outputs == {OUTPUT: binary}
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -1,0 +1,136 @@
+"""A text and one of several classes."""
+
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from app import bundle
+from app.bundle import Bundle, Schema
+from app.config import Project, TextClassifier
+from app.data import buckets, tokens
+from app.data.prepare import LABEL, Prepared
+from app.evaluation import metrics, slices
+from app.models import text as networks
+from app.tasks import Arrays
+
+TEXTS_AT_ONCE = 64
+"""In one forward pass outside training."""
+NUM_CHECKED = 512
+"""Texts of the test part on which the exported graph is held against PyTorch."""
+
+
+class Text:
+    """A text and one of several classes."""
+
+    score = "macro_f1"
+    code: tuple[ModuleType, ...] = (networks, buckets, tokens, sys.modules[__name__])
+
+    def __init__(self, project: Project, prepared: Prepared):
+        assert isinstance(project.model, TextClassifier)
+        self.project = project
+        self.prepared = prepared
+        self.model = project.model
+        self.classes = project.data.target.classes or []
+        (self.column,) = project.features
+
+    def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
+        """`ids` int32 (rows, longest) and `lengths`, or `vectors` float32 (rows, hidden) of a frozen encoder;
+        `y` int64 and `weight` float32 (rows,)."""
+        y = np.array(frame[LABEL], dtype=np.int64)
+        labels = {"y": y, "weight": self._weights()[y]}
+        ids, lengths = tokens.encode(tokens.load(self.prepared.path / tokens.FILE), frame[self.column])
+        if not self.model.freeze:
+            return {"ids": ids.astype(np.int32), "lengths": lengths, **labels}
+        network = self.network().eval()
+        with torch.no_grad():
+            vectors = _by_length(network.vectors, torch.from_numpy(ids), torch.from_numpy(lengths))
+        return {"vectors": vectors.numpy(), **labels}
+
+    def _weights(self) -> np.ndarray:
+        """Of each class."""
+        shares = np.array(self.prepared.summary["parts"]["train"]["shares"], dtype=np.float32)
+        is_balanced = self.project.training.class_weights == "balanced"
+        return 1 / (len(shares) * shares) if is_balanced else np.ones_like(shares)
+
+    def network(self) -> networks.TextClassifier:
+        encoder = networks.load_encoder(tokens.encoder_folder(self.model.encoder))
+        kind = networks.FrozenTextClassifier if self.model.freeze else networks.TextClassifier
+        return kind(encoder, len(self.classes), self.model.dropout)
+
+    def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
+        assert isinstance(network, networks.TextClassifier)
+        return networks.parameter_groups(network, self.model.layer_decay)
+
+    def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
+        if self.model.freeze:
+            return order
+        return buckets.by_length(arrays["lengths"], order.to(arrays["lengths"].device), batch_size)
+
+    def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
+        y, weight = arrays["y"][rows], arrays["weight"][rows]
+        if self.model.freeze:
+            return arrays["vectors"][rows], y, weight
+        return *buckets.pad(arrays["ids"][rows], arrays["lengths"][rows]), y, weight
+
+    def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
+        assert isinstance(network, networks.TextClassifier)
+        if self.model.freeze:
+            return network.probabilities(arrays["vectors"]), arrays["y"]
+        return _by_length(network, arrays["ids"], arrays["lengths"]), arrays["y"]
+
+    def metrics(self, *outputs: Tensor) -> dict[str, float]:
+        """Log loss and macro F1 of probabilities (rows, classes) against labels (rows,)."""
+        probabilities, labels = (output.numpy() for output in outputs)
+        if not np.isfinite(probabilities).all():
+            return {"loss": math.nan, "macro_f1": math.nan}
+        found = metrics.evaluate_classes(labels, probabilities.astype(np.float64))
+        return {"loss": found["log_loss"], "macro_f1": found["macro_f1"]}
+
+    def export(self, network: nn.Module, folder: Path) -> float:
+        from app.export import text
+
+        assert isinstance(network, networks.TextClassifier)
+        tokenizer = self.prepared.path / tokens.FILE
+        (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
+        text.export(network, folder / "model.onnx")
+        texts = self.prepared.frame("test")[self.column].head(NUM_CHECKED)
+        ids, lengths = tokens.encode(tokens.load(tokenizer), texts)
+        return text.difference(network, folder / "model.onnx", ids, lengths)
+
+    def schema(self) -> Schema:
+        return bundle.schema_of(self.project, self.prepared.preprocessor)
+
+    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+        test = self.prepared.frame("test")
+        labels = test[LABEL].to_numpy()
+        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
+        right = (probabilities.argmax(axis=1) == labels).astype(float)
+        return {
+            "model": metrics.evaluate_classes(labels, probabilities),
+            "classes": dict(zip(self.classes, metrics.by_class(labels, probabilities), strict=True)),
+            "reliability": metrics.reliability(right, probabilities.max(axis=1)),
+            "slices": slices.slices(
+                test,
+                self.project.evaluation.slices,
+                lambda rows: slices.of_classes(labels[rows], probabilities[rows]),
+            ),
+        }
+
+    def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
+        from app.evaluation.text_baselines import baselines
+
+        return baselines(self.project, self.prepared, fresh=fresh)
+
+
+def _by_length(forward: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    """`forward(ids, mask)` of all rows, float32, those of like length together."""
+    order = lengths.argsort(stable=True)
+    given = [forward(*buckets.pad(ids[rows], lengths[rows])).float() for rows in order.split(TEXTS_AT_ONCE)]
+    return torch.cat(given)[order.argsort()]

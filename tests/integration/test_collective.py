@@ -1,0 +1,224 @@
+"""What the ranks do together, by two real processes for each backend."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.config import Training
+from app.errors import UserError
+from app.training import collective, preflight
+from tests.ranks import pair
+
+pytestmark = pytest.mark.integration
+BACKENDS = ("horovod", "ddp")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(backend, tmp_path_factory):
+    with pair(backend, tmp_path_factory.mktemp(backend)) as both:
+        yield both
+
+
+def settings(backend: str, **others) -> Training:
+    return Training(backend=backend, num_workers=2, epochs=1, batch_size=BATCH, learning_rate=RATE, **others)
+
+
+# Here: what the test asks. `_on_rank` functions: what each rank does.
+
+NUMBERS = (torch.uint8, torch.int16, torch.int64, torch.float32, torch.float64, torch.bfloat16, torch.bool)
+
+
+def numbers(rank: int, length: int, dtype: torch.dtype, *width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(0, 100, (length, *width), generator=generator).to(dtype)
+
+
+def exchange_on_rank(training: Training) -> dict:
+    ours = collective.join(training, Path(os.devnull))
+    overwritten = [numbers(ours.rank, 4, torch.int64), torch.full((2, 2), float(ours.rank))]
+    ours.broadcast(overwritten)
+    mean = torch.tensor([1.0, 10.0]) * (ours.rank + 1)
+    ours.average(mean)
+    lengths = {"same": (3, 3), "different": (5, 2), "none on one": (0, 4), "none at all": (0, 0)}
+    gathered = {
+        (case, dtype): ours.gather(numbers(ours.rank, lengths[case][ours.rank], dtype, 3))
+        for case in lengths
+        for dtype in NUMBERS
+    }
+    return {
+        "place": (ours.rank, ours.size),
+        "broadcast": overwritten,
+        "average": mean,
+        "gather": gathered,
+        "lengths": lengths,
+    }
+
+
+@pytest.fixture(scope="module")
+def exchanged(backend, ranks):
+    return ranks(exchange_on_rank, settings(backend))
+
+
+def test_each_rank_knows_its_place(exchanged):
+    assert [answer["place"] for answer in exchanged] == [(0, 2), (1, 2)]
+
+
+def test_broadcast_overwrites_with_what_rank_0_has(exchanged):
+    for answer in exchanged:
+        assert torch.equal(answer["broadcast"][0], numbers(0, 4, torch.int64))
+        assert torch.equal(answer["broadcast"][1], torch.zeros(2, 2))
+
+
+def test_average_is_the_mean_over_the_ranks(exchanged):
+    for answer in exchanged:
+        assert answer["average"].tolist() == [1.5, 15.0]
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=str)
+@pytest.mark.parametrize("case", ["same", "different", "none on one", "none at all"])
+def test_gather_joins_rows_in_the_order_of_the_ranks(exchanged, case, dtype):
+    lengths = exchanged[0]["lengths"][case]
+    whole = torch.cat([numbers(rank, length, dtype, 3) for rank, length in enumerate(lengths)])
+    for answer in exchanged:
+        ours = answer["gather"][case, dtype]
+        assert ours.dtype == dtype
+        assert torch.equal(ours, whole)
+
+
+# Gradients
+
+BATCH, RATE, STEPS = 4, 0.05, 3
+
+
+class Network(nn.Module):
+    """Small, with a table of which a batch uses only some rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(7, 3)
+        self.layers = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
+
+    def loss(self, x: Tensor, place: Tensor, y: Tensor) -> Tensor:
+        seen = torch.cat([x, self.table(place)], dim=1)
+        return (self.layers(seen).squeeze(1) - y).square().mean()
+
+
+def batch(rank: int, step: int, passes: int = 1) -> list[tuple[Tensor, ...]]:
+    """A rank's batches of a step."""
+    generator = torch.Generator().manual_seed(100 * rank + step)
+    x = torch.randn(passes * BATCH, 2, generator=generator)
+    place = torch.randint(0, 7, (passes * BATCH,), generator=generator)
+    y = torch.randn(passes * BATCH, generator=generator)
+    return list(zip(x.split(BATCH), place.split(BATCH), y.split(BATCH), strict=True))
+
+
+def train_on_rank(training: Training) -> list[Tensor]:
+    """Steps as the loop takes them; returns the gradients of each step, and the parameters at the end."""
+    ours = collective.join(training, Path(os.devnull))
+    network = Network()
+    gradients = ours.gradients(network, torch.optim.AdamW(network.parameters(), lr=RATE))
+    passes, seen = training.backward_passes_per_step, []
+    for step in range(STEPS):
+        gradients.zero()
+        for i, one in enumerate(batch(ours.rank, step, passes)):
+            with gradients.accumulating(last=i == passes - 1):
+                (gradients.loss(*one) / passes).backward()
+        gradients.reduce()
+        seen.append(flat(p.grad for p in network.parameters()))
+        with gradients.stepping():
+            gradients.optimizer.step()
+    return [*seen, flat(p.detach() for p in network.parameters())]
+
+
+def library_on_rank(training: Training) -> list[Tensor]:
+    """The same steps by the library's own means, as its manual shows them."""
+    rank = collective.join(training, Path(os.devnull)).rank
+    network = Network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+    loss = network.loss
+    if training.backend == "horovod":
+        import horovod.torch as hvd
+
+        optimizer = hvd.DistributedOptimizer(optimizer, network.named_parameters(prefix="theirs"))
+    else:
+        network.forward = network.loss
+        loss = nn.parallel.DistributedDataParallel(network)
+    seen = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss(*batch(rank, step)[0]).backward()
+        if training.backend == "horovod":
+            optimizer.synchronize()
+            seen.append(flat(p.grad for p in network.parameters()))
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
+            seen.append(flat(p.grad for p in network.parameters()))
+            optimizer.step()
+    return [*seen, flat(p.detach() for p in network.parameters())]
+
+
+def flat(tensors) -> Tensor:
+    return torch.cat([tensor.flatten().clone() for tensor in tensors])
+
+
+def alone(passes: int = 1) -> list[Tensor]:
+    """The same steps by one process that has the rows of both ranks in one batch."""
+    network = Network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+    seen = []
+    for step in range(STEPS):
+        pieces = [one for rank in range(2) for one in batch(rank, step, passes)]
+        optimizer.zero_grad()
+        network.loss(*(torch.cat(part) for part in zip(*pieces, strict=True))).backward()
+        seen.append(flat(p.grad for p in network.parameters()))
+        optimizer.step()
+    return [*seen, flat(p.detach() for p in network.parameters())]
+
+
+def check_equal(answers: list[list[Tensor]], wanted: list[Tensor], tolerance: float = 1e-6) -> None:
+    for ours, theirs in zip(*answers, strict=True):
+        assert torch.equal(ours, theirs), "the ranks must go the same way, to the bit"
+    for ours, other in zip(answers[0], wanted, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("way", ["flat", "overlapped"])
+def test_gradients_are_those_of_one_process_with_all_the_rows(backend, ranks, way, passes):
+    training = settings(backend, gradients=way, backward_passes_per_step=passes)
+    check_equal(ranks(train_on_rank, training), alone(passes))
+
+
+@pytest.mark.parametrize("way", ["flat", "overlapped"])
+def test_gradients_are_those_of_the_librarys_own_optimizer(backend, ranks, way):
+    theirs, _ = ranks(library_on_rank, settings(backend))
+    check_equal(ranks(train_on_rank, settings(backend, gradients=way)), theirs)
+
+
+@pytest.mark.parametrize("way", ["flat", "overlapped"])
+@pytest.mark.parametrize(("compression", "digits"), [("fp16", 2**-10), ("bf16", 2**-7)])
+def test_compressed_gradients_are_close_but_not_the_same(backend, ranks, way, compression, digits):
+    if (backend, way, compression) == ("horovod", "overlapped", "bf16"):
+        with pytest.raises(ValueError, match="no bf16"):
+            settings(backend, gradients=way, compression=compression)
+        return
+    answers = ranks(train_on_rank, settings(backend, gradients=way, compression=compression))
+    assert torch.equal(answers[0][-1], answers[1][-1])
+    exact, ours = alone()[0], answers[0][0]
+    assert not torch.equal(ours, exact), "nothing was compressed"
+    torch.testing.assert_close(ours, exact, rtol=0, atol=digits * exact.abs().max().item())
+
+
+def test_adasum_is_refused_where_horovod_cannot():
+    with pytest.raises(UserError, match=r"training\.horovod\.adasum: needs Horovod built with MPI or NCCL"):
+        preflight.require(settings("horovod", device="cpu", horovod={"adasum": True}))

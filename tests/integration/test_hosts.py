@@ -1,0 +1,151 @@
+"""Training on two hosts: network namespaces with their own addresses and names, and a cable between them."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from tests.nodes import Host, nodes
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and `ip`, for namespaces"
+    ),
+]
+
+CLUSTER, OTHER = "cluster0", "other0"
+SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=3")
+
+
+@dataclass(frozen=True)
+class Machine(Host):
+    name: str = ""
+    other_address: str = ""
+    """On a network that the cluster is not to use."""
+
+    def run(self, *command: str) -> str:
+        ran = subprocess.run([*self.enter, *command], check=True, capture_output=True, text=True)
+        return ran.stdout
+
+    def sent(self, interface: str) -> int:
+        """Bytes so far."""
+        (link,) = json.loads(self.run("ip", "-json", "-stats", "link", "show", interface))
+        return link["stats64"]["tx"]["bytes"]
+
+    def reaches(self, address: str, port: str) -> bool:
+        connect = f"import socket; print(socket.socket().connect_ex(({address!r}, {port})))"
+        return self.run("python3", "-c", connect).strip() == "0"
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    """Two machines with two networks; the default route is on the one that the cluster is not on."""
+    table = tmp_path_factory.mktemp("hosts") / "hosts"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    names = [f"raylway-{os.getpid()}-{letter}" for letter in "ab"]
+    try:
+        for name in names:
+            try:
+                ip("netns", "add", name)
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"no namespaces here: {error.stderr.decode().strip()}")
+            ip("-n", name, "link", "set", "lo", "up")
+        for network, link in enumerate((CLUSTER, OTHER), start=1):
+            ip("link", "add", link, "netns", names[0], "type", "veth", "peer", link, "netns", names[1])
+            for number, name in enumerate(names, start=1):
+                ip("-n", name, "address", "add", f"10.99.{network}.{number}/24", "dev", link)
+                ip("-n", name, "link", "set", link, "up")
+        machines = []
+        for number, name in enumerate(names, start=1):
+            ip("-n", name, "route", "add", "default", "via", f"10.99.2.{3 - number}")
+            begin = f'hostname {name} && mount --bind {table} /etc/hosts && exec "$@"'
+            enter = ("nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount")
+            enter = (*enter, "sh", "-c", begin, "sh")
+            machines.append(Machine(f"10.99.1.{number}", enter, name, f"10.99.2.{number}"))
+        names_of = "".join(f"{machine.address} {machine.name}\n" for machine in machines)
+        table.write_text(f"127.0.0.1 localhost\n{names_of}")
+        yield machines
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(home, hosts):
+    """Two CPUs on each host."""
+    with nodes(hosts[0]) as started:
+        for host in hosts:
+            started.join(2, host)
+        yield started
+
+
+@pytest.mark.parametrize("backend", ["horovod", "ddp"])
+def test_four_ranks_on_two_hosts(cluster, hosts, tmp_path, backend):
+    wide = (f"training.backend={backend}", "training.num_workers=4", "model.hidden=[256, 256]")
+    first, second = hosts
+    before = [(host.sent(CLUSTER), host.sent(OTHER)) for host in hosts]
+    training = cluster.train(tmp_path / "run", *SMALL, *wide, seconds_per_step=0.1)
+    training.wait_for_ranks(4, timeout=180)
+    training.wait_for("epoch", timeout=120)
+    ranks = sorted(training.ranks(), key=lambda rank: rank["rank"])
+    rendezvous = ranks[0]["environment"]
+    if backend == "horovod":
+        port = rendezvous["HOROVOD_GLOO_RENDEZVOUS_PORT"]
+        assert rendezvous["HOROVOD_GLOO_RENDEZVOUS_ADDR"] == first.address
+        assert second.reaches(first.address, port)
+        assert not second.reaches(first.other_address, port)
+        assert not first.reaches("127.0.0.1", port)
+    training.wait_for("end", timeout=120)
+    ranks = sorted(training.ranks(), key=lambda rank: rank["rank"])
+    assert sorted(rank["hostname"] for rank in ranks) == [first.name] * 2 + [second.name] * 2
+    assert [rank["hostname"] for rank in ranks[::2]] == [rank["hostname"] for rank in ranks[1::2]]
+    names = ("HOROVOD_GLOO_IFACE", "GLOO_SOCKET_IFNAME")
+    assert {rank["environment"][name] for rank in ranks for name in names} == {CLUSTER}
+    address = {host.name: host.address for host in hosts}
+    for rank in ranks:
+        rank["listens"].remove("::")  # Ray's own
+        assert set(rank["listens"]) <= {address[rank["hostname"]]}
+    assert len({rank["parameters"] for rank in ranks}) == 1
+    # A ring sends all gradients, and half of them again, over every cable in it.
+    at_least = ranks[0]["steps"] * ranks[0]["bytes"]
+    for host, (cluster_bytes, other_bytes) in zip(hosts, before, strict=True):
+        assert host.sent(CLUSTER) - cluster_bytes > at_least
+        assert host.sent(OTHER) - other_bytes < at_least / 100
+
+
+def test_a_cable_that_is_unplugged(home, hosts, tmp_path):
+    """For a moment: nothing is lost but time. For good: the group is given up, and goes on elsewhere."""
+    first, second = hosts
+    with nodes(first) as cluster:
+        for host in hosts:
+            cluster.join(1, host)
+        long = ("training.epochs=40", "training.max_failures=1")
+        training = cluster.train(tmp_path / "run", *SMALL, *long, seconds_per_step=0.05)
+        ranks = training.wait_for_ranks(2, timeout=180)
+        assert {rank["hostname"] for rank in ranks} == {first.name, second.name}
+        training.wait_for("epoch", timeout=60)
+        second.run("ip", "link", "set", CLUSTER, "down")
+        time.sleep(10)
+        second.run("ip", "link", "set", CLUSTER, "up")
+        for _ in range(3):
+            training.wait_for("epoch", timeout=60)
+        assert training.ranks(2) == ranks
+        second.run("ip", "link", "set", CLUSTER, "down")
+        left = next(rank for rank in ranks if rank["hostname"] == first.name)
+        psutil.Process(left["pid"]).wait(timeout=60)
+        cluster.join(1, first)
+        training.wait_for("note", "going on from epoch", timeout=120)
+        assert {rank["hostname"] for rank in training.ranks(2)[2:]} == {first.name}
+        history = training.wait_for("end", timeout=180)["history"]
+    second.run("ip", "link", "set", CLUSTER, "up")
+    assert [e["epoch"] for e in history] == list(range(40))

@@ -1,0 +1,208 @@
+"""What is lost when processes are killed or stopped at random moments, many times over."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import mean
+
+import psutil
+import pytest
+
+from app import projectfile
+from tests.integration.conftest import ROOT
+from tests.integration.test_training import check_same, train
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+NUM_KILLS = 20
+"""Of a rank, in one training."""
+NUM_STARTS, NUM_ROUNDS = 10, 5
+"""Kills of the command in one training, and such trainings."""
+
+EVERY = 20
+STEPS = 67
+SLOW_S = 0.02
+"""A step takes a good millisecond; this leaves room to hit one."""
+
+
+def slow(*overrides: str):
+    settings = ("data.source.limit=3000", "training.batch_size=16", f"training.max_failures={2 * NUM_KILLS}")
+    return projectfile.load("configs/smoke.yaml", [*settings, *overrides])
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_cluster):
+    from app.data.prepare import prepare
+
+    return prepare(slow())
+
+
+def wait_until(true, timeout_s: float = 400.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def meanwhile(what):
+    """Do something in a thread during the block; what it raises is raised at the end."""
+    with ThreadPoolExecutor(1) as executor:
+        future = executor.submit(what)
+        yield
+        future.result()
+
+
+def note_positions(folder):
+    """Has rank 0 note, when a group begins, where it goes on and how many steps were made before it."""
+
+    def before(loop, rank):
+        import json
+
+        resume = loop._resume
+
+        def noted(*arguments):
+            start = resume(*arguments)
+            if rank == 0:
+                made = max(file.stat().st_size for file in folder.glob("steps-*"))
+                with (folder / "positions").open("a") as file:
+                    file.write(json.dumps([start.epoch * 67 + start.step, made]) + "\n")
+            return start
+
+        loop._resume = noted
+
+    return before
+
+
+def test_killed_ranks_cost_at_most_one_checkpoint_interval_each(prepared, observed, tmp_path):
+    project = slow("training.epochs=40", f"training.checkpoints.every_steps={EVERY}")
+    seen = observed(note_positions(tmp_path), SLOW_S)
+    dice, killed = random.Random(0), []
+
+    def kill_ranks() -> None:
+        before: set[int] = set()
+        for _ in range(NUM_KILLS):
+            wait_until(lambda: len(pids := seen.pids()) == 2 and not before & set(pids.values()))  # noqa: B023
+            before = set(seen.pids().values())
+            made = seen.num_steps()
+            if dice.random() < 0.8:  # else it may be while the ranks find each other
+                wait_until(lambda: seen.num_steps() > made)  # noqa: B023
+            time.sleep(dice.uniform(0, 2))
+            rank = dice.randrange(2)
+            os.kill(seen.pids()[rank], signal.SIGKILL)
+            killed.append(rank)
+
+    began = time.monotonic()
+    with meanwhile(kill_ranks):
+        history = train(project, prepared).history
+    seconds = time.monotonic() - began
+    assert len(killed) == NUM_KILLS
+
+    positions = [json.loads(line) for line in (tmp_path / "positions").read_text().splitlines()]
+    lost = []
+    for (place, made), (next_place, next_made) in itertools.pairwise(positions):
+        lost.append(place + next_made - made - next_place)
+    assert seen.num_steps() == 40 * STEPS + sum(lost)
+    print(f"\n{NUM_KILLS} kills in {seconds:.0f} s; steps made again: {lost}, mean {mean(lost):.1f}")
+    # The last checkpoint may have been in the making, and one rank is up to a step ahead of the other.
+    assert max(lost) <= EVERY + 2
+
+    observed()
+    check_same(history, train(project, prepared).history)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank_is_found_within_a_minute(prepared, observed, rank):
+    """In the default settings."""
+    project = slow("training.epochs=6")
+    seen, measured = observed(None, SLOW_S), {}
+
+    def stop_rank() -> None:
+        wait_until(lambda: len(seen.pids()) == 2 and seen.num_steps() > 3 * STEPS)
+        stopped = seen.pids()
+        os.kill(stopped[rank], signal.SIGSTOP)
+        began = time.monotonic()
+        wait_until(lambda: not psutil.pid_exists(stopped[1 - rank]))
+        measured["found"] = time.monotonic() - began
+        wait_until(lambda: not set(stopped.values()) & set(seen.pids().values()))
+        measured["again"] = time.monotonic() - began
+        with contextlib.suppress(psutil.NoSuchProcess):
+            measured["left"] = psutil.Process(stopped[rank]).status()
+
+    with meanwhile(stop_rank):
+        history = train(project, prepared).history
+    print(f"\nrank {rank} stopped: {measured}")
+    assert measured["found"] < 60
+    assert measured.get("left") in (None, psutil.STATUS_ZOMBIE), "the stopped process must be gone"
+    observed()
+    check_same(history, train(project, prepared).history)
+
+
+COMMAND = (
+    "data.source.limit=20000", "training.batch_size=8", "training.epochs=40",
+    "training.checkpoints.every_steps=50",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(NUM_ROUNDS))
+def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed):
+    """Killed anywhere: while it prepares, trains, evaluates or registers. There is one model in the end."""
+    from app import registry
+    from app.data.prepare import prepare
+    from app.training import trainer
+
+    name, dice = f"killed-{seed}", random.Random(seed)
+    settings = [*COMMAND, f"name={name}", f"seed={seed}"]
+    command = [sys.executable, "-m", "app", "train", "configs/smoke.yaml"]
+    for setting in settings:
+        command += ["--set", setting]
+    environment = {**os.environ, "RAYLWAY_HOME": str(home)}
+    said, moments, num_killed, done = [], [], 0, False
+    while not done:
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        ) as process:
+            if len(moments) < NUM_STARTS:
+                moment = dice.uniform(1, 30)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(moment)
+                process.kill()
+                moments.append(moment)
+            output = process.stdout.read()
+            said.append(output.strip().splitlines()[-1:])
+            assert process.wait(300) in (0, -signal.SIGKILL), output
+            num_killed += process.returncode != 0
+            done = process.returncode == 0 and len(moments) == NUM_STARTS
+            assert "failed" not in output
+    print(f"\n{num_killed} killed, after {[round(m, 1) for m in moments]} s; the last line each time:")
+    print("\n".join(str(line)[:120] for line in said))
+
+    version, *others = registry.versions(name)
+    assert not others
+    assert version.version == "1"
+    project = projectfile.load("configs/smoke.yaml", settings)
+    prepared = prepare(project)
+    trained = trainer.train(project, prepared, lambda _: None)
+    assert trained.cached
+    client = registry.client()
+    (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
+    assert run.info.status == "FINISHED"
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]
+    assert sorted(steps) == list(range(40))
+    history = trained.history
+    check_same(history, train(project, prepared).history)
+    assert not list((home / "runs").iterdir())
+    assert re.fullmatch(r"\w{20}", trained.key)

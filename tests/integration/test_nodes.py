@@ -1,0 +1,80 @@
+"""Training on several nodes: Ray nodes on this machine that come, are taken away, and die."""
+
+import socket
+import time
+
+import pytest
+
+from tests.nodes import nodes
+
+pytestmark = pytest.mark.integration
+
+SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=4", "training.max_failures=0")
+
+
+@pytest.fixture
+def cluster(home):
+    """A head without CPUs, apart from the shared cluster."""
+    with nodes() as started:
+        yield started
+
+
+def listens(address: str, port: str) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex((address, int(port))) == 0
+
+
+def test_four_ranks_on_two_nodes(cluster, tmp_path):
+    where = {cluster.join(num_cpus=2).id, cluster.join(num_cpus=2).id}
+    training = cluster.train(tmp_path / "run", *SMALL, "training.num_workers=4", seconds_per_step=0.05)
+    rendezvous = training.wait_for_ranks(4, timeout=180)[0]["environment"]
+    port = rendezvous["HOROVOD_GLOO_RENDEZVOUS_PORT"]
+    assert listens(cluster.host.address, port)
+    assert not listens("127.0.0.1", port)
+    assert training.wait_for("end", timeout=90)["history"][-1]["epoch"] == 3
+    ranks = sorted(training.ranks(), key=lambda rank: rank["rank"])
+    assert [rank["node"] for rank in ranks[::2]] == [rank["node"] for rank in ranks[1::2]]
+    assert {rank["node"] for rank in ranks} == where
+    places = [[rank["environment"][f"HOROVOD_{k}_RANK"] for k in ("LOCAL", "CROSS")] for rank in ranks]
+    assert places == [["0", "0"], ["1", "0"], ["0", "1"], ["1", "1"]]
+    assert len({rank["parameters"] for rank in ranks}) == 1
+    for rank in ranks:
+        rank["listens"].remove("::")  # Ray's own
+        assert set(rank["listens"]) <= {cluster.host.address}
+
+
+@pytest.mark.slow
+def test_ranks_move_on_from_a_node_that_is_preempted(cluster, tmp_path):
+    for _ in range(2):
+        cluster.join(num_cpus=2)
+    plain = cluster.train(tmp_path / "plain", *SMALL).wait_for("end", timeout=120)["history"]
+    training = cluster.train(tmp_path / "moved", *SMALL, seconds_per_step=0.05)
+    (old,) = {rank["node"] for rank in training.wait_for_ranks(2, timeout=120)}
+    training.wait_for("epoch", timeout=60)
+    time.sleep(1)  # in the middle of the second epoch
+    cluster.drain(old, seconds=60)
+    training.wait_for("note", "a node is going away", timeout=15)
+    training.wait_for("note", "going on from epoch 2, step ", timeout=60)
+    moved = training.wait_for("end", timeout=60)["history"]
+    assert old not in {rank["node"] for rank in training.ranks()[2:]}
+    for name in ("train_loss", "validation_loss"):
+        assert [e[name] for e in moved] == pytest.approx([e[name] for e in plain], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_elastic_group_grows_and_shrinks_with_the_cluster(cluster, tmp_path):
+    stays = cluster.join(num_cpus=1)
+    elastic = ("training.num_workers=[1, 3]", "training.epochs=40", "training.max_failures=1")
+    training = cluster.train(tmp_path / "run", *SMALL, *elastic, seconds_per_step=0.05)
+    (first,) = training.wait_for_ranks(1, timeout=180)
+    assert first["node"] == stays.id
+    training.wait_for("epoch", timeout=60)
+    comes = cluster.join(num_cpus=2)
+    nodes = [rank["node"] for rank in training.wait_for_ranks(3, timeout=45)]
+    assert sorted(nodes) == sorted([stays.id, comes.id, comes.id])
+    training.wait_for("note", "3 workers", timeout=30)  # from a checkpoint
+    training.wait_for("epoch", timeout=60)
+    comes.kill()
+    training.wait_for("note", "1 workers", timeout=90)
+    epochs = [e["epoch"] for e in training.wait_for("end", timeout=200)["history"]]
+    assert epochs == list(range(40))

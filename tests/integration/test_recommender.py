@@ -1,0 +1,107 @@
+"""A recommender's life: interactions, two Horovod workers, the gate, and answers over HTTP."""
+
+import json
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from app import cluster, projectfile
+from app.serving import deploy, variants
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+NUM_USERS, NUM_ITEMS = 60, 40
+TEXT = """\
+name: films
+data:
+  source: {{path: {path}}}
+  interactions: {{user: who, item: what, time: when}}
+  columns:
+    who: {{type: category, unseen: ignore}}
+    what: {{type: category}}
+model: {{kind: ncf, width: 8, hidden: [8], negatives: 40}}
+training: {{num_workers: 2, epochs: 8, batch_size: 32, learning_rate: 0.03}}
+gate: {{metric: hr@10, minimum: {{hr@10: 0.5}}, beat: [popularity]}}
+serving:
+  port: {port}
+  variants:
+    champion: {{version: champion, weight: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Users of two kinds, each of whom had 12 of the 20 items of their kind, at times that often tie."""
+    random = np.random.default_rng(0)
+    return [
+        (f"u{user}", f"i{item + user % 2 * NUM_ITEMS // 2}", place // 2)
+        for user in range(NUM_USERS)
+        for place, item in enumerate(random.permutation(NUM_ITEMS // 2)[:12])
+    ]
+
+
+@pytest.fixture
+def file(tmp_path, rows):
+    columns = dict(zip(("who", "what", "when"), zip(*rows, strict=True), strict=True))
+    parquet.write_table(
+        pa.table({n: list(values) for n, values in columns.items()}), tmp_path / "rows.parquet"
+    )
+    file = tmp_path / "films.yaml"
+    (port,) = cluster.free_ports(1)
+    file.write_text(TEXT.format(path=tmp_path / "rows.parquet", port=port))
+    return file
+
+
+def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
+    done = raylway("train", str(file), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "600 train, 60 validation, 60 test rows" in done.stdout
+    assert "films version 1 (champion)" in done.stdout
+
+    project = projectfile.load(file)
+    deployed, _ = variants.registered(project)
+    card = (deployed["champion"].path / "card.md").read_text()
+    assert "which `what` a `who` takes next" in card
+    assert "| ease |" in card
+    test = json.loads((deployed["champion"].path / "metrics.json").read_text())
+    assert test["model"]["hr@10"] > test["baselines"]["popularity"]["hr@10"]
+
+    url = deploy.deploy(project.serving, project.name, deployed)
+    try:
+        with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+            _ask(client, rows)
+    finally:
+        deploy.undeploy()
+
+
+def _ask(client: httpx.Client, rows: list[tuple[str, str, int]]) -> None:
+    predict = "/v2/models/films/predict"
+    answer = client.post(predict, json={"rows": [{"who": "u3"}, {"who": "nobody"}], "k": 5}).json()
+    known, new = answer["predictions"]
+    assert (known["known"], new["known"]) == (True, False)
+    assert len(known["items"]) == len(new["items"]) == 5
+    of_kind = [f"i{item + NUM_ITEMS // 2}" for item in range(NUM_ITEMS // 2)]
+    assert set(known["items"]) <= set(of_kind), "of the user's own kind"
+    had = [what for who, what, when in rows if who == "u3" and when < 5]
+    assert not set(known["items"]) & set(had), "what the user has had is left out"
+
+    request = {
+        "inputs": [{"name": "who", "datatype": "BYTES", "shape": [1, 1], "data": ["u3"]}],
+        "parameters": {"k": 5},
+    }
+    items = client.post("/v2/models/films/infer", json=request).json()["outputs"][0]
+    assert (items["name"], items["data"]) == ("items", known["items"])
+
+    for body, path in (
+        ({"rows": [{"who": "u3"}], "k": 0}, "k"),
+        ({"rows": [{"who": 3}]}, "rows.0.who"),
+        ({"rows": [{}]}, "rows.0.who"),
+    ):
+        refused = client.post(predict, json=body)
+        assert (refused.status_code, refused.json()["violations"][0]["path"]) == (422, path)

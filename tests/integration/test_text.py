@@ -1,0 +1,53 @@
+"""A text model's life through the command, with a tiny encoder and two ranks."""
+
+import json
+
+import pytest
+import yaml
+
+from tests import encoders, texts
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A project whose rows are in a file beside it."""
+    folder = tmp_path_factory.mktemp("moods")
+    project = texts.project(encoders.build(folder / "encoder"))
+    rows = texts.rows(1500).drop(columns="__label__").drop_duplicates("text")
+    rows.to_parquet(folder / "rows.parquet")
+    project["data"]["source"]["path"] = str(folder / "rows.parquet")
+    project["training"] |= {"epochs": 6, "learning_rate": 0.02}
+    project["gate"]["beat"] = ["constant"]
+    (folder / "moods.yaml").write_text(yaml.safe_dump(project))
+    return folder / "moods.yaml"
+
+
+def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, file):
+    trained = raylway("train", str(file), timeout=300)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "moods version 1 (champion)" in trained.stdout
+
+    from app import registry
+    from app.bundle import Bundle
+
+    version = registry.resolve("moods", "champion")
+    bundle = Bundle(version.path)
+    bundle.check_example()
+    metrics = json.loads((version.path / "metrics.json").read_text())
+    assert metrics["model"]["macro_f1"] > 0.8
+    assert set(metrics["slices"]["about"]) == {"flights", "phones", "(missing)"}
+    assert set(metrics["baselines"]) == {"constant", "tfidf_logistic_regression"}
+    assert metrics["onnx_difference"] < 1e-4
+
+    compressed = raylway("compress", str(version.path), timeout=300)
+    assert compressed.returncode == 0, compressed.stdout + compressed.stderr
+    assert "test macro_f1" in compressed.stdout
+
+    frozen = raylway("train", str(file), "--set", "model.freeze=true", "--set", "gate.beat=[]", timeout=300)
+    assert "text_classifier, 2 Horovod workers" in frozen.stdout, frozen.stdout + frozen.stderr

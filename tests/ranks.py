@@ -1,0 +1,85 @@
+"""Two real ranks for a test, without Ray: processes that have joined over Horovod or torch.distributed."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60
+
+
+class Pair:
+    """Has both ranks call a function of a module, and returns what each returned."""
+
+    def __init__(self, pipes: list[Any]):
+        self._pipes = pipes
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for pipe in self._pipes:
+            assert pipe.poll(TIMEOUT_S), "a rank hangs"
+            answers.append(pipe.recv())
+        failures = [answer for failed, answer in answers if failed]
+        assert not failures, "\n".join(failures)
+        return [answer for _, answer in answers]
+
+
+@contextmanager
+def pair(backend: str, folder: Path) -> Iterator[Pair]:
+    """Two ranks over `horovod` or `ddp`; `folder` is for what they need to find each other."""
+    spawn = multiprocessing.get_context("spawn")
+    pipes, processes, server = [], [], None
+    if backend == "horovod":
+        from app.training.horovod import _serve, slots
+
+        places = slots(["here", "here"])
+        server = _serve("127.0.0.1", places)
+        rendezvous = {
+            "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
+            "HOROVOD_CONTROLLER": "gloo",
+            "HOROVOD_CPU_OPERATIONS": "gloo",
+            "HOROVOD_GLOO_IFACE": "lo",
+        }
+        environments = [{**place.environment(), **rendezvous} for place in places]
+    else:
+        environments = [{"GLOO_SOCKET_IFNAME": "lo"}] * 2
+    try:
+        for rank, environment in enumerate(environments):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(
+                target=_serve_one, args=(theirs, backend, rank, str(folder / "store"), environment)
+            )
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        yield Pair(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+        if server:
+            server.shutdown()
+            server.server_close()
+
+
+def _serve_one(pipe: Any, backend: str, rank: int, store: str, environment: dict[str, str]) -> None:
+    """A rank's life: join, then call what comes through the pipe until it is killed."""
+    os.environ.update(environment)
+    import torch
+
+    torch.set_num_threads(1)
+    if backend == "ddp":
+        torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    while True:
+        function, arguments = pipe.recv()
+        try:
+            pipe.send((False, function(*arguments)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))

@@ -1,0 +1,65 @@
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
+
+from app.training import elastic
+from app.training.elastic import RoomNow
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    """Makes the policy of 2 to 8 workers on a cluster with so many free CPUs by node."""
+
+    def make(free, draining=()):
+        state = SimpleNamespace(
+            available_resources_per_node=lambda: {node: {"CPU": n} for node, n in free.items()},
+            get_draining_nodes=lambda: dict.fromkeys(draining, 0),
+        )
+        monkeypatch.setattr(ray._private.state, "state", state)
+        monkeypatch.setattr(elastic, "SETTLE_S", 0.0)
+        monkeypatch.setattr(RoomNow, "_maybe_send_resource_request", lambda self: None)
+        return RoomNow(ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0))
+
+    return make
+
+
+def running_on(*nodes):
+    workers = [SimpleNamespace(metadata=SimpleNamespace(node_id=node)) for node in nodes]
+    return SimpleNamespace(start_time=0.0, workers=workers, num_workers=len(workers))
+
+
+@pytest.mark.parametrize(
+    ("free", "draining", "expected"),
+    [
+        ({"a": 3.0, "b": 2.5}, (), 5),
+        ({"a": 3.0, "b": 2.5}, ("a",), 2),
+        ({"a": 30.0}, (), 8),
+    ],
+)
+def test_a_group_starts_with_as_many_workers_as_nodes_that_stay_have_room_for(
+    policy, free, draining, expected
+):
+    decision = policy(free, draining).make_decision_for_non_running_worker_group()
+    assert decision.num_workers == expected
+
+
+def test_a_group_waits_until_there_is_room_for_the_least(policy):
+    waiting = policy({"a": 1.0, "b": 0.5})
+    assert isinstance(waiting.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
+@pytest.mark.parametrize(
+    ("free", "draining", "expected"),
+    [
+        ({"a": 0.0, "b": 0.0}, (), None),
+        ({"a": 1.0, "b": 0.0, "c": 2.0}, (), 6),
+        ({"a": 0.0, "b": 0.0}, ("b",), 2),
+    ],
+)
+def test_a_running_group_keeps_its_places_and_takes_free_ones(policy, free, draining, expected):
+    group = running_on("a", "a", "b")
+    decision = policy(free, draining).make_decision_for_running_worker_group(group, None)
+    assert getattr(decision, "num_workers", None) == expected

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.config import Training
+from app.training import gradients
+from app.training.gradients import OVERLAP_FROM, Flat, overlaps
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(4, 3, padding_idx=0)
+        self.layers = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 1))
+
+    def loss(self, x: Tensor, place: Tensor) -> Tensor:
+        return self.layers(torch.cat([x, self.table(place)], dim=1)).sum()
+
+
+BATCH = (torch.tensor([[0.1, 0.2], [0.3, -0.4]]), torch.tensor([1, 2]))
+
+
+def flat(network: nn.Module, exchange=lambda buffer: None) -> Flat:
+    return Flat(network, torch.optim.AdamW(network.parameters(), lr=0.1), exchange)
+
+
+def test_gradients_are_views_of_one_buffer_that_backward_fills():
+    network, plain = Network(), Network()
+    ours = flat(network)
+    views = [p.grad for p in network.parameters()]
+    ours.loss(*BATCH).backward()
+    plain.loss(*BATCH).backward()
+    for parameter, view, other in zip(network.parameters(), views, plain.parameters(), strict=True):
+        assert parameter.grad is view, "backward must add to the view, not put another tensor in its place"
+        assert torch.equal(view, other.grad)
+    whole = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    assert torch.equal(ours.buffer, whole)
+
+    ours.zero()
+    assert not any(p.grad.any() for p in network.parameters())
+    ours.loss(*BATCH).backward()
+    assert torch.equal(ours.buffer, whole), "zero must forget the step before"
+
+
+def test_the_exchange_gets_the_buffer_and_the_optimizer_steps_from_it():
+    network, plain = Network(), Network()
+    ours = flat(network, exchange=lambda buffer: buffer.mul_(2))
+    ours.loss(*BATCH).backward()
+    ours.reduce()
+    with ours.stepping():
+        ours.optimizer.step()
+    (2 * plain.loss(*BATCH)).backward()
+    torch.optim.AdamW(plain.parameters(), lr=0.1).step()
+    for one, other in zip(network.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_frozen_parameters_have_no_place_in_the_buffer():
+    network = Network()
+    network.table.weight.requires_grad_(False)
+    size = sum(p.numel() for p in network.layers.parameters())
+    assert flat(network).buffer.numel() == size
+    assert network.table.weight.grad is None
+
+
+def sized(count: int, frozen: int = 0) -> nn.Module:
+    """A network with so many parameters that learn, and others that do not."""
+    network = nn.ParameterList([nn.Parameter(torch.zeros(count)), nn.Parameter(torch.zeros(frozen))])
+    network[1].requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize("backend", ["horovod", "ddp"])
+@pytest.mark.parametrize(
+    ("size", "frozen", "wanted"),
+    [
+        (OVERLAP_FROM - 1, 0, False),
+        (OVERLAP_FROM, 0, True),
+        (OVERLAP_FROM - 1, OVERLAP_FROM, False),
+    ],
+)
+def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen, wanted):
+    assert overlaps(training(backend=backend), sized(size, frozen)) is wanted
+
+
+def test_a_project_may_say_which(monkeypatch):
+    monkeypatch.setattr(gradients, "OVERLAP_FROM", 5)
+    assert overlaps(training(gradients="overlapped"), sized(4))
+    assert not overlaps(training(gradients="flat"), sized(6))
+
+
+@pytest.mark.parametrize(("backend", "wanted"), [("horovod", False), ("ddp", True)])
+def test_auto_knows_that_horovod_overlaps_no_bf16(monkeypatch, backend, wanted):
+    monkeypatch.setattr(gradients, "OVERLAP_FROM", 5)
+    assert overlaps(training(backend=backend, compression="bf16"), sized(6)) is wanted
+
+
+def training(**settings) -> Training:
+    return Training(num_workers=2, epochs=1, batch_size=4, learning_rate=0.1, **settings)
