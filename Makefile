@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check clean
+.PHONY: setup demo test test-slow check bench clean
 
 setup:
 	@$(PYTHON) -m app.install
@@ -20,6 +20,10 @@ check: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+bench: setup
+	@$(BIN)/python benchmarks/bench_train.py
+	@$(BIN)/python benchmarks/bench_quality.py
 
 clean:
 	rm -rf .venv .raylway build *.egg-info

@@ -131,9 +131,7 @@ MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
 # How
 
 
-def _step_times(
-    name: str, file: str, settings: tuple[str, ...], rounds: int, bare: str
-) -> dict[str, Any]:
+def _step_times(name: str, file: str, settings: tuple[str, ...], rounds: int, bare: str) -> dict[str, Any]:
     """`bare` is the plain Horovod loop to compare with: the better one for this size of network."""
     project, prepared = _prepared(file, settings)
     found: Rounds = {"ours": [], "ddp": [], bare: []}
