@@ -68,9 +68,10 @@ class Tabular:
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
         """Log loss and AUC of probabilities (rows,) against labels (rows,)."""
         probabilities, labels = outputs
+        if not probabilities.isfinite().all():  # the training has diverged; PyTorch would refuse them
+            return {"loss": math.nan, "auc": math.nan}
         loss = log_loss(probabilities.double(), labels.double()).item()
-        score = metrics.auc(labels.numpy(), probabilities.numpy()) if math.isfinite(loss) else math.nan
-        return {"loss": loss, "auc": score}
+        return {"loss": loss, "auc": metrics.auc(labels.numpy(), probabilities.numpy())}
 
     def export(self, network: nn.Module, folder: Path) -> float:
         from app.export import onnx

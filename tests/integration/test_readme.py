@@ -39,6 +39,7 @@ def checkout(tmp_path):
     return top
 
 
+@pytest.mark.timeout(1200)  # it trains eight times
 def test_every_command_of_the_readme_works(checkout, tmp_path):
     ours = ("RAY", "MLFLOW")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
@@ -47,7 +48,7 @@ def test_every_command_of_the_readme_works(checkout, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as file:
         done = subprocess.run(
-            ["bash", "-c", script], cwd=checkout, env=environment, stdout=file, stderr=file, timeout=500
+            ["bash", "-c", script], cwd=checkout, env=environment, stdout=file, stderr=file, timeout=1100
         )
     said = log.read_text()
     assert done.returncode == 0, said[-6000:]
