@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.errors import UserError
+from app.horovod_patches import PATCHES
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
@@ -30,13 +31,6 @@ STAMP = VENV / ".raylway-installed"
 TORCH = "torch==2.13.0"
 HOROVOD = "horovod==0.28.1"
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake")
-RIGHT_INTERFACE = (
-    "horovod/common/gloo/gloo_context.cc",
-    "device_attr.iface = gloo_iface_;",
-    "device_attr.iface = global_context.gloo_iface_;",
-)
-"""File, wrong, right. Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the
-gradients, made last in this file, go over the interface of the host's own name, or abort if it has none."""
 CXX_STANDARD = 20
 """Horovod 0.28.1 asks for C++14, which PyTorch's headers no longer compile as."""
 BUILD_MINUTES = "2 to 5 minutes on two cores"
@@ -68,7 +62,8 @@ def install() -> None:
 def _state() -> str:
     """What the environment depends on, as a hash."""
     digest = hashlib.sha256(f"{ROOT} {sys.version}".encode())
-    for name in ("pyproject.toml", "constraints.txt", "app/install.py", "app/data/samples.py"):
+    code = ("app/install.py", "app/horovod_patches.py", "app/data/samples.py")
+    for name in ("pyproject.toml", "constraints.txt", *code):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 
@@ -88,7 +83,7 @@ def _horovod_wheel(compiler: str) -> Path:
     """Horovod's wheel for this Python, PyTorch and platform: from the user's cache, or built into it."""
     nccl = _nccl_home()
     operations = "nccl" if nccl else "gloo"
-    digest = hashlib.sha256(repr(RIGHT_INTERFACE).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr(PATCHES).encode()).hexdigest()[:8]
     tag = f"py{sys.version_info.major}{sys.version_info.minor}-{platform.system()}-{platform.machine()}"
     build = subprocess.check_output(
         [PYTHON, "-c", "import torch; print(torch.__version__)"], text=True
@@ -157,17 +152,17 @@ def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:
 
 
 def _horovod_source(scratch: Path) -> Path:
-    """Horovod's source, unpacked and mended."""
+    """Horovod's source, unpacked and patched."""
     _pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(scratch), HOROVOD)
     (archive,) = scratch.glob("horovod-*.tar.gz")
     with tarfile.open(archive) as packed:
         packed.extractall(scratch, filter="data")
     source = scratch / archive.name.removesuffix(".tar.gz")
-    name, wrong, right = RIGHT_INTERFACE
-    before, found, after = (source / name).read_text().rpartition(wrong)
-    if not found:
-        raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{wrong}`")
-    (source / name).write_text(before + right + after)
+    for name, old, new in PATCHES:
+        before, found, after = (source / name).read_text().rpartition(old)
+        if not found:
+            raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{old}`")
+        (source / name).write_text(before + new + after)
     return source
 
 

@@ -43,8 +43,10 @@ class Horovod(Section):
     fusion_threshold_mb: float = Field(128, ge=0)
     """Gradients that are ready together are sent together, up to this size. Larger pays on slow links with
     many small layers, smaller where the first layers wait for the last; 0 sends each alone."""
-    cycle_time_ms: float = Field(1.0, gt=0)
-    """How long a rank gathers ready gradients before it sends them. Longer fuses more and delays the last."""
+    cycle_time_ms: float = Field(10.0, gt=0)
+    """How long a rank gathers ready gradients before it sends them, unless the step waits for them already.
+    Longer fuses more, and its rounds of messages take less from the backward pass; shorter sends the first
+    ones earlier."""
     adasum: bool = False
     """Combine gradients by Adasum (Maleki et al., 2021) instead of their mean: large numbers of ranks then
     need no other learning rate. Needs Horovod built with MPI or NCCL."""

@@ -12,6 +12,7 @@ NEEDED = (
     "app/__init__.py",
     "app/errors.py",
     "app/install.py",
+    "app/horovod_patches.py",
     "app/data/__init__.py",
     "app/data/samples.py",
     "pyproject.toml",
@@ -72,7 +73,8 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
 
 
 @pytest.mark.parametrize(
-    "name", ["pyproject.toml", "constraints.txt", "app/install.py", "app/data/samples.py"]
+    "name",
+    ["pyproject.toml", "constraints.txt", "app/install.py", "app/horovod_patches.py", "app/data/samples.py"],
 )
 def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):
     path = programs()

@@ -1,0 +1,84 @@
+"""What is changed in Horovod's source before it is built: `PATCHES` of (file, old text, new text).
+
+Each old text stands once in the file, or its last place is meant.
+"""
+
+RIGHT_INTERFACE = (
+    (
+        "horovod/common/gloo/gloo_context.cc",
+        "device_attr.iface = gloo_iface_;",
+        "device_attr.iface = global_context.gloo_iface_;",
+    ),
+)
+"""Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the gradients, made last in
+this file, go over the interface of the host's own name, or abort if it has none."""
+
+WAKE_WHEN_WAITED_FOR = (
+    (
+        "horovod/common/global_state.h",
+        "#include <queue>\n",
+        "#include <condition_variable>\n#include <mutex>\n#include <queue>\n",
+    ),
+    (
+        "horovod/common/global_state.h",
+        "  std::chrono::steady_clock::time_point last_cycle_start;\n",
+        """  std::chrono::steady_clock::time_point last_cycle_start;
+
+  // How many threads wait for a result.
+  int num_waiting = 0;
+  std::mutex waiting_mutex;
+  std::condition_variable waiting;
+""",
+    ),
+    (
+        "horovod/common/operations.cc",
+        "    std::this_thread::sleep_for(sleep_duration);\n  }\n  state.last_cycle_start",
+        """    std::unique_lock<std::mutex> lock(state.waiting_mutex);
+    state.waiting.wait_for(lock, sleep_duration, [&] { return state.num_waiting > 0; });
+  }
+  state.last_cycle_start""",
+    ),
+    (
+        "horovod/common/operations.cc",
+        "int horovod_is_initialized() {",
+        """void horovod_waiting(int change) {
+  {
+    std::lock_guard<std::mutex> lock(horovod_global.waiting_mutex);
+    horovod_global.num_waiting += change;
+  }
+  horovod_global.waiting.notify_all();
+}
+
+int horovod_is_initialized() {""",
+    ),
+    (
+        "horovod/common/operations.h",
+        'extern "C" {\n',
+        """extern "C" {
+
+// Tells the background thread that one more thread (1), or one fewer (-1), waits for a result.
+void horovod_waiting(int change);
+""",
+    ),
+    (
+        "horovod/torch/mpi_ops_v2.cc",
+        "void WaitAndClear(int handle) {\n",
+        "void WaitAndClear(int handle) {\n  common::horovod_waiting(1);\n",
+    ),
+    (
+        "horovod/torch/mpi_ops_v2.cc",
+        "  auto status = handle_manager.ReleaseHandle(handle);\n  ThrowIfError(*status);\n}\n\nvoid Reset",
+        """  common::horovod_waiting(-1);
+  auto status = handle_manager.ReleaseHandle(handle);
+  ThrowIfError(*status);
+}
+
+void Reset""",
+    ),
+)
+"""Horovod's background thread sleeps for the cycle time between two looks at what is ready, so that it finds
+several gradients at once. It slept even while the program did nothing but wait for it, so a short cycle was
+needed, and a short cycle takes the cores from the backward pass: each look is a round of messages among all ranks.
+Now it sleeps only as long as nobody waits, and the cycle can be long."""
+
+PATCHES = RIGHT_INTERFACE + WAKE_WHEN_WAITED_FOR
