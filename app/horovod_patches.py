@@ -10,8 +10,8 @@ RIGHT_INTERFACE = (
         "device_attr.iface = global_context.gloo_iface_;",
     ),
 )
-"""Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the gradients, made last in
-this file, go over the interface of the host's own name, or abort if it has none."""
+"""Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the gradients, made last
+in this file, go over the interface of the host's own name, or abort if it has none."""
 
 WAKE_WHEN_WAITED_FOR = (
     (
@@ -76,9 +76,9 @@ void horovod_waiting(int change);
 void Reset""",
     ),
 )
-"""Horovod's background thread sleeps for the cycle time between two looks at what is ready, so that it finds
+"""Between two looks at what is ready, Horovod's background thread sleeps for the cycle time, so that it finds
 several gradients at once. It slept even while the program did nothing but wait for it, so a short cycle was
-needed, and a short cycle takes the cores from the backward pass: each look is a round of messages among all ranks.
-Now it sleeps only as long as nobody waits, and the cycle can be long."""
+needed; and each look is a round of messages among all ranks, taken from the backward pass. Now it sleeps
+only as long as nobody waits, and the cycle can be long."""
 
 PATCHES = RIGHT_INTERFACE + WAKE_WHEN_WAITED_FOR

@@ -25,7 +25,7 @@ from mlflow.tracking import MlflowClient
 
 from app import bundle
 from app.config import Project
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 from app.home import home
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -95,7 +95,8 @@ class Run:
 def run(project: Project, key: str, *, fresh: bool = False) -> Iterator[Run]:
     """The MLflow run that makes the bundle with this key: the one there is, or a new one.
 
-    It ends FINISHED, or FAILED if the body raises; a process that is killed leaves it RUNNING.
+    It ends FINISHED, KILLED if somebody stopped it, or FAILED if the body raises otherwise; a process that
+    is killed leaves it RUNNING.
     """
     ours = client()
     experiment = ours.get_experiment_by_name(project.name)
@@ -115,6 +116,9 @@ def run(project: Project, key: str, *, fresh: bool = False) -> Iterator[Run]:
         ours.log_batch(current.id, params=[Param(k, str(v)) for k, v in _parameters(project)])
     try:
         yield current
+    except (Interrupted, KeyboardInterrupt):
+        ours.set_terminated(current.id, RunStatus.to_string(RunStatus.KILLED))
+        raise
     except BaseException:
         ours.set_terminated(current.id, RunStatus.to_string(RunStatus.FAILED))
         raise

@@ -87,6 +87,7 @@ def train(settings: dict[str, Any]) -> nn.Module:
             tell.saved()
 
     watchdog = Watchdog(training.hang_timeout_s)
+    network.register_forward_hook(lambda *_: watchdog.beat())  # validation takes the time of many steps
     every, look_every, outcome = training.checkpoints.every_steps, 1, ""
     epoch, done = start.epoch, start.step
     for epoch in range(start.epoch, training.epochs):

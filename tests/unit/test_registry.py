@@ -1,6 +1,7 @@
 """Against MLflow itself, with SQLite and files in one state directory for the module: it takes seconds."""
 
 import contextlib
+import signal
 import shutil
 
 import mlflow
@@ -10,7 +11,7 @@ import pytest
 from app import bundle, registry
 from app.bundle import Bundle, columns_of
 from app.config import Project
-from app.errors import UserError
+from app.errors import Interrupted, UserError
 from tests.bundles import PROJECT, ROWS, build
 
 
@@ -122,22 +123,30 @@ def status(run: registry.Run) -> str:
     return registry.client().get_run(run.id).info.status
 
 
-def stopped(name: str, key: str, error: type[BaseException]) -> registry.Run:
+def stopped(name: str, key: str, error: BaseException) -> registry.Run:
     """A run whose training broke off in its third epoch."""
-    with contextlib.suppress(error), registry.run(project(name), key) as run:
+    with contextlib.suppress(type(error)), registry.run(project(name), key) as run:
         for number in (0, 1):
             run.log_epoch(epoch(number, 1 - number / 10))
         raise error
     return run
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_run_whose_body_raises_has_failed(error):
-    assert status(stopped("failed", error.__name__, error)) == "FAILED"
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (RuntimeError(), "FAILED"),
+        (UserError("a mistake"), "FAILED"),
+        (Interrupted("a checkpoint is kept", signal.SIGTERM), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+    ],
+)
+def test_a_run_whose_body_raises_says_whether_somebody_stopped_it(error, end):
+    assert status(stopped("failed", type(error).__name__, error)) == end
 
 
 def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
-    first = stopped("resumed", "key", KeyboardInterrupt)
+    first = stopped("resumed", "key", KeyboardInterrupt())
     with registry.run(project("resumed"), "key") as again:
         assert status(again) == "RUNNING"
         for number in (1, 2, 2):
