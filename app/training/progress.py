@@ -1,6 +1,8 @@
 """What the ranks and the one who started them tell each other. Imports little: it is an actor."""
 
 import asyncio
+import contextlib
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +11,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-POLL_S = 0.2
+WAIT_S = 10.0
+"""How long a question for news waits for some: questions without end would take CPU time from
+the ranks."""
 
 
 @ray.remote(num_cpus=0)
@@ -26,7 +30,12 @@ class _Progress:
             self._events.append((kind, what))
             self._change.notify_all()
 
-    async def since(self, count: int) -> list[tuple[str, Any]]:
+    async def since(self, count: int, wait_s: float) -> list[tuple[str, Any]]:
+        """The events after the first `count`, as soon as there are any, or none after `wait_s` seconds."""
+        async with self._change:
+            with contextlib.suppress(TimeoutError):
+                news = self._change.wait_for(lambda: len(self._events) > count)
+                await asyncio.wait_for(news, wait_s)
         return self._events[count:]
 
     async def want(self, wish: str) -> None:
@@ -122,12 +131,18 @@ class Listener:
     def _ends(self, what: dict[str, Any]) -> None:
         self._end = what
 
-    def _listen_once(self) -> None:
-        with self._lock:
-            for kind, what in ray.get(self.actor.since.remote(self._count)):
+    def _listen_once(self, wait_s: float = 0.0) -> None:
+        first = self._count
+        events = ray.get(self.actor.since.remote(first, wait_s))
+        with self._lock:  # another thread may have heard some of them meanwhile
+            for kind, what in events[self._count - first :]:
                 self._count += 1
-                if kind in self._hear:  # `saved` is for whoever waits in `save`
+                if kind not in self._hear:  # `saved` is for whoever waits in `save`
+                    continue
+                try:
                     self._hear[kind](what)
+                except Exception:  # what is done with the news must not end the training: its history is kept
+                    logging.getLogger(__name__).exception("nobody could be told of: %s %s", kind, what)
 
 
 @contextmanager
@@ -139,8 +154,9 @@ def listening(
     done = threading.Event()
 
     def listen() -> None:
-        while not done.wait(POLL_S):
-            listener._listen_once()
+        with contextlib.suppress(ray.exceptions.RayActorError):  # it is killed below
+            while not done.is_set():
+                listener._listen_once(WAIT_S)
 
     thread = threading.Thread(target=listen, name="progress", daemon=True)
     thread.start()
@@ -149,5 +165,5 @@ def listening(
         listener._listen_once()
     finally:
         done.set()
-        thread.join()
         ray.kill(listener.actor)
+        thread.join()
