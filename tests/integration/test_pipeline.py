@@ -11,7 +11,8 @@ import httpx
 import pandas as pd
 import pytest
 
-from app import cluster
+from app import cluster, projectfile
+from app.errors import UserError
 from tests.integration.conftest import ROOT
 
 pytestmark = [
@@ -191,16 +192,25 @@ BAD_FRAMES = {
 }
 
 
-def check_refused(raylway, home, path, message):
+def source(path):
+    return f"data.source={{path: {path}, format: {path.suffix[1:]}}}"
+
+
+@contextmanager
+def nothing_left(home):
+    """Nothing half-written stays behind."""
     before = sorted((home / "stages" / "prepare").glob("*"))
-    source = f"data.source={{path: {path}, format: {path.suffix[1:]}}}"
-    refused = raylway("train", "configs/smoke.yaml", "--set", source)
+    yield
+    assert sorted((home / "stages" / "prepare").glob("*")) == before
+
+
+def check_refused(raylway, home, path, message):
+    with nothing_left(home):
+        refused = raylway("train", "configs/smoke.yaml", "--set", source(path))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert refused.stderr.startswith("error: ")
     assert message in refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr
-    # Nothing half-written stays behind.
-    assert sorted((home / "stages" / "prepare").glob("*")) == before
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
@@ -212,10 +222,15 @@ def test_bad_file(case, raylway, home, tmp_path):
 
 
 @pytest.mark.parametrize("case", BAD_FRAMES)
-def test_bad_data(case, raylway, home, tmp_path):
+def test_bad_data(case, ray_cluster, home, tmp_path):
+    """In this process: the tests beside this one show what a command makes of it."""
+    from app.data.prepare import prepare
+
     change, message = BAD_FRAMES[case]
-    change(frame()).to_parquet(tmp_path / "data.parquet")
-    check_refused(raylway, home, tmp_path / "data.parquet", message)
+    change(frame()).to_parquet(path := tmp_path / "data.parquet")
+    project = projectfile.load("configs/smoke.yaml", [source(path)])
+    with nothing_left(home), pytest.raises(UserError, match=re.escape(message)):
+        prepare(project)
 
 
 def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
@@ -229,9 +244,17 @@ def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
 
 def test_csv_trains_like_parquet(raylway, tmp_path):
     frame().to_csv(tmp_path / "data.csv", index=False)
-    source = f"data.source={{path: {tmp_path / 'data.csv'}, format: csv}}"
     gate = "gate={minimum: {auc: 0.1}, beat: []}"
-    done = raylway("train", "configs/smoke.yaml", "--set", source, "--set", gate, "--set", "name=fromcsv")
+    done = raylway(
+        "train",
+        "configs/smoke.yaml",
+        "--set",
+        source(tmp_path / "data.csv"),
+        "--set",
+        gate,
+        "--set",
+        "name=fromcsv",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

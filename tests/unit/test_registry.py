@@ -1,8 +1,8 @@
 """Against MLflow itself, with SQLite and files in one state directory for the module: it takes seconds."""
 
 import contextlib
-import signal
 import shutil
+import signal
 
 import mlflow
 import numpy as np
