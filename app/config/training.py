@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, PositiveInt, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, PositiveInt, model_validator
 
 from app.config.section import Section
 
@@ -61,7 +61,7 @@ class Training(Section):
     backend: Literal["horovod", "ddp"] = "horovod"
     """What carries the gradients: Horovod, or PyTorch's DistributedDataParallel. The same loop, the same
     numbers."""
-    num_workers: Annotated[int | tuple[int, int], PlainValidator(_workers)]
+    num_workers: Annotated[int | tuple[int, int], PlainValidator(_workers), PlainSerializer(lambda n: n)]
     """Ranks, one process each. `[min, max]` is elastic: as many as the cluster has room for, more when nodes
     come, fewer when they go."""
     epochs: PositiveInt

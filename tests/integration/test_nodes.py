@@ -64,7 +64,7 @@ def test_ranks_move_on_from_a_node_that_is_preempted(cluster, tmp_path):
 @pytest.mark.slow
 def test_an_elastic_group_grows_and_shrinks_with_the_cluster(cluster, tmp_path):
     stays = cluster.join(num_cpus=1)
-    elastic = ("training.num_workers=[1, 3]", "training.epochs=40", "training.max_failures=1")
+    elastic = ("training.num_workers=[1, 3]", "training.epochs=20", "training.max_failures=1")
     training = cluster.train(tmp_path / "run", *SMALL, *elastic, seconds_per_step=0.05)
     (first,) = training.wait_for_ranks(1, timeout=180)
     assert first["node"] == stays.id
@@ -77,4 +77,4 @@ def test_an_elastic_group_grows_and_shrinks_with_the_cluster(cluster, tmp_path):
     comes.kill()
     training.wait_for("note", "1 workers", timeout=90)
     epochs = [e["epoch"] for e in training.wait_for("end", timeout=200)["history"]]
-    assert epochs == list(range(40))
+    assert epochs == list(range(20))

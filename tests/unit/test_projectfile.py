@@ -1,10 +1,11 @@
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from app import projectfile
-from app.config import Training
+from app.config import Project, Training
 from app.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -66,6 +67,13 @@ def test_loads_what_is_written_and_fills_in_defaults(file):
     assert project.data.columns["age"].type == "number"
     assert project.model.hidden == [4]
     assert (project.seed, project.data.split.test, project.gate.beat) == (0, 0.2, ["constant"])
+
+
+@pytest.mark.parametrize("workers", [2, (1, 3)])
+def test_is_the_same_after_a_way_through_json(file, workers):
+    project = projectfile.load(file, [f"training.num_workers={json.dumps(workers)}"])
+    assert project.training.num_workers == workers
+    assert Project.model_validate_json(project.model_dump_json()) == project
 
 
 @pytest.mark.parametrize("section", ["data", "model", "training", "serving"])
