@@ -192,7 +192,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed
 
     version, *others = registry.versions(name)
     assert not others
-    assert version.version == "1"
+    assert str(version.version) == "1"
     project = projectfile.load("configs/smoke.yaml", settings)
     prepared = prepare(project)
     trained = trainer.train(project, prepared, lambda _: None)
