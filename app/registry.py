@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 from app import bundle
 from app.config import Project
 from app.errors import Interrupted, UserError
-from app.home import home
+from app.home import database_url, home
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 KEY_TAG = "raylway.key"
@@ -48,8 +48,8 @@ class Version:
 
 
 def uri() -> str:
-    """Where MLflow keeps its tables: $RAYLWAY_DATABASE_URL, or SQLite in the state directory."""
-    return os.environ.get("RAYLWAY_DATABASE_URL") or f"sqlite:///{home() / 'mlflow.db'}"
+    """Where MLflow keeps its tables."""
+    return database_url("mlflow.db")
 
 
 def client() -> MlflowClient:

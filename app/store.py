@@ -1,10 +1,12 @@
 """Finished work, kept under a key that is the hash of what went in: the same work is not done twice."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,20 +34,36 @@ def folder(stage: str, key: str) -> Path:
 def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False) -> bool:
     """Have `build` fill a new folder and put it at `target`, whole or not at all.
 
-    Does nothing if the target is there, unless `fresh`. Returns whether it was built.
+    Does nothing if the target is there, unless `fresh`; if another process is at it, waits for that one.
+    Returns whether it was built.
     """
     if target.exists() and not fresh:
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(target):
+        if target.exists() and not fresh:
+            return False
+        _build(target, build)
+    return True
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> None:
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         build(draft)
-        if target.exists():  # asked for afresh, or another process was faster: theirs is as good
+        if target.exists():  # asked for afresh
             shutil.rmtree(target)
         draft.rename(target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return True
+
+
+@contextlib.contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold the lock of a target; the kernel gives it back if this process is killed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -168,7 +169,7 @@ def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str,
     trainer.loop.train_loop = _watched(normal, str(notes), take_turns)
     try:
         begun = time.time()
-        trainer._fit(project, prepared, home() / "runs" / notes.stem, _ignore, _ignore)
+        trainer._fit(project, prepared, home() / "runs" / notes.stem, _ignore, _ignore, threading.Event())
     finally:
         trainer.loop.train_loop = normal
     epochs = json.loads(notes.read_text())

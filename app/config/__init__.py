@@ -34,6 +34,7 @@ from app.config.model import (
 from app.config.project import Project
 from app.config.section import Section
 from app.config.serving import Autoscaling, Serving, Variant
+from app.config.sweep import Choice, Float, Int, Parameter, Sweep
 from app.config.training import Training
 
 __all__ = [
@@ -41,13 +42,16 @@ __all__ = [
     "METRICS",
     "Autoscaling",
     "Category",
+    "Choice",
     "Column",
     "Compression",
     "Data",
     "Embedding",
     "Encoding",
     "Evaluation",
+    "Float",
     "Gate",
+    "Int",
     "Label",
     "Linear",
     "LinearNumbers",
@@ -60,6 +64,7 @@ __all__ = [
     "NumberEmbedding",
     "NumberEncoding",
     "OneHot",
+    "Parameter",
     "PeriodicNumbers",
     "PiecewiseLinear",
     "Project",
@@ -68,6 +73,7 @@ __all__ = [
     "Serving",
     "Source",
     "Split",
+    "Sweep",
     "TabM",
     "Text",
     "TextClassifier",

@@ -102,11 +102,21 @@ class Split(Section):
     time stay together."""
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
+    fold: tuple[int, int] | None = None
+    """[i, k]: the i-th of k folds, from 0, is the validation part, and the other rows but for the test part
+    are trained on; `validation` has no effect. By time, fold i is a window of the length `validation`, k - i
+    such windows before the test part, and what lies between is left out (Tashman, 2000)."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Split":
         if self.validation + self.test >= 1:
             raise ValueError("validation + test must be below 1, or nothing is left to train on")
+        if self.fold is not None:
+            i, k = self.fold
+            if not 0 <= i < k or k < 2:
+                raise ValueError(f"fold must be [i, k] with 0 <= i < k and k of 2 or more; it is {[i, k]}")
+            if self.by == "time" and k * self.validation + self.test >= 1:
+                raise ValueError(f"{k} folds of {self.validation:g} leave nothing before the first of them")
         if (self.by == "time") != (self.column is not None):
             raise ValueError("column: by time needs the column to go by, by content takes none")
         return self

@@ -18,6 +18,7 @@ from app.config.gate import (
 from app.config.model import Model, PeriodicNumbers, Recommender, TextClassifier
 from app.config.section import Section
 from app.config.serving import Serving
+from app.config.sweep import EXPORTED, Sweep
 from app.config.training import Training
 
 
@@ -33,6 +34,8 @@ class Project(Section):
     checked, but no input of the model. A recommender takes none: it sees users and items alone."""
     model: Model
     training: Training
+    sweep: Sweep | None = None
+    """How `raylway sweep` searches for better settings; a training takes no notice of it."""
     evaluation: Evaluation = Evaluation()
     gate: Gate = Gate()
     compression: Compression = Compression()
@@ -67,6 +70,8 @@ class Project(Section):
                     "min_max or quantile, or model.numbers: {embed: linear}"
                 )
         self._check_family()
+        if self.sweep is not None:
+            self._check_sweep(self.sweep)
         for name in self.evaluation.slices:
             if not isinstance(self.data.columns.get(name), Category):
                 raise ValueError(f"evaluation.slices: {name!r} must be a category of data.columns")
@@ -100,6 +105,22 @@ class Project(Section):
                 )
             metrics, baselines = list(METRICS), list(BASELINES)
         self._check_gate(metrics, baselines)
+
+    def _check_sweep(self, sweep: Sweep) -> None:
+        if isinstance(self.model, Recommender):
+            metrics = [
+                "loss",
+                *RANKING_METRICS,
+                *(RATING_METRICS if self.model.feedback == "explicit" else []),
+            ]
+        else:
+            metrics = ["loss", "macro_f1" if isinstance(self.model, TextClassifier) else "auc"]
+        for name in sweep.objectives:
+            if name not in (*metrics, *EXPORTED):
+                allowed = ", ".join((*metrics, *EXPORTED))
+                raise ValueError(f"sweep.objectives: of a {self.model.kind}, of {allowed}; one is {name!r}")
+        if sweep.folds and isinstance(self.model, Recommender):
+            raise ValueError("sweep.folds: a recommender leaves one out, which has no folds; leave it out")
 
     def _check_recommender(self, model: Recommender) -> None:
         if (interactions := self.data.interactions) is None:

@@ -64,6 +64,10 @@ class Training(Section):
     num_workers: Annotated[int | tuple[int, int], PlainValidator(_workers), PlainSerializer(lambda n: n)]
     """Ranks, one process each. `[min, max]` is elastic: as many as the cluster has room for, more when nodes
     come, fewer when they go."""
+    num_cpus: float = Field(1.0, gt=0)
+    """Of each worker. Its loop uses one core; with a fraction, workers share one."""
+    num_gpus: float = Field(1.0, gt=0, le=1)
+    """Of each worker when it trains on GPUs; with 0.5, two workers share one."""
     epochs: PositiveInt
     batch_size: PositiveInt
     """Rows per pass and worker."""

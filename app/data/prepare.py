@@ -133,7 +133,7 @@ def _count_times(block: pa.Table, data: config.Data) -> pa.Table:
     return pa.table({"time": values, "rows": counts})
 
 
-def _label_and_part(block: pa.Table, project: Project, starts: tuple[float, float] | None = None) -> pa.Table:
+def _label_and_part(block: pa.Table, project: Project, starts: tuple[float, ...] | None = None) -> pa.Table:
     frame = _labelled(block, project.data)
     label = project.data.target
     part = split.assign(frame, project.data.split, project.seed, starts)

@@ -170,7 +170,12 @@ def damage(folder: Path) -> str:
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The groups of tensors and the state that `write` wrote."""
     groups = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-    return groups, json.loads((folder / "state.json").read_text())
+    return groups, state(folder)
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """The state alone of what `write` wrote."""
+    return json.loads((folder / "state.json").read_text())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -37,7 +37,30 @@ class Collective(Protocol):
 
 def join(training: Training, timeline: Path) -> Collective:
     """Become a rank. Ray Train's backend has told this process where the others are."""
+    if training.max_workers == 1 and not training.timeline:
+        return Alone()
     return Horovod(training, timeline) if training.backend == "horovod" else TorchDistributed(training)
+
+
+class Alone:
+    """One rank, with nobody to talk to."""
+
+    rank, size = 0, 1
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        pass
+
+    def average(self, tensor: Tensor) -> None:
+        pass
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+        return gradients.Flat(network, optimizer, exchange=lambda buffer: None)
+
+    def close(self) -> None:
+        pass
 
 
 class Horovod:

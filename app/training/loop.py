@@ -11,7 +11,6 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train.v2._internal.execution.context import get_train_context
 from torch import Tensor, nn
 
 from app.config import Project, Training
@@ -21,11 +20,8 @@ from app.training import checkpoint, collective, schedule, shards
 from app.training.checkpoint import Checkpoints
 from app.training.collective import Collective
 from app.training.gradients import Gradients
-from app.training.progress import Teller
+from app.training.progress import Here, Teller
 from app.training.watchdog import Watchdog
-
-LOOK_S = 1.0
-"""How often the ranks look up from their steps whether one of them has to stop or move."""
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -33,23 +29,32 @@ def train_loop(settings: dict[str, Any]) -> None:
     train(settings)
 
 
-def train(settings: dict[str, Any]) -> nn.Module:
+def train(settings: dict[str, Any], here: Here | None = None) -> nn.Module:
     """Train one rank's copy of the network and return it, the same on all ranks.
 
     `settings`: `project` as JSON, the folders `prepared` (of the stage before) and `run` (of this training),
-    and `progress`, the actor that hears of epochs and of wishes. Goes on from the last sound checkpoint.
+    and `progress`, the actor that hears of epochs and of wishes; or `here` hears of them, in this process,
+    which is then the only rank. Goes on from the last sound checkpoint.
 
     All that is random follows from seed, epoch and rank, and a checkpoint holds the rest, so a training that
     was interrupted anywhere ends as one that was not. It ends with `Teller.end`: `finished`, `stopped`
     because somebody asked, `moved` because a node goes away, or `diverged` with a loss that is not finite.
     """
     project = Project.model_validate_json(settings["project"])
+    watchdog = Watchdog(project.training.hang_timeout_s)
+    try:
+        return _train(project, settings, here, watchdog)
+    finally:
+        watchdog.stop()  # the process may live on
+
+
+def _train(project: Project, settings: dict[str, Any], here: Here | None, watchdog: Watchdog) -> nn.Module:
     training = project.training
     run = Path(settings["run"])
     _be_deterministic(training)
     ranks = collective.join(training, run / "timeline.json")
-    tell = Teller(settings["progress"], ranks.rank)
-    device = _device()
+    tell = here or Teller(settings["progress"], ranks.rank)
+    device = _device(alone=here is not None)
     task = task_of(project, Prepared(Path(settings["prepared"]), cached=True))
     rows, validation = (_load(task, part, ranks, device) for part in ("train", "validation"))
     num_rows = _length(rows)
@@ -86,7 +91,7 @@ def train(settings: dict[str, Any]) -> nn.Module:
             checkpoints.wait()
             tell.saved()
 
-    watchdog = Watchdog(training.hang_timeout_s)
+    watchdog.beat()  # what came before, loading the rows and finding each other, has time limits of its own
     network.register_forward_hook(lambda *_: watchdog.beat())  # validation takes the time of many steps
     every, look_every, outcome = training.checkpoints.every_steps, 1, ""
     epoch, done = start.epoch, start.step
@@ -113,7 +118,7 @@ def train(settings: dict[str, Any]) -> nn.Module:
             watchdog.beat()
             done = step + 1
             if done == first + 5:
-                look_every = _steps_per_look(ranks, (time.perf_counter() - started) / 5)
+                look_every = _steps_per_look(ranks, tell.look_s, (time.perf_counter() - started) / 5)
             wish = _wish(ranks, tell) if done % look_every == 0 or done == num_steps else ""
             if wish and wish != "save":
                 outcome = wish
@@ -142,7 +147,6 @@ def train(settings: dict[str, Any]) -> nn.Module:
         if outcome:
             break
     checkpoints.wait()
-    watchdog.stop()
     complete = len(history) == training.epochs or is_stale(training, task.score, history)
     tell.end("finished" if complete else outcome, epoch=epoch, step=done)
     ranks.close()
@@ -207,7 +211,7 @@ class _Start:
 def _resume(
     checkpoints: Checkpoints,
     ranks: Collective,
-    tell: Teller,
+    tell: Teller | Here,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -282,18 +286,18 @@ def _length(arrays: Arrays) -> int:
     return len(next(iter(arrays.values())))
 
 
-def _wish(ranks: Collective, tell: Teller) -> str:
+def _wish(ranks: Collective, tell: Teller | Here) -> str:
     """What all ranks are to do after this step: nothing, `save`, `stopped` or `moved`."""
     wishes = ("", "save", "moved", "stopped")  # of several, the last counts
     mine = {"": "", "save": "save", "stop": "stopped"}[tell.wish()]
-    if not mine and get_train_context().preemption_context.preemption_info is not None:
-        mine = "moved"  # Ray has heard that this group's node will be taken away
+    if not mine and tell.leaving():
+        mine = "moved"
     return wishes[int(ranks.gather(torch.tensor([wishes.index(mine)])).max())]
 
 
-def _steps_per_look(ranks: Collective, seconds: float) -> int:
-    """How many steps of so many seconds make LOOK_S, as rank 0 sees it."""
-    steps = torch.tensor([max(1, int(LOOK_S / seconds))])
+def _steps_per_look(ranks: Collective, look_s: float, seconds: float) -> int:
+    """How many steps of so many seconds make `look_s`, as rank 0 sees it."""
+    steps = torch.tensor([max(1, int(look_s / seconds))])
     ranks.broadcast([steps])
     return int(steps)
 
@@ -306,11 +310,11 @@ def _be_deterministic(training: Training) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def _device() -> torch.device:
+def _device(alone: bool) -> torch.device:
     """The GPU that Ray gave to this worker, or the CPU."""
     if not ray.get_gpu_ids():
         return torch.device("cpu")
-    device = ray.train.torch.get_device()
+    device = torch.device("cuda", 0) if alone else ray.train.torch.get_device()
     torch.cuda.set_device(device)
     return device
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 WAIT_S = 10.0
@@ -64,6 +65,9 @@ class _Progress:
 class Teller:
     """Rank 0's side: tells what happens, and hears what is wished. The other ranks' is silent and deaf."""
 
+    look_s = 1.0
+    """How often the ranks look up from their steps whether one of them has to stop or move."""
+
     def __init__(self, actor: Any, rank: int):
         self._actor = actor
         self._rank = rank
@@ -98,9 +102,42 @@ class Teller:
         self._wish = self._actor.wish.remote(self._heard)
         return wish
 
+    def leaving(self) -> bool:
+        """Whether Ray has heard that this group's node will be taken away."""
+        return get_train_context().preemption_context.preemption_info is not None
+
     def _tell(self, kind: str, what: Any) -> None:
         if self._rank == 0:
             self._actor.add.remote(kind, what)
+
+
+class Here:
+    """A teller, where the only rank trains in the process of the one who started it."""
+
+    look_s = 0.0
+
+    def __init__(
+        self,
+        on_epoch: Callable[[dict[str, float]], None],
+        on_note: Callable[[str], None],
+        stop: threading.Event,
+    ):
+        self.epoch = on_epoch
+        self.note = on_note
+        self.ended: dict[str, Any] = {}
+        self._stop = stop
+
+    def end(self, outcome: str, **facts: Any) -> None:
+        self.ended = {"outcome": outcome, **facts}
+
+    def saved(self) -> None:
+        """Nobody wishes for it."""
+
+    def wish(self) -> str:
+        return "stop" if self._stop.is_set() else ""
+
+    def leaving(self) -> bool:
+        return False
 
 
 class Listener:

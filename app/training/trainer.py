@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.backend import BackendConfig
 
 from app import store
 from app.config import Project
@@ -39,7 +40,7 @@ from app.training.elastic import ElasticTrainer, Transitions
 from app.training.progress import Listener
 
 CODE = (loop, checkpoint, collective, gradients, schedule, shards, sys.modules[__name__])
-NOT_OF_THE_RESULT = {"max_failures", "hang_timeout_s", "checkpoints", "timeline"}
+NOT_OF_THE_RESULT = {"max_failures", "hang_timeout_s", "checkpoints", "timeline", "num_cpus", "num_gpus"}
 """Settings of a training that change nothing of the model that comes out."""
 
 
@@ -62,12 +63,26 @@ class Trained:
         return self.path / "model.safetensors"
 
 
-def key(project: Project, prepared: Prepared) -> str:
-    """The name of this training: the same for a run that goes on after an interruption."""
+def key(project: Project, prepared: Prepared, lineage: str = "") -> str:
+    """The name of this training: the same for a run that goes on after an interruption.
+
+    `lineage` tells one that began with another's parameters from one that began with its own.
+    """
     inputs = project.model_dump(mode="json", include={"model", "training", "seed"})
     inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in NOT_OF_THE_RESULT}
     code = (*CODE, *task_of(project, prepared).code)
+    if lineage:
+        inputs["lineage"] = lineage
     return store.key("train", {**inputs, "prepared": prepared.key}, code)
+
+
+def checkpoints_of(key: str) -> Path:
+    """Where a training with this key that is not done yet has its checkpoints."""
+    return _run(key) / "checkpoints"
+
+
+def _run(key: str) -> Path:
+    return home() / "runs" / key
 
 
 def done(project: Project, prepared: Prepared) -> bool:
@@ -82,17 +97,22 @@ def train(
     on_note: Callable[[str], None] = print,
     *,
     fresh: bool = False,
+    lineage: str = "",
+    stop: threading.Event | None = None,
+    here: bool = False,
 ) -> Trained:
     """Train, unless it has been done; an interrupted training goes on from its last checkpoint.
 
-    `on_epoch` hears the metrics of each epoch as it ends, `on_note` lines for a person. Needs Ray. Raises
-    UserError if this cannot run here, there are fewer rows than workers, or the loss diverges; Interrupted on
-    SIGTERM or Ctrl-C, once a checkpoint is written; `ray.train.TrainingFailedError` once `max_failures` is
-    spent.
+    `on_epoch` hears the metrics of each epoch as it ends, `on_note` lines for a person. `stop`, once set,
+    ends it as a signal would. `here` trains the one worker that the project asks for in this process, with no
+    Ray Train around it. Needs Ray. Raises UserError if this cannot run here, there are fewer rows than
+    workers, or the loss diverges; Interrupted on SIGTERM or Ctrl-C, once a checkpoint is written;
+    `ray.train.TrainingFailedError` once `max_failures` is spent.
     """
-    name = key(project, prepared)
+    name = key(project, prepared, lineage)
     target = store.folder("train", name)
-    run = home() / "runs" / name
+    run = _run(name)
+    stop = stop or threading.Event()
     if fresh:
         shutil.rmtree(run, ignore_errors=True)
 
@@ -100,8 +120,9 @@ def train(
 
     def build(draft: Path) -> None:
         preflight.require(project.training)
-        caught.extend(_fit(project, prepared, run, on_epoch, on_note))
-        checkpoints = Checkpoints(run / "checkpoints", project.training.checkpoints)
+        fit = _fit_here if here else _fit
+        caught.extend(fit(project, prepared, run, on_epoch, on_note, stop))
+        checkpoints = Checkpoints(checkpoints_of(name), project.training.checkpoints)
         last = checkpoints.latest(on_note)
         assert last is not None, "a finished training has a checkpoint of its last epoch"
         _, state = checkpoint.read(last)
@@ -123,6 +144,7 @@ def _fit(
     run: Path,
     on_epoch: Callable[[dict[str, float]], None],
     on_note: Callable[[str], None],
+    stop: threading.Event,
 ) -> list[int]:
     """Train to the end. A group whose node goes away is followed by another, elsewhere.
 
@@ -140,22 +162,48 @@ def _fit(
         if outcome:
             on_note("a node is going away: a checkpoint is written, the training moves on elsewhere")
         with progress.listening(on_epoch, on_note) as listener:
-            caught = _fit_once(project, prepared, run, listener, on_note)
+            caught = _fit_once(project, prepared, run, listener, on_note, stop)
             end = listener.end()
             outcome = end["outcome"]
-    if outcome in ("stopped", "moved"):
-        place = f"epoch {end['epoch'] + 1}" + (f", step {end['step']}" if end["step"] else "")
-        raise Interrupted(f"a checkpoint of {place} is kept", caught[0] if caught else signal.SIGTERM)
-    if outcome == "diverged":
-        raise UserError(
-            f"the training diverged in epoch {end['epoch'] + 1}: its loss is no longer finite; lower "
-            f"training.learning_rate (it is {training.learning_rate:g})"
-        )
+    _refuse(end, training.learning_rate, caught)
     return caught
 
 
+def _fit_here(
+    project: Project,
+    prepared: Prepared,
+    run: Path,
+    on_epoch: Callable[[dict[str, float]], None],
+    on_note: Callable[[str], None],
+    stop: threading.Event,
+) -> list[int]:
+    """Train to the end as the only rank, in this process and thread."""
+    teller = progress.Here(on_epoch, on_note, stop)
+    settings = {"project": project.model_dump_json(), "prepared": str(prepared.path), "run": str(run)}
+    loop.train(settings, teller)
+    _refuse(teller.ended, project.training.learning_rate, [])
+    return []
+
+
+def _refuse(end: dict[str, Any], learning_rate: float, caught: list[int]) -> None:
+    """Raise Interrupted or UserError for a training that is not finished."""
+    if end["outcome"] in ("stopped", "moved"):
+        place = f"epoch {end['epoch'] + 1}" + (f", step {end['step']}" if end["step"] else "")
+        raise Interrupted(f"a checkpoint of {place} is kept", caught[0] if caught else signal.SIGTERM)
+    if end["outcome"] == "diverged":
+        raise UserError(
+            f"the training diverged in epoch {end['epoch'] + 1}: its loss is no longer finite; lower "
+            f"training.learning_rate (it is {learning_rate:g})"
+        )
+
+
 def _fit_once(
-    project: Project, prepared: Prepared, run: Path, listener: Listener, on_note: Callable[[str], None]
+    project: Project,
+    prepared: Prepared,
+    run: Path,
+    listener: Listener,
+    on_note: Callable[[str], None],
+    stop: threading.Event,
 ) -> list[int]:
     """One `fit`; returns the signals that were caught meanwhile and passed on to the ranks."""
     training = project.training
@@ -170,7 +218,8 @@ def _fit_once(
         backend_config=_backend(project),
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
-            use_gpu=_use_gpu(project),
+            use_gpu=use_gpu(project),
+            resources_per_worker=resources(project),
             elastic_resize_monitor_interval_s=10,
         ),
         run_config=ray.train.RunConfig(
@@ -192,7 +241,7 @@ def _fit_once(
         except BaseException as error:
             future.set_exception(error)
 
-    with _passing_signals_on(listener) as caught:
+    with passing_signals_on(listener.stop) as caught:
         threading.Thread(target=fit, name="fit", daemon=True).start()
         said = False
         while not future.done():
@@ -200,13 +249,19 @@ def _fit_once(
             if caught and not said:
                 on_note("stopping after a checkpoint; the same again stops at once")
                 said = True
+            if stop.is_set():
+                listener.stop()
+                stop = threading.Event()  # once is enough
     future.result()
     return caught
 
 
 @contextmanager
-def _passing_signals_on(listener: Listener) -> Iterator[list[int]]:
-    """SIGINT and SIGTERM ask the ranks to write a checkpoint and end; a second one is obeyed at once."""
+def passing_signals_on(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """SIGINT and SIGTERM call `stop`, for an end in order; a second one is obeyed at once.
+
+    Yields the signals that have come.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -215,7 +270,7 @@ def _passing_signals_on(listener: Listener) -> Iterator[list[int]]:
     def handle(number: int, frame: Any) -> None:
         caught.append(number)
         if len(caught) == 1:
-            listener.stop()
+            stop()
             return
         if callable(handler := before[signal.Signals(number)]):
             handler(number, frame)
@@ -230,16 +285,25 @@ def _passing_signals_on(listener: Listener) -> Iterator[list[int]]:
 
 
 def _backend(project: Project) -> Any:
+    if project.training.max_workers == 1 and not project.training.timeline:
+        return BackendConfig()  # nobody to talk to
     if project.training.backend == "ddp":
         from app.training.ddp import DdpConfig
 
-        return DdpConfig(backend="nccl" if _use_gpu(project) else "gloo")
+        return DdpConfig(backend="nccl" if use_gpu(project) else "gloo")
     return horovod.HorovodConfig()
 
 
-def _use_gpu(project: Project) -> bool:
+def resources(project: Project) -> dict[str, float]:
+    """What each worker takes of the cluster."""
+    training = project.training
+    return {"CPU": training.num_cpus} | ({"GPU": training.num_gpus} if use_gpu(project) else {})
+
+
+def use_gpu(project: Project) -> bool:
+    """Whether the workers train on GPUs. Raises UserError if they must, and the cluster has none."""
     training = project.training
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if training.device == "cuda" and not num_gpus:
         raise UserError("training.device: cuda, but the cluster has no GPU; say auto or cpu")
-    return training.device != "cpu" and num_gpus >= training.max_workers
+    return training.device != "cpu" and num_gpus >= training.max_workers * training.num_gpus

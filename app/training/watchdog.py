@@ -9,7 +9,7 @@ import time
 
 
 class Watchdog:
-    """Ends this process if there is no `beat` for too long.
+    """Ends this process if there is no `beat` for too long, counted from the first one.
 
     When one rank hangs (a deadlock, a dead network, a stopped process), the others wait for it in the next
     exchange, for hours by default. Each of them then ends itself, Ray Train sees it at once, and starts the
@@ -20,16 +20,19 @@ class Watchdog:
         self._timeout = timeout_s
         self._last = time.monotonic()
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
         """The training goes on."""
         self._last = time.monotonic()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
 
     def stop(self) -> None:
         self._done.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _watch(self) -> None:
         # Counted in own looks, not by the clock: after a pause of the whole process (SIGSTOP, a suspended

@@ -1,4 +1,7 @@
 import importlib.util
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -74,7 +77,8 @@ def test_a_failure_leaves_what_was_there(home, error, before):
     assert [f.relative_to(target.parent).as_posix() for f in target.parent.rglob("*.txt")] == (
         ["k/out.txt"] if before else []
     )
-    assert list(target.parent.iterdir()) == ([target] if before else [])
+    assert list(target.parent.glob("[!.]*")) == ([target] if before else [])
+    assert [f.name for f in target.parent.glob(".*")] == [".k.lock"], "no draft is left"
 
 
 def test_nothing_is_at_the_target_while_it_is_built(home):
@@ -90,13 +94,18 @@ def test_nothing_is_at_the_target_while_it_is_built(home):
     assert [target.stat().st_ino] == drafts, "put in place by one rename, not copied file by file"
 
 
-def test_two_that_build_the_same_both_succeed(home):
+def test_of_two_that_build_the_same_one_waits_for_the_other(home):
     target = store.folder("train", "k")
+    begun = threading.Event()
 
     def slow(draft: Path) -> None:
-        store.produce(target, write("of the faster one"))
-        (draft / "out.txt").write_text("of the slower one")
+        begun.set()
+        time.sleep(0.2)
+        (draft / "out.txt").write_text("of the first")
 
-    assert store.produce(target, slow) is True
-    assert [f.name for f in target.parent.iterdir()] == ["k"]
-    assert [f.name for f in target.iterdir()] == ["out.txt"]
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(store.produce, target, slow)
+        begun.wait()
+        assert store.produce(target, write("of the second")) is False
+    assert first.result() is True
+    assert (target / "out.txt").read_text() == "of the first"

@@ -13,6 +13,7 @@ START = f"""
 import sys, threading, time
 from app.training.watchdog import Watchdog
 dog = Watchdog({TIMEOUT_S})
+dog.beat()
 print("ready", flush=True)
 """
 BEATS = "for _ in range(20): time.sleep(0.1); dog.beat()\n"

@@ -1,0 +1,265 @@
+"""A search for better settings: what may vary, how it is searched, and when it ends."""
+
+import ast
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, field_validator, model_validator
+
+from app.config.section import Section
+
+SWEPT = ("data", "features", "model", "training", "seed")
+"""The keys of a project, or what stands below them, that can vary: those on which a trained model depends."""
+EXPORTED = ("latency_ms", "size_mb")
+"""Objectives of the served graph: the median time of one row on one core, and the size of the file."""
+SCORE = "score"
+"""The objective of a sweep that names none: what the task calls its score."""
+LOWER_IS_BETTER = ("loss", "rmse", *EXPORTED)
+FUNCTIONS = ("len", "min", "max", "sum", "abs")
+"""What a constraint may call."""
+_ALLOWED = (
+    *(ast.Expression, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop),
+    *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+    *(ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.List, ast.Tuple, ast.Load, ast.Call),
+)
+
+
+class _Parameter(Section):
+    """What all kinds of parameters share."""
+
+    type: str
+    when: dict[str, Any] = Field({})
+    """Only where other keys have these values: a value, or a list of them. Keys of the project, or of
+    parameters that stand before this one."""
+
+
+class Float(_Parameter):
+    """A number between two bounds, both included."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    log: bool = False
+    """Uniform in its logarithm: for what is felt in factors, such as a learning rate."""
+    step: float | None = Field(None, gt=0)
+    """From `low` in such steps."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Float":
+        _check_bounds(self.low, self.high, self.log)
+        if self.log and self.step is not None:
+            raise ValueError("step: log takes none")
+        return self
+
+
+class Int(_Parameter):
+    """A whole number between two bounds, both included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+    step: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Int":
+        _check_bounds(self.low, self.high, self.log)
+        if self.log and self.step != 1:
+            raise ValueError("step: log takes none")
+        return self
+
+
+class Choice(_Parameter):
+    """One of some values; lists and mappings too, such as the layers of a network."""
+
+    type: Literal["choice"]
+    values: list[Any] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Choice":
+        for i, value in enumerate(self.values):
+            if value in self.values[:i]:
+                raise ValueError(f"values: {value!r} stands twice")
+        return self
+
+
+Parameter = Annotated[Float | Int | Choice, Field(discriminator="type")]
+
+
+class Asha(Section):
+    """Asynchronous successive halving (Li et al., 2020): at a rung a trial goes on if it is among the best
+    1 / reduction_factor of those that have come so far; the next rung is reduction_factor times as far."""
+
+    kind: Literal["asha"]
+    grace_epochs: PositiveInt = 1
+    """Before the first rung."""
+    reduction_factor: float = Field(3, gt=1)
+
+
+class Median(Section):
+    """Stop a trial that is worse than the median of the others' means at its epoch (Golovin et al., 2017)."""
+
+    kind: Literal["median"]
+    grace_epochs: PositiveInt = 1
+    min_trials: PositiveInt = 3
+    """Others that a trial is held against."""
+
+
+class Hyperband(Section):
+    """Asynchronous Hyperband: successive halving in several brackets, which begin to stop at other epochs."""
+
+    kind: Literal["hyperband"]
+    grace_epochs: PositiveInt = 1
+    reduction_factor: float = Field(3, gt=1)
+    brackets: PositiveInt = 3
+
+
+class PopulationBased(Section):
+    """Population based training (Jaderberg et al., 2017): the worst quarter goes on from the checkpoints of
+    the best, with settings that are changed a little. All trials train at once or take turns."""
+
+    kind: Literal["pbt"]
+    every_epochs: PositiveInt = 1
+
+
+class NoScheduler(Section):
+    """Every trial is trained to its end."""
+
+    kind: Literal["none"]
+
+
+Scheduler = Annotated[Asha | Median | Hyperband | PopulationBased | NoScheduler, Field(discriminator="kind")]
+
+
+class Sweep(Section):
+    """A search for better settings; `raylway sweep` runs it."""
+
+    study: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """The name under which the trials are stored; the project's if left out."""
+    space: dict[str, Parameter] = Field(min_length=1)
+    """What may vary, by the dotted key of the project that it sets."""
+    constraints: list[str] = Field([])
+    """Conditions on the project that a point makes, such as
+    `training.batch_size * training.num_workers <= 1024`. One that names what a point has not holds."""
+    objectives: list[str] = Field([])
+    """What is to be better: validation metrics, `latency_ms` and `size_mb`; several are weighed against each
+    other (Pareto). If left out, the score by which the best epoch is chosen."""
+    search: Literal["tpe", "gp", "cmaes", "nsga2", "random", "grid"] = "tpe"
+    """tpe: Parzen estimators, for any space. gp: a Gaussian process, for few dear trials. cmaes: evolution,
+    for many numbers and many trials. nsga2: evolution for several objectives. grid: every point once."""
+    startup_trials: PositiveInt = 10
+    """Random ones before the search begins to learn."""
+    scheduler: Scheduler | None = None
+    """When a trial is given up; if left out, asha, and none with several objectives."""
+    trials: PositiveInt = 20
+    """How many in all, with those that were stopped early and those that failed."""
+    folds: int | None = Field(None, ge=2)
+    """What a trial optimises is then the mean over so many folds, each trained and validated in turn."""
+    points: list[dict[str, Any]] = Field([])
+    """Tried first: values by key, of all parameters or of some."""
+    warm_start: list[str] = Field([])
+    """Earlier studies of the same space and objectives, from which the search learns before it begins."""
+    concurrent: PositiveInt | None = None
+    """Trials at once; as many as the cluster has room for if left out."""
+    retries: int = Field(1, ge=0)
+    """How many times a trial that failed is tried again before it is stored as failed."""
+    max_hours: float | None = Field(None, gt=0)
+    """Of wall time, for each call of the command."""
+    max_core_hours: float | None = Field(None, gt=0)
+    """Of all trials of the study together."""
+    target: float | None = None
+    """The sweep ends when a trial is as good; of one objective."""
+
+    @field_validator("constraints")
+    @classmethod
+    def _safe(cls, constraints: list[str]) -> list[str]:
+        for text in constraints:
+            _check_expression(text)
+        return constraints
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Sweep":
+        for key, parameter in self.space.items():
+            if key.split(".")[0] not in SWEPT or key.startswith("data.split.fold"):
+                raise ValueError(f"space: {key!r} cannot vary; keys below {', '.join(SWEPT)} can")
+            before = list(self.space)[: list(self.space).index(key)]
+            for other in parameter.when:
+                if other in self.space and other not in before:
+                    raise ValueError(f"space.{key}.when: {other!r} must stand before it in the space")
+        for i, point in enumerate(self.points):
+            for key in point:
+                if key not in self.space:
+                    raise ValueError(f"points.{i}: {key!r} is no key of the space")
+        for name in self.objectives:
+            if self.objectives.count(name) > 1:
+                raise ValueError(f"objectives: {name!r} stands twice")
+        if len(self.objectives) > 1:
+            self._check_several()
+        if self.search == "grid":
+            for key, parameter in self.space.items():
+                if isinstance(parameter, Float) and parameter.step is None:
+                    raise ValueError(f"search: a grid needs space.{key}.step, or a choice of values")
+        if isinstance(self.scheduler, PopulationBased):
+            self._check_population()
+        return self
+
+    def _check_several(self) -> None:
+        if self.scheduler is not None and self.scheduler.kind != "none":
+            raise ValueError(f"scheduler: {self.scheduler.kind} goes by one objective; leave it out")
+        if self.search == "cmaes":
+            raise ValueError("search: cmaes takes one objective; say nsga2, tpe or gp")
+        if self.target is not None:
+            raise ValueError("target: of several objectives there is none; leave it out")
+
+    def _check_population(self) -> None:
+        if self.folds:
+            raise ValueError(
+                "folds: population based training goes on from checkpoints, which folds have not"
+            )
+        allowed = {"training.learning_rate", "training.weight_decay", "training.clip_norm", "model.dropout"}
+        for key, parameter in self.space.items():
+            if key not in allowed or parameter.when:
+                raise ValueError(
+                    f"space.{key}: population based training changes it while a network trains; only "
+                    f"{', '.join(sorted(allowed))} can, without `when`"
+                )
+
+    @property
+    def metrics(self) -> list[str]:
+        """The objectives in effect."""
+        return self.objectives or [SCORE]
+
+    @property
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
+        """Which way each of them is better."""
+        return ["minimize" if name in LOWER_IS_BETTER else "maximize" for name in self.metrics]
+
+    @property
+    def pruned_by(self) -> Any:
+        """The scheduler in effect."""
+        if self.scheduler is not None:
+            return self.scheduler
+        return NoScheduler(kind="none") if len(self.objectives) > 1 else Asha(kind="asha")
+
+
+def _check_bounds(low: float, high: float, log: bool) -> None:
+    if low > high:
+        raise ValueError(f"low must not be above high; they are {low:g} and {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"low must be above 0 with log; it is {low:g}")
+
+
+def _check_expression(text: str) -> None:
+    """Raise ValueError if a constraint is anything but arithmetic and comparisons of keys."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"{text!r} is no expression: {error.msg}") from None
+    for node in ast.walk(tree):
+        if not isinstance(node, _ALLOWED):
+            raise ValueError(
+                f"{text!r}: {type(node).__name__} is not for constraints; compare keys and numbers"
+            )
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS):
+            raise ValueError(f"{text!r}: may call {', '.join(FUNCTIONS)} alone")
+    if not isinstance(tree.body, ast.Compare | ast.BoolOp | ast.UnaryOp):
+        raise ValueError(f"{text!r}: must be a comparison, such as training.batch_size <= 512")
