@@ -11,9 +11,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from app import projectfile
 from app.console import Console, chatter_to_log, short
@@ -51,6 +52,14 @@ def check(file: File, overrides: Set = None) -> None:
         f"{file}: valid: {project.name}, {inputs}, {project.model.kind}, "
         f"{project.training.num_workers} workers, {len(project.serving.variants)} variants"
     )
+    if project.sweep is not None:
+        from app.tuning.space import Space
+
+        space = Space(project)
+        space.check()
+        Console().say("sweep:")
+        for line in space.described():
+            Console().say(f"  {line}")
 
 
 @app.command()
@@ -71,6 +80,72 @@ def train(file: File, overrides: Set = None, fresh: Fresh = False) -> None:
         console.say(f"bundle: {short(outcome.bundle)}")
     if not outcome.decision.passed:
         raise typer.Exit(EXIT_GATE)
+
+
+class _RunByDefault(TyperGroup):
+    """`raylway sweep FILE` is `raylway sweep run FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+sweeps = typer.Typer(cls=_RunByDefault, no_args_is_help=True)
+app.add_typer(sweeps, name="sweep", help="Search for better settings: `raylway sweep FILE`.")
+
+
+@sweeps.command("run")
+def sweep(
+    file: File,
+    overrides: Set = None,
+    trials: Annotated[
+        int | None, typer.Option(help="How many in all, instead of sweep.trials; more extend a sweep.")
+    ] = None,
+    train_best: Annotated[
+        bool, typer.Option("--train-best", help="Train the best project in full, and hand it to the gate.")
+    ] = False,
+) -> None:
+    """Search for better settings, as the project's `sweep` says; go on with a sweep that was interrupted.
+
+    Ends with the best project as a file, and a page about the search.
+    """
+    extra = [] if trials is None else [f"sweep.trials={trials}"]
+    project = projectfile.load(file, [*(overrides or []), *extra])
+    if train_best and project.sweep and len(project.sweep.metrics) > 1:
+        raise UserError("--train-best: several objectives have no best trial; train one of the files")
+    outcome = None
+    with _working("sweep", hint="the same command goes on with the trials that are left") as console:
+        from app import cluster
+
+        with cluster.session():
+            from app import pipeline, sweep
+
+            swept = sweep.run(project, console)
+            if not swept.best:
+                raise UserError("no trial was completed; the log and the report say what went wrong")
+            if train_best:
+                outcome = pipeline.run(swept.projects[0], console)
+                console.say(f"bundle: {short(outcome.bundle)}")
+    if outcome is not None and not outcome.decision.passed:
+        raise typer.Exit(EXIT_GATE)
+
+
+@sweeps.command("report")
+def sweep_report(
+    file: File,
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option(help="Where to write the page.", show_default=False)] = None,
+) -> None:
+    """Write one self-contained HTML page about a sweep: what was tried, what matters, and what it cost."""
+    project = projectfile.load(file, overrides or [])
+    with _working("report") as console:
+        from app import sweep
+
+        if project.sweep is None:
+            raise UserError(f"{file}: has no sweep")
+        page = sweep.report(project.sweep.study or project.name, project.sweep.metrics, out)
+        console.say(f"report: {short(page.resolve())}")
 
 
 @app.command()

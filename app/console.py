@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from rich.console import Console as Rich
+from rich.console import RenderableType
+from rich.live import Live
 
 from app.home import home
 
@@ -44,6 +46,18 @@ class Console:
         seconds = time.perf_counter() - started
         self._rich.print(f"  [bold]{name:<9}[/bold] {seconds:6.1f} s  ", end="")
         self._rich.print("".join(summary), markup=False)
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[Callable[[RenderableType], None] | None]:
+        """A place that changes, for the time of the block: yields what shows something there.
+
+        None where the output is no terminal.
+        """
+        if not self._rich.is_terminal:
+            yield None
+            return
+        with Live(console=self._rich, refresh_per_second=4, vertical_overflow="crop") as place:
+            yield place.update
 
     def epoch(self, metrics: dict[str, float], num_epochs: int, score: str) -> None:
         """A line for each epoch, as it ends; `score` is the validation metric to show."""

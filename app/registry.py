@@ -6,7 +6,9 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from app.home import database_url, home
 CHAMPION, CHALLENGER = "champion", "challenger"
 KEY_TAG = "raylway.key"
 """On a run: the key of its bundle, by which a restarted run is found again."""
+STUDY_TAG, TRIAL_TAG = "raylway.study", "raylway.trial"
+"""On the run of a sweep: the name of its study; on those below it: the number of the trial."""
 BUNDLE_TAG = "raylway.model_sha256"
 """On a version: the SHA-256 of its graph, by which the same model is not registered twice."""
 ARTIFACT = "bundle"
@@ -99,12 +103,7 @@ def run(project: Project, key: str, *, fresh: bool = False) -> Iterator[Run]:
     is killed leaves it RUNNING.
     """
     ours = client()
-    experiment = ours.get_experiment_by_name(project.name)
-    if experiment is None:
-        artifacts = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
-        experiment_id = ours.create_experiment(project.name, artifact_location=f"{artifacts}/{project.name}")
-    else:
-        experiment_id = experiment.experiment_id
+    experiment_id = _experiment(ours, project.name)
     query = f"tags.`{KEY_TAG}` = '{key}'"
     found = ours.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=1)
     if found and not fresh:
@@ -114,15 +113,118 @@ def run(project: Project, key: str, *, fresh: bool = False) -> Iterator[Run]:
         created = ours.create_run(experiment_id, run_name=project.model.kind, tags={KEY_TAG: key})
         current = Run(ours, created.info.run_id, resumed=False)
         ours.log_batch(current.id, params=[Param(k, str(v)) for k, v in _parameters(project)])
-    try:
+    with _ending(ours, current.id):
         yield current
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is logged of a trial of a sweep."""
+
+    number: int
+    status: str
+    """FINISHED, KILLED (stopped early) or FAILED, as MLflow calls it."""
+    parameters: Mapping[str, Any]
+    curves: Sequence[tuple[str, int, float]]
+    """Metric, epoch and value."""
+    values: Mapping[str, float]
+    tags: Mapping[str, str]
+    started: datetime | None
+    ended: datetime | None
+
+
+class SweepRuns:
+    """The run of a study, and a nested run for each trial; written behind, so that no trial waits."""
+
+    def __init__(self, client: MlflowClient, experiment_id: str, run_id: str):
+        self.id = run_id
+        self._client = client
+        self._experiment = experiment_id
+        query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+        found = client.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=50_000)
+        # One that is not ended was being written when the process was killed.
+        self._runs = {r.data.tags[TRIAL_TAG]: r.info for r in found if TRIAL_TAG in r.data.tags}
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
+        self._written: list[Future[None]] = []
+
+    def log(self, trial: Trial) -> None:
+        """Have a finished trial logged, unless it is."""
+        self._written.append(self._writer.submit(self._log, trial))
+
+    def _log(self, trial: Trial) -> None:
+        known = self._runs.get(str(trial.number))
+        if known is not None and known.status != "RUNNING":
+            return
+        if known is None:
+            tags = {"mlflow.parentRunId": self.id, TRIAL_TAG: str(trial.number), **trial.tags}
+            known = self._client.create_run(
+                self._experiment,
+                start_time=_milliseconds(trial.started),
+                run_name=f"trial {trial.number}",
+                tags=tags,
+            ).info
+        at = _milliseconds(trial.ended)
+        metrics = [Metric(_named(name), value, at, step) for name, step, value in trial.curves]
+        metrics += [Metric(_named(name), value, at, 0) for name, value in trial.values.items()]
+        params = [Param(key, str(value)) for key, value in trial.parameters.items()]
+        for first in range(0, max(1, len(metrics)), 1000):  # MLflow takes no more at once
+            self._client.log_batch(known.run_id, metrics[first : first + 1000], params if first == 0 else [])
+        self._client.set_terminated(known.run_id, trial.status, at)
+
+    def close(self) -> None:
+        """Until all is written. Raises what went wrong."""
+        self._writer.shutdown()
+        for written in self._written:
+            written.result()
+
+
+def _milliseconds(time_: datetime | None) -> int:
+    return int((time_ or datetime.now()).timestamp() * 1000)
+
+
+@contextlib.contextmanager
+def sweep(project: Project, study: str) -> Iterator[SweepRuns]:
+    """The MLflow run of a study, the one there is or a new one; its trials are runs below it."""
+    ours = client()
+    experiment_id = _experiment(ours, project.name)
+    query = f"tags.`{STUDY_TAG}` = '{study}'"
+    found = ours.search_runs([experiment_id], query, ViewType.ACTIVE_ONLY, max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        ours.update_run(run_id, status="RUNNING")
+    else:
+        run_id = ours.create_run(
+            experiment_id, run_name=f"sweep {study}", tags={STUDY_TAG: study}
+        ).info.run_id
+    runs = SweepRuns(ours, experiment_id, run_id)
+    with _ending(ours, run_id):
+        try:
+            yield runs
+        finally:
+            runs.close()
+
+
+def _experiment(ours: MlflowClient, name: str) -> str:
+    """The id of a project's experiment, which is made at the first call."""
+    experiment = ours.get_experiment_by_name(name)
+    if experiment is not None:
+        return experiment.experiment_id
+    artifacts = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
+    return ours.create_experiment(name, artifact_location=f"{artifacts}/{name}")
+
+
+@contextlib.contextmanager
+def _ending(ours: MlflowClient, run_id: str) -> Iterator[None]:
+    """End a run FINISHED, KILLED if somebody stops it, or FAILED if the block raises otherwise."""
+    try:
+        yield
     except (Interrupted, KeyboardInterrupt):
-        ours.set_terminated(current.id, RunStatus.to_string(RunStatus.KILLED))
+        ours.set_terminated(run_id, RunStatus.to_string(RunStatus.KILLED))
         raise
     except BaseException:
-        ours.set_terminated(current.id, RunStatus.to_string(RunStatus.FAILED))
+        ours.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
         raise
-    ours.set_terminated(current.id, RunStatus.to_string(RunStatus.FINISHED))
+    ours.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED))
 
 
 def _parameters(project: Project) -> Iterator[tuple[str, Any]]:

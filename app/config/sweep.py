@@ -137,6 +137,9 @@ class Sweep(Section):
     """The name under which the trials are stored; the project's if left out."""
     space: dict[str, Parameter] = Field(min_length=1)
     """What may vary, by the dotted key of the project that it sets."""
+    set: dict[str, Any] = Field({})
+    """Keys that all trials have other than the project: `training.num_workers: 1` lets several train at once.
+    The best project has them too."""
     constraints: list[str] = Field([])
     """Conditions on the project that a point makes, such as
     `training.batch_size * training.num_workers <= 1024`. One that names what a point has not holds."""
@@ -178,9 +181,11 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Sweep":
+        for name, keys in (("space", self.space), ("set", self.set)):
+            for key in keys:
+                if key.split(".")[0] not in SWEPT or key.startswith("data.split.fold"):
+                    raise ValueError(f"{name}: {key!r} cannot vary; keys below {', '.join(SWEPT)} can")
         for key, parameter in self.space.items():
-            if key.split(".")[0] not in SWEPT or key.startswith("data.split.fold"):
-                raise ValueError(f"space: {key!r} cannot vary; keys below {', '.join(SWEPT)} can")
             before = list(self.space)[: list(self.space).index(key)]
             for other in parameter.when:
                 if other in self.space and other not in before:

@@ -45,7 +45,7 @@ class Search(OptunaSearch):
         sweep = space.sweep
         several = len(sweep.metrics) > 1
         modes = [way[:3] for way in sweep.directions]
-        seed = space.project({}).seed + len(learnt)
+        seed = space.base.seed + len(learnt)
         super().__init__(
             space=space.suggest,
             metric=sweep.metrics if several else sweep.metrics[0],

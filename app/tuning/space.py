@@ -32,7 +32,10 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"len": len, "min": min, "max": max,
 
 
 class Space:
-    """What a project's `sweep` may vary."""
+    """What a project's `sweep` may vary.
+
+    `base` is the project with what all trials share.
+    """
 
     def __init__(self, project: Project):
         if project.sweep is None:
@@ -41,9 +44,14 @@ class Space:
                 "{type: float, low: 0.0001, high: 0.1, log: true}}}"
             )
         self.sweep: Sweep = project.sweep
-        self._base = project
         # What was not said is left out, so that a parameter can replace a branch without leftovers of it.
         self._document = project.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
+        for key, value in self.sweep.set.items():
+            _set(self._document, key, value)
+        try:
+            self.base = Project.model_validate(self._document)
+        except ValidationError as error:
+            raise UserError(f"sweep.set: makes no valid project: {_fault(error)}") from None
 
     def suggest(self, trial: Any) -> Point:
         """A point by an Optuna trial, whose parameters are then set."""
@@ -111,11 +119,9 @@ class Space:
             try:
                 admitted |= self.admits(point)
             except ValidationError as error:
-                fault = error.errors()[0]
-                at = ".".join(str(part) for part in fault["loc"])
                 raise UserError(
-                    f"sweep.space: {self.decoded(point)} makes no valid project: {at}: {fault['msg']}; mend "
-                    "the space, or leave the point out with `when` or choice values"
+                    f"sweep.space: {self.decoded(point)} makes no valid project: {_fault(error)}; mend the "
+                    "space, or leave the point out with `when` or choice values"
                 ) from None
             except TypeError as error:
                 raise UserError(f"sweep.constraints: {error}") from None
@@ -155,7 +161,7 @@ class Space:
                 value = _look(document, key.split("."))
             except _Absent:
                 try:
-                    value = _look(self._base, key.split("."))  # it may have a default
+                    value = _look(self.base, key.split("."))  # it may have a default
                 except _Absent:
                     return False
             if value not in allowed:
@@ -278,6 +284,13 @@ def _set(document: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(place, dict):
             raise UserError(f"sweep.space.{key}: {'.'.join(parents[: i + 1])} is a value, so it has no keys")
     place[last] = copy.deepcopy(value)
+
+
+def _fault(error: ValidationError) -> str:
+    """The first fault in words."""
+    fault = error.errors()[0]
+    at = ".".join(str(part) for part in fault["loc"])
+    return f"{at}: {fault['msg']}" if at else fault["msg"]
 
 
 class _Absent(Exception):

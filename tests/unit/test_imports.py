@@ -25,15 +25,17 @@ LAYERS: tuple[set[str], ...] = (
     {"evaluation", "export", "serving"},
     {"tasks"},
     {"training"},
+    {"tuning"},
     {"pipeline", "compression"},
-    {"demo"},
+    {"sweep"},
+    {"demo", "api"},
     {"cli"},
     {"__main__"},
 )
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 # What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
 FOR_COMMANDS = {"projectfile", "console", "flags", "cluster", "local_cluster", "install"}
-COMMANDS = {"pipeline", "demo", "cli", "cluster", "local_cluster", "__main__"}
+COMMANDS = {"pipeline", "sweep", "api", "demo", "cli", "cluster", "local_cluster", "__main__"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

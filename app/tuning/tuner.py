@@ -1,4 +1,4 @@
-"""A sweep, from the stored study to the best project: Ray Tune runs the trials, and all that ends is stored."""
+"""A sweep, from the stored study to its end: Ray Tune runs the trials, and whatever ends is stored."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from ray import tune
 from ray.tune import schedulers
 
 from app.config import Choice, Int, Project, Sweep
+from app.config.sweep import SWEPT
 from app.data.prepare import prepare
 from app.errors import Interrupted, UserError
 from app.home import home
@@ -57,6 +58,8 @@ class Progress:
     started: float = field(default_factory=time.monotonic)
     before: int = 0
     """Finished trials of earlier calls."""
+    reason: str = ""
+    """Why it ended before all trials, if a budget or the target ended it."""
 
     def count(self, state: TrialState) -> int:
         return sum(trial.state == state for trial in self.trials)
@@ -93,7 +96,7 @@ def run(
     space.check()
     sweep = space.sweep
     name = sweep.study or project.name
-    with studies.opened(name, sweep.directions, _facts(project, sweep), say) as study:
+    with studies.opened(name, sweep.directions, _facts(space), say) as study:
         stored = study.trials()
         finished = [trial for trial in stored if trial.state in FINISHED]
         progress = Progress(
@@ -109,13 +112,23 @@ def run(
                 progress.wanted = min(sweep.trials, len(finished) + len(planned))
             learnt = [*_learnt(space, sweep.warm_start), *(t for t in finished if _tells(t))]
             search = Search(space, study, planned, learnt, recorder.goes_on)
-            caught = _tune(project, space, search, recorder, finished, say)
+            caught = _tune(space, search, recorder, finished, say)
         else:
             caught = []
         _clean(progress)
     if caught:
         raise Interrupted(f"{len(progress.trials)} of {progress.wanted} trials are stored", caught[0])
     return progress
+
+
+def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
+    """The complete trials, best first; with several objectives, those that are never beaten first."""
+    best = {trial.number for trial in best_of(trials, directions)}
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    sign = -1.0 if directions[0] == "maximize" else 1.0
+    return sorted(
+        complete, key=lambda trial: (trial.number not in best, sign * trial.values[0], trial.number)
+    )
 
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
@@ -148,7 +161,6 @@ class Recorder(tune.Callback):
         on_trial: Callable[[FrozenTrial], None],
     ):
         self.stop = threading.Event()
-        self.reason = ""
         self._sweep = sweep
         self._study = study
         self._progress = progress
@@ -172,18 +184,18 @@ class Recorder(tune.Callback):
         return not self.stop.is_set() and not self.reached()
 
     def reached(self) -> bool:
-        """Whether the target or a budget ends the sweep; says so in `reason`."""
+        """Whether the target or a budget ends the sweep; says so in the progress."""
         sweep, progress = self._sweep, self._progress
         hours = (time.monotonic() - progress.started) / 3600
         if sweep.max_hours is not None and hours >= sweep.max_hours:
-            self.reason = f"sweep.max_hours of {sweep.max_hours:g} are used up"
+            progress.reason = f"sweep.max_hours of {sweep.max_hours:g} are used up"
         elif sweep.max_core_hours is not None and self._core_seconds / 3600 >= sweep.max_core_hours:
-            self.reason = f"sweep.max_core_hours of {sweep.max_core_hours:g} are used up"
+            progress.reason = f"sweep.max_core_hours of {sweep.max_core_hours:g} are used up"
         elif sweep.target is not None and (best := progress.best()):
             sign = 1 if sweep.directions[0] == "maximize" else -1
             if sign * best[0].values[0] >= sign * sweep.target:
-                self.reason = f"trial {best[0].number} has reached sweep.target {sweep.target:g}"
-        return bool(self.reason)
+                progress.reason = f"trial {best[0].number} has reached sweep.target {sweep.target:g}"
+        return bool(progress.reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if not self.stop.is_set() and self.reached():
@@ -266,7 +278,6 @@ class _Stopper(tune.Stopper):
 
 
 def _tune(
-    project: Project,
     space: Space,
     search: Search,
     recorder: Recorder,
@@ -275,15 +286,15 @@ def _tune(
 ) -> list[int]:
     """Have Ray Tune run the trials that are left; returns the signals that came."""
     sweep = space.sweep
-    workers = _most_workers(project, sweep)
-    per_worker = trainer.resources(project)
+    workers = _most_workers(space)
+    per_worker = trainer.resources(space.base)
     here = workers == 1
     cores = workers * per_worker["CPU"]
     recorder.of(search.numbers, cores)
-    prepared = _prepare(project, sweep)
+    prepared = _prepare(space)
     settings = {
         "home": str(home()),
-        "project": project.model_dump_json(),
+        "project": space.base.model_copy(update={"sweep": sweep}).model_dump_json(exclude_unset=True),
         "prepared": prepared,
         "here": here,
     }
@@ -361,15 +372,15 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _facts(project: Project, sweep: Sweep) -> dict[str, Any]:
+def _facts(space: Space) -> dict[str, Any]:
     """What the trials of a study must have in common to be compared."""
     asked = {"space", "constraints", "objectives", "folds"}
-    document = project.model_dump(mode="json", include={"data", "features", "model", "training", "seed"})
+    document = space.base.model_dump(mode="json", include=set(SWEPT))
     for key in trainer.NOT_OF_THE_RESULT:
         del document["training"][key]
-    for key in sweep.space:
+    for key in space.sweep.space:
         _remove(document, key.split("."))
-    return {"sweep": sweep.model_dump(mode="json", include=asked), "project": document}
+    return {"sweep": space.sweep.model_dump(mode="json", include=asked), "project": document}
 
 
 def _remove(document: Any, path: Sequence[str]) -> None:
@@ -498,11 +509,14 @@ def _remember(scheduler: Any, finished: Sequence[FrozenTrial], sweep: Sweep) -> 
                 bracket.on_result(_Earlier(f"stored-{trial.number}"), epochs, sign * value)
 
 
-def _prepare(project: Project, sweep: Sweep) -> list[str]:
+def _prepare(space: Space) -> list[str]:
     """Prepare the data that all trials share, of each fold; empty if the space has them differ."""
-    if any(key in WHOLE_MODEL or key.split(".")[0] in ("data", "features", "seed") for key in sweep.space):
+    if any(
+        key in WHOLE_MODEL or key.split(".")[0] in ("data", "features", "seed") for key in space.sweep.space
+    ):
         return []
-    parts = [project] if not sweep.folds else [with_fold(project, i, sweep.folds) for i in range(sweep.folds)]
+    base, folds = space.base, space.sweep.folds
+    parts = [with_fold(base, i, folds) for i in range(folds)] if folds else [base]
     return [str(prepare(part).path) for part in parts]
 
 
@@ -515,14 +529,14 @@ def _less_one_cpu(per_worker: Mapping[str, float]) -> dict[str, float]:
     return {**per_worker, "CPU": per_worker["CPU"] * max(0.0, 1 - 1 / smallest)}
 
 
-def _most_workers(project: Project, sweep: Sweep) -> int:
+def _most_workers(space: Space) -> int:
     """Of any trial."""
-    parameter = sweep.space.get("training.num_workers")
+    parameter = space.sweep.space.get("training.num_workers")
     if isinstance(parameter, Choice):
         return max(max(v) if isinstance(v, list) else v for v in parameter.values)
     if isinstance(parameter, Int):
         return parameter.high
-    return project.training.max_workers
+    return space.base.training.max_workers
 
 
 def _room(cores: float, per_worker: Mapping[str, float], workers: int) -> int:

@@ -1,0 +1,100 @@
+"""Raylway from Python, for notebooks and scripts: `load`, `sweep`, `train`, `predict`.
+
+    from app import api as raylway
+
+    project = raylway.load("configs/income.yaml")
+    found = raylway.sweep(project, trials=20)
+    outcome = raylway.train(found.projects[0])
+    raylway.predict(outcome, rows)
+
+Each call does what the command of the same name does, with the same files, studies and versions. Ray is
+joined as the commands join it: the cluster of `raylway up` if it is up, else one of the call's own.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from app import cluster, pipeline, projectfile, registry
+from app import sweep as sweeping
+from app.bundle import Bundle
+from app.config import Project
+from app.console import Console
+from app.errors import UserError
+from app.pipeline import Outcome
+from app.sweep import Swept
+
+
+def load(file: str | Path, *overrides: str) -> Project:
+    """Read a project file; `overrides` are as of `--set`, such as "training.epochs=3".
+
+    Raises UserError that names each fault with its line.
+    """
+    return projectfile.load(file, overrides)
+
+
+def sweep(project: Project, *, trials: int | None = None) -> Swept:
+    """Search as the project's `sweep` says, or go on with the study that is stored.
+
+    `trials` is how many in all. Returns the best projects and trials, and where the page about them is.
+    """
+    if trials is not None and project.sweep is not None:
+        if trials < 1:
+            raise UserError(f"trials: must be at least 1; it is {trials}")
+        project = project.model_copy(update={"sweep": project.sweep.model_copy(update={"trials": trials})})
+    with cluster.session(log_to_driver=False):
+        return sweeping.run(project, Console())
+
+
+def train(project: Project, *, fresh: bool = False) -> Outcome:
+    """Prepare, train, evaluate, pass the gate and register; what was done before is not done again."""
+    with cluster.session(log_to_driver=False):
+        return pipeline.run(project, Console(), fresh=fresh)
+
+
+def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> pd.DataFrame:
+    """A model's answers, a row for each of `rows` with their index.
+
+    `model` is what `train` returned, the folder of a bundle, or a registered version such as
+    "income@champion" or "income@3". The columns are `probability` of a binary label; `label` and the
+    probability of each class of several; `items` and `scores`, the best `k`, of a recommender.
+    Raises UserError for a column that is missing.
+    """
+    opened = Bundle(_folder(model))
+    schema = opened.schema
+    missing = [i.name for i in schema.inputs if i.name not in rows.columns]
+    if missing:
+        raise UserError(f"rows: must have the columns {', '.join(missing)}")
+    columns = {}
+    for item in schema.inputs:
+        number = item.contract.type == "number"
+        series = rows[item.name]
+        columns[item.name] = series.to_numpy(np.float64) if number else _strings(series)
+    if schema.task == "ranking":
+        ranking = opened.rank(columns)
+        answers = {"items": _lists(ranking.items, k), "scores": _lists(ranking.scores, k)}
+        return pd.DataFrame(answers, index=rows.index)
+    probabilities = opened.predict(columns)
+    if schema.task == "binary":
+        return pd.DataFrame({"probability": probabilities}, index=rows.index)
+    labels = np.array(schema.classes)[probabilities.argmax(axis=1)]
+    table = pd.DataFrame(probabilities, columns=schema.classes, index=rows.index)
+    table.insert(0, "label", labels)
+    return table
+
+
+def _folder(model: Outcome | str | Path) -> Path:
+    if isinstance(model, Outcome):
+        return model.bundle
+    name, at, version = str(model).partition("@")
+    return registry.resolve(name, version).path if at else Path(model)
+
+
+def _strings(series: pd.Series) -> np.ndarray:
+    return series.astype(object).where(series.notna(), None).to_numpy()
+
+
+def _lists(matrix: np.ndarray, k: int) -> Sequence[list]:
+    return [row[:k].tolist() for row in matrix]

@@ -1,0 +1,228 @@
+"""Search spaces: what points there are, what project each makes, and what is refused before anything starts."""
+
+import optuna
+import pytest
+
+from app import projectfile
+from app.config import Project
+from app.errors import UserError
+from app.tuning.space import Space
+
+RATE = {"type": "float", "low": 0.001, "high": 0.1, "log": True}
+HIDDEN = {"type": "choice", "values": [[8], [16, 16]]}
+
+
+def project(space: dict, **sweep) -> Project:
+    """The smoke project with a sweep."""
+    document = projectfile.load("configs/smoke.yaml").model_dump(mode="json", exclude_unset=True)
+    return Project.model_validate({**document, "sweep": {"space": space, **sweep}})
+
+
+def space(parameters: dict, **sweep) -> Space:
+    return Space(project(parameters, **sweep))
+
+
+def drawn(of: Space, count: int = 50) -> list[dict]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [dict(of.suggest(study.ask())) for _ in range(count)]
+
+
+# Points
+
+
+def test_a_point_has_a_value_within_each_range():
+    points = drawn(space({
+        "training.learning_rate": RATE,
+        "training.batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
+        "model.hidden": HIDDEN,
+        "model.dropout": {"type": "float", "low": 0.0, "high": 0.4, "step": 0.2},
+    }))  # fmt: skip
+    assert all(0.001 <= p["training.learning_rate"] <= 0.1 for p in points)
+    assert {p["training.batch_size"] for p in points} <= set(range(8, 65, 8))
+    assert {p["model.hidden"] for p in points} == {"[8]", "[16, 16]"}, "Optuna stores no lists"
+    assert {round(p["model.dropout"], 6) for p in points} == {0.0, 0.2, 0.4}
+
+
+def test_a_point_makes_the_project_with_its_values():
+    of = space({"training.learning_rate": RATE, "model.hidden": HIDDEN})
+    made = of.project({"training.learning_rate": 0.05, "model.hidden": "[16, 16]"})
+    assert made.training.learning_rate == 0.05
+    assert made.model.hidden == [16, 16]
+    before = projectfile.load("configs/smoke.yaml")
+    assert made.data == before.data
+    assert made.training.epochs == before.training.epochs
+    assert made.sweep is None
+
+
+def test_a_whole_branch_can_be_chosen_without_leftovers_of_the_old_one():
+    branches = [{"kind": "linear"}, {"kind": "tabm", "hidden": [8], "members": 2}]
+    of = space({"model": {"type": "choice", "values": branches}})
+    assert [of.project(p).model.kind for p in of.points()] == ["linear", "tabm"]
+
+
+def test_conditions_hold_back_parameters_that_do_not_apply():
+    of = space({
+        "model.numbers.embed": {"type": "choice", "values": ["none", "periodic"]},
+        "model.numbers.scale": {"type": "choice", "values": [0.1, 0.2], "when": {"model.numbers.embed": "periodic"}},
+        "model.dropout": {"type": "choice", "values": [0.1, 0.3], "when": {"model.numbers.scale": [0.1, 0.5]}},
+    })  # fmt: skip
+    assert list(of.points()) == [
+        {"model.numbers.embed": "none"},
+        {"model.numbers.embed": "periodic", "model.numbers.scale": 0.1, "model.dropout": 0.1},
+        {"model.numbers.embed": "periodic", "model.numbers.scale": 0.1, "model.dropout": 0.3},
+        {"model.numbers.embed": "periodic", "model.numbers.scale": 0.2},
+    ]
+    assert of.size() == 4
+    assert {frozenset(p) for p in drawn(of)} == {frozenset(p) for p in of.points()}
+
+
+def test_a_condition_may_name_a_key_of_the_project_or_its_default():
+    dropout = {"type": "choice", "values": [0.1, 0.2]}
+    assert space({"model.dropout": {**dropout, "when": {"model.kind": "mlp"}}}).size() == 2
+    assert space({"model.dropout": {**dropout, "when": {"training.backend": "ddp"}}}).size() == 1
+    assert space({"model.dropout": {**dropout, "when": {"training.backend": "horovod"}}}).size() == 2
+    assert space({"model.dropout": {**dropout, "when": {"model.members": 4}}}).size() == 1
+
+
+def test_what_is_set_is_in_every_project():
+    of = space({"training.learning_rate": RATE}, set={"training.num_workers": 1, "training.horovod.autotune": True})
+    assert of.base.training.num_workers == 1
+    assert of.project({"training.learning_rate": 0.01}).training.horovod.autotune
+
+
+@pytest.mark.parametrize(
+    ("parameter", "size"),
+    [
+        ({"type": "int", "low": 1, "high": 10, "step": 3}, 4),
+        ({"type": "int", "low": 1, "high": 10, "log": True}, 10),
+        ({"type": "float", "low": 0.0, "high": 0.3, "step": 0.1}, 4),
+        ({"type": "float", "low": 0.1, "high": 0.1, "step": 0.1}, 1),
+        ({"type": "choice", "values": [1]}, 1),
+        ({"type": "float", "low": 0.1, "high": 0.2}, None),
+    ],
+)
+def test_size(parameter, size):
+    assert space({"training.weight_decay": parameter}).size() == size
+
+
+def test_a_large_space_is_not_counted_to_its_end():
+    numbers = {"type": "int", "low": 1, "high": 1000}
+    of = space({"training.batch_size": numbers, "training.epochs": numbers, "seed": numbers})
+    assert of.described()[-1] == "size: more than 100,000 points"
+
+
+def test_the_description_names_ranges_conditions_and_constraints():
+    of = space(
+        {
+            "training.learning_rate": RATE,
+            "model.dropout": {"type": "float", "low": 0, "high": 0.5, "when": {"model.kind": "mlp"}},
+        },
+        constraints=["training.learning_rate < 0.05"],
+    )
+    assert of.described() == [
+        "training.learning_rate: float from 0.001 to 0.1, logarithmic",
+        'model.dropout: float from 0 to 0.5, when model.kind is "mlp"',
+        "where training.learning_rate < 0.05",
+        "size: unbounded, 2 parameters, 2 continuous ranges",
+    ]
+
+
+# Constraints
+
+
+@pytest.mark.parametrize(
+    ("constraint", "holds"),
+    [
+        ("training.batch_size * training.num_workers <= 64", True),
+        ("training.batch_size * training.num_workers < 64", False),
+        ("len(model.hidden) == 1 and model.hidden[0] in (8, 16)", True),
+        ("sum(model.hidden) / 2 > 100 or seed == 0", True),
+        ("not training.backend == 'ddp'", True),
+        ("1 <= training.epochs <= 2", False),
+        ("features['marital-status'].encode == 'one_hot'", True),
+        ("-training.epochs // 2 % 5 == 3", True),
+        ("model.members == 3", True),  # an MLP has none
+        ("1 / seed > 0", True),  # cannot be said of seed 0
+    ],
+)
+def test_constraints(constraint, holds):
+    of = space({"training.learning_rate": RATE}, constraints=[constraint])
+    assert of.admits({"training.learning_rate": 0.01}) is holds
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        "__import__('os').system('true') == 0",
+        "(lambda: 1)() == 1",
+        "[x for x in model.hidden] == []",
+        "f'{seed}' == '0'",
+        "open('x') == 1",
+        "model.hidden.copy() == 1",
+        "seed ** 9 > 1",
+        "seed",
+        "seed =",
+        "(seed := 1) == 1",
+    ],
+)
+def test_a_constraint_can_do_nothing_but_compare(constraint):
+    with pytest.raises(ValueError, match="constraints"):
+        project({"training.learning_rate": RATE}, constraints=[constraint])
+
+
+# What is refused
+
+
+def refused(parameters: dict, **sweep) -> str:
+    """Why a space is refused, by its check or when the project is read."""
+    with pytest.raises((UserError, ValueError)) as error:
+        space(parameters, **sweep).check()
+    return str(error.value)
+
+
+def test_a_sound_space_passes():
+    space({"training.learning_rate": RATE, "model.hidden": HIDDEN}, points=[{"model.hidden": [8]}]).check()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sweep", "why"),
+    [
+        ({}, {}, "at least 1"),
+        ({"training.learning_rate": {**RATE, "low": 1}}, {}, "low must not be above high"),
+        ({"training.learning_rate": {**RATE, "low": 0}}, {}, "above 0 with log"),
+        ({"training.learning_rate": {**RATE, "step": 0.1}}, {}, "log takes none"),
+        ({"model.hidden": {"type": "choice", "values": []}}, {}, "at least 1"),
+        ({"model.hidden": {"type": "choice", "values": [[8], [8]]}}, {}, "stands twice"),
+        ({"gate.tolerance": RATE}, {}, "cannot vary"),
+        ({"sweep.trials": RATE}, {}, "cannot vary"),
+        ({"training.learning_rat": RATE}, {}, "training.learning_rat"),
+        ({"model.members": HIDDEN}, {}, "model.mlp.members"),
+        ({"training.epochs.x": RATE}, {}, "is a value, so it has no keys"),
+        ({"training.learning_rate": {**RATE, "low": 0.001, "high": 0.1, "when": {"model.dropout": 0}},
+          "model.dropout": HIDDEN}, {}, "must stand before it"),
+        ({"model.dropout": {"type": "float", "low": 0.1, "high": 2}}, {}, "makes no valid project"),
+        ({"model.hidden": {"type": "choice", "values": [[8], "wide"]}}, {}, "'model.hidden': 'wide'"),
+        ({"training.learning_rate": RATE}, {"constraints": ["training.learning_rate > 1"]}, "none of"),
+        ({"training.learning_rate": RATE}, {"constraints": ["model.kind > 1"]}, "cannot be said"),
+        ({"training.learning_rate": RATE}, {"points": [{"model.dropout": 0.1}]}, "no key of the space"),
+        ({"training.learning_rate": RATE}, {"points": [{"training.learning_rate": 5}]}, "points.0"),
+        ({"training.learning_rate": RATE}, {"set": {"training.epochs": 0}}, "sweep.set"),
+        ({"training.learning_rate": RATE}, {"search": "grid"}, "step"),
+        ({"training.learning_rate": RATE}, {"objectives": ["speed"]}, "sweep.objectives"),
+        ({"training.learning_rate": RATE}, {"objectives": ["auc", "auc"]}, "stands twice"),
+        ({"training.learning_rate": RATE}, {"objectives": ["auc", "size_mb"], "target": 0.9}, "target"),
+        ({"training.learning_rate": RATE}, {"objectives": ["auc", "size_mb"], "search": "cmaes"}, "cmaes"),
+        ({"training.learning_rate": RATE},
+         {"objectives": ["auc", "size_mb"], "scheduler": {"kind": "asha"}}, "goes by one objective"),
+        ({"model.hidden": HIDDEN}, {"scheduler": {"kind": "pbt"}}, "while a network trains"),
+        ({"training.learning_rate": RATE}, {"scheduler": {"kind": "pbt"}, "folds": 3}, "folds"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_refused(parameters, sweep, why):
+    assert why in refused(parameters, **sweep)
+
+
+def test_a_project_without_a_sweep_says_what_one_looks_like():
+    plain = project({"training.learning_rate": RATE}).model_copy(update={"sweep": None})
+    with pytest.raises(UserError, match="space"):
+        Space(plain)
