@@ -112,7 +112,7 @@ def sweep(
     """
     extra = [] if trials is None else [f"sweep.trials={trials}"]
     project = projectfile.load(file, [*(overrides or []), *extra])
-    if train_best and project.sweep and len(project.sweep.metrics) > 1:
+    if train_best and project.sweep and len(project.sweep.objectives) > 1:
         raise UserError("--train-best: several objectives have no best trial; train one of the files")
     outcome = None
     with _working("sweep", hint="the same command goes on with the trials that are left") as console:
@@ -142,9 +142,7 @@ def sweep_report(
     with _working("report") as console:
         from app import sweep
 
-        if project.sweep is None:
-            raise UserError(f"{file}: has no sweep")
-        page = sweep.report(project.sweep.study or project.name, project.sweep.metrics, out)
+        page = sweep.report(project, out)
         console.say(f"report: {short(page.resolve())}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
@@ -43,6 +44,21 @@ class Swept:
     """The project file of each of them."""
     report: Path
 
+    def table(self) -> pd.DataFrame:
+        """The trials by number: state, a column for each objective, epochs, core-seconds, and parameters."""
+        rows = [
+            {
+                "trial": trial.number,
+                "state": trial.state.name.lower(),
+                **dict(zip(self.objectives, trial.values or [], strict=False)),
+                "epochs": trial.user_attrs.get("epochs", 0),
+                "core_seconds": trial.user_attrs.get("core_seconds", 0.0),
+                **trial.params,
+            }
+            for trial in self.trials
+        ]
+        return pd.DataFrame(rows).set_index("trial").sort_index()
+
 
 def run(project: Project, console: Console) -> Swept:
     """Run a project's sweep to its end, or go on with it. Needs Ray. Raises as `tuner.run` does."""
@@ -62,7 +78,7 @@ def run(project: Project, console: Console) -> Swept:
         console.say(f"  ended: {progress.reason}")
     console.say(f"  {_summary(progress)}")
     files = [_write(space, trial, name, progress.objectives) for trial in best]
-    page = report(name, progress.objectives)
+    page = report(project)
     for trial, file in zip(best, files, strict=True):
         console.say(f"  trial {trial.number}: {_values(trial, progress.objectives)}: {short(file)}")
     console.say(f"  report: {short(page)}")
@@ -70,11 +86,13 @@ def run(project: Project, console: Console) -> Swept:
     return Swept(name, progress.objectives, progress.trials, best, projects, files, page)
 
 
-def report(name: str, objectives: list[str], file: Path | None = None) -> Path:
-    """Write a study's page; returns where. Raises UserError if there is no such study."""
+def report(project: Project, file: Path | None = None) -> Path:
+    """Write the page about a project's sweep; returns where. Raises UserError if nothing is stored of it."""
+    space = Space(project)
+    name = space.sweep.study or project.name
     file = file or folder(name) / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(reports.page(studies.load(name), objectives), encoding="utf-8")
+    file.write_text(reports.page(studies.load(name), space.sweep.objectives), encoding="utf-8")
     return file
 
 
@@ -116,9 +134,9 @@ def _told(trial: FrozenTrial, space: Space) -> registry.Trial:
             if name != "epoch"
         ]
     if not histories:
-        name = space.sweep.metrics[0]
+        name = space.sweep.objectives[0]
         curves = [(name, epochs - 1, value) for epochs, value in trial.intermediate_values.items()]
-    values = dict(zip(space.sweep.metrics, trial.values or [], strict=False))
+    values = dict(zip(space.sweep.objectives, trial.values or [], strict=False))
     tags = {"raylway.state": trial.state.name.lower()}
     if error := trial.user_attrs.get("error"):
         tags["raylway.error"] = error

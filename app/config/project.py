@@ -41,6 +41,13 @@ class Project(Section):
     compression: Compression = Compression()
     serving: Serving
 
+    @property
+    def score(self) -> str:
+        """The validation metric that says which epoch is best; higher is better."""
+        if isinstance(self.model, Recommender):
+            return "hr@10" if self.model.feedback == "implicit" else "r2"
+        return "macro_f1" if isinstance(self.model, TextClassifier) else "auc"
+
     @model_validator(mode="after")
     def _consistent(self) -> "Project":
         if self.data.label and self.data.label.column in self.data.columns:

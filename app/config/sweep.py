@@ -11,8 +11,6 @@ SWEPT = ("data", "features", "model", "training", "seed")
 """The keys of a project, or what stands below them, that can vary: those on which a trained model depends."""
 EXPORTED = ("latency_ms", "size_mb")
 """Objectives of the served graph: the median time of one row on one core, and the size of the file."""
-SCORE = "score"
-"""The objective of a sweep that names none: what the task calls its score."""
 LOWER_IS_BETTER = ("loss", "rmse", *EXPORTED)
 FUNCTIONS = ("len", "min", "max", "sum", "abs")
 """What a constraint may call."""
@@ -229,14 +227,9 @@ class Sweep(Section):
                 )
 
     @property
-    def metrics(self) -> list[str]:
-        """The objectives in effect."""
-        return self.objectives or [SCORE]
-
-    @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
-        """Which way each of them is better."""
-        return ["minimize" if name in LOWER_IS_BETTER else "maximize" for name in self.metrics]
+        """Which way each objective is better."""
+        return ["minimize" if name in LOWER_IS_BETTER else "maximize" for name in self.objectives]
 
     @property
     def pruned_by(self) -> Any:

@@ -49,7 +49,7 @@ class Recommender:
         self.columns = of
         self.catalogue = interactions.catalogue(prepared.path)
         self.seen = self._seen("train")
-        self.score = "hr@10" if self.model.feedback == "implicit" else "r2"
+        self.score = project.score
 
     def _seen(self, *parts: str) -> Tensor:
         """Which items each user has in the parts, bool (users, items); the new user, 0, has none."""

@@ -29,11 +29,11 @@ VALIDATION_ROWS = 8192
 class Tabular:
     """Rows of numbers and categories, and a binary outcome."""
 
-    score = "auc"
     code: tuple[ModuleType, ...] = (models, networks, features, sys.modules[__name__])
 
     def __init__(self, project: Project, prepared: Prepared):
         self.project = project
+        self.score = project.score
         self.prepared = prepared
         self.preprocessor = prepared.preprocessor
 

@@ -29,12 +29,12 @@ NUM_CHECKED = 512
 class Text:
     """A text and one of several classes."""
 
-    score = "macro_f1"
     code: tuple[ModuleType, ...] = (networks, buckets, tokens, sys.modules[__name__])
 
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, TextClassifier)
         self.project = project
+        self.score = project.score
         self.prepared = prepared
         self.model = project.model
         self.classes = project.data.target.classes or []

@@ -1,10 +1,12 @@
 """Ray Tune's search algorithm: Optuna's samplers, learning from what is stored and from what comes."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
+from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -43,12 +45,12 @@ class Search(OptunaSearch):
     ):
         """`learnt` are finished trials of this study and others; no more is begun once `goes_on` is false."""
         sweep = space.sweep
-        several = len(sweep.metrics) > 1
+        several = len(sweep.objectives) > 1
         modes = [way[:3] for way in sweep.directions]
         seed = space.base.seed + len(learnt)
         super().__init__(
             space=space.suggest,
-            metric=sweep.metrics if several else sweep.metrics[0],
+            metric=sweep.objectives if several else sweep.objectives[0],
             mode=modes if several else modes[0],
             sampler=_sampler(sweep, seed),
         )
@@ -118,18 +120,19 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
-    match sweep.search:
-        case "tpe":
-            # In groups, so that parameters that stand side by side are chosen together in each branch.
-            return optuna.samplers.TPESampler(
-                seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
-            )
-        case "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-        case "cmaes":
-            return optuna.samplers.CmaEsSampler(
-                seed=seed, n_startup_trials=startup, warn_independent_sampling=False
-            )
-        case "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, startup))
-    return optuna.samplers.RandomSampler(seed=seed)
+    with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+        match sweep.search:
+            case "tpe":
+                # In groups, so that parameters that stand side by side are chosen together in each branch.
+                return optuna.samplers.TPESampler(
+                    seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
+                )
+            case "gp":
+                return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
+            case "cmaes":
+                return optuna.samplers.CmaEsSampler(
+                    seed=seed, n_startup_trials=startup, warn_independent_sampling=False
+                )
+            case "nsga2":
+                return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(2, startup))
+        return optuna.samplers.RandomSampler(seed=seed)

@@ -34,7 +34,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {"len": len, "min": min, "max": max,
 class Space:
     """What a project's `sweep` may vary.
 
-    `base` is the project with what all trials share.
+    `base` is the project with what all trials share; `sweep` names its objectives.
     """
 
     def __init__(self, project: Project):
@@ -43,7 +43,8 @@ class Space:
                 "sweep: is missing; it says what to vary, such as sweep: {space: {training.learning_rate: "
                 "{type: float, low: 0.0001, high: 0.1, log: true}}}"
             )
-        self.sweep: Sweep = project.sweep
+        named = project.sweep.objectives or [project.score]
+        self.sweep: Sweep = project.sweep.model_copy(update={"objectives": named})
         # What was not said is left out, so that a parameter can replace a branch without leftovers of it.
         self._document = project.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})
         for key, value in self.sweep.set.items():

@@ -16,7 +16,7 @@ from typing import Any
 from ray import tune
 
 from app.config import Project
-from app.config.sweep import EXPORTED, SCORE
+from app.config.sweep import EXPORTED
 from app.data.prepare import Prepared, prepare
 from app.errors import Interrupted, UserError
 from app.tasks import Task, task_of
@@ -68,7 +68,7 @@ class Trial(tune.Trainable):
         if isinstance(result, UserError):
             sweep = self._project.sweep
             assert sweep
-            ways = zip(sweep.metrics, sweep.directions, strict=True)
+            ways = zip(sweep.objectives, sweep.directions, strict=True)
             worst = {name: WORST if way == "minimize" else -WORST for name, way in ways}
             return {**worst, "epochs": 0, "failed": str(result), "done": True}
         if isinstance(result, BaseException):
@@ -141,7 +141,6 @@ class Trial(tune.Trainable):
         seconds = time.perf_counter() - started
         return {
             **values,
-            SCORE: values[task.score],
             "epochs": sum(len(history) for history in histories),
             "history": json.dumps(histories),
             "made": made,
@@ -168,7 +167,7 @@ class Trial(tune.Trainable):
             so_far = [*before, history]
             values = {n: statistics.fmean(_values(h, task.score)[n] for h in so_far) for n in _names(so_far)}
             epochs = sum(len(h) for h in so_far)
-            result = {**values, SCORE: values[task.score], "epochs": epochs, "run": key}
+            result = {**values, "epochs": epochs, "run": key}
             self._results.put(result)
 
         return trainer.train(

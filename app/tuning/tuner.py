@@ -100,7 +100,7 @@ def run(
         stored = study.trials()
         finished = [trial for trial in stored if trial.state in FINISHED]
         progress = Progress(
-            name, sweep.trials, sweep.metrics, list(sweep.directions), finished, before=len(finished)
+            name, sweep.trials, sweep.objectives, list(sweep.directions), finished, before=len(finished)
         )
         for trial in finished:
             on_trial(trial)
@@ -213,8 +213,8 @@ class Recorder(tune.Callback):
         number = self._numbers[trial.trial_id]
         if "failed" in result:
             return
-        value = result.get(self._sweep.metrics[0])
-        if value is not None and not result.get("finished"):
+        value = result.get(self._sweep.objectives[0])
+        if value is not None:
             self._study.report(number, result["epochs"], value)
         if number in self._progress.running:
             self._progress.running[number] |= {"epochs": result["epochs"], "value": value}
@@ -234,7 +234,7 @@ class Recorder(tune.Callback):
         values = None
         result = result or {}
         if state == TrialState.COMPLETE:
-            values = [float(result[name]) for name in self._sweep.metrics]
+            values = [float(result[name]) for name in self._sweep.objectives]
             facts |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
             facts["core_seconds"] = round(result["core_seconds"], 3)
             facts["made"] = result["made"]
@@ -303,7 +303,7 @@ def _tune(
     resources = tune.PlacementGroupFactory([claimed])
     scheduler = _scheduler(sweep)
     _remember(scheduler, finished, sweep)
-    several = len(sweep.metrics) > 1
+    several = len(sweep.objectives) > 1
     folder = home() / "sweeps" / search._stored.name / "tune"
     shutil.rmtree(folder, ignore_errors=True)
     before = {name: os.environ.get(name) for name in QUIET}
@@ -317,7 +317,7 @@ def _tune(
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
-                    metric=None if several else sweep.metrics[0],
+                    metric=None if several else sweep.objectives[0],
                     mode=None if several else sweep.directions[0][:3],
                     num_samples=recorder._progress.wanted - len(finished),
                     max_concurrent_trials=sweep.concurrent or _room(cores, per_worker, workers),
@@ -502,8 +502,6 @@ def _remember(scheduler: Any, finished: Sequence[FrozenTrial], sweep: Sweep) -> 
     sign = 1.0 if sweep.directions[0] == "maximize" else -1.0
     for trial in finished:
         steps = sorted(trial.intermediate_values.items())
-        if trial.state == TrialState.COMPLETE:
-            steps.append((trial.user_attrs["epochs"], trial.values[0]))
         for bracket in scheduler._brackets:
             for epochs, value in steps:
                 bracket.on_result(_Earlier(f"stored-{trial.number}"), epochs, sign * value)

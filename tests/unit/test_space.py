@@ -1,4 +1,4 @@
-"""Search spaces: what points there are, what project each makes, and what is refused before anything starts."""
+"""Search spaces: what points there are, what project each makes, and what is refused."""
 
 import optuna
 import pytest
@@ -61,11 +61,10 @@ def test_a_whole_branch_can_be_chosen_without_leftovers_of_the_old_one():
 
 
 def test_conditions_hold_back_parameters_that_do_not_apply():
-    of = space({
-        "model.numbers.embed": {"type": "choice", "values": ["none", "periodic"]},
-        "model.numbers.scale": {"type": "choice", "values": [0.1, 0.2], "when": {"model.numbers.embed": "periodic"}},
-        "model.dropout": {"type": "choice", "values": [0.1, 0.3], "when": {"model.numbers.scale": [0.1, 0.5]}},
-    })  # fmt: skip
+    scale = {"type": "choice", "values": [0.1, 0.2], "when": {"model.numbers.embed": "periodic"}}
+    dropout = {"type": "choice", "values": [0.1, 0.3], "when": {"model.numbers.scale": [0.1, 0.5]}}
+    embed = {"type": "choice", "values": ["none", "periodic"]}
+    of = space({"model.numbers.embed": embed, "model.numbers.scale": scale, "model.dropout": dropout})
     assert list(of.points()) == [
         {"model.numbers.embed": "none"},
         {"model.numbers.embed": "periodic", "model.numbers.scale": 0.1, "model.dropout": 0.1},
@@ -85,7 +84,9 @@ def test_a_condition_may_name_a_key_of_the_project_or_its_default():
 
 
 def test_what_is_set_is_in_every_project():
-    of = space({"training.learning_rate": RATE}, set={"training.num_workers": 1, "training.horovod.autotune": True})
+    of = space(
+        {"training.learning_rate": RATE}, set={"training.num_workers": 1, "training.horovod.autotune": True}
+    )
     assert of.base.training.num_workers == 1
     assert of.project({"training.learning_rate": 0.01}).training.horovod.autotune
 

@@ -1,0 +1,215 @@
+"""What a sweep costs beside its trainings, and what its search is worth.
+
+    python benchmarks/bench_sweep.py [--rounds 3] [--seeds 5] [--only pool,trivial,search]
+
+pool: 64 trials of about 5 s against plain Optuna in two processes that do the same trainings. trivial: the
+wall time of a trial that trains a few rows. search: the epochs that TPE with ASHA takes to the best score
+of a random search whose trials all go to their end, as a share of that one's. The last line is JSON.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+TRIALS = 64
+PROCESSES = 2
+RATE = {"type": "float", "low": 0.0005, "high": 0.02, "log": True}
+DECAY = {"type": "float", "low": 0.0001, "high": 0.1, "log": True}
+ONE_WORKER = {"training.num_workers": 1, "training.batch_size": 128, "model.hidden": [128, 64]}
+SPACE = {
+    "training.learning_rate": {"type": "float", "low": 0.0001, "high": 0.1, "log": True},
+    "training.weight_decay": {"type": "float", "low": 0.00001, "high": 0.3, "log": True},
+    "model.hidden": {"type": "choice", "values": [[32], [128], [64, 64], [256, 256]]},
+    "model.dropout": {"type": "float", "low": 0.0, "high": 0.6},
+    "model.numbers.embed": {"type": "choice", "values": ["none", "periodic"]},
+    "model.numbers.scale": {
+        **{"type": "float", "low": 0.01, "high": 1.0, "log": True},
+        "when": {"model.numbers.embed": "periodic"},
+    },
+}
+RANDOM_TRIALS = 27
+GOALS = {
+    "wall_time_vs_optuna_pool": (1.2, "lower"),
+    "seconds_per_trivial_trial": (1.0, "lower"),
+    "epochs_to_the_best_of_random_search": (0.5, "lower"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--only", default="pool,trivial,search")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    ratios: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="raylway-bench-") as home:
+        os.environ["RAYLWAY_HOME"] = home
+        from app import cluster
+
+        with cluster.session(log_to_driver=False):
+            for name in arguments.only.split(","):
+                ratios |= MEASURES[name](arguments)
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
+    print(json.dumps({"benchmark": "sweep", "machine": machine, "ratios": ratios}))
+
+
+def pool(arguments: argparse.Namespace) -> dict[str, Any]:
+    settings = {**ONE_WORKER, "training.epochs": 3, "data.source.limit": 30_000}
+    ours, theirs = [], []
+    for round_ in range(arguments.rounds):
+        space = {"training.learning_rate": RATE, "training.weight_decay": DECAY}
+        project = _project(f"ours-{round_}", space, set=settings, seed=2 * round_, trials=TRIALS)
+        ours.append(_timed(lambda: _sweep(project)))  # noqa: B023
+        project = _project(f"theirs-{round_}", space, set=settings, seed=2 * round_ + 1, trials=TRIALS)
+        theirs.append(_timed(lambda: _optuna(project)))  # noqa: B023
+        _say(f"{TRIALS} trials: ours {ours[-1]:.1f} s, Optuna in a pool {theirs[-1]:.1f} s")
+    value = statistics.median(ours) / statistics.median(theirs)
+    return _entry("wall_time_vs_optuna_pool", value, [a / b for a, b in zip(ours, theirs, strict=True)])
+
+
+def trivial(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall time over trials, two at a time, with all that starting and ending a sweep takes."""
+    settings = {**ONE_WORKER, "training.epochs": 1, "data.source.limit": 1000, "model.hidden": [8]}
+    found = []
+    for round_ in range(arguments.rounds):
+        project = _project(f"trivial-{round_}", {"training.learning_rate": RATE}, set=settings, trials=TRIALS)
+        found.append(_timed(lambda: _sweep(project)) / TRIALS)  # noqa: B023
+        _say(f"a trivial trial: {found[-1]:.3f} s")
+    return _entry("seconds_per_trivial_trial", statistics.median(found), found)
+
+
+def search(arguments: argparse.Namespace) -> dict[str, Any]:
+    shares = []
+    for seed in range(arguments.seeds):
+        settings = {
+            **{"training.num_workers": 1, "training.batch_size": 128, "training.epochs": 9},
+            **{"data.source.limit": 10_000, "data.split.validation": 0.3},
+        }
+        plain = {"search": "random", "scheduler": {"kind": "none"}, "trials": RANDOM_TRIALS}
+        drawn = _sweep(_project(f"random-{seed}", SPACE, set=settings, seed=seed, **plain))
+        best = drawn.best()[0].values[0]
+        learning = {"trials": 6 * RANDOM_TRIALS, "target": best, "startup_trials": 8}
+        learnt = _sweep(_project(f"tpe-{seed}", SPACE, set=settings, seed=seed, **learning))
+        shares.append(_epochs(learnt) / _epochs(drawn))
+        _say(
+            f"seed {seed}: random {best:.4f} in {_epochs(drawn)} epochs; TPE with ASHA "
+            f"{learnt.best()[0].values[0]:.4f} in {_epochs(learnt)} ({len(learnt.trials)} trials)"
+        )
+    return _entry("epochs_to_the_best_of_random_search", statistics.median(shares), shares)
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    function.__name__: function for function in (pool, trivial, search)
+}
+
+
+def _project(study: str, space: dict[str, Any], *, seed: int = 0, **sweep: Any) -> Any:
+    from app import projectfile
+    from app.config import Project
+
+    document = projectfile.load("configs/income.yaml").model_dump(mode="json", exclude_unset=True)
+    described = {"study": study, "scheduler": {"kind": "none"}, **sweep, "space": space}
+    if "target" in sweep:
+        del described["scheduler"]  # ASHA
+    return Project.model_validate({**document, "seed": seed, "sweep": described})
+
+
+def _sweep(project: Any) -> Any:
+    from app.tuning import tuner
+
+    return tuner.run(project, lambda _: None, _say)
+
+
+def _optuna(project: Any) -> None:
+    """What people would use instead: a study in SQLite, and processes that share the trials."""
+    import optuna
+
+    from app.home import home
+    from app.tuning.space import Space
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = f"sqlite:///{home() / 'peer.db'}"
+    study = optuna.create_study(storage=storage, study_name=project.sweep.study, direction="maximize")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as executor:
+        from app.data.prepare import prepare
+
+        path = str(prepare(Space(project).base).path)
+        arguments = (project.model_dump_json(exclude_unset=True), path, storage, TRIALS // PROCESSES)
+        done = [executor.submit(_optimize, *arguments, seed) for seed in range(PROCESSES)]
+        for future in done:
+            future.result()
+    assert len(study.trials) == TRIALS
+
+
+def _optimize(described: str, prepared: str, storage: str, count: int, seed: int) -> None:
+    import optuna
+
+    from app.config import Project
+    from app.data.prepare import Prepared
+    from app.tuning.space import Space
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    project = Project.model_validate_json(described)
+    space = Space(project)
+    sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    study = optuna.load_study(storage=storage, study_name=project.sweep.study, sampler=sampler)
+
+    def objective(trial: Any) -> float:
+        from app.training import trainer
+
+        of_trial = space.project(space.suggest(trial))
+
+        def on_epoch(metrics: dict[str, float]) -> None:
+            trial.report(metrics["validation_auc"], int(metrics["epoch"]))
+
+        trained = trainer.train(
+            of_trial, Prepared(Path(prepared), cached=True), on_epoch, stop=threading.Event(), here=True
+        )
+        return max(metrics["validation_auc"] for metrics in trained.history)
+
+    with contextlib.redirect_stdout(sys.stderr):
+        study.optimize(objective, n_trials=count)
+
+
+def _epochs(progress: Any) -> int:
+    """Of all trials, also of those that were stopped."""
+    running = sum(r["epochs"] for r in progress.running.values())
+    return sum(trial.user_attrs.get("epochs", 0) for trial in progress.trials) + running
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _entry(name: str, value: float, each: list[float]) -> dict[str, Any]:
+    goal, better = GOALS[name]
+    figures = {"value": value, "low": min(each), "high": max(each), "goal": goal}
+    entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": value <= goal}
+    _say(f"{name}: {entry}")
+    return {name: entry}
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()
