@@ -24,6 +24,7 @@ check: setup
 bench: setup
 	@$(BIN)/python benchmarks/bench_train.py
 	@$(BIN)/python benchmarks/bench_quality.py
+	@$(BIN)/python benchmarks/bench_sweep.py
 
 clean:
 	rm -rf .venv .raylway build *.egg-info

@@ -38,7 +38,7 @@ def read(data: Data) -> "Dataset":
         )
         rows = ray.data.read_csv(files.paths, filesystem=files.filesystem, convert_options=as_text)
     else:
-        rows = ray.data.read_parquet(files.paths, filesystem=files.filesystem, columns=names)
+        rows = ray.data.read_parquet(files.paths, filesystem=files.filesystem).select_columns(names)
     return rows.limit(data.source.limit) if data.source.limit else rows
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import plotly.graph_objects as go
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import (
     plot_intermediate_values,
@@ -79,8 +80,12 @@ def _plots(
             yield f"History{of}", about, plot_optimization_history(study, **goal)
         if len(complete) < 4 or len({trial.values[i] for trial in complete}) < 2:
             continue
-        about = "The share of the values' variance that each explains (fANOVA), among complete trials."
-        yield f"Importance of parameters{of}", about, plot_param_importances(study, **goal)
+        about = (
+            "The share of the values' variance that each explains (fANOVA; Hutter et al., 2014), over "
+            "complete trials, of the parameters that all of them have."
+        )
+        by = FanovaImportanceEvaluator(seed=0)
+        yield f"Importance of parameters{of}", about, plot_param_importances(study, evaluator=by, **goal)
         about = "A line for each complete trial; drag along an axis to select."
         yield f"Parallel coordinates{of}", about, plot_parallel_coordinate(study, **goal)
         about = "The value against each parameter; later trials are darker."

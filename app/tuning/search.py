@@ -60,6 +60,7 @@ class Search(OptunaSearch):
         self._stored = study
         self._planned = list(planned)
         self._goes_on = goes_on
+        self._reported: set[tuple[str, int]] = set()
         self._only_planned = sweep.search == "grid"
         self._ot_study.add_trials(learnt)
 
@@ -93,7 +94,11 @@ class Search(OptunaSearch):
         return point
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if not isinstance(self.metric, list):  # of several objectives Optuna takes no steps
+        if isinstance(self.metric, list):  # of several objectives Optuna takes no steps
+            return
+        step = trial_id, result["epochs"]
+        if step not in self._reported:  # a member of a population may come to an epoch again
+            self._reported.add(step)
             self._ot_trials[trial_id].report(result[self.metric], result["epochs"])
 
     def on_trial_complete(
@@ -120,6 +125,8 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
+    if sweep.pruned_by.kind == "pbt":  # a value says little of the settings at which the trial began
+        return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
         match sweep.search:
             case "tpe":

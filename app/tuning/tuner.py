@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -32,7 +33,6 @@ QUIET = {
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -299,7 +299,8 @@ def _tune(
         "here": here,
     }
     # Several workers are placed by Ray Train, beside the trial, which only waits for them.
-    claimed = {"CPU": 0.0} if not here else per_worker if prepared else _less_one_cpu(per_worker)
+    # Tune takes no trial that takes nothing: a byte of memory.
+    claimed = {"memory": 1.0} if not here else per_worker if prepared else _less_one_cpu(per_worker)
     resources = tune.PlacementGroupFactory([claimed])
     scheduler = _scheduler(sweep)
     _remember(scheduler, finished, sweep)
@@ -309,6 +310,7 @@ def _tune(
     before = {name: os.environ.get(name) for name in QUIET}
     os.environ.update(QUIET)
     failure: list[BaseException] = []
+    at_once = sweep.concurrent or _room(cores, per_worker, workers)
 
     def fit() -> None:
         try:
@@ -320,7 +322,8 @@ def _tune(
                     metric=None if several else sweep.objectives[0],
                     mode=None if several else sweep.directions[0][:3],
                     num_samples=recorder._progress.wanted - len(finished),
-                    max_concurrent_trials=sweep.concurrent or _room(cores, per_worker, workers),
+                    # A population is there as a whole; those that have no room take turns.
+                    max_concurrent_trials=sweep.trials if sweep.pruned_by.kind == "pbt" else at_once,
                     # Starting a process takes seconds. With several workers the process is the trial's
                     # own: when it ends, they end.
                     reuse_actors=here,
@@ -466,15 +469,22 @@ def _scheduler(sweep: Sweep) -> schedulers.TrialScheduler:
                 time_attr="epochs",
                 grace_period=rule.grace_epochs,
                 min_samples_required=rule.min_trials,
-                min_time_slice=0,
+                min_time_slice=LONG,  # no trial makes room for others on its way
             )
         case "pbt":
-            return schedulers.PopulationBasedTraining(
+            return Population(
                 time_attr="epochs",
                 perturbation_interval=rule.every_epochs,
                 hyperparam_mutations={key: _mutation(p) for key, p in sweep.space.items()},
             )
     return schedulers.FIFOScheduler()
+
+
+class Population(schedulers.PopulationBasedTraining):
+    """Ray's, which refuses every search algorithm: ours only deals out the settings to begin with."""
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
 
 def _mutation(parameter: Any) -> Any:

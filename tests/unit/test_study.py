@@ -1,0 +1,153 @@
+"""The stored study, on SQLite."""
+
+import multiprocessing
+import sqlite3
+import threading
+import time
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from app.errors import UserError
+from app.tuning import study as studies
+
+RATE = {"rate": FloatDistribution(0.0, 1.0)}
+FACTS = {"sweep": {"space": {"rate": [0, 1]}}, "project": {"training": {"epochs": 3}}}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
+    monkeypatch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+    return tmp_path
+
+
+def opened(name: str = "s", facts: dict = FACTS, say=print):
+    return studies.opened(name, ["maximize"], facts, say)
+
+
+def stored() -> list:
+    return studies.load("s").trials
+
+
+def test_a_trial_goes_from_running_to_its_end():
+    with opened() as study:
+        number = study.begin({"rate": 0.5}, RATE, "a")
+        assert [t.state for t in study.trials()] == [TrialState.RUNNING]
+        study.report(number, 1, 0.7)
+        study.report(number, 2, 0.8)
+        study.finish(number, TrialState.COMPLETE, [0.8], {"epochs": 2})
+    (trial,) = stored()
+    assert (trial.number, trial.state, trial.value, trial.params) == (
+        0,
+        TrialState.COMPLETE,
+        0.8,
+        {"rate": 0.5},
+    )
+    assert trial.intermediate_values == {1: 0.7, 2: 0.8}
+    assert trial.user_attrs["epochs"] == 2
+    assert trial.datetime_start <= trial.datetime_complete
+
+
+def test_a_trial_that_nobody_has_waits_and_keeps_its_number_and_values():
+    with opened() as study:
+        number = study.begin({"rate": 0.5}, RATE, "a")
+        study.report(number, 1, 0.7)
+    with opened() as study:
+        (waiting,) = study.trials()
+        assert (waiting.state, waiting.params) == (TrialState.WAITING, {"rate": 0.5})
+        assert waiting.intermediate_values == {1: 0.7}
+        study.resume(waiting.number)
+        study.finish(waiting.number, TrialState.PRUNED, None, {})
+    assert [(t.number, t.state) for t in stored()] == [(0, TrialState.PRUNED)]
+
+
+def test_what_is_asked_twice_is_done_once():
+    """An answer of the database can be lost, and the call be made again."""
+    with opened() as study:
+        assert study.begin({"rate": 0.5}, RATE, "a") == study.begin({"rate": 0.5}, RATE, "a") == 0
+        assert study.begin({"rate": 0.5}, RATE, "b") == 1
+        study.finish(0, TrialState.COMPLETE, [0.1], {})
+        study.finish(0, TrialState.COMPLETE, [0.1], {})
+    assert [t.state.name for t in stored()] == ["COMPLETE", "RUNNING"]
+
+
+def test_other_facts_are_refused_and_named():
+    with opened():
+        pass
+    other = {"sweep": {"space": {"rate": [0, 2]}}, "project": {"training": {"epochs": 3, "seed": 1}}}
+    with pytest.raises(UserError) as error, opened(facts=other):
+        pass
+    assert "sweep.space.rate was [0, 1] and is [0, 2]" in str(error.value)
+    assert 'project.training.seed was "nothing" and is 1' in str(error.value)
+    with opened():
+        pass  # the stored ones are as they were
+
+
+def _hold(ready, done):
+    with opened():
+        ready.set()
+        done.wait()
+
+
+def test_one_process_has_a_study_at_a_time_and_a_killed_one_gives_it_back():
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(ready, done), daemon=True)
+    holder.start()
+    ready.wait()
+    with pytest.raises(UserError, match=f"swept by process {holder.pid}"), opened():
+        pass
+    with opened("another"):
+        pass
+    holder.kill()
+    holder.join()
+    with opened():
+        pass
+
+
+def test_a_locked_database_is_waited_for(home, monkeypatch):
+    with opened() as study:
+        number = study.begin({"rate": 0.5}, RATE, "a")
+    notes: list[str] = []
+    real = optuna.storages.RDBStorage
+    short = {"connect_args": {"timeout": 0.1}}
+    monkeypatch.setattr(studies, "RDBStorage", lambda url, engine_kwargs: real(url, engine_kwargs=short))
+    with opened(say=notes.append) as study:
+        study.resume(number)
+        other = sqlite3.connect(home / "optuna.db", check_same_thread=False, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        threading.Timer(1.0, other.execute, ["ROLLBACK"]).start()
+        started = time.monotonic()
+        study.report(number, 1, 0.7)
+        assert time.monotonic() - started > 0.5
+    other.close()
+    assert stored()[0].intermediate_values == {1: 0.7}
+    assert len(notes) == 1
+    assert "locked" in notes[0]
+
+
+def test_a_database_that_stays_away_ends_with_what_to_do(home, monkeypatch):
+    monkeypatch.setattr(studies, "WAIT_S", 0.1)
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{home}/no/such/folder/x.db")
+    with pytest.raises(UserError, match="the same command goes on"), opened():
+        pass
+
+
+def test_a_study_that_is_not_there_is_said_with_those_that_are():
+    with pytest.raises(UserError, match="raylway sweep"):
+        studies.load("s")
+    with opened("t"):
+        pass
+    with pytest.raises(UserError, match="there are t"):
+        studies.load("s")
+
+
+@pytest.mark.parametrize("url", ["postgresql://u@h/d", "postgres://u@h/d", "postgresql+psycopg://u@h/d"])
+def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
+    assert studies.url() == "postgresql+psycopg://u@h/d?options=-csearch_path%3Doptuna"
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"{url}?sslmode=require")
+    assert studies.url().endswith("d?sslmode=require&options=-csearch_path%3Doptuna")
