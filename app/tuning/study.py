@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import optuna
 import sqlalchemy
@@ -44,8 +45,11 @@ class Study:
     Every call waits for a database that is locked or away, for WAIT_S, and then raises UserError.
     """
 
-    def __init__(self, name: str, storage: RDBStorage, study_id: int, say: Callable[[str], None]):
+    def __init__(
+        self, name: str, storage: RDBStorage, study_id: int, say: Callable[[str], None], hold: "_Hold"
+    ):
         self.name = name
+        self._hold = hold
         self._storage = storage
         self._id = study_id
         self._say = say
@@ -113,7 +117,7 @@ class Study:
                 )
 
     def _patiently(self, call: Callable[[], T]) -> T:
-        return _patiently(call, self._say)
+        return _patiently(call, self._say, self._hold.renew)
 
 
 @contextlib.contextmanager
@@ -128,7 +132,8 @@ def opened(
     home().mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = _patiently(_storage, say)
-    with _held(name, storage):
+    with contextlib.closing(_hold_of(name, storage)) as hold:
+        hold.take()
         made = _patiently(
             lambda: optuna.create_study(
                 storage=storage, study_name=name, directions=list(directions), load_if_exists=True
@@ -143,7 +148,7 @@ def opened(
                 f"ones: {'; '.join(changed)}. Set them back, or begin another with --set sweep.study="
                 f"{name}-2 (its sweep.warm_start: [{name}] learns from this one, if the space is the same)"
             )
-        study = Study(name, storage, made._study_id, say)
+        study = Study(name, storage, made._study_id, say, hold)
         study._release()
         yield study
 
@@ -153,48 +158,93 @@ def load(name: str) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url().startswith("sqlite") and not (home() / "optuna.db").exists():
         raise UserError(f"there is no study {name!r}; make one with `raylway sweep`")
-    storage = _patiently(_storage, lambda _: None)
+    storage = _patiently(functools.partial(_storage, poolclass=sqlalchemy.NullPool), lambda _: None)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise UserError(f"there is no study {name!r}; there are {', '.join(sorted(names)) or 'none'}")
     return optuna.load_study(storage=storage, study_name=name)
 
 
-def _storage() -> RDBStorage:
+def _storage(**arguments: Any) -> RDBStorage:
     target = url()
-    arguments: dict[str, Any] = {"pool_pre_ping": True}
+    arguments |= {"pool_pre_ping": True}
     if target.startswith("sqlite"):
         arguments["connect_args"] = {"timeout": 20}
     else:
-        with sqlalchemy.create_engine(target).begin() as connection:
+        with sqlalchemy.create_engine(target, poolclass=sqlalchemy.NullPool).begin() as connection:
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS optuna"))
     return RDBStorage(target, engine_kwargs=arguments)
 
 
-@contextlib.contextmanager
-def _held(name: str, storage: RDBStorage) -> Iterator[None]:
-    """Hold a study against other sweeps. The kernel, or the database, gives it back if this process dies."""
-    with contextlib.ExitStack() as stack:
-        if storage.url.startswith("sqlite"):
-            path = home() / "sweeps" / name / "lock"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(path.open("a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise _taken(name, file.read()) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        else:
-            connection = stack.enter_context(
-                storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            )
-            lock = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtext(:name))")
-            if not connection.execute(lock, {"name": f"raylway {name}"}).scalar():
-                raise _taken(name, "another process")
-        yield
+class _Hold(Protocol):
+    """Keeps a study from other sweeps, until this process closes it or dies."""
+
+    def take(self) -> None:
+        """Raises UserError if another process has the study."""
+
+    def renew(self) -> None:
+        """Take it again after the database was away, which may have lost it. Raises as `take` does."""
+
+    def close(self) -> None: ...
+
+
+def _hold_of(name: str, storage: RDBStorage) -> _Hold:
+    return _FileLock(name) if storage.url.startswith("sqlite") else _DatabaseLock(name, storage)
+
+
+class _FileLock:
+    """Beside a database that is a file; the kernel gives it back if this process dies."""
+
+    def __init__(self, name: str):
+        self._name = name
+        path = home() / "sweeps" / name / "lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+")
+
+    def take(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            raise _taken(self._name, self._file.read()) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
+
+    def renew(self) -> None:
+        """The kernel has not lost it."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _DatabaseLock:
+    """Of a connection to PostgreSQL, whose end gives it back."""
+
+    def __init__(self, name: str, storage: RDBStorage):
+        self._name = name
+        self._storage = storage
+        self._connection: sqlalchemy.Connection | None = None
+
+    def take(self) -> None:
+        connection = self._storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        self._connection = connection
+        lock = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtext(:name))")
+        if not connection.execute(lock, {"name": f"raylway {self._name}"}).scalar():
+            raise _taken(self._name, "another process")
+
+    def renew(self) -> None:
+        if self._connection is not None:
+            self._connection.invalidate()  # or the lock would be its own rival
+            self._connection.close()
+            self._connection = None
+        self.take()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._storage.remove_session()
+        self._storage.engine.dispose()  # a connection that went back to the pool would keep the lock
 
 
 def _taken(name: str, owner: str) -> UserError:
@@ -216,11 +266,15 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") ->
     return found
 
 
-def _patiently(call: Callable[[], T], say: Callable[[str], None]) -> T:
-    """Call, and again while the database is locked or away."""
+def _patiently(
+    call: Callable[[], T], say: Callable[[str], None], back: Callable[[], None] = lambda: None
+) -> T:
+    """Call, and again while the database is locked or away; `back` comes before the call that follows."""
     deadline, said = time.monotonic() + WAIT_S, False
     while True:
         try:
+            if said:
+                back()
             return call()
         except (StorageInternalError, OperationalError) as error:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error

@@ -6,7 +6,6 @@ import subprocess
 import threading
 from pathlib import Path
 
-import optuna
 import pytest
 import sqlalchemy
 
@@ -78,7 +77,7 @@ def database(server, ray_cluster, monkeypatch):
 def test_the_command_keeps_the_study_and_mlflow_in_one_database(database, raylway):
     done = raylway("sweep", SMOKE, "--trials", "3", "--set", "sweep.study=pg", RAYLWAY_DATABASE_URL=database)
     assert done.returncode == 0, done.stdout + done.stderr
-    study = optuna.load_study(study_name="pg", storage=studies.url())
+    study = studies.load("pg")
     assert len(study.trials) == 3
     runs = registry.client().search_runs(["1"], "tags.`raylway.trial` != ''")
     assert len(runs) == 3
@@ -98,7 +97,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing(database, server):
     progress = tuner.run(swept, watch, notes.append)
     assert states(progress) == ["COMPLETE"] * 6
     assert any("does not answer" in note for note in notes)
-    trials = optuna.load_study(study_name="crash", storage=studies.url()).trials
+    trials = studies.load("crash").trials
     assert [trial.number for trial in trials] == list(range(6))
     assert {trial.state.name for trial in trials} == {"COMPLETE"}
 

@@ -433,3 +433,41 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
         time.sleep(0.5)
     assert client.get_job_status(job).value == "SUCCEEDED", client.get_job_logs(job)
     assert finished(studies.load("job")) == list(range(5))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, reach):
+    """SIGKILL at seeded moments; what is stored in the end are forty trials, each finished once."""
+    import random
+
+    chance = random.Random(4)
+    asked = ["sweep.study=forty", "sweep.trials=40", "training.epochs=25"]
+    ends: dict[int, tuple] = {}
+    for kill in range(4):
+        with sweeping(home, *asked) as process:
+            if kill < 3:
+                for line in process.stdout:
+                    if "trial " in line:
+                        break
+                time.sleep(chance.uniform(0.0, 6.0))
+                process.kill()
+                process.wait()
+            else:
+                said = process.stdout.read()
+                assert process.wait(10) == 0, said
+        now = {t.number: (t.state, t.values, t.datetime_complete) for t in studies.load("forty").trials
+               if t.state.is_finished()}  # fmt: skip
+        print(
+            f"after {kill + 1} runs: {len(now)} finished, {studies.load('forty').trials[-1].number + 1} begun"
+        )
+        assert ends.items() <= now.items(), "nothing that was finished is done again"
+        ends = now
+    study = studies.load("forty")
+    assert finished(study) == list(range(40))
+    assert len(study.trials) == 40
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no point twice"
+    runs = MlflowClient(registry.uri()).search_runs(["1"], "tags.`raylway.study` = 'forty'")
+    query = f"tags.`mlflow.parentRunId` = '{runs[0].info.run_id}'"
+    children = MlflowClient(registry.uri()).search_runs(["1"], query, max_results=1000)
+    assert sorted(int(child.data.tags["raylway.trial"]) for child in children) == list(range(40))
