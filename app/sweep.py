@@ -21,8 +21,8 @@ from app.home import home
 from app.tuning import report as reports
 from app.tuning import study as studies
 from app.tuning import tuner
+from app.tuning.progress import Progress, Watch, ranked
 from app.tuning.space import Space
-from app.tuning.tuner import Progress
 
 NUM_SHOWN = 5
 """Best trials in the live table."""
@@ -156,7 +156,7 @@ def _told(trial: FrozenTrial, space: Space) -> registry.Trial:
 
 
 @contextlib.contextmanager
-def _watching(console: Console) -> Iterator[tuner.Watch]:
+def _watching(console: Console) -> Iterator[Watch]:
     """A table that changes in a terminal; elsewhere a line for each trial that ends."""
     with console.live() as show:
         said = 0
@@ -197,8 +197,7 @@ def _table(progress: Progress) -> Group:
     table = Table(box=None, pad_edge=True, header_style="dim")
     for column in ("trial", "", "epochs", ", ".join(progress.objectives), "parameters"):
         table.add_column(column, overflow="ellipsis", no_wrap=True)
-    ranked = tuner.ranked(progress.trials, progress.directions)[:NUM_SHOWN]
-    for trial in ranked:
+    for trial in ranked(progress.trials, progress.directions)[:NUM_SHOWN]:
         values = ", ".join(f"{value:.4f}" for value in trial.values)
         first = "best" if trial in progress.best() else ""
         epochs = str(trial.user_attrs.get("epochs", ""))

@@ -19,7 +19,7 @@ from optuna.visualization import (
     plot_slice,
 )
 
-from app.tuning.tuner import best_of
+from app.tuning.progress import best_of
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px;

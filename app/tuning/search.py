@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -13,20 +12,12 @@ from ray.tune.search.optuna import OptunaSearch
 
 from app.config import Sweep
 from app.errors import UserError
-from app.tuning.space import Point, Space
+from app.tuning.plan import Planned
+from app.tuning.space import Space
 from app.tuning.study import Study
 
 MOST_REJECTED = 10_000
 """Points in a row that break a constraint, before the search gives up."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A point to try before the search chooses."""
-
-    point: Point
-    number: int | None = None
-    """Of the stored trial that was interrupted, to be gone on with."""
 
 
 class Search(OptunaSearch):
@@ -74,9 +65,9 @@ class Search(OptunaSearch):
         if not self._goes_on() or (self._only_planned and not self._planned):
             return Searcher.FINISHED
         planned = self._planned.pop(0) if self._planned else None
-        if planned is not None:
-            self._ot_study.enqueue_trial(dict(planned.point))
         for _ in range(MOST_REJECTED):
+            if planned is not None:
+                self._ot_study.enqueue_trial(dict(planned.point))
             point = super().suggest(trial_id)
             if self._search_space.admits(point):
                 break

@@ -89,6 +89,13 @@ class Space:
             return None
         return sum(1 for _ in itertools.islice(self.points(), MANY + 1))
 
+    def contains(self, point: Point) -> bool:
+        """Whether each value is one of its parameter's."""
+        return all(
+            key in self.sweep.space and _contains(self.sweep.space[key], value)
+            for key, value in point.items()
+        )
+
     def distributions(self, point: Point) -> dict[str, optuna.distributions.BaseDistribution]:
         """Optuna's name of what each value of a point was chosen from."""
         return {key: _distribution(self.sweep.space[key]) for key in point}

@@ -155,7 +155,8 @@ class Trial(tune.Trainable):
         lineage = uuid.uuid4().hex if self._origin else ""
         key = trainer.key(project, prepared, lineage)
         if self._origin is not None:
-            shutil.copytree(self._origin, trainer.checkpoints_of(key))
+            shutil.move(self._origin, trainer.checkpoints_of(key))
+            self._origin = None
         self._key = key
         history = self._history(key)
         last = len(before) + 1 == (self._project.sweep.folds or 1)

@@ -13,6 +13,7 @@ from app import registry
 from app.errors import UserError
 from app.tuning import study as studies
 from app.tuning import tuner
+from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, states
 
@@ -87,7 +88,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing(database, server):
     swept = project("crash", trials=6, scheduler=NO_SCHEDULER)
     crashed = threading.Event()
 
-    def watch(progress: tuner.Progress) -> None:
+    def watch(progress: Progress) -> None:
         if len(progress.trials) == 2 and not crashed.is_set():
             crashed.set()
             server.stop()

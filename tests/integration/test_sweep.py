@@ -19,6 +19,7 @@ from app.config import Project
 from app.errors import UserError
 from app.tuning import study as studies
 from app.tuning import tuner
+from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.conftest import ROOT
 
@@ -37,11 +38,11 @@ def project(study: str, space: dict = RATE, **sweep) -> Project:
     return Project.model_validate({**document, "sweep": sweep})
 
 
-def run(project: Project, **listeners) -> tuner.Progress:
+def run(project: Project, **listeners) -> Progress:
     return tuner.run(project, listeners.get("watch", lambda _: None), print)
 
 
-def states(progress: tuner.Progress) -> list[str]:
+def states(progress: Progress) -> list[str]:
     return [trial.state.name for trial in progress.trials]
 
 
@@ -167,7 +168,7 @@ def test_trials_can_have_several_horovod_workers(ray_cluster):
 def test_trials_that_take_half_a_core_train_four_at_a_time(ray_cluster):
     most = 0
 
-    def watch(progress: tuner.Progress) -> None:
+    def watch(progress: Progress) -> None:
         nonlocal most
         most = max(most, len(progress.running))
 
@@ -296,7 +297,7 @@ def test_a_killed_trial_is_tried_again_and_then_stored_as_failed(ray_cluster):
     slow = {**SMALL, "training.epochs": 400}
     killed: list[int] = []
 
-    def watch(progress: tuner.Progress) -> None:
+    def watch(progress: Progress) -> None:
         running = progress.running.get(0)
         if running and (running["epochs"] or killed) and len(killed) < 2:
             for process in psutil.process_iter(["cmdline"]):

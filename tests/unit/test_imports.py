@@ -111,4 +111,6 @@ def test_nothing_happens_at_import(module):
     ]
     if module == "app.registry":  # MLflow reads these when it is first imported, so they must stand before
         done = [line for line in done if not line.startswith("os.environ.setdefault('MLFLOW_")]
+    if module == "app.cli":  # the commands are declared, which for a group of them is a call
+        done = [line for line in done if not line.startswith("app.add_typer(")]
     assert done == []

@@ -6,8 +6,9 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from app.tuning import report, tuner
-from app.tuning.search import Planned, state_of
+from app.tuning import progress, report, scheduler, tuner
+from app.tuning.plan import Planned, planned
+from app.tuning.search import state_of
 from app.tuning.space import Space
 from tests.unit.test_space import HIDDEN, RATE, project
 
@@ -37,16 +38,16 @@ def trial(number: int, values: list[float] | None, state: str = "COMPLETE", **fa
 
 def test_the_best_of_one_objective_is_the_first_of_equals():
     trials = [trial(0, [0.5]), trial(1, [0.9]), trial(2, [0.9]), trial(3, None, "PRUNED")]
-    assert [t.number for t in tuner.best_of(trials, ["maximize"])] == [1]
-    assert [t.number for t in tuner.best_of(trials, ["minimize"])] == [0]
-    assert tuner.best_of(trials[3:], ["maximize"]) == []
+    assert [t.number for t in progress.best_of(trials, ["maximize"])] == [1]
+    assert [t.number for t in progress.best_of(trials, ["minimize"])] == [0]
+    assert progress.best_of(trials[3:], ["maximize"]) == []
 
 
 def test_of_several_objectives_those_that_no_other_beats_are_best():
     values = [(0.9, 5.0), (0.8, 1.0), (0.7, 2.0), (0.9, 6.0), (0.9, 5.0)]
     trials = [trial(i, list(v)) for i, v in enumerate(values)]
-    assert [t.number for t in tuner.best_of(trials, ["maximize", "minimize"])] == [0, 1, 4]
-    ranked = [t.number for t in tuner.ranked(trials, ["maximize", "minimize"])]
+    assert [t.number for t in progress.best_of(trials, ["maximize", "minimize"])] == [0, 1, 4]
+    ranked = [t.number for t in progress.ranked(trials, ["maximize", "minimize"])]
     assert ranked == [0, 4, 1, 3, 2]
 
 
@@ -71,12 +72,12 @@ def test_how_a_trial_ended(result, error, state):
 def test_successive_halving_remembers_the_rungs_of_stored_trials():
     space = Space(project(SPACE, scheduler={"kind": "asha", "reduction_factor": 2}))
     stored = [trial(i, [v], steps={1: v, 2: v}) for i, v in enumerate((0.6, 0.7, 0.8, 0.9))]
-    fresh, informed = tuner._scheduler(space.sweep), tuner._scheduler(space.sweep)
-    tuner._remember(informed, stored, space.sweep)
-    new = tuner._Earlier("new")
+    fresh, informed = scheduler.scheduler_of(space.sweep), scheduler.scheduler_of(space.sweep)
+    scheduler.remember(informed, stored, space.sweep)
+    new = scheduler.Earlier("new")
     assert fresh._brackets[0].on_result(new, 1, 0.5) == TrialScheduler.CONTINUE
     assert informed._brackets[0].on_result(new, 1, 0.5) == TrialScheduler.STOP
-    assert informed._brackets[0].on_result(tuner._Earlier("good"), 1, 0.95) == TrialScheduler.CONTINUE
+    assert informed._brackets[0].on_result(scheduler.Earlier("good"), 1, 0.95) == TrialScheduler.CONTINUE
 
 
 def test_interrupted_trials_come_first_then_points_by_hand_that_were_not_tried():
@@ -84,8 +85,8 @@ def test_interrupted_trials_come_first_then_points_by_hand_that_were_not_tried()
     waiting = trial(1, None, "RUNNING")
     waiting.state = TrialState.WAITING
     points = [{"training.learning_rate": 0.01}, {"training.learning_rate": 0.05}, {"model.hidden": [16, 16]}]
-    planned = tuner._planned(Space(project(SPACE, points=points)), [tried, waiting])
-    assert planned == [
+    found = planned(Space(project(SPACE, points=points)), [tried, waiting])
+    assert found == [
         Planned(waiting.params, 1),
         Planned({"training.learning_rate": 0.05}),
         Planned({"model.hidden": "[16, 16]"}),
@@ -103,7 +104,7 @@ def test_a_grid_plans_what_was_not_tried():
             "training.batch_size": CategoricalDistribution([8, 16]),
         },
     )
-    assert [p.point for p in tuner._planned(space, [tried])] == [
+    assert [p.point for p in planned(space, [tried])] == [
         {"model.hidden": "[8]", "training.batch_size": 16},
         {"model.hidden": "[16, 16]", "training.batch_size": 8},
     ]
