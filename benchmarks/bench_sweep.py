@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def pool(arguments: argparse.Namespace) -> dict[str, Any]:
-    settings = {**ONE_WORKER, "training.epochs": 3, "data.source.limit": 30_000}
+    settings = {**ONE_WORKER, "training.epochs": 8, "data.source.limit": 30_000}
     ours, theirs = [], []
     for round_ in range(arguments.rounds):
         space = {"training.learning_rate": RATE, "training.weight_decay": DECAY}
