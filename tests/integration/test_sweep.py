@@ -342,22 +342,6 @@ def test_two_sweeps_of_one_study_cannot_run_at_once(ray_cluster, raylway):
     assert len(run(swept).trials) == 3
 
 
-def test_a_locked_database_is_waited_for(ray_cluster, home):
-    import sqlite3
-    import threading
-
-    swept = project("locked", trials=2)
-    run(project("locked", trials=1))
-    blocker = sqlite3.connect(home / "optuna.db", check_same_thread=False, isolation_level=None)
-    blocker.execute("BEGIN EXCLUSIVE")
-    threading.Timer(25, blocker.execute, ["ROLLBACK"]).start()
-    notes: list[str] = []
-    progress = tuner.run(swept, lambda _: None, notes.append)
-    blocker.close()
-    assert len(progress.trials) == 2
-    assert any("does not answer" in note for note in notes)
-
-
 # Who is killed
 
 
@@ -384,7 +368,9 @@ def finished(study: optuna.Study) -> list[int]:
     return [trial.number for trial in study.trials if trial.state.is_finished()]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_sweep_that_is_stopped_goes_on_with_the_same_trials(home, reach, how):
     name = f"stopped-{how.name.lower()}"
     asked = [f"sweep.study={name}", "sweep.trials=6", "training.epochs=30"]
