@@ -109,3 +109,41 @@ def test_times_of_many_types(column):
 
 def test_text_that_is_no_time_stays():
     assert times(pa.chunked_array([["1970-01-01", "soon"]])).tolist() == [0, "soon"]
+
+
+# Folds
+
+
+def fold(split: Split, i: int, k: int) -> Split:
+    return Split(**{**split.model_dump(), "fold": (i, k)})
+
+
+def test_each_row_but_the_test_parts_is_validated_on_in_one_fold():
+    frame = rows(5000)
+    whole = assign(frame, SPLIT, seed=2)
+    parts = np.stack([assign(frame, fold(SPLIT, i, 4), seed=2) for i in range(4)])
+    np.testing.assert_array_equal(parts == 2, np.broadcast_to(whole == 2, parts.shape))
+    np.testing.assert_array_equal((parts == 1).sum(axis=0), whole != 2)
+    np.testing.assert_allclose((parts == 1).mean(axis=1), 0.2, atol=0.02)
+
+
+def test_by_time_a_fold_lies_after_what_it_trains_on_and_nothing_later_is_seen():
+    day = np.random.default_rng(0).permutation(1000).astype(float)
+    for i in range(3):
+        split = fold(BY_TIME, i, 3)
+        part = assign(pd.DataFrame({TIME: day}), split, 0, starts(day, np.ones(1000), split))
+        counts = {p: int((part == p).sum()) for p in (0, 1, -1, 2)}
+        assert counts == {0: 500 + 100 * i, 1: 100, -1: 200 - 100 * i, 2: 200}
+        assert day[part == 0].max() < day[part == 1].min()
+        assert day[part == 1].max() < day[part == 2].min()
+
+
+@pytest.mark.parametrize("wrong", [(3, 3), (-1, 3), (0, 1)])
+def test_a_fold_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match="fold must be"):
+        Split(fold=wrong)
+
+
+def test_more_folds_than_there_is_time_are_refused():
+    with pytest.raises(ValueError, match="nothing before the first"):
+        fold(BY_TIME, 0, 8)
