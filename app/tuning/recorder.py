@@ -115,7 +115,7 @@ class Recorder(tune.Callback):
         self._study.finish(number, state, values, facts)
         self._core_seconds += facts["core_seconds"]
         self._progress.running.pop(number, None)
-        stored = next(t for t in self._study.trials() if t.number == number)
+        stored = self._study.trial(number)
         self._progress.trials.append(stored)
         if state == TrialState.COMPLETE:
             self._drop_beaten()

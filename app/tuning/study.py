@@ -62,6 +62,11 @@ class Study:
         self._ids |= {trial.number: trial._trial_id for trial in found}
         return found
 
+    def trial(self, number: int) -> FrozenTrial:
+        """One of them, as it is stored now."""
+        trial_id = self._ids[number]
+        return self._patiently(lambda: self._storage.get_trial(trial_id))
+
     def begin(self, params: Mapping[str, Any], distributions: Mapping[str, Any], token: str) -> int:
         """Store a trial that runs now; returns its number. `token` is its own, also if asked again."""
         frozen = optuna.trial.create_trial(
