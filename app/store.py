@@ -4,12 +4,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from app.errors import UserError
 from app.home import home
@@ -61,9 +62,24 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 def _alone(target: Path) -> Iterator[None]:
     """Hold the lock of a target; the kernel gives it back if this process is killed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    lock = target.parent / f".{target.name}.lock"
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is(lock, file):  # whoever held it before took it away
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
+
+
+def _is(path: Path, file: IO) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:

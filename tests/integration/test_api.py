@@ -16,8 +16,8 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def outcome(ray_cluster):
-    return api.train(api.load(ROOT / "configs" / "smoke.yaml", "training.num_workers=1"))
+def outcome(reach):
+    return api.train(api.load(ROOT / "configs" / "smoke.yaml", "name=api", "training.num_workers=1"))
 
 
 @pytest.fixture
@@ -57,10 +57,10 @@ def test_predictions_are_the_bundles_and_keep_the_index(outcome, rows):
 
 def test_a_registered_version_is_named_by_alias_or_number(outcome, rows):
     assert outcome.version is not None
-    by_number = api.predict(f"smoke@{outcome.version.number}", rows)
+    by_number = api.predict(f"api@{outcome.version.number}", rows)
     pd.testing.assert_frame_equal(by_number, api.predict(outcome, rows))
     with pytest.raises(UserError, match="no version 'nobody'"):
-        api.predict("smoke@nobody", rows)
+        api.predict("api@nobody", rows)
 
 
 def test_a_missing_column_is_named(outcome, rows):

@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, observ
         import time
 
         time.sleep(1)  # until it is written
-        last = max(runs.glob("*/checkpoints/[0-9]*"), key=lambda folder: folder.name)
+        last = max(runs.glob("*/checkpoints/[0-9]*"), key=lambda folder: folder.stat().st_mtime_ns)
         (last / "model.safetensors").write_bytes(b"no tensors")
 
     marker, notes = tmp_path / "killed", []

@@ -99,7 +99,7 @@ def test_is_frozen_at_every_level(file, section):
             "serving:",
             "sevring: {}\nserving:",
             "small.yaml:17: sevring: unknown key (did you mean serving?); allowed: compression, data, "
-            "evaluation, features, gate, model, name, seed, serving, training",
+            "evaluation, features, gate, model, name, seed, serving, sweep, training",
         ),
         (
             "{type: number}",

@@ -78,7 +78,7 @@ def test_a_failure_leaves_what_was_there(home, error, before):
         ["k/out.txt"] if before else []
     )
     assert list(target.parent.glob("[!.]*")) == ([target] if before else [])
-    assert [f.name for f in target.parent.glob(".*")] == [".k.lock"], "no draft is left"
+    assert list(target.parent.glob(".*")) == [], "neither a draft nor a lock"
 
 
 def test_nothing_is_at_the_target_while_it_is_built(home):
@@ -109,3 +109,19 @@ def test_of_two_that_build_the_same_one_waits_for_the_other(home):
         assert store.produce(target, write("of the second")) is False
     assert first.result() is True
     assert (target / "out.txt").read_text() == "of the first"
+
+
+def test_a_lock_that_was_taken_away_while_waited_for_locks_nobody_out(home):
+    """Many at once: each waits on the lock's file of the one before, which is gone when its turn comes."""
+    target = store.folder("train", "k")
+    building = threading.Lock()
+
+    def build(draft: Path) -> None:
+        assert building.acquire(blocking=False), "two build at once"
+        time.sleep(0.002)
+        building.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        built = list(pool.map(lambda _: store.produce(target, build, fresh=True), range(40)))
+    assert built == [True] * 40
+    assert list(target.parent.glob(".*")) == []
