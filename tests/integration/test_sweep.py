@@ -29,6 +29,8 @@ SMOKE = "configs/smoke.yaml"
 RATE = {"training.learning_rate": {"type": "float", "low": 0.002, "high": 0.1, "log": True}}
 SMALL = {"training.num_workers": 1, "training.epochs": 2, "training.batch_size": 128}
 NO_SCHEDULER = {"kind": "none"}
+# A project of its own, whose candidates pass the gate whatever was registered before.
+SHOWN = (SMOKE, "--set", "name=shown", "--set", "gate.tolerance=1")
 
 
 def project(study: str, space: dict = RATE, **sweep) -> Project:
@@ -53,11 +55,15 @@ def states(progress: Progress) -> list[str]:
 def swept(home, reach):
     """`raylway sweep` of four trials, once for the tests that look at what it left."""
     done = subprocess.run(
-        [sys.executable, "-m", "app", "sweep", SMOKE, "--trials", "4", "--set", "sweep.study=shown"],
+        [sys.executable, "-m", "app", "sweep", *SHOWN, "--trials", "4"],
         cwd=ROOT, env={**os.environ, "RAYLWAY_HOME": str(home)}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def experiment(client: MlflowClient) -> list[str]:
+    return [client.get_experiment_by_name("shown").experiment_id]
 
 
 def test_the_command_says_each_trial_the_best_and_where_the_report_is(swept):
@@ -74,17 +80,17 @@ def test_the_best_project_is_a_file_that_trains_to_the_same_result(swept, home, 
     assert projectfile.load(file).training.learning_rate == study.best_params["training.learning_rate"]
     again = raylway("train", str(file), "--fresh")
     assert again.returncode == 0, again.stdout + again.stderr
-    runs = MlflowClient(registry.uri()).search_runs(["1"], "tags.`raylway.key` != ''")
-    best = max(run.data.metrics["validation_auc"] for run in runs)
-    curve = MlflowClient(registry.uri()).get_metric_history(runs[0].info.run_id, "validation_auc")
-    assert max(metric.value for metric in curve) == study.best_value, best
+    client = MlflowClient(registry.uri())
+    (run,) = client.search_runs(experiment(client), "tags.`raylway.key` != ''")
+    curve = client.get_metric_history(run.info.run_id, "validation_auc")
+    assert max(metric.value for metric in curve) == study.best_value
 
 
 def test_each_trial_is_a_run_below_the_studys_with_parameters_and_curves(swept, home):
     client = MlflowClient(registry.uri())
-    (parent,) = client.search_runs(["1"], "tags.`raylway.study` = 'shown'")
+    (parent,) = client.search_runs(experiment(client), "tags.`raylway.study` = 'shown'")
     assert parent.info.status == "FINISHED"
-    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    children = client.search_runs(experiment(client), f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     stored = {str(trial.number): trial for trial in studies.load("shown").trials}
     assert {child.data.tags["raylway.trial"] for child in children} == set(stored)
     for child in children:
@@ -109,11 +115,11 @@ def test_the_report_is_one_page_that_needs_no_network(swept, home):
 def test_more_trials_extend_a_finished_sweep(swept, raylway):
     study = studies.load("shown")
     before = {trial.number: (trial.state, trial.values, trial.params) for trial in study.trials}
-    done = raylway("sweep", SMOKE, "--trials", "5", "--set", "sweep.study=shown", "--train-best")
+    done = raylway("sweep", *SHOWN, "--trials", "5", "--train-best")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 trials" in done.stdout
     assert "trial 0 (" not in done.stdout, "what was done is not done again"
-    assert "smoke version" in done.stdout, "the best one went through the gate"
+    assert "shown version" in done.stdout, "the best one went through the gate"
     after = {
         trial.number: (trial.state, trial.values, trial.params) for trial in studies.load("shown").trials
     }
@@ -126,7 +132,7 @@ def test_a_study_of_another_space_or_project_is_refused(swept, raylway):
         "sweep.space={training.weight_decay: {type: float, low: 0, high: 1}}",
         "training.epochs=2",
     ):
-        done = raylway("sweep", SMOKE, "--set", "sweep.study=shown", "--set", change)
+        done = raylway("sweep", *SHOWN, "--set", change)
         assert done.returncode == 2
         assert "was begun with other settings" in done.stderr
         assert change.partition("=")[0].split(".")[1] in done.stderr
@@ -454,7 +460,9 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, r
     assert finished(study) == list(range(40))
     assert len(study.trials) == 40
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no point twice"
-    runs = MlflowClient(registry.uri()).search_runs(["1"], "tags.`raylway.study` = 'forty'")
+    client = MlflowClient(registry.uri())
+    names = [client.get_experiment_by_name("smoke").experiment_id]
+    runs = client.search_runs(names, "tags.`raylway.study` = 'forty'")
     query = f"tags.`mlflow.parentRunId` = '{runs[0].info.run_id}'"
-    children = MlflowClient(registry.uri()).search_runs(["1"], query, max_results=1000)
+    children = client.search_runs(names, query, max_results=1000)
     assert sorted(int(child.data.tags["raylway.trial"]) for child in children) == list(range(40))
