@@ -149,6 +149,8 @@ class Sweep(Section):
     for many numbers and many trials. nsga2: evolution for several objectives. grid: every point once."""
     startup_trials: PositiveInt = 10
     """Random ones before the search begins to learn."""
+    seed: int | None = Field(None, ge=0, lt=2**31)
+    """Of what is drawn; the project's if left out. Rows and first weights go by the project's alone."""
     scheduler: Scheduler | None = None
     """When a trial is given up; if left out, asha, and none with several objectives."""
     trials: PositiveInt = 20

@@ -38,7 +38,7 @@ class Search(OptunaSearch):
         sweep = space.sweep
         several = len(sweep.objectives) > 1
         modes = [way[:3] for way in sweep.directions]
-        seed = space.base.seed + len(learnt)
+        seed = (space.base.seed if sweep.seed is None else sweep.seed) + len(learnt)
         super().__init__(
             space=space.suggest,
             metric=sweep.objectives if several else sweep.objectives[0],

@@ -8,7 +8,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from app.tuning import progress, report, scheduler, tuner
 from app.tuning.plan import Planned, planned
-from app.tuning.search import state_of
+from app.tuning.search import Search, state_of
 from app.tuning.space import Space
 from tests.unit.test_space import HIDDEN, RATE, project
 
@@ -110,13 +110,32 @@ def test_a_grid_plans_what_was_not_tried():
     ]
 
 
+class Stored:
+    """Where a search notes what it drew."""
+
+    def begin(self, *_) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("search", ["tpe", "gp", "cmaes", "random"])
+def test_draws_go_by_the_seed_of_the_sweep_and_else_of_the_project(search):
+    def drawn(of_project: int, **sweep) -> list[dict]:
+        space = Space(project(SPACE, search=search, **sweep).model_copy(update={"seed": of_project}))
+        searching = Search(space, Stored(), [], [], lambda: True)
+        return [searching.suggest(str(number)) for number in range(3)]
+
+    assert drawn(1) == drawn(1) == drawn(7, seed=1)
+    assert drawn(1) != drawn(2)
+    assert drawn(1) != drawn(1, seed=2)
+
+
 def test_what_is_swept_or_does_not_change_the_result_is_no_fact_of_a_study():
     plain = project(SPACE)
     facts = tuner._facts(Space(plain))
     for change in ({"learning_rate": 0.9}, {"max_failures": 9}, {"num_cpus": 0.5}):
         training = plain.training.model_copy(update=change)
         assert tuner._facts(Space(plain.model_copy(update={"training": training}))) == facts
-    more = plain.sweep.model_copy(update={"trials": 99, "search": "random"})
+    more = plain.sweep.model_copy(update={"trials": 99, "search": "random", "seed": 3})
     assert tuner._facts(Space(plain.model_copy(update={"sweep": more}))) == facts
     for other in (
         plain.model_copy(update={"seed": 5}),
