@@ -54,7 +54,7 @@ def install() -> None:
     _step("PyTorch", lambda: _pip("install", TORCH))
     _step("Raylway's dependencies", lambda: _pip("install", "--no-build-isolation", "-e", f"{ROOT}[dev]"))
     wheel = _horovod_wheel(compiler)
-    _step("Horovod", lambda: _pip("install", "--no-deps", str(wheel)))
+    _step("Horovod", lambda: _install_wheel(wheel))
     _step("sample data", lambda: _run([PYTHON, "-m", "app.data.samples"]))
     STAMP.write_text(state)
 
@@ -100,6 +100,11 @@ def _horovod_wheel(compiler: str) -> Path:
             (Path(scratch) / "wheel").rename(folder)
         found = list(folder.glob("*.whl"))
     return found[0]
+
+
+def _install_wheel(wheel: Path) -> None:
+    """Also over one of the same version: with other patches it is another build."""
+    _pip("install", "--no-deps", "--force-reinstall", str(wheel))
 
 
 def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:

@@ -132,9 +132,10 @@ def test_session_joins_it_and_leaves_it_running(running):
     assert dict(os.environ) == before
 
 
-def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp_path):
+def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp_path, monkeypatch):
     _, answer = running
-    found = set(Path("/tmp").glob("raylway-*"))
+    new_directory, made = cluster.new_directory, []
+    monkeypatch.setattr(cluster, "new_directory", lambda: made.append(new_directory()) or made[0])
     children = set(psutil.Process().children(recursive=True))
 
     def start():
@@ -145,7 +146,7 @@ def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp
             assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0
 
     at(tmp_path, start)
-    assert set(Path("/tmp").glob("raylway-*")) == found
+    assert [directory.exists() for directory in made] == [False]
     assert all(gone(each) for each in set(psutil.Process().children(recursive=True)) - children)
 
 

@@ -24,6 +24,7 @@ def listens(address: str, port: str) -> bool:
         return client.connect_ex((address, int(port))) == 0
 
 
+@pytest.mark.slow
 def test_four_ranks_on_two_nodes(cluster, tmp_path):
     where = {cluster.join(num_cpus=2).id, cluster.join(num_cpus=2).id}
     training = cluster.train(tmp_path / "run", *SMALL, "training.num_workers=4", seconds_per_step=0.05)

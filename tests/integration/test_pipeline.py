@@ -242,20 +242,18 @@ def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
     )
 
 
-def test_csv_trains_like_parquet(raylway, tmp_path):
+def test_csv_is_prepared_as_parquet_is(ray_cluster, tmp_path):
+    from app.data.prepare import prepare
+
+    frame().to_parquet(tmp_path / "data.parquet")
     frame().to_csv(tmp_path / "data.csv", index=False)
-    gate = "gate={minimum: {auc: 0.1}, beat: []}"
-    done = raylway(
-        "train",
-        "configs/smoke.yaml",
-        "--set",
-        source(tmp_path / "data.csv"),
-        "--set",
-        gate,
-        "--set",
-        "name=fromcsv",
+    parquet, csv = (
+        prepare(projectfile.load("configs/smoke.yaml", [source(tmp_path / name)]))
+        for name in ("data.parquet", "data.csv")
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert csv.preprocessor == parquet.preprocessor
+    for part in ("train", "validation", "test"):
+        pd.testing.assert_frame_equal(csv.frame(part), parquet.frame(part))
 
 
 def test_a_tampered_bundle_is_not_served(raylway, home, trained):

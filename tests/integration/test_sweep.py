@@ -375,7 +375,11 @@ def finished(study: optuna.Study) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "how", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "how",
+    [
+        signal.SIGKILL,
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT)),
+    ],
 )
 def test_a_sweep_that_is_stopped_goes_on_with_the_same_trials(home, reach, how):
     name = f"stopped-{how.name.lower()}"

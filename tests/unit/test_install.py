@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,24 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
         f"error: Python 3.11 is needed, but this is {'.'.join(map(str, version))}; say make PYTHON=python3.11"
     )
     assert not (copy / ".venv").exists()
+
+
+def test_a_wheel_replaces_one_of_the_same_version(copy):
+    """As when Horovod is built again with other patches."""
+    make = "import venv; from app import install; venv.create(install.VENV, with_pip=True)"
+    install = "import pathlib, sys; from app.install import _install_wheel as f; f(pathlib.Path(sys.argv[1]))"
+    assert python(copy, "/usr/bin:/bin", "-c", make).returncode == 0
+    for build in ("first", "second"):
+        wheel = copy / build / "small-1.0-py3-none-any.whl"
+        wheel.parent.mkdir()
+        with zipfile.ZipFile(wheel, "w") as file:
+            file.writestr("small.py", f"BUILD = {build!r}\n")
+            file.writestr(
+                "small-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n"
+            )
+            file.writestr("small-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+            file.writestr("small-1.0.dist-info/RECORD", "")
+        done = python(copy, "/usr/bin:/bin", "-c", install, str(wheel))
+        assert done.returncode == 0, done.stderr
+        (installed,) = copy.glob(".venv/lib/*/site-packages/small.py")
+        assert build in installed.read_text()
