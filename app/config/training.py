@@ -40,19 +40,18 @@ class Checkpointing(Section):
 class Horovod(Section):
     """Horovod's own settings. On small models none matters much; see each."""
 
-    fusion_threshold_mb: float = Field(128, ge=0)
-    """Gradients that are ready together are sent together, up to this size. Larger pays on slow links with
-    many small layers, smaller where the first layers wait for the last; 0 sends each alone."""
+    fusion_threshold_mb: float = Field(8, ge=0)
+    """Overlapped gradients of neighbouring layers are sent together, up to this size. Larger pays on slow
+    links with many small layers, smaller where the last ones are long in coming; 0 sends each alone."""
     cycle_time_ms: float = Field(10.0, gt=0)
-    """How long a rank gathers ready gradients before it sends them, unless the step waits for them already.
-    Longer fuses more, and its rounds of messages take less from the backward pass; shorter sends the first
-    ones earlier."""
+    """How long a rank waits between rounds of messages about what is ready, unless the step waits for it
+    already. Longer takes less from the backward pass; shorter sends the first gradients earlier."""
     adasum: bool = False
     """Combine gradients by Adasum (Maleki et al., 2021) instead of their mean: large numbers of ranks then
     need no other learning rate. Needs Horovod built with MPI or NCCL."""
     autotune: bool = False
-    """Let Horovod search fusion threshold and cycle time during the first steps; for runs of hours. The
-    order of sums may change while it searches, so two runs are not bit-equal."""
+    """Let Horovod search the cycle time, and how many of the above it sends together, during the first steps;
+    for runs of hours. The order of sums may change while it searches, so two runs are not bit-equal."""
 
 
 class Training(Section):
@@ -131,8 +130,6 @@ class Training(Section):
                 raise ValueError("horovod: these settings have no effect with backend: ddp; leave them out")
             if self.timeline:
                 raise ValueError("timeline: Horovod records it; say backend: horovod")
-        elif self.compression == "bf16" and self.gradients == "overlapped":
-            raise ValueError("compression: Horovod has no bf16 for overlapped gradients; say fp16, or flat")
         if self.horovod.adasum and self.compression == "bf16":
             raise ValueError("compression: adasum does not go with bf16; say fp16 or none")
         return self

@@ -1,7 +1,7 @@
 """What the ranks do together, the same over Horovod and over torch.distributed."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,10 +68,13 @@ class Horovod:
 
     def __init__(self, training: Training, timeline: Path):
         """`timeline` is the file that rank 0 writes if the project asks for one."""
-        settings = training.horovod
-        os.environ["HOROVOD_FUSION_THRESHOLD"] = str(int(settings.fusion_threshold_mb * 2**20))
-        os.environ["HOROVOD_CYCLE_TIME"] = str(settings.cycle_time_ms)
-        os.environ["HOROVOD_AUTOTUNE"] = str(int(settings.autotune))
+        os.environ["HOROVOD_AUTOTUNE"] = str(int(training.horovod.autotune))
+        # Gradients come in buckets; to gather those again would be one more copy of each.
+        fixed = {"FUSION_THRESHOLD": "0", "CYCLE_TIME": str(training.horovod.cycle_time_ms)}
+        for name, value in fixed.items():
+            os.environ[f"HOROVOD_{name}"] = value
+            if training.horovod.autotune:  # what is set, Horovod does not tune
+                del os.environ[f"HOROVOD_{name}"]
         if training.timeline:
             timeline.parent.mkdir(parents=True, exist_ok=True)
             os.environ["HOROVOD_TIMELINE"] = str(timeline)
@@ -96,34 +99,37 @@ class Horovod:
         return self._hvd.allgather(rows, name=f"gather.{tensor.dim()}").view(tensor.dtype)
 
     def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
-        training = self._training
-        fp16 = training.compression == "fp16"
-        compression = self._hvd.Compression.fp16 if fp16 else self._hvd.Compression.none
-        operation = self._hvd.Adasum if training.horovod.adasum else self._hvd.Average
-        if gradients.overlaps(training, network):
-            distributed = self._hvd.DistributedOptimizer(
-                optimizer,
-                named_parameters=[(n, p) for n, p in network.named_parameters() if p.requires_grad],
-                compression=compression,
-                backward_passes_per_step=training.backward_passes_per_step,
-                op=operation,
-            )
-            return gradients.OverlappedByHorovod(network, distributed)
+        begin = self._begin_bf16 if self._training.compression == "bf16" else self._begin
+        if gradients.overlaps(self._training, network):
+            bucket_bytes = int(self._training.horovod.fusion_threshold_mb * 2**20)
+            return gradients.Overlapped(network, optimizer, bucket_bytes, begin)
+        return gradients.Flat(network, optimizer, lambda buffer: begin(buffer, "gradients")())
 
-        def exchange(buffer: Tensor) -> None:
-            small, context = compression.compress(buffer)
-            self._hvd.allreduce_(small, name="gradients", op=operation)
+    def _begin(self, buffer: Tensor, name: str) -> Callable[[], None]:
+        """Begin to overwrite a buffer with its combination over the ranks, and return what waits for it."""
+        hvd = self._hvd
+        fp16 = self._training.compression == "fp16"
+        small = buffer.half() if fp16 else buffer
+        operation = hvd.Adasum if self._training.horovod.adasum else hvd.Average
+        handle = hvd.allreduce_async_(small, name=name, op=operation)
+
+        def finish() -> None:
+            hvd.synchronize(handle)
             if fp16:
-                buffer.copy_(compression.decompress(small, context))
+                buffer.copy_(small)
 
-        def exchange_bf16(buffer: Tensor) -> None:
-            # Horovod adds no bfloat16 numbers: each rank adds those of all.
-            gathered = self.gather(buffer.to(torch.bfloat16)[None])
+        return finish
+
+    def _begin_bf16(self, buffer: Tensor, name: str) -> Callable[[], None]:
+        """The same. Horovod adds no bfloat16 numbers: each rank adds those of all."""
+        rows = buffer.to(torch.bfloat16)[None].view(torch.uint8)
+        handle = self._hvd.allgather_async(rows, name=name)
+
+        def finish() -> None:
+            gathered = self._hvd.synchronize(handle).view(torch.bfloat16)
             torch.mean(gathered, dim=0, dtype=torch.float32, out=buffer)
 
-        return gradients.Flat(
-            network, optimizer, exchange_bf16 if training.compression == "bf16" else exchange
-        )
+        return finish
 
     def close(self) -> None:
         self._hvd.shutdown()

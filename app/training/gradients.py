@@ -1,8 +1,9 @@
 """How the gradients of all ranks become their mean: in one buffer, or layer by layer as they are ready."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,8 +18,6 @@ its start, not its bytes."""
 def overlaps(training: Training, network: nn.Module) -> bool:
     """Whether the project, or the size of the network, asks for the overlapped exchange."""
     if training.gradients == "auto":
-        if training.backend == "horovod" and training.compression == "bf16":
-            return False  # Horovod's optimizer has no bfloat16
         return sum(p.numel() for p in network.parameters() if p.requires_grad) >= OVERLAP_FROM
     return training.gradients == "overlapped"
 
@@ -79,12 +78,35 @@ class Flat:
         return nullcontext()
 
 
-class OverlappedByHorovod:
-    """Horovod's DistributedOptimizer: a gradient is sent as soon as the backward pass has made it."""
+class Overlapped:
+    """Gradients gathered in buckets, each averaged once the backward pass has filled it (Li et al., 2020).
 
-    def __init__(self, network: nn.Module, optimizer: Any):
+    Horovod's own optimizer copies each gradient into a buffer and out of it again, and both copies wait for
+    the exchange; here a gradient is copied once, and is a view of its bucket from then on.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        bucket_bytes: int,
+        begin: Callable[[Tensor, str], Callable[[], None]],
+    ):
+        """`begin` begins to overwrite a bucket, float32, with the mean over the ranks, under a name that
+        is its own; what it returns waits for the end of that. A gradient above `bucket_bytes` has one for
+        itself.
+        """
         self.optimizer = optimizer
         self._network = network
+        self._begin = begin
+        self._is_last = True
+        self._finish: dict[int, Callable[[], None]] = {}
+        # The gradients of the last layers come first.
+        parameters = [p for p in network.parameters() if p.requires_grad][::-1]
+        self._buckets = [_Bucket(group) for group in _grouped(parameters, bucket_bytes)]
+        for number, bucket in enumerate(self._buckets):
+            for parameter in bucket.parameters:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, number))
 
     def zero(self) -> None:
         self.optimizer.zero_grad()
@@ -92,18 +114,74 @@ class OverlappedByHorovod:
     def loss(self, *batch: Tensor) -> Tensor:
         return self._network.loss(*batch)
 
-    def accumulating(self, last: bool) -> AbstractContextManager:
-        return nullcontext()  # it counts the passes itself
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self._is_last = last
+        yield
 
     def reduce(self) -> None:
-        self.optimizer.synchronize()
+        for number, bucket in enumerate(self._buckets):
+            if number not in self._finish:  # a parameter had no part in the loss
+                bucket.fill()
+                self._send(number)
+        for number in range(len(self._buckets)):
+            self._finish.pop(number)()
 
     def stepping(self) -> AbstractContextManager:
-        return self.optimizer.skip_synchronize()
+        return nullcontext()
+
+    def _ready(self, number: int, parameter: Tensor) -> None:
+        if self._is_last and self._buckets[number].take(parameter):
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        self._finish[number] = self._begin(self._buckets[number].buffer, f"gradients.{number}")
+
+
+class _Bucket:
+    """The buffer of a few gradients."""
+
+    def __init__(self, parameters: list[Tensor]):
+        self.parameters = parameters
+        sizes = [p.numel() for p in parameters]
+        self.buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+        self._places = {
+            p: part.view_as(p) for p, part in zip(parameters, self.buffer.split(sizes), strict=True)
+        }
+        self._missing = set(parameters)
+
+    def take(self, parameter: Tensor) -> bool:
+        """Copy a gradient to its place, which takes its role; whether all are there now."""
+        assert parameter.grad is not None
+        parameter.grad = self._places[parameter].copy_(parameter.grad)
+        self._missing.remove(parameter)
+        return not self._missing and self._all_there()
+
+    def fill(self) -> None:
+        """Zeros for the gradients that are not there."""
+        for parameter in self._missing:
+            parameter.grad = self._places[parameter].zero_()
+        self._all_there()
+
+    def _all_there(self) -> bool:
+        self._missing = set(self.parameters)  # of the next step
+        return True
+
+
+def _grouped(parameters: list[Tensor], most_bytes: int) -> list[list[Tensor]]:
+    groups: list[list[Tensor]] = []
+    size = most_bytes
+    for parameter in parameters:
+        size += parameter.numel() * parameter.element_size()
+        if size > most_bytes or not groups:
+            groups.append([])
+            size = parameter.numel() * parameter.element_size()
+        groups[-1].append(parameter)
+    return groups
 
 
 class OverlappedByDdp:
-    """PyTorch's DistributedDataParallel (Li et al., 2020): the same, in buckets."""
+    """PyTorch's DistributedDataParallel: the same, by its own means."""
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, compression: str):
         from torch.nn.parallel import DistributedDataParallel

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from app.config import Training
 from app.training import gradients
-from app.training.gradients import OVERLAP_FROM, Flat, overlaps
+from app.training.gradients import OVERLAP_FROM, Flat, Overlapped, overlaps
 
 
 class Network(nn.Module):
@@ -64,6 +64,84 @@ def test_frozen_parameters_have_no_place_in_the_buffer():
     assert network.table.weight.grad is None
 
 
+class Exchange:
+    """Doubles what it is given once somebody waits for it, and notes what it is given."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int]] = []
+
+    def begin(self, buffer: Tensor, name: str):
+        self.begun.append((name, buffer.numel()))
+        return lambda: buffer.mul_(2)
+
+
+def overlapped(network: nn.Module, exchange: Exchange, bucket_bytes: int = 60) -> Overlapped:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+    return Overlapped(network, optimizer, bucket_bytes, exchange.begin)
+
+
+def gradients_of(network: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in network.parameters()]
+
+
+# In reverse: bias 1, weight 5, bias 5 | weight 25, too large for 60 bytes | table 12.
+BUCKETS = [("gradients.0", 11), ("gradients.1", 25), ("gradients.2", 12)]
+
+
+def test_buckets_are_sent_during_the_backward_pass_and_become_the_gradients():
+    network, plain, exchange = Network(), Network(), Exchange()
+    ours = overlapped(network, exchange)
+    for _ in range(2):
+        exchange.begun.clear()
+        ours.zero()
+        plain.zero_grad()
+        with ours.accumulating(last=True):
+            ours.loss(*BATCH).backward()
+        assert exchange.begun == BUCKETS, "all of them before anybody waits"
+        ours.reduce()
+        (2 * plain.loss(*BATCH)).backward()
+        for one, other in zip(gradients_of(network), gradients_of(plain), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_of_several_passes_the_last_sends_what_all_have_added():
+    network, plain, exchange = Network(), Network(), Exchange()
+    ours = overlapped(network, exchange)
+    for i in range(3):
+        with ours.accumulating(last=i == 2):
+            ours.loss(*BATCH).backward()
+        assert exchange.begun == (BUCKETS if i == 2 else [])
+        plain.loss(*BATCH).backward()
+    ours.reduce()
+    for one, other in zip(gradients_of(network), gradients_of(plain), strict=True):
+        assert torch.equal(one, 2 * other)
+
+
+def test_a_parameter_without_a_part_in_the_loss_counts_as_zero_and_keeps_nobody_waiting():
+    network, exchange = Network(), Exchange()
+    ours = overlapped(network, exchange)
+    ours.loss(*BATCH).backward()
+    ours.reduce()
+    ours.zero()
+    exchange.begun.clear()
+    network.layers(torch.ones(1, 5)).sum().backward()  # without the table
+    assert exchange.begun == BUCKETS[:2]
+    ours.reduce()
+    assert exchange.begun == BUCKETS
+    assert not network.table.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "sizes"), [(0, [1, 5, 5, 25, 12]), (24, [6, 5, 25, 12]), (1000, [48])]
+)
+def test_gradients_are_sent_together_up_to_a_size(bucket_bytes, sizes):
+    network, exchange = Network(), Exchange()
+    ours = overlapped(network, exchange, bucket_bytes)
+    ours.loss(*BATCH).backward()
+    ours.reduce()
+    assert [size for _, size in exchange.begun] == sizes
+
+
 def sized(count: int, frozen: int = 0) -> nn.Module:
     """A network with so many parameters that learn, and others that do not."""
     network = nn.ParameterList([nn.Parameter(torch.zeros(count)), nn.Parameter(torch.zeros(frozen))])
@@ -88,12 +166,6 @@ def test_a_project_may_say_which(monkeypatch):
     monkeypatch.setattr(gradients, "OVERLAP_FROM", 5)
     assert overlaps(training(gradients="overlapped"), sized(4))
     assert not overlaps(training(gradients="flat"), sized(6))
-
-
-@pytest.mark.parametrize(("backend", "wanted"), [("horovod", False), ("ddp", True)])
-def test_auto_knows_that_horovod_overlaps_no_bf16(monkeypatch, backend, wanted):
-    monkeypatch.setattr(gradients, "OVERLAP_FROM", 5)
-    assert overlaps(training(backend=backend, compression="bf16"), sized(6)) is wanted
 
 
 def training(**settings) -> Training:
