@@ -90,8 +90,8 @@ class Training(Section):
     count the same. Finds more of a rare label; the probabilities are no longer calibrated."""
     early_stopping: EarlyStopping | None = None
     gradients: Literal["auto", "flat", "overlapped"] = "auto"
-    """flat: one buffer and one exchange after the backward pass, best for small models. overlapped: layer by
-    layer while the backward pass goes on, best for large ones. auto goes by the number of parameters."""
+    """flat: one buffer and one exchange after the backward pass, best for small models. overlapped: bucket by
+    bucket while the backward pass goes on, best for large ones. auto goes by the number of parameters."""
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Exchange gradients in 16 bits. Pays when the network is the bottleneck; fp16 may overflow above 65504,
     bf16 has fewer digits."""
