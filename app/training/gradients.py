@@ -102,8 +102,8 @@ class Overlapped:
         self._is_last = True
         self._finish: dict[int, Callable[[], None]] = {}
         # The gradients of the last layers come first.
-        parameters = [p for p in network.parameters() if p.requires_grad][::-1]
-        self._buckets = [_Bucket(group) for group in _grouped(parameters, bucket_bytes)]
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad][::-1]
+        self._buckets = [_Bucket(dict(group)) for group in _grouped(named, bucket_bytes)]
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket.parameters:
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, number))
@@ -135,20 +135,22 @@ class Overlapped:
             self._send(number)
 
     def _send(self, number: int) -> None:
-        self._finish[number] = self._begin(self._buckets[number].buffer, f"gradients.{number}")
+        bucket = self._buckets[number]
+        self._finish[number] = self._begin(bucket.buffer, bucket.name)
 
 
 class _Bucket:
     """The buffer of a few gradients."""
 
-    def __init__(self, parameters: list[Tensor]):
-        self.parameters = parameters
-        sizes = [p.numel() for p in parameters]
-        self.buffer = torch.zeros(sum(sizes), device=parameters[0].device)
+    def __init__(self, parameters: dict[str, Tensor]):
+        names, self.parameters = list(parameters), list(parameters.values())
+        self.name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        sizes = [p.numel() for p in self.parameters]
+        self.buffer = torch.zeros(sum(sizes), device=self.parameters[0].device)
         self._places = {
-            p: part.view_as(p) for p, part in zip(parameters, self.buffer.split(sizes), strict=True)
+            p: part.view_as(p) for p, part in zip(self.parameters, self.buffer.split(sizes), strict=True)
         }
-        self._missing = set(parameters)
+        self._missing = set(self.parameters)
 
     def take(self, parameter: Tensor) -> bool:
         """Copy a gradient to its place, which takes its role; whether all are there now."""
@@ -168,15 +170,15 @@ class _Bucket:
         return True
 
 
-def _grouped(parameters: list[Tensor], most_bytes: int) -> list[list[Tensor]]:
-    groups: list[list[Tensor]] = []
-    size = most_bytes
-    for parameter in parameters:
-        size += parameter.numel() * parameter.element_size()
+def _grouped(named: list[tuple[str, Tensor]], most_bytes: int) -> list[list[tuple[str, Tensor]]]:
+    groups: list[list[tuple[str, Tensor]]] = []
+    size = 0
+    for name, parameter in named:
+        size += (own := parameter.numel() * parameter.element_size())
         if size > most_bytes or not groups:
             groups.append([])
-            size = parameter.numel() * parameter.element_size()
-        groups[-1].append(parameter)
+            size = own
+        groups[-1].append((name, parameter))
     return groups
 
 

@@ -184,7 +184,9 @@ def test_many_settings_at_once_and_a_timeline(prepared, observed, uninterrupted)
     events = json.loads(text + "]")
     assert {event["ph"] for event in events} >= {"B", "E", "M"}
     names = {event["args"].get("name") for event in events if event.get("name") == "process_name"}
-    assert any("layers" in name for name in names if name), "each layer's gradient has its own line"
+    assert any("layers" in name for name in names if name), (
+        "each bucket has its own line, named by its layers"
+    )
     assert sum(event.get("name", "").startswith("NEGOTIATE") for event in events) > len(names)
 
 

@@ -85,7 +85,7 @@ def gradients_of(network: nn.Module) -> list[Tensor]:
 
 
 # In reverse: bias 1, weight 5, bias 5 | weight 25, too large for 60 bytes | table 12.
-BUCKETS = [("gradients.0", 11), ("gradients.1", 25), ("gradients.2", 12)]
+BUCKETS = [("layers.1.bias to layers.0.bias", 11), ("layers.0.weight", 25), ("table.weight", 12)]
 
 
 def test_buckets_are_sent_during_the_backward_pass_and_become_the_gradients():
