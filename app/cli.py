@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from app import projectfile
 from app.console import Console, chatter_to_log, short
 from app.errors import Interrupted, UserError
+from app.finish import Finish
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
 
@@ -316,8 +317,13 @@ def _wait_for_signal() -> None:
 
 def main() -> None:
     """The entry point: a user's mistake is one message and exit code 2."""
+    finish = Finish()
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        finish.status = EXIT_USER
         sys.exit(EXIT_USER)
+    except SystemExit as ending:
+        finish.status = ending.code if isinstance(ending.code, int) else None
+        raise

@@ -14,7 +14,7 @@ NAMES = {
 
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "home", "horovod_patches"},
+    {"errors", "finish", "home", "horovod_patches"},
     {"config", "store", "console", "flags", "install"},
     {"cluster"},
     {"local_cluster", "projectfile"},
