@@ -1,12 +1,11 @@
 """How a process that used Ray ends.
 
-Ray's native threads outlive `ray.shutdown()`. One that wakes while the process takes its libraries down runs
-into what is there no longer, and work that was done ends as a segmentation fault. Ray's own workers leave
-without taking anything down, and so do we.
+Ray's native threads outlive `ray.shutdown()`; one of each session goes on exporting metrics. If it wakes
+while the process takes its libraries down, it runs into what is there no longer, and work that was done ends
+as a segmentation fault. Ray's own workers leave without taking anything down, and so do we.
 """
 
 import atexit
-import contextlib
 import os
 import sys
 
@@ -23,7 +22,9 @@ class Finish:
     def _leave(self) -> None:
         if self.status is None:
             return
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
-                stream.flush()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            return  # what was to be said is lost: Python's own end says so, and with another status
         os._exit(self.status)
