@@ -250,7 +250,7 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home,
     check_same(history, train(project, prepared).history)
 
 
-def test_a_second_signal_is_obeyed_at_once(home, ray_cluster):
+def test_a_second_signal_is_obeyed_at_once(home, prepared):
     """Here no rank ever comes up: somebody else has the processors."""
     import ray
 
