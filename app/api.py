@@ -11,13 +11,11 @@ Each call does what the command of the same name does, with the same files, stud
 joined as the commands join it: the cluster of `raylway up` if it is up, else one of the call's own.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from app import cluster, pipeline, projectfile, registry
+from app import batch, cluster, pipeline, projectfile
 from app import sweep as sweeping
 from app.bundle import Bundle
 from app.config import Project
@@ -62,39 +60,5 @@ def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> 
     probability of each class of several; `items` and `scores`, the best `k`, of a recommender.
     Raises UserError for a column that is missing.
     """
-    opened = Bundle(_folder(model))
-    schema = opened.schema
-    missing = [i.name for i in schema.inputs if i.name not in rows.columns]
-    if missing:
-        raise UserError(f"rows: must have the columns {', '.join(missing)}")
-    columns = {}
-    for item in schema.inputs:
-        number = item.contract.type == "number"
-        series = rows[item.name]
-        columns[item.name] = series.to_numpy(np.float64) if number else _strings(series)
-    if schema.task == "ranking":
-        ranking = opened.rank(columns)
-        answers = {"items": _lists(ranking.items, k), "scores": _lists(ranking.scores, k)}
-        return pd.DataFrame(answers, index=rows.index)
-    probabilities = opened.predict(columns)
-    if schema.task == "binary":
-        return pd.DataFrame({"probability": probabilities}, index=rows.index)
-    labels = np.array(schema.classes)[probabilities.argmax(axis=1)]
-    table = pd.DataFrame(probabilities, columns=schema.classes, index=rows.index)
-    table.insert(0, "label", labels)
-    return table
-
-
-def _folder(model: Outcome | str | Path) -> Path:
-    if isinstance(model, Outcome):
-        return model.bundle
-    name, at, version = str(model).partition("@")
-    return registry.resolve(name, version).path if at else Path(model)
-
-
-def _strings(series: pd.Series) -> np.ndarray:
-    return series.astype(object).where(series.notna(), None).to_numpy()
-
-
-def _lists(matrix: np.ndarray, k: int) -> Sequence[list]:
-    return [row[:k].tolist() for row in matrix]
+    folder = model.bundle if isinstance(model, Outcome) else batch.folder(model)
+    return batch.predict(Bundle(folder), rows, k)

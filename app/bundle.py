@@ -19,12 +19,17 @@ from app.config import Column, Project
 from app.data import tokens
 from app.data.features import MISSING, Categories, Preprocessor
 from app.errors import UserError
+from app.signature import SIGNATURE
 
 if TYPE_CHECKING:
     import onnxruntime
     from tokenizers import Tokenizer
 
 MANIFEST = "MANIFEST.json"
+KINDS = {".json", ".md", ".onnx", ".parquet", ".safetensors", ".txt"}
+"""Endings of files that a bundle may have. None of them is run by whoever opens it."""
+FLAVOR = "MLmodel"
+"""For MLflow's own tools."""
 OUTPUT = "probability"
 """The graph's only output, float32: the probability of the positive label (rows, 1), or of each class
 (rows, classes)."""
@@ -90,7 +95,7 @@ class Bundle:
         """
         self.path = path
         self.manifest = verify(path) if sealed else {}
-        self.schema = Schema.model_validate_json((path / "schema.json").read_text())
+        self.schema = schema_at(path)
         self._session = session(path / "model.onnx")
         self._tokenizer = tokens.load(path / tokens.FILE) if (path / tokens.FILE).exists() else None
 
@@ -136,6 +141,11 @@ class Bundle:
             raise BrokenBundle(f"{self.path}: answers its own example with a difference of {worst:.2g}")
 
 
+def schema_at(path: Path) -> Schema:
+    """What the bundle in a folder takes and gives."""
+    return Schema.model_validate_json((path / "schema.json").read_text())
+
+
 def session(model: Path) -> "onnxruntime.InferenceSession":
     """ONNX Runtime on one thread: replicas, not threads, are how serving scales."""
     # Imported here: a training rank imports this module, and never runs a graph.
@@ -155,8 +165,13 @@ def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if values.dtype.kind in "fiub":
             feed[name] = values.astype(np.float64)
         else:
-            feed[name] = np.where(pd.isna(values), MISSING, values).astype(object)
+            # For the few rows of a request, faster than pandas' isna.
+            feed[name] = np.array([MISSING if _is_missing(v) else v for v in values.tolist()], dtype=object)
     return feed
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or value != value
 
 
 def schema_of(project: Project, preprocessor: Preprocessor) -> Schema:
@@ -230,15 +245,24 @@ def verify(path: Path) -> dict[str, Any]:
     faults += [
         f"{name} was changed" for name in found if name in listed and _sha256(path / name) != listed[name]
     ]
+    faults += [f"{name} is nothing that a bundle has" for name in listed if not _allowed(path / name)]
     if faults:
         raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; take the bundle from the registry again")
     return manifest
 
 
 def _files(folder: Path) -> list[str]:
+    ours = (folder / MANIFEST, folder / SIGNATURE)
     return sorted(
-        str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f != folder / MANIFEST
+        str(f.relative_to(folder))
+        for f in folder.rglob("*")
+        if f not in ours and (f.is_symlink() or not f.is_dir())
     )
+
+
+def _allowed(file: Path) -> bool:
+    """Whether it is a plain file of data, or is not there; a link could lead anywhere."""
+    return not file.is_symlink() and (file.suffix in KINDS or file.name == FLAVOR)
 
 
 def _sha256(file: Path) -> str:

@@ -4,16 +4,19 @@ Heavy imports (Ray, PyTorch, MLflow) stand inside the commands that need them: `
 answer at once.
 """
 
+import json
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from typer.core import TyperGroup
 
 from app import projectfile
@@ -150,6 +153,9 @@ def sweep_report(
 @app.command()
 def compress(
     bundle: Annotated[Path, typer.Argument(help="The folder of a bundle, as `train` names it.")],
+    register: Annotated[
+        bool, typer.Option("--register", help="Register it, so that it can be served.")
+    ] = False,
 ) -> None:
     """Make an int8 version of a bundle: smaller, and faster where layers are large.
 
@@ -168,6 +174,11 @@ def compress(
             console.say(f"  {before[name] * scale:8.2f} -> {after[name] * scale:8.2f} {unit}")
         console.say(f"  {before['score']:8.4f} -> {after['score']:8.4f} test {made.comparison['metric']}")
         console.say(f"bundle: {short(made.path)}")
+        if register:
+            version = compression.register(made)
+            console.say(
+                f"{version.name} version {version.number} ({', '.join(version.aliases) or 'no alias'})"
+            )
 
 
 @app.command()
@@ -180,26 +191,193 @@ def serve(file: File, overrides: Set = None) -> None:
     project = projectfile.load(file, overrides or [])
     with _working("serve", hint="the endpoint is down") as console:
         from app import cluster
-        from app.serving import variants
+        from app.serving import deploy, follow
 
-        chosen, notes = variants.registered(project)
+        chosen, notes = follow.registered(project.name, project.serving)
         for note in notes:
             console.say(note, style="yellow")
         with cluster.session():
-            from app.serving import deploy
-
             needed = project.serving.num_cpus * project.serving.autoscaling.min_replicas
             console.wait(cluster.shortage(needed, "serving.num_cpus x autoscaling.min_replicas"))
             server = deploy.deploy(project.serving, project.name, chosen)
-            for name, variant in chosen.items():
+            for name, variant in chosen.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
-            console.say(variants.curl(server, project.name, next(iter(chosen.values()))))
+            console.say(deploy.curl(server, project.name, next(iter(chosen.variants.values()))))
             if cluster.lasts():
                 console.say("it stays up with the cluster")
                 return
             console.say("Ctrl-C stops it")
             _wait_for_signal()
+
+
+@app.command()
+def predict(
+    model: Annotated[
+        str,
+        typer.Argument(help="A registered model, or a version of it: income, income@3, income@challenger."),
+    ],
+    input_: Annotated[
+        str, typer.Option("--input", help="A Parquet or CSV file, a folder of them, or a URI.")
+    ],
+    output: Annotated[Path, typer.Option(help="The folder of Parquet files to make.")],
+    k: Annotated[int, typer.Option(min=1, help="Of a recommender: how many items.")] = 10,
+) -> None:
+    """Answer every row of a table, as the endpoint would. Rows that break the contract are told why."""
+    with _working("predict") as console:
+        from app import batch, cluster
+
+        with cluster.session():
+            rows, broken = batch.run(model, batch.source(input_), output, k)
+        console.say(f"{rows:,} rows answered in {output}")
+        if broken:
+            console.say(
+                f"{broken:,} of them break the contract: see the column {batch.VIOLATION}", style="yellow"
+            )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def traffic(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="The endpoint, such as income.")],
+    at: Annotated[
+        datetime | None, typer.Option(help="Say who answered at this time (UTC) instead.", show_default=False)
+    ] = None,
+) -> None:
+    """Say who answers, or change the weights: `raylway traffic income --champion 90 --challenger 10`.
+
+    No replica is started anew, and no request is lost. What is not named keeps its weight.
+    """
+    weights = _weights(context.args)
+    with _working("traffic") as console:
+        from app.audit import Audit
+        from app.serving import traffic
+
+        with Audit() as audit:
+            held = traffic.current(audit, name, at.replace(tzinfo=UTC).timestamp() if at else None)
+            if held is None:
+                raise UserError(f"{name} {'was' if at else 'is'} not served{f' at {at}' if at else ''}")
+            wanted = held[1]
+            if weights:
+                if at:
+                    raise UserError("--at only looks back; leave it out to change the weights")
+                from app import cluster
+
+                if wanted.policy == "bandit":
+                    raise UserError(f"the bandit sets the weights of {name} (serving.policy)")
+                wanted = traffic.reweighted(wanted, weights)
+                with cluster.session():
+                    from app.serving import applications
+
+                    with traffic.tried(audit, name, wanted) as entry:
+                        applications.refresh(name, entry)
+        for variant, deployed in wanted.variants.items():
+            share = "shadow" if deployed.shadow else f"weight {deployed.weight:g}"
+            console.say(f"  {variant}: version {deployed.version}, {share}")
+
+
+@app.command()
+def status(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: one document.")] = False,
+) -> None:
+    """Show the endpoints: variants, weights, replicas, and the last minute's latencies and errors."""
+    with _working("status") as console:
+        from app import cluster
+
+        if not cluster.lasts():
+            raise UserError("no cluster is up, so nothing is served; see `raylway up` and `raylway serve`")
+        with cluster.session():
+            from app.serving import status
+
+            documents = [endpoint.document() for endpoint in status.endpoints()]
+        if as_json:
+            console.say(json.dumps(documents))
+            return
+        if not documents:
+            console.say("nothing is served")
+        for document in documents:
+            console.say(_endpoint(document))
+
+
+def _endpoint(document: dict[str, Any]) -> RenderableType:
+    """An endpoint for people."""
+    from rich.table import Table
+
+    running, target = (document["replicas"][key] for key in ("running", "target"))
+    table = Table(
+        title=f"{document['name']}: {document['status']}, {running} of {target} replicas",
+        title_justify="left",
+        box=None,
+        padding=(0, 2),
+    )
+    for column in ("variant", "version", "share", "requests/s", "p50 ms", "p99 ms", "errors"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, variant in document["variants"].items():
+        share = "shadow" if variant["shadow"] else f"{variant['share']:.0%}"
+        values = [f"{1000 * variant[q]:.1f}" if variant[q] else "" for q in ("p50_s", "p99_s")]
+        errors = "" if variant["error_rate"] is None else f"{variant['error_rate']:.2%}"
+        rate = f"{variant['requests_per_s']:.1f}"
+        workers = f" ({variant['workers'][0]} workers)" if variant["workers"] else ""
+        table.add_row(name + workers, variant["version"], share, rate, *values, errors)
+    notes = [f"fault: {fault}" for fault in document["faults"]]
+    if document["not_recorded"]:
+        notes.append(f"{document['not_recorded']:,} predictions were not recorded: the database was away")
+    if document["not_shadowed"]:
+        notes.append(f"{document['not_shadowed']:,} requests were not shadowed")
+    if notes:
+        table.caption, table.caption_justify = "\n".join(notes), "left"
+    return table
+
+
+def _weights(arguments: list[str]) -> dict[str, float]:
+    """Of `--champion 90 --challenger=10`."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    names, values = words[::2], words[1::2]
+    try:
+        return {n.removeprefix("--"): float(v) for n, v in zip(names, values, strict=True) if _option(n)}
+    except ValueError:
+        raise UserError(
+            f"{' '.join(arguments)}: must be variants with their weights: --champion 90 --challenger 10"
+        ) from None
+
+
+def _option(word: str) -> bool:
+    if not word.startswith("--"):
+        raise ValueError(word)
+    return True
+
+
+@app.command()
+def token(
+    subject: Annotated[str, typer.Argument(help="Whose it is: the name that records and logs will have.")],
+    scopes: Annotated[
+        str, typer.Option(help="Of predict, feedback, explain and admin; predict:income is for one model.")
+    ] = "predict,feedback,explain",
+    hours: Annotated[float, typer.Option(min=0.01, help="How long it is good.")] = 24,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
+) -> None:
+    """Issue a token for endpoints with `serving.auth: local`. Nothing else is printed."""
+    from app import issuer
+
+    if new_key:
+        issuer.new_key()
+    print(issuer.issue(subject, [scope for scope in scopes.replace(",", " ").split() if scope], hours))
+
+
+@app.command()
+def audit(
+    name: Annotated[str | None, typer.Argument(help="A model; all, if left out.")] = None,
+) -> None:
+    """Check the log of what was deployed, promoted and changed, and by whom; and show it."""
+    with _working("audit") as console:
+        from app.audit import Audit
+
+        with Audit() as audit:
+            entries = audit.entries(name)
+        for entry in entries:
+            at = datetime.fromtimestamp(entry.at, UTC).isoformat(sep=" ", timespec="seconds")
+            console.say(f"{entry.number:>5}  {at[:19]}  {entry.who:<12} {entry.action:<8} {entry.model}")
+            console.say(f"       {json.dumps(entry.details)}", style="dim")
 
 
 @app.command()
@@ -226,6 +404,22 @@ def promote(
 
         chosen = registry.promote(name, version)
         console.say(f"{name} version {chosen.number} is the champion")
+
+
+@app.command()
+def sign(model: Annotated[str, typer.Argument(help="A registered version, such as income@3.")]) -> None:
+    """Sign a version's bundle with the private key in the file that RAYLWAY_SIGNING_KEY names.
+
+    Endpoints with serving.trusted_keys serve nothing else.
+    """
+    with _working("sign") as console:
+        from app import registry, signature
+
+        name, at, number = model.partition("@")
+        if not at:
+            raise UserError(f"{model}: must be a version of a model, such as {model}@3 or {model}@challenger")
+        version = registry.sign(name, number, signature.signing_key())
+        console.say(f"{name} version {version.number} is signed")
 
 
 @app.command()

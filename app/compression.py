@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from app import bundle, store
+from app import bundle, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError
 from app.evaluation import report
+from app.registry import Version
 from app.tasks import task_of
 
 CODE = (bundle, report, sys.modules[__name__])
@@ -66,6 +67,18 @@ def compress(path: Path) -> Compressed:
     store.produce(target, lambda draft: _build(original, project, prepared, draft))
     comparison = json.loads((target / "metrics.json").read_text())["compression"]
     return Compressed(target, comparison)
+
+
+def register(made: Compressed) -> Version:
+    """Register the int8 bundle in a run of its own, unless a version has the very same graph already."""
+    project = Project.model_validate_json((made.path / "project.json").read_text())
+    manifest = json.loads((made.path / bundle.MANIFEST).read_text())
+    metrics = json.loads((made.path / "metrics.json").read_text())["model"]
+    with registry.run(project, made.path.name) as run:
+        tags = {"raylway.compressed_from": manifest["compressed_from"]}
+        run.log_results({f"test_{name}": value for name, value in metrics.items()}, tags)
+        run.log_bundle(made.path)
+        return registry.register(project.name, run.id, made.path, data_version=manifest["data_version"])
 
 
 def quantize(graph: Path, target: Path) -> None:

@@ -50,7 +50,7 @@ def run(console: Console) -> None:
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with cluster.session():
         from app import pipeline
-        from app.serving import deploy, variants
+        from app.serving import deploy, follow
 
         console.say("1. A first champion: logistic regression", style="bold")
         first = pipeline.run(incumbent, console)
@@ -58,16 +58,18 @@ def run(console: Console) -> None:
         second = pipeline.run(project, console)
         console.say("3. Both answer requests, in an A/B test", style="bold")
         with console.stage("serve") as done:
-            chosen, _ = variants.registered(project)
+            chosen, _ = follow.registered(project.name, project.serving)
             server = deploy.deploy(project.serving, project.name, chosen)
-            done(", ".join(f"{name} = version {variant.version}" for name, variant in chosen.items()))
+            done(
+                ", ".join(f"{name} = version {variant.version}" for name, variant in chosen.variants.items())
+            )
         rows = json.loads((second.bundle / "example.json").read_text())["rows"]
         with console.stage("requests") as done:
             traffic = asyncio.run(_ask(f"{server}/v2/models/{project.name}/predict", rows))
             done(f"{NUM_REQUESTS} requests of {NUM_UNITS} units, {CONCURRENCY} at a time")
     trained = {f"champion: {incumbent.model.kind}": first, f"challenger: {project.model.kind}": second}
-    _summary(console, trained, traffic, list(chosen))
-    _next_steps(console, project.name, chosen["challenger"])
+    _summary(console, trained, traffic, list(chosen.variants))
+    _next_steps(console, project.name, chosen.variants["challenger"])
     seconds = time.perf_counter() - started
     console.say(f"\nDone in {seconds:.0f} s; nothing is left running.", style="bold")
 
@@ -134,7 +136,7 @@ def _summary(console: Console, trained: dict[str, Any], traffic: Traffic, varian
 
 
 def _next_steps(console: Console, name: str, variant: Any) -> None:
-    from app.serving import variants
+    from app.serving import deploy
 
     folder = short(home())
     port = projectfile.load(PROJECT).serving.port
@@ -144,4 +146,4 @@ def _next_steps(console: Console, name: str, variant: Any) -> None:
     console.say("  keep the endpoint up")
     console.say(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
     console.say("  then ask it, from another shell")
-    console.say(f"    {variants.curl(f'http://127.0.0.1:{port}', name, variant)}")
+    console.say(f"    {deploy.curl(f'http://127.0.0.1:{port}', name, variant)}")

@@ -30,6 +30,11 @@ FLAGS = {
     # about eight times the requests a second on two cores.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # Lines of a replica's log are written at once; the flag above has 1,000 of them wait.
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    # HAProxy's manager would make metrics of each request, in Python, for a fifth of a core; ours are told
+    # together, by the replicas.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     # One thread carries more than the replicas of a small node answer; the default 4 take their cores.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A replica that dies with a request in hand closes the connection without an answer; ask another one.
@@ -61,6 +66,8 @@ def environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),
         "RAYLWAY_HOME": str(home()),
+        # HAProxy, with what Serve's configuration of it leaves out: see app.serving.front.
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylway-haproxy"),
         # A job's `python -m app` has to be this Python, and Serve's own actors have to find the callback
         # above. A job's working directory comes before PYTHONPATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),

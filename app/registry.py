@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from mlflow.tracking import MlflowClient
 
-from app import bundle
+from app import bundle, signature
+from app.audit import Audit
 from app.config import Project
 from app.errors import Interrupted, UserError
 from app.home import database_url, home
@@ -279,6 +281,8 @@ def register(name: str, run_id: str, path: Path, *, data_version: str) -> Versio
     number = str(ours.create_model_version(name, source, run_id=run_id, tags=tags).version)
     alias = CHALLENGER if CHAMPION in ours.get_registered_model(name).aliases else CHAMPION
     ours.set_registered_model_alias(name, alias, number)
+    with Audit() as audit:
+        audit.add("register", name, {"version": number, "alias": alias, "model.onnx": digest})
     return resolve(name, number)
 
 
@@ -323,11 +327,29 @@ def versions(name: str) -> Sequence[Any]:
 
 def promote(name: str, version: str) -> Version:
     """Make a version the champion; if it was the challenger, there is none until the next one."""
-    chosen = resolve(name, version)
+    chosen, before = resolve(name, version), find(name, CHAMPION)
     ours = client()
     ours.set_registered_model_alias(name, CHAMPION, chosen.number)
     if CHALLENGER in chosen.aliases:
         ours.delete_registered_model_alias(name, CHALLENGER)
+    with Audit() as audit:
+        audit.add("promote", name, {"version": chosen.number, "before": before and before.number})
+    return resolve(name, chosen.number)
+
+
+def sign(name: str, version: str, key: Path) -> Version:
+    """Sign a version's bundle, where it is kept, with the private key in a file. Raises UserError if it is
+    broken, or the key is none."""
+    chosen = resolve(name, version)
+    bundle.verify(chosen.path)
+    ours = client()
+    run_id = ours.get_model_version(name, chosen.number).run_id
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder) / bundle.MANIFEST
+        manifest.write_bytes((chosen.path / bundle.MANIFEST).read_bytes())
+        ours.log_artifact(run_id, str(signature.sign(manifest, key)), ARTIFACT)
+    with Audit() as audit:
+        audit.add("sign", name, {"version": chosen.number})
     return resolve(name, chosen.number)
 
 

@@ -73,5 +73,6 @@ def build(folder: Path, seed: int) -> Path:
     onnx.export(model, fitted, folder / "model.onnx")
     (folder / "schema.json").write_text(schema().model_dump_json())
     bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
+    pd.DataFrame(ROWS).to_parquet(folder / "reference.parquet", index=False)
     bundle.seal(folder, {"seed": seed})
     return folder

@@ -1,8 +1,28 @@
 """How the registered versions are served."""
 
-from pydantic import Field, PositiveInt, model_validator
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from app.config.section import Section
+
+
+class Workers(Section):
+    """Replicas of a variant's own, for one that is heavy: an encoder of text, or one on a GPU. They answer
+    what waits together."""
+
+    min_replicas: NonNegativeInt = 1
+    """At 0 there are none while nobody asks; the first request then waits until one has started."""
+    max_replicas: PositiveInt = 1
+    num_cpus: float = Field(1, ge=0)
+    """Of each: what it reserves on the cluster."""
+    num_gpus: float = Field(0, ge=0)
+    max_batch_rows: PositiveInt = 64
+    """Rows that are computed at once."""
+    target_ongoing_requests: PositiveFloat = 4
+    """Requests in progress per replica that the autoscaler aims at."""
+    idle_s: float = Field(300, ge=0)
+    """How long nobody must ask before there are none."""
 
 
 class Variant(Section):
@@ -10,8 +30,18 @@ class Variant(Section):
 
     version: str
     """An alias such as `champion`, or a version number."""
-    weight: float = Field(gt=0)
-    """Share of the units, relative to the other variants' weights."""
+    weight: float = Field(0, ge=0)
+    """Share of the units, relative to the other variants' weights. At 0 it is loaded and answers nobody."""
+    shadow: bool = False
+    """Gets a copy of every request, and nobody sees its answers. It has no weight."""
+    workers: Workers | None = None
+    """Its own replicas; without, it is in every replica of the endpoint. A shadow always has its own."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Variant":
+        if self.shadow and self.weight:
+            raise ValueError("shadow: nobody sees a shadow's answers, so it takes no weight")
+        return self
 
 
 class Autoscaling(Section):
@@ -19,9 +49,9 @@ class Autoscaling(Section):
 
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt = 1
-    target_ongoing_requests: float = Field(8, gt=0)
-    """Requests in progress per replica that the autoscaler aims at."""
-    upscale_delay_s: float = Field(5, ge=0)
+    target_load: float = Field(0.6, gt=0, le=1)
+    """The share of its time that a replica is busy, as the autoscaler aims at it."""
+    upscale_delay_s: float = Field(0.5, ge=0)
     downscale_delay_s: float = Field(60, ge=0)
 
     @model_validator(mode="after")
@@ -31,16 +61,76 @@ class Autoscaling(Section):
         return self
 
 
-class Serving(Section):
-    """The endpoint under /v2/models/<name>, on the loopback interface."""
+class Limits(Section):
+    """What a client may ask for."""
 
-    port: int = Field(8000, ge=1, le=65535)
-    salt: str = "1"
-    """Changes which units fall to which variant; change it to begin a new experiment."""
-    variants: dict[str, Variant] = Field(min_length=1)
-    autoscaling: Autoscaling = Autoscaling()
-    num_cpus: float = Field(0.5, ge=0)
-    """CPUs that a replica reserves on the cluster."""
     max_body_bytes: PositiveInt = 1_048_576
     max_rows: PositiveInt = 1024
     """Rows in one request."""
+    requests_per_s: PositiveFloat | None = None
+    """Of one principal, over all replicas; more get 429. None: no limit."""
+    feedback_per_hour: PositiveInt = 10_000
+    """Of one principal; more is stored apart, and counts for nothing until somebody looks at it."""
+    feedback_days: PositiveFloat = 30
+    """How long after its prediction feedback is taken."""
+
+
+class Issuer(Section):
+    """Whose tokens are accepted: OAuth2 bearer tokens that are JSON Web Tokens (RS256, ES256)."""
+
+    issuer: str
+    """The claim `iss`."""
+    audience: str = "raylway"
+    """The claim `aud`."""
+    jwks: str
+    """The issuer's public keys, as a JSON Web Key Set: a URL, or a file."""
+
+
+class Tls(Section):
+    """HTTPS, with files in PEM format."""
+
+    certificate: str
+    """The certificate and those that certify it."""
+    key: str
+
+
+class Serving(Section):
+    """The endpoint under /v2/models/<name>."""
+
+    host: str = "127.0.0.1"
+    """The interface that is listened on. Beyond loopback it needs `auth`."""
+    port: int = Field(8000, ge=1, le=65535)
+    grpc_port: int | None = Field(None, ge=1, le=65535)
+    """Where the Open Inference Protocol is also answered over gRPC; None: nowhere."""
+    salt: str = "1"
+    """Changes which units fall to which variant; change it to begin a new experiment."""
+    policy: Literal["weighted", "bandit"] = "weighted"
+    """`bandit` moves the weights to the variant whose feedback brings the better reward (Thompson
+    sampling)."""
+    variants: dict[str, Variant] = Field(min_length=1)
+    follow: bool = False
+    """Whether a version that gets an alias which `variants` names is taken in at once."""
+    autoscaling: Autoscaling = Autoscaling()
+    num_cpus: float = Field(0.5, ge=0)
+    """CPUs that a replica reserves on the cluster."""
+    limits: Limits = Limits()
+    auth: Annotated[Literal["none", "local"] | Issuer, Field(union_mode="left_to_right")] = "none"
+    """`none` on loopback only; `local` for the tokens of `raylway token`; or an issuer."""
+    tls: Tls | None = None
+    trusted_keys: list[str] = Field([])
+    """PEM files of Ed25519 public keys. If there are any, only bundles that one of them has signed (`raylway
+    sign`) are served."""
+    record: bool = True
+    """Whether predictions are kept, for feedback, experiments and drift."""
+    log_requests: bool = False
+    """Whether each request is written to the log, and not only those that are refused or fail."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Serving":
+        if not any(variant.weight for variant in self.variants.values()):
+            raise ValueError("variants: at least one must have a weight above 0")
+        if self.auth == "none" and self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                f"host: {self.host} can be reached from other machines, so `auth` must be local or an issuer"
+            )
+        return self

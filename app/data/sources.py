@@ -57,7 +57,8 @@ def version(source: Source) -> str:
 class Files:
     """The files of a source, sorted by path, and the file system they are on."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, setting: str = "data.source"):
+        """Raises UserError, which names the setting, if there is no such file, or an empty one."""
         self.source = source
         self.name = str(samples.path(source.sample)) if source.sample else str(source.path)
         try:
@@ -67,21 +68,21 @@ class Files:
                 self.filesystem, root = pa.fs.LocalFileSystem(), str(Path(self.name).expanduser().resolve())
             info = self.filesystem.get_file_info(root)
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"data.source: {self.name}: cannot be opened: {error}") from None
+            raise UserError(f"{setting}: {self.name}: cannot be opened: {error}") from None
         if info.type == pa.fs.FileType.NotFound:
-            raise UserError(f"data.source: {self.name}: no such file or folder (looked for {root})")
+            raise UserError(f"{setting}: {self.name}: no such file or folder (looked for {root})")
         if info.type == pa.fs.FileType.Directory:
             found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=True))
             infos = sorted(
                 (f for f in found if f.is_file and f.extension == source.format), key=lambda f: f.path
             )
             if not infos:
-                raise UserError(f"data.source: {self.name}: the folder has no .{source.format} file")
+                raise UserError(f"{setting}: {self.name}: the folder has no .{source.format} file")
         else:
             infos = [info]
         if empty := [f.path for f in infos if f.size == 0]:
             raise UserError(
-                f"data.source: {', '.join(empty)}: empty (0 bytes); give a {source.format} file with rows"
+                f"{setting}: {', '.join(empty)}: empty (0 bytes); give a {source.format} file with rows"
             )
         self.paths = [f.path for f in infos]
 

@@ -1,156 +1,386 @@
-"""The Ray Serve deployments: an endpoint for each registered model, and the root that speaks for all."""
+"""The Ray Serve deployment of a registered model."""
 
 import asyncio
+import gc
+import math
 import re
-import uuid
-from collections.abc import Mapping
+import sys
+import time
+from dataclasses import dataclass
 
+import numpy as np
 import orjson
-from starlette.requests import Request
-from starlette.responses import Response
+import starlette.requests
+import starlette.responses
+from ray.exceptions import RayError
+from sqlalchemy.exc import DBAPIError
 
-from app import __version__
-from app.bundle import columns_of
-from app.serving import protocol, routing, tensors
-from app.serving.protocol import MAX_UNIT_LENGTH, Answer, Contract, Question, Refused
-from app.serving.variants import Deployed, common_schema, load
+from app.audit import Audit
+from app.bundle import Ranking, columns_of
+from app.config import Serving
+from app.config.serving import Issuer
+from app.errors import UserError
+from app.records import Prediction, Records
+from app.serving import explain, feedback, limits, logs, openapi, protocol, tensors, traffic
+from app.serving.auth import ANYBODY, Authenticator, Principal
+from app.serving.autoscaling import LOAD, Busyness
+from app.serving.http import JSON, Request, Response, by_proxy
+from app.serving.limits import Limiter
+from app.serving.live import Live
+from app.serving.meters import Asked, Meters
+from app.serving.protocol import MAX_UNIT_LENGTH, Answer, Question, Refused
+from app.serving.recorder import Recorder
+from app.serving.remote import Columns
+from app.serving.shadow import Copy, Shadow
+from app.serving.status import State
 
-ROOT = "Raylway"
-"""The root's application; a model's name, which its application has, has no capital."""
-JSON = "application/json"
-ACTIONS = {"": "GET", "/ready": "GET", "/predict": "POST", "/infer": "POST"}
-"""What a model answers below /v2/models/<name> and below /v2/models/<name>/versions/<version>."""
+ALONE = ("/feedback", "/openapi.json")
+"""Actions that are not those of a version."""
+ACTIONS = {
+    "": "GET", "/ready": "GET", "/openapi.json": "GET",
+    "/predict": "POST", "/infer": "POST", "/explain": "POST", "/feedback": "POST",
+}  # fmt: skip
+"""What a model answers below /v2/models/<name> and, but for those in ALONE, below
+/v2/models/<name>/versions/<version>."""
+FOLLOW_S = 1.0
+"""How often a replica looks whether the traffic has changed."""
+RETRY = {"retry-after": "1"}
+
+log = logs.log
+
+
+@dataclass
+class Note:
+    """What a request turned out to be, for metrics and logs."""
+
+    action: str = "none"
+    variant: str = ""
+    rows: int = 0
+    principal: str = ""
 
 
 class Endpoint:
-    """One registered model under /v2/models/<name>: every replica holds all of its variants."""
+    """One registered model under /v2/models/<name>: every replica holds all of its variants, but for those
+    that have workers of their own."""
 
-    def __init__(
-        self, name: str, variants: Mapping[str, Deployed], *, salt: str, max_rows: int, max_body_bytes: int
-    ):
+    def __init__(self, name: str, serving: Serving, issuer: Issuer | None):
         """Raises UserError if a bundle is broken or the variants take different inputs."""
+        # So long a thread that writes records keeps the interpreter from a request; 5 ms otherwise.
+        sys.setswitchinterval(0.0005)
         self._name = name
-        self._salt = salt
-        self._max_body_bytes = max_body_bytes
-        self._bundles = load(variants)
-        self._weights = {variant: v.weight for variant, v in variants.items()}
-        self._versions = {variant: v.version for variant, v in variants.items()}
-        self._schema = common_schema({variant: b.schema for variant, b in self._bundles.items()})
-        self._contract = Contract(self._schema, max_rows)
-        self._path = re.compile(rf"/v2/models/{re.escape(name)}(?:/versions/([^/]+))?(/[a-z]+)?")
+        self._limits = serving.limits
+        self._log_requests = serving.log_requests
+        self._auth = Authenticator(issuer) if issuer else None
+        self._limiter: Limiter | None = None
+        if serving.limits.requests_per_s is not None:
+            self._limiter = Limiter(serving.limits.requests_per_s, limits.borrow)
+        self._audit = Audit()
+        held = traffic.current(self._audit, name)
+        if held is None:
+            raise UserError(f"{name} has no traffic; say `raylway serve` first")
+        self._entry, wanted = held
+        self._refused = 0
+        """The newest entry that could not be taken in."""
+        self._fault: str | None = None
+        self._trusted_keys = serving.trusted_keys
+        self._live = Live(wanted, serving.limits.max_rows, None, self._trusted_keys)
+        self._recorder = Recorder(Records(), serving.limits.feedback_per_hour) if serving.record else None
+        self._shadows: dict[str, Shadow] = {}
+        self._meters = Meters(name)
+        self._busyness = Busyness()
+        self._path = re.compile(rf"/v2/models/{re.escape(name)}(?:/versions/([^/]+))?(/[a-z.]+)?")
+        self._cast()
+        # What is there now stays: to look through all of it again takes 50 ms, in which nobody is answered.
+        gc.collect()
+        gc.freeze()
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    async def __del__(self) -> None:
+        """Called by Serve when the last request is answered: nothing that was to be written is lost."""
+        self._following.cancel()
+        for shadow in self._shadows.values():
+            shadow.close()
+        if self._recorder:
+            await asyncio.to_thread(self._recorder.close)
+        self._audit.close()
+
+    # What Serve and the commands ask
 
     def check_health(self) -> None:
         """Called by Serve: raises BrokenBundle if a variant answers its stored example differently."""
-        for bundle in self._bundles.values():
+        for bundle in self._live.bundles.values():
             bundle.check_example()
 
-    async def __call__(self, request: Request) -> Response:
-        """Every answer is JSON (or v2's binary) with a Content-Length: half a chunked one can look whole."""
-        try:
-            return await self._respond(request)
-        except Refused as refused:
-            return Response(refused.body(), refused.status, media_type=JSON)
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `app.serving.autoscaling`."""
+        return {LOAD: self._busyness.share()}
 
-    async def _respond(self, request: Request) -> Response:
-        path = self._path.fullmatch(request.scope["path"])
+    def state(self) -> State:
+        """For the commands, by Serve's handle."""
+        live, dropped = self._live, self._recorder.dropped if self._recorder else 0
+        shadows = {name: shadow.dropped for name, shadow in self._shadows.items()}
+        recent = self._meters.recent.tallies()
+        return State(self._entry, self._fault, live.versions, live.weights, dropped, shadows, recent)
+
+    async def refresh(self) -> State:
+        """Take in now what holds, and say where that led."""
+        await self._take_in()
+        return self.state()
+
+    # The traffic
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_S)
+            try:
+                await self._meters.tell(self._recorder.dropped if self._recorder else 0, self._live.weights)
+                await self._take_in()
+            except Exception as error:
+                log.warning("the traffic of %s cannot be looked up: %s", self._name, error)
+
+    async def _take_in(self) -> None:
+        """Swap to the traffic that holds, once it is loaded; what is served until then goes on."""
+        held = await asyncio.to_thread(traffic.current, self._audit, self._name)
+        if held is None or held[0] in (self._entry, self._refused):
+            return
+        number, wanted = held
+        try:
+            live = await asyncio.to_thread(
+                Live, wanted, self._limits.max_rows, self._live, self._trusted_keys
+            )
+        except UserError as error:
+            self._fault, self._refused = str(error), number
+            log.error("entry %d of the audit log is not taken in: %s", number, error)
+            return
+        self._live, self._entry, self._fault = live, number, None
+        self._cast()
+
+    def _cast(self) -> None:
+        """A shadow for each variant that is one."""
+        before, self._shadows = self._shadows, {}
+        if self._recorder is None:
+            return
+        for name, variant in self._live.traffic.variants.items():
+            if not variant.shadow:
+                continue
+            shadow = before.get(name)
+            if shadow is None or shadow.version != variant.version:
+                remote, schema = self._live.remotes[name], self._live.schema
+                shadow = Shadow(name, variant.version, remote, schema, self._recorder.add)
+            self._shadows[name] = shadow
+        for shadow in before.values():
+            if shadow not in self._shadows.values():
+                shadow.close()
+
+    # Requests
+
+    async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
+        """A request by way of Serve's proxy."""
+        return await by_proxy(self, request)
+
+    async def respond(self, request: Request) -> Response:
+        """Called by `app.serving.ingress`."""
+        begun, note = time.perf_counter(), Note()
+        error = None
+        try:
+            response = await self._respond(request, note)
+        except Refused as refused:
+            response = Response(refused.body(), refused.status, refused.headers)
+            error = str(refused)
+        except Exception as defect:
+            self._answered(request, note, 500, time.perf_counter() - begun, repr(defect))
+            raise
+        self._answered(request, note, response.status, time.perf_counter() - begun, error)
+        return response
+
+    def _answered(self, request: Request, note: Note, status: int, seconds: float, error: str | None) -> None:
+        self._meters.note(Asked(note.action, note.variant, status, seconds, note.rows))
+        # Those who ask too much are counted, and don't fill the log.
+        if self._log_requests or (error is not None and status != 429):
+            logs.request_answered(request, status, seconds, note.variant, note.principal, error)
+
+    async def _respond(self, request: Request, note: Note) -> Response:
+        version, action = self._route(request)
+        note.action = action[1:] or "metadata"
+        live = self._live
+        if action == "/ready" and version in (None, *live.versions.values()):
+            return Response(orjson.dumps({"name": self._name, "ready": True}))
+        principal = await self._principal(request)
+        note.principal = principal.name
+        if action == "/feedback":
+            return await self._feedback(request, principal)
+        principal.require("explain" if action == "/explain" else "predict", self._name)
+        if version is not None and version not in live.versions.values():
+            versions = ", ".join(live.versions.values())
+            raise Refused(404, f"version {version[:20]} of {self._name} is not served; these are: {versions}")
+        if action == "":
+            return Response(live.metadata(self._name, version))
+        if action == "/openapi.json":
+            return self._openapi(live)
+        forced = _forced(live, request, version)
+        if forced is not None:
+            principal.require("admin", self._name)
+        body = self._body(request, binary=action == "/infer")
+        if action == "/predict":
+            question = live.contract.parse(body)
+            answer = await self._answer(live, question, forced, request, principal, note)
+            return Response(protocol.answer(answer, live.schema, question.k))
+        if action == "/explain":
+            return await self._explain(live, live.contract.parse(body), forced, request, note)
+        length = request.header(tensors.HEADER_LENGTH.encode()) or None
+        inference = tensors.parse(body, length, live.contract)
+        answer = await self._answer(live, inference.question, forced, request, principal, note)
+        content, media_type, headers = tensors.answer(answer, inference)
+        return Response(content, 200, headers, media_type)
+
+    def _openapi(self, live: Live) -> Response:
+        document = openapi.document(
+            self._name,
+            live.schema,
+            self._limits,
+            live.example(),
+            secured=self._auth is not None,
+            feedback=self._recorder is not None,
+        )
+        return Response(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
+
+    def _route(self, request: Request) -> tuple[str | None, str]:
+        """The version asked for, if any, and one of ACTIONS. Raises Refused."""
+        path = self._path.fullmatch(request.path)
         version, action = (path[1], path[2] or "") if path else (None, None)
-        if action not in ACTIONS:
+        if action not in ACTIONS or (version and action in ALONE):
             known = ", ".join(f"{method} {action or '(metadata)'}" for action, method in ACTIONS.items())
             raise Refused(404, f"no such path; below /v2/models/{self._name} there are: {known}")
         if request.method != ACTIONS[action]:
             error = f"{request.method} is not allowed here, {ACTIONS[action]} is"
-            return Response(Refused(405, error).body(), 405, {"allow": ACTIONS[action]}, JSON)
-        if version is not None and version not in self._versions.values():
-            versions = ", ".join(self._versions.values())
-            raise Refused(404, f"version {version[:20]} of {self._name} is not served; these are: {versions}")
-        if action == "":
-            numbers = [version] if version else list(self._versions.values())
-            return Response(tensors.metadata(self._name, numbers, self._schema), media_type=JSON)
-        if action == "/ready":
-            return Response(orjson.dumps({"name": self._name, "ready": True}), media_type=JSON)
-        body = await self._body(request, binary=action == "/infer")
-        if action == "/predict":
-            question = self._contract.parse(body)
-            given = self._answer(question, version, request)
-            return Response(protocol.answer(given, self._schema, question.k), media_type=JSON)
-        inference = tensors.parse(body, request.headers.get(tensors.HEADER_LENGTH), self._contract)
-        content, headers = tensors.answer(self._answer(inference.question, version, request), inference)
-        return Response(content, headers=headers)
+            raise Refused(405, error, headers={"allow": ACTIONS[action]})
+        return version, action
 
-    async def _body(self, request: Request, binary: bool) -> bytes:
+    async def _principal(self, request: Request) -> Principal:
+        """Who asks. Raises Refused if that is not known, or they have asked too much."""
+        principal = ANYBODY
+        if self._auth is not None:
+            authorization = request.header(b"authorization")
+            principal = self._auth.known(authorization) or await self._auth.principal(authorization)
+        if self._limiter is not None and (wait_s := await self._limiter.wait_s(principal.name)):
+            raise Refused(
+                429,
+                f"{principal.name} may ask {self._limits.requests_per_s:g} times a second "
+                "(serving.limits.requests_per_s)",
+                headers={"retry-after": str(math.ceil(wait_s))},
+            )
+        return principal
+
+    async def _feedback(self, request: Request, principal: Principal) -> Response:
+        principal.require("feedback", self._name)
+        if self._recorder is None:
+            raise Refused(404, f"{self._name} keeps no records (serving.record), so it takes no feedback")
+        said = feedback.parse(self._body(request, binary=False), self._live.schema)
+        try:
+            return await feedback.answer(said, self._name, principal.name, self._recorder, self._limits)
+        except DBAPIError as error:
+            log.error("feedback cannot be written: %s", error.orig)
+            raise Refused(503, "the feedback cannot be stored now; send it again", headers=RETRY) from None
+
+    def _body(self, request: Request, binary: bool) -> bytes:
         allowed = (JSON, "application/octet-stream") if binary else (JSON,)
-        kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
-        if kind not in allowed or request.headers.get("content-encoding", "identity") != "identity":
+        kind = request.header(b"content-type", JSON).partition(";")[0].strip().lower()
+        if kind not in allowed or request.header(b"content-encoding", "identity") != "identity":
             raise Refused(415, f"the body must be {' or '.join(allowed)}, not compressed")
-        body = await request.body()
-        if len(body) > self._max_body_bytes:
-            raise Refused(413, f"the body must not exceed {self._max_body_bytes} bytes")
-        return body
+        if len(request.body) > self._limits.max_body_bytes:
+            raise Refused(413, f"the body must not exceed {self._limits.max_body_bytes} bytes")
+        return request.body
 
-    def _answer(self, question: Question, version: str | None, request: Request) -> Answer:
-        """The answer of the version asked for, or of the variant that the request's unit falls to."""
-        # Serve has given an id to a request without one, and echoes it in the answer's header.
-        request_id = request.headers.get("x-request-id") or uuid.uuid4().hex
-        if version is None:
-            unit = question.unit or _header_unit(request) or request_id
-            variant = routing.choose(unit, self._salt, self._weights)
+    async def _answer(
+        self,
+        live: Live,
+        question: Question,
+        forced: str | None,
+        request: Request,
+        principal: Principal,
+        note: Note,
+    ) -> Answer:
+        """The answer of the variant asked for, or of the one that the request's unit falls to."""
+        at, begun = time.time(), time.perf_counter()
+        unit = question.unit or _header_unit(request) or request.request_id
+        note.variant, note.rows = forced or live.choose(unit), len(question.rows)
+        columns = columns_of(live.schema, question.rows)
+        answer = self._said(live, note.variant, request, await self._predict(live, note.variant, columns))
+        if self._recorder is not None:
+            prediction = Prediction(
+                model=self._name,
+                request_id=request.request_id,
+                variant=note.variant,
+                version=answer.version,
+                role="forced" if forced else "served",
+                unit=unit,
+                principal=principal.name,
+                at=at,
+                seconds=time.perf_counter() - begun,
+                rows=question.rows,
+                answer=protocol.said(answer, live.schema, question.k)["predictions"],
+            )
+            self._recorder.add(prediction)
+            for shadow in self._shadows.values():
+                shadow.offer(Copy(prediction, columns))
+        return answer
+
+    async def _explain(
+        self, live: Live, question: Question, forced: str | None, request: Request, note: Note
+    ) -> Response:
+        """Of the variant that would answer."""
+        explain.check(question)
+        unit = question.unit or _header_unit(request) or request.request_id
+        note.variant, note.rows = forced or live.choose(unit), len(question.rows)
+        columns = columns_of(live.schema, question.rows)
+        walks = await asyncio.to_thread(live.walks, note.variant)
+        # The rows and their points together: far more than a request has, so not between two requests.
+        points = await asyncio.to_thread(walks.points, columns)
+        given = await self._predict(live, note.variant, columns)
+        bundle = live.bundles.get(note.variant)
+        walked: np.ndarray | Ranking
+        if bundle is not None:
+            walked = await asyncio.to_thread(bundle.predict, points)
         else:
-            variant = next(name for name, number in self._versions.items() if number == version)
-        columns, bundle = columns_of(self._schema, question.rows), self._bundles[variant]
-        is_ranking = self._schema.task == "ranking"
+            walked = await self._predict(live, note.variant, points)
+        assert not isinstance(walked, Ranking)
+        answer = self._said(live, note.variant, request, given)
+        return Response(explain.answer(answer, live.schema, walks, walked))
+
+    def _said(self, live: Live, variant: str, request: Request, given: np.ndarray | Ranking) -> Answer:
         return Answer(
             model=self._name,
             variant=variant,
-            version=self._versions[variant],
-            request_id=request_id,
-            probabilities=None if is_ranking else bundle.predict(columns),
-            ranking=bundle.rank(columns) if is_ranking else None,
+            version=live.versions[variant],
+            request_id=request.request_id,
+            probabilities=None if isinstance(given, Ranking) else given,
+            ranking=given if isinstance(given, Ranking) else None,
         )
+
+    async def _predict(self, live: Live, variant: str, columns: Columns) -> np.ndarray | Ranking:
+        bundle = live.bundles.get(variant)
+        if bundle is not None:
+            return bundle.rank(columns) if live.schema.task == "ranking" else bundle.predict(columns)
+        try:
+            return await live.remotes[variant].predict(columns)
+        except (TimeoutError, RayError) as error:
+            log.error("%s of %s does not answer: %s", variant, self._name, error)
+            raise Refused(503, f"{variant} does not answer now; try again", headers=RETRY) from None
+
+
+def _forced(live: Live, request: Request, version: str | None) -> str | None:
+    """The variant that the client asks for: by its version in the path, or by name in a header."""
+    if version is not None:
+        return next(name for name, number in live.versions.items() if number == version)
+    name = request.header(b"x-raylway-variant")
+    if name and name not in live.versions:
+        raise Refused(422, f"the header x-raylway-variant must be one of {', '.join(live.versions)}")
+    return name or None
 
 
 def _header_unit(request: Request) -> str:
     """The header x-raylway-unit, which the ingress has checked to be UTF-8; empty if there is none."""
-    unit = request.headers.get("x-raylway-unit", "").encode("latin-1").decode()
+    unit = request.headers.get(b"x-raylway-unit", b"").decode()
     if len(unit) > MAX_UNIT_LENGTH:
         raise Refused(422, f"the header x-raylway-unit must not exceed {MAX_UNIT_LENGTH} characters")
     return unit
-
-
-class Root:
-    """What no model answers: the server's metadata and health, and 404 for everything else."""
-
-    async def __call__(self, request: Request) -> Response:
-        path = request.scope["path"]
-        known = {"/v2": self._metadata, "/v2/health/live": self._live, "/v2/health/ready": self._ready}
-        if path not in known:
-            models = ", ".join(sorted(await _models())) or "none"
-            return _json(404, {"error": f"no such path; models served under /v2/models: {models}"})
-        if request.method != "GET":
-            response = _json(405, {"error": f"{request.method} is not allowed here, GET is"})
-            response.headers["allow"] = "GET"
-            return response
-        return await known[path]()
-
-    async def _metadata(self) -> Response:
-        return _json(200, {"name": "raylway", "version": __version__, "extensions": ["binary_tensor_data"]})
-
-    async def _live(self) -> Response:
-        return _json(200, {"live": True})
-
-    async def _ready(self) -> Response:
-        """200 only if every model's endpoint runs with all the replicas it wants."""
-        models = await _models()
-        ready = all(status == "RUNNING" for status in models.values())
-        return _json(200 if ready else 503, {"ready": ready, "models": models})
-
-
-async def _models() -> dict[str, str]:
-    """Serve's status of each model's application."""
-    from ray import serve
-
-    applications = (await asyncio.to_thread(serve.status)).applications
-    return {name: str(app.status.value) for name, app in applications.items() if name != ROOT}
-
-
-def _json(status: int, document: dict[str, object]) -> Response:
-    return Response(orjson.dumps(document), status, media_type=JSON)

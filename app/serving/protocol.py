@@ -43,6 +43,8 @@ from app.config import Category
 from app.errors import UserError
 
 MAX_UNIT_LENGTH = 256
+UNIT = r"^[^\x00]+$"
+"""PostgreSQL keeps no text with a NUL."""
 """Characters of a unit."""
 NUM_ITEMS = 10
 """How many items a recommender gives if the request does not say."""
@@ -57,10 +59,17 @@ Location = tuple[int | str, ...]
 class Refused(UserError):
     """A request that gets a 4xx, with everything that is wrong with it."""
 
-    def __init__(self, status: int, error: str, violations: Sequence[Mapping[str, str]] = ()):
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        violations: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(error)
         self.status = status
         self.violations = violations
+        self.headers = headers or {}
 
     def body(self) -> bytes:
         return orjson.dumps({"error": str(self), "violations": list(self.violations[:NUM_VIOLATIONS])})
@@ -96,13 +105,13 @@ class Contract:
     def __init__(self, schema: Schema, max_rows: int):
         self.schema = schema
         self.max_rows = max_rows
-        self._columns = {item.name: _allowed(item) for item in schema.inputs}
+        self._columns = {item.name: allowed(item) for item in schema.inputs}
         field = core_schema.typed_dict_field
         row = core_schema.typed_dict_schema(
             {item.name: field(_value(item), required=not item.contract.nullable) for item in schema.inputs},
             extra_behavior="forbid",
         )
-        unit = core_schema.str_schema(min_length=1, max_length=MAX_UNIT_LENGTH, strict=True)
+        unit = core_schema.str_schema(pattern=UNIT, min_length=1, max_length=MAX_UNIT_LENGTH, strict=True)
         request = {
             "rows": field(core_schema.list_schema(row, min_length=1, max_length=max_rows, strict=True)),
             "unit": field(core_schema.nullable_schema(unit), required=False),
@@ -156,15 +165,16 @@ def answer(given: Answer, schema: Schema, k: int | None = None) -> bytes:
         "variant": given.variant,
         "version": given.version,
         "request_id": given.request_id,
-        **_said(given, schema, k or NUM_ITEMS),
+        **said(given, schema, k),
     }
     # float32 is written with its own shortest digits.
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def _said(given: Answer, schema: Schema, k: int) -> dict[str, Any]:
+def said(given: Answer, schema: Schema, k: int | None) -> dict[str, Any]:
+    """What the model says, with the names of what it speaks of; float32 as it comes."""
     if given.ranking is not None:
-        return _of_ranking(given.ranking, schema, k)
+        return _of_ranking(given.ranking, schema, k or NUM_ITEMS)
     assert given.probabilities is not None
     return (_of_classes if schema.task == "classes" else _of_binary)(given.probabilities, schema)
 
@@ -218,7 +228,7 @@ def refusal(
     return Refused(422, f"the request breaks the contract in {len(errors)} places", violations)
 
 
-def _allowed(item: Input) -> list[str] | None:
+def allowed(item: Input) -> list[str] | None:
     """The values that a request may have in a column; None if any."""
     if not isinstance(item.contract, Category):
         return None
@@ -227,18 +237,18 @@ def _allowed(item: Input) -> list[str] | None:
 
 def _value(item: Input) -> core_schema.CoreSchema:
     """The check of one value; strict, so that neither true nor "39" is a number."""
-    contract, allowed = item.contract, _allowed(item)
+    contract, values = item.contract, allowed(item)
     value: core_schema.CoreSchema
     if contract.type == "number":
         value = core_schema.float_schema(ge=contract.min, le=contract.max, allow_inf_nan=False, strict=True)
     elif contract.type == "text":
         value = core_schema.str_schema(min_length=1, max_length=contract.max_characters, strict=True)
-    elif allowed is None:
+    elif values is None:
         # The empty string is how the graph spells a missing value; here that is null.
         value = core_schema.str_schema(min_length=1, strict=True)
     else:
         # A column that was empty in all of the training part can only be missing.
-        value = core_schema.literal_schema(allowed) if allowed else core_schema.none_schema()
+        value = core_schema.literal_schema(values) if values else core_schema.none_schema()
     return core_schema.nullable_schema(value) if contract.nullable else value
 
 

@@ -23,6 +23,7 @@ from app.bundle import ITEMS, KNOWN, OUTPUT, SCORES, Schema
 from app.serving.protocol import (
     MAX_UNIT_LENGTH,
     NUM_ITEMS,
+    UNIT,
     Answer,
     Contract,
     Location,
@@ -50,7 +51,7 @@ class _Part(BaseModel):
 
 class _Parameters(_Part):
     model_config = ConfigDict(extra="allow")  # the protocol lets clients send their own
-    unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH)] | None = None
+    unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH, pattern=UNIT)] | None = None
     k: int | None = None
     binary_data_output: bool = False
 
@@ -115,8 +116,8 @@ def parse(body: bytes, header_length: str | None, contract: Contract) -> Inferen
     return Inference(question, request.id, outputs)
 
 
-def answer(given: Answer, inference: Inference) -> tuple[bytes, dict[str, str]]:
-    """The answer's body and its HTTP headers."""
+def answer(given: Answer, inference: Inference) -> tuple[bytes, str, dict[str, str]]:
+    """The answer's body, its media type and its further HTTP headers."""
     values = _values(given, inference.question.k or NUM_ITEMS)
     outputs: list[dict[str, Any]] = []
     tail = b""
@@ -143,9 +144,8 @@ def answer(given: Answer, inference: Inference) -> tuple[bytes, dict[str, str]]:
     }
     head = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any(inference.outputs.values()):
-        return head, {"content-type": "application/json"}
-    headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
-    return head + tail, headers
+        return head, "application/json", {}
+    return head + tail, "application/octet-stream", {HEADER_LENGTH: str(len(head))}
 
 
 def _values(given: Answer, k: int) -> dict[str, np.ndarray]:

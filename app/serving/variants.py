@@ -1,67 +1,46 @@
 """The variants of an endpoint: bundles that take the same inputs and share the traffic."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from app import registry
-from app.bundle import Bundle, Input, Schema
-from app.config import Project
+from pydantic import BaseModel, ConfigDict
+
+from app import signature
+from app.bundle import MANIFEST, Bundle, Input, Schema
 from app.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """A version of the registered model that answers a share of the traffic."""
+class Deployed(BaseModel):
+    """A version of the registered model, as an endpoint has it."""
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
     version: str
     """Its number in the registry."""
     weight: float
     """Share of the units, relative to the other variants' weights."""
     path: Path
     """Its bundle."""
+    shadow: bool = False
+    workers: str | None = None
+    """The Serve application of its own replicas; None if it is in those of the endpoint."""
 
 
-def registered(project: Project) -> tuple[dict[str, Deployed], list[str]]:
-    """The project's variants with the versions that the registry has for them now, and what is to be said.
+def load(variants: Mapping[str, Deployed], trusted_keys: Sequence[str] = ()) -> dict[str, Bundle]:
+    """Open each variant's bundle as `opened` does."""
+    return {name: opened(variant.path, trusted_keys) for name, variant in variants.items()}
 
-    A variant whose alias no version bears yet is left out, so that a project with a challenger can be served
-    before there is one. Raises UserError if none is left, or a version that is named by number is not there.
+
+def opened(path: Path, trusted_keys: Sequence[str] = ()) -> Bundle:
+    """Verify and open a bundle, and let it answer its stored example (which warms it up).
+
+    Raises BrokenBundle if files were changed or the example is answered differently, and UserError if there
+    are `trusted_keys` and none of them has signed it.
     """
-    found, notes = {}, []
-    for name, variant in project.serving.variants.items():
-        is_number = variant.version.isdigit()
-        version = (registry.resolve if is_number else registry.find)(project.name, variant.version)
-        if version is None:
-            notes.append(f"the variant {name} is left out: no version has the alias {variant.version!r} yet")
-        else:
-            found[name] = Deployed(version=version.number, weight=variant.weight, path=version.path)
-    if not found:
-        raise UserError(
-            f"no version of {project.name!r} that serving.variants names is registered; train one first with "
-            "`raylway train`"
-        )
-    return found, notes
-
-
-def curl(server: str, name: str, variant: Deployed) -> str:
-    """A command line that asks the endpoint about the first row of a variant's stored example."""
-    row = json.loads((variant.path / "example.json").read_text())["rows"][0]
-    body = json.dumps({"unit": "user-17", "rows": [row]}).replace("'", "'\\''")
-    return f"curl -s {server}/v2/models/{name}/predict -H 'content-type: application/json' -d '{body}'"
-
-
-def load(variants: Mapping[str, Deployed]) -> dict[str, Bundle]:
-    """Verify and open each variant's bundle, and let it answer its stored example (which warms it up).
-
-    Raises BrokenBundle if files were changed or the example is answered differently.
-    """
-    bundles = {}
-    for name, variant in variants.items():
-        bundles[name] = Bundle(variant.path)
-        bundles[name].check_example()
-    return bundles
+    if trusted_keys:
+        signature.require(path / MANIFEST, trusted_keys)
+    bundle = Bundle(path)
+    bundle.check_example()
+    return bundle
 
 
 def common_schema(schemas: Mapping[str, Schema]) -> Schema:

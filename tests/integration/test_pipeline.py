@@ -1,5 +1,6 @@
 """A model's life through the commands, as a user gives them."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 from contextlib import contextmanager
 
 import httpx
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -274,3 +276,29 @@ def test_serving_what_was_never_trained(raylway):
     refused = raylway("serve", "configs/smoke.yaml", "--set", "name=unheard-of")
     assert refused.returncode == 2
     assert "train one first" in refused.stderr
+
+
+def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_path):
+    from app import registry
+    from app.bundle import Bundle, columns_of
+
+    opened = Bundle(registry.resolve("smoke", "champion").path)
+    rows = json.loads((opened.path / "example.json").read_text())["rows"]
+    frame = pd.DataFrame(rows * 300)
+    frame.loc[1, "age"] = -5
+    for name, write in (("rows.parquet", frame.to_parquet), ("rows.csv", frame.to_csv)):
+        write(tmp_path / name, index=False)
+        output = tmp_path / f"{name}-answers"
+        done = raylway("predict", "smoke@champion", "--input", str(tmp_path / name), "--output", str(output))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{len(frame):,} rows answered" in done.stdout
+        assert "1 of them break the contract" in done.stdout
+        answered = pd.read_parquet(output)
+        assert answered.loc[1, "violation"].startswith("age: ")
+        kept = answered["violation"].isna()
+        expected = opened.predict(columns_of(opened.schema, rows * 300))
+        np.testing.assert_allclose(answered.loc[kept, "probability"], expected[kept], rtol=1e-6)
+    again = raylway("predict", "smoke", "--input", str(tmp_path / "rows.csv"), "--output", str(output))
+    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    gone = raylway("predict", "smoke", "--input", "gone.csv", "--output", str(tmp_path / "new"))
+    assert (gone.returncode, "--input: gone.csv: no such file" in gone.stderr) == (2, True)

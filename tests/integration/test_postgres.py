@@ -1,5 +1,6 @@
-"""A real PostgreSQL server holds the studies and MLflow's tables."""
+"""A real PostgreSQL server holds the studies, MLflow's tables, and what happens in production."""
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -10,12 +11,16 @@ import pytest
 import sqlalchemy
 
 from app import registry
+from app.audit import Audit, Broken
 from app.errors import UserError
+from app.records import Records, Verdict
+from app.serving.recorder import Recorder
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, states
+from tests.unit.test_records import AWKWARD, awkward, feedback, prediction
 
 pytestmark = pytest.mark.integration
 
@@ -112,6 +117,93 @@ def test_two_sweeps_of_one_study_cannot_run_at_once(database, raylway):
         assert done.returncode == 2
         assert "is being swept" in done.stderr
     assert len(run(swept).trials) == 3
+
+
+def at_once(function, times=4):
+    threads = [threading.Thread(target=function) for _ in range(times)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_what_happens_in_production_is_kept_once(database):
+    verdicts = []
+
+    def say():
+        mine = Records()
+        mine.add([prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)])
+        verdicts.extend(mine.judge([feedback(f"p{n}") for n in range(20)], 1000))
+        mine.close()
+
+    at_once(say)
+    assert sorted(v.value for v in verdicts) == ["stored"] * 20 + ["stored before"] * 60
+    records = Records()
+    kept = records.predictions("pg")
+    assert [p.request_id for p in kept] == [f"p{n}" for n in range(50)]
+    assert (kept[0].rows, kept[0].answer) == ([{"age": 39, "workclass": None}], [{"probability": 0.1}])
+    assert records.judge([feedback("p0", {"reward": 0.0}), feedback("p99")], 20) == [
+        Verdict.CONTRADICTED, Verdict.QUARANTINED,
+    ]  # fmt: skip
+    assert {f.request_id for f in records.feedback("income")} == {f"p{n}" for n in range(20)}
+    records.close()
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_whatever_was_asked_comes_back(database, text):
+    records = Records()
+    asked = awkward(text)
+    records.add([asked])
+    assert records.predictions("income", [asked.request_id]) == [asked]
+    records.close()
+
+
+def test_the_audit_log_is_one_chain_whoever_writes(database):
+    def write():
+        mine = Audit()
+        for _ in range(10):
+            mine.add("traffic", "pg", {"salt": "ü"})
+        mine.close()
+
+    at_once(write)
+    audit = Audit()
+    assert len(audit.entries("pg")) == 40
+    with audit._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE audit SET who = 'eve' WHERE number = 7"))
+    with pytest.raises(Broken, match="see its entry 7"):
+        audit.entries()
+    with audit._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DELETE FROM audit"))
+    audit.close()
+
+
+def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_again(database, server):
+    recorder = Recorder(Records(), 1000)
+
+    async def tell(request_id):
+        try:
+            return await recorder.judge(feedback(request_id))
+        except sqlalchemy.exc.DBAPIError:
+            return None
+
+    try:
+        recorder.add(prediction("before", model="crash"))
+        recorder.add(prediction("nul", model="crash", unit="\0"))  # which PostgreSQL does not take
+        assert asyncio.run(tell("c1")) == Verdict.STORED
+        server.stop()
+        try:
+            recorder.add(prediction("meanwhile", model="crash"))
+            assert asyncio.run(tell("c2")) is None
+        finally:
+            server.start()
+        assert asyncio.run(tell("c2")) == Verdict.STORED
+        assert asyncio.run(tell("c1")) == Verdict.AGAIN
+    finally:
+        recorder.close()
+    records = Records()
+    assert {p.request_id for p in records.predictions("crash")} == {"before", "meanwhile"}
+    assert recorder.dropped == 1
+    records.close()
 
 
 def test_a_server_that_is_not_there_is_said(database, server, monkeypatch):

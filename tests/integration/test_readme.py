@@ -6,8 +6,10 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from app.data import samples
 from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.integration
@@ -34,6 +36,8 @@ def checkout(tmp_path):
     for file in files:
         (top / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, top / file)
+    # What its user has: rows to be answered.
+    pd.read_parquet(samples.path("adult")).head(500).to_parquet(top / "rows.parquet")
     (top / ".venv").mkdir()
     (top / ".venv" / "bin").symlink_to(ROOT / ".venv" / "bin")
     return top
@@ -54,13 +58,14 @@ def test_every_command_of_the_readme_works(checkout, tmp_path):
     assert done.returncode == 0, said[-6000:]
     assert "income version 2 (challenger)" in said
     assert "smoke version 1 (champion)" in said
+    assert "500 rows" in said
     assert re.search(r'"predictions":\[\{"probability":0\.\d+', said)
 
 
 def test_the_tree_in_the_readme_is_the_tree():
     """Each file and folder that the README's tree names is there, and none of app/ is left out."""
     (tree,) = re.findall(r"```\n(app/\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    named = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    named = {line.split()[0] for line in tree.splitlines() if re.match(r"  \S", line)}
     there = {f"{p.name}/" if p.is_dir() else p.name for p in Path(ROOT / "app").iterdir()}
     assert named == there - {"__init__.py", "__main__.py", "__pycache__/"}
     top = {line.split()[0].rstrip("/") for line in tree.splitlines() if not line.startswith(" ")}

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from app import cluster, projectfile
-from app.serving import deploy, variants
+from app.serving import deploy, follow
 
 pytestmark = [
     pytest.mark.integration,
@@ -65,14 +65,14 @@ def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
     assert "films version 1 (champion)" in done.stdout
 
     project = projectfile.load(file)
-    deployed, _ = variants.registered(project)
-    card = (deployed["champion"].path / "card.md").read_text()
+    wanted, _ = follow.registered(project.name, project.serving)
+    card = (wanted.variants["champion"].path / "card.md").read_text()
     assert "which `what` a `who` takes next" in card
     assert "| ease |" in card
-    test = json.loads((deployed["champion"].path / "metrics.json").read_text())
+    test = json.loads((wanted.variants["champion"].path / "metrics.json").read_text())
     assert test["model"]["hr@10"] > test["baselines"]["popularity"]["hr@10"]
 
-    url = deploy.deploy(project.serving, project.name, deployed)
+    url = deploy.deploy(project.serving, project.name, wanted)
     try:
         with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
             _ask(client, rows)

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import re
 import signal
 import socket
 import time
@@ -14,10 +15,13 @@ import psutil
 import pytest
 
 from app import cluster
+from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy, routing
+from app.serving.traffic import Traffic
+from app.serving.traffic import current as traffic_that_holds
 from app.serving.variants import Deployed, load
 from tests.bundles import ROWS, build
 
@@ -34,6 +38,10 @@ PREDICT = "/v2/models/income/predict"
 INFER = "/v2/models/income/infer"
 
 
+def traffic(variants: dict[str, Deployed]) -> Traffic:
+    return Traffic(salt="test", policy="weighted", variants=variants)
+
+
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
@@ -45,20 +53,21 @@ def variants(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
+    ports = cluster.free_ports(2)
     return Serving.model_validate(
         {
-            "port": cluster.free_ports(1)[0],
+            "port": ports[0],
+            "grpc_port": ports[1],
             "salt": "test",
             "variants": {name: {"version": name, "weight": weight} for name, weight in WEIGHTS.items()},
-            "max_body_bytes": MAX_BODY_BYTES,
-            "max_rows": 100,
+            "limits": {"max_body_bytes": MAX_BODY_BYTES, "max_rows": 100},
         }
     )
 
 
 @pytest.fixture(scope="module")
 def url(ray_cluster, variants, settings):
-    yield deploy.deploy(settings, "income", variants)
+    yield deploy.deploy(settings, "income", traffic(variants))
     deploy.undeploy()
 
 
@@ -112,7 +121,7 @@ def test_a_taken_port_is_named(ray_cluster, variants, settings):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"{port}.*serving\.port"):
-            deploy.deploy(settings.model_copy(update={"port": port}), "income", variants)
+            deploy.deploy(settings.model_copy(update={"port": port}), "income", traffic(variants))
 
 
 def test_rows_are_answered_as_the_bundle_predicts(client, expected):
@@ -193,6 +202,74 @@ def test_the_triton_client_works_unchanged(triton, expected, binary):
     np.testing.assert_array_equal(result.as_numpy("probability")[rows, 0], expected[variant][rows])
 
 
+@pytest.fixture(scope="module")
+def grpc(url, settings):
+    from tritonclient.grpc import InferenceServerClient
+
+    with InferenceServerClient(f"127.0.0.1:{settings.grpc_port}") as client:
+        yield client
+
+
+def test_the_grpc_client_works_unchanged(grpc, expected):
+    from tritonclient.grpc import InferInput
+    from tritonclient.utils import InferenceServerException
+
+    assert grpc.is_server_live()
+    assert grpc.is_server_ready()
+    assert grpc.is_model_ready("income", "2")
+    assert not grpc.is_model_ready("incomes")
+    assert grpc.get_server_metadata().extensions == ["binary_tensor_data"]
+    metadata = grpc.get_model_metadata("income")
+    assert list(metadata.versions) == ["1", "2"]
+
+    def infer(rows, **options):
+        inputs = []
+        for column in metadata.inputs:
+            missing = np.nan if column.datatype == "FP64" else ""
+            values = [missing if row[column.name] is None else row[column.name] for row in rows]
+            kind = np.float64 if column.datatype == "FP64" else np.object_
+            inputs.append(InferInput(column.name, [len(rows), 1], column.datatype))
+            inputs[-1].set_data_from_numpy(np.array(values, dtype=kind)[:, None])
+        return grpc.infer("income", inputs, **options)
+
+    answered = infer(ROWS, request_id="mine", parameters={"unit": "user-17"})
+    variant = routing.choose("user-17", "test", WEIGHTS)
+    assert answered.get_response().id == "mine"
+    assert answered.get_response().parameters["variant"].string_param == variant
+    np.testing.assert_array_equal(answered.as_numpy("probability")[:, 0], expected[variant])
+    by_header = infer(ROWS, headers={"x-raylway-unit": "user-17"})
+    assert by_header.get_response().parameters["variant"].string_param == variant
+    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*age.*less than or equal to 120"):
+        infer([{**ROWS[0], "age": 999}])
+    with pytest.raises(InferenceServerException, match="NOT_FOUND"):
+        infer(ROWS, model_version="9")
+
+
+def test_what_each_column_adds_sums_to_the_answer(client, expected):
+    answered = client.post("/v2/models/income/explain", json={"rows": ROWS, "unit": "user-17"}).json()
+    variant = routing.choose("user-17", "test", WEIGHTS)
+    assert (answered["variant"], answered["of"]) == (variant, "log-odds of >50K")
+    for explanation, p in zip(answered["explanations"], expected[variant], strict=True):
+        total = explanation["base"] + sum(explanation["attributions"].values())
+        assert total == pytest.approx(np.log(p / (1 - p)), abs=1e-4)
+    assert client.post("/v2/models/income/explain", json={"rows": ROWS * 6}).status_code == 413
+
+
+def test_the_description_has_an_example_that_works(client):
+    document = client.get("/v2/models/income/openapi.json").json()
+    predict = document["paths"][PREDICT]["post"]
+    example = predict["requestBody"]["content"]["application/json"]["example"]
+    answered = client.post(PREDICT, json=example)
+    assert answered.status_code == 200
+    shown = predict["responses"]["200"]["content"]["application/json"]["example"]
+    assert set(answered.json()) == set(shown)
+    page = client.get("/v2/docs?model=income")
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    for line in page.text.splitlines():
+        for asset in re.findall(r"/v2/docs/[a-z.-]+", line):
+            assert client.get(asset).status_code == 200
+
+
 ROW = b'{"age": 39, "education": "Bachelors", "gender": "Male"}'
 
 
@@ -211,6 +288,7 @@ ROW = b'{"age": 39, "education": "Bachelors", "gender": "Male"}'
         (422, b'{"rows": [{"age": 1e999, "education": "Bachelors", "gender": "Male"}]}'),
         (422, b'{"rows": [{"age": true, "education": "Bachelors", "gender": "Male"}]}'),
         (422, b'{"rows": [{"age": 39, "education": "None such", "gender": "Male"}]}'),
+        (422, b'{"unit": "\\u0000", "rows": [' + ROW + b"]}"),
         (413, b'{"rows": [' + b",".join([ROW] * 101) + b"]}"),
         (413, b" " * (MAX_BODY_BYTES + 1)),
     ],
@@ -306,19 +384,20 @@ def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variant
     broken = build(tmp_path / "broken", seed=3)
     (broken / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.onnx was changed"):
-        deploy.deploy(settings, "income", {"champion": Deployed(version="3", weight=1, path=broken)})
+        deploy.deploy(settings, "income", traffic({"champion": Deployed(version="3", weight=1, path=broken)}))
     with pytest.raises(UserError, match=r"serving\.port"):
-        deploy.deploy(settings.model_copy(update={"port": settings.port + 1}), "income", variants)
+        deploy.deploy(settings.model_copy(update={"port": settings.port + 1}), "income", traffic(variants))
     assert client.get("/v2/models/income").json()["versions"] == ["1", "2"]
 
 
-def test_a_version_that_no_replica_can_start_leaves_the_old_ones_answering(
+def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     client, variants, settings, tmp_path, monkeypatch
 ):
     bundles = load(variants)
-    monkeypatch.setattr(deploy, "load", lambda _: bundles)  # what this process can read, a replica cannot
+    monkeypatch.setattr(deploy, "load", lambda *_: bundles)  # what this process can read, a replica cannot
     gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match=r"gone: is no bundle.*goes on"):
-        deploy.deploy(settings, "income", gone)
+        deploy.deploy(settings, "income", traffic(gone))
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
-    assert client.get("/v2/health/ready").status_code == 503
+    assert client.get("/v2/health/ready").status_code == 200
+    assert traffic_that_holds(Audit(), "income")[1].variants["champion"].version == "1", "for new replicas"

@@ -32,7 +32,7 @@ def refusal(path) -> str:
 
 def test_the_manifest_has_every_file_and_the_facts(made):
     manifest = verify(made)
-    assert sorted(manifest["files"]) == ["example.json", "model.onnx", "schema.json"]
+    assert sorted(manifest["files"]) == ["example.json", "model.onnx", "reference.parquet", "schema.json"]
     assert manifest["seed"] == 0
     assert {"created", "git_commit", "python"} <= set(manifest)
 
@@ -131,6 +131,21 @@ def test_an_extra_file_is_named(copy, name):
     assert f": {name} is not in the manifest;" in refusal(copy)
 
 
+@pytest.mark.parametrize("name", ["model.pkl", "hook.py", "lib/custom.so", "model", "weights.pt"])
+def test_what_could_be_run_is_refused_though_it_is_in_the_manifest(copy, name):
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("import os")
+    seal(copy, {})
+    assert f": {name} is nothing that a bundle has;" in refusal(copy)
+
+
+def test_a_link_is_refused_though_it_is_in_the_manifest(copy, tmp_path):
+    (copy / "schema.json").rename(tmp_path / "schema.json")
+    (copy / "schema.json").symlink_to(tmp_path / "schema.json")
+    seal(copy, {})
+    assert ": schema.json is nothing that a bundle has;" in refusal(copy)
+
+
 def test_all_that_is_wrong_is_named(copy):
     (copy / "model.onnx").rename(copy / "other.onnx")
     (copy / "schema.json").write_text("{}")
@@ -154,7 +169,7 @@ def test_no_manifest_is_no_bundle(copy, tmp_path):
 
 def test_is_without_pickle(made):
     files = [file for file in made.rglob("*") if file.is_file()]
-    assert {file.suffix for file in files} == {".json", ".onnx"}
+    assert {file.suffix for file in files} == {".json", ".onnx", ".parquet"}
     for file in files:
         head = file.read_bytes()[:2]
         assert head[:1] != b"\x80", f"{file.name} begins like a pickle"

@@ -15,7 +15,8 @@ NAMES = {
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "finish", "home", "horovod_patches"},
-    {"config", "store", "console", "flags", "install"},
+    {"config", "store", "console", "flags", "install", "database", "issuer", "signature"},
+    {"audit", "records"},
     {"cluster"},
     {"local_cluster", "projectfile"},
     {"data"},
@@ -26,7 +27,7 @@ LAYERS: tuple[set[str], ...] = (
     {"tasks"},
     {"training"},
     {"tuning"},
-    {"pipeline", "compression"},
+    {"pipeline", "compression", "batch"},
     {"sweep"},
     {"demo", "api"},
     {"cli"},

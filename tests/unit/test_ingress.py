@@ -1,22 +1,35 @@
 import asyncio
+import re
+from types import SimpleNamespace
 
 import pytest
-from starlette.middleware import Middleware
 
-from app.serving.ingress import Guard, middlewares
+from app.serving import ingress
+from app.serving.http import Response
+from app.serving.ingress import Guard
 
 
-def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http"):
-    """What the application behind the guard saw (None if nothing), and what the client was sent."""
-    seen, sent = {}, []
+class Deployment:
+    """Notes what it is asked."""
+
+    def __init__(self, response=None):
+        self.seen = []
+        self.response = response or Response(b"{}")
+
+    async def respond(self, request):
+        self.seen.append(request)
+        if isinstance(self.response, Exception):
+            raise self.response
+        return self.response
+
+
+def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http", path="/", deployment=None):
+    """What the deployment was asked (None if nothing), and what the client was sent."""
+    sent, deployment = [], deployment or Deployment()
     incoming = [
         {"type": "http.request", "body": chunk, "more_body": i + 1 < len(chunks)}
         for i, chunk in enumerate(chunks)
     ]
-
-    async def app(scope, receive, send):
-        seen["headers"] = dict(scope["headers"])
-        seen["messages"] = [await receive(), await receive()]
 
     async def receive():
         return incoming.pop(0) if incoming else {"type": "http.disconnect"}
@@ -24,13 +37,47 @@ def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http"):
     async def send(message):
         sent.append(message)
 
-    scope = {"type": kind, "method": "POST", "path": "/", "headers": list(headers)}
-    asyncio.run(Guard(app, max_body_bytes)(scope, receive, send))
-    return seen or None, sent
+    async def serve(scope, receive, send):
+        await send(
+            {"type": "asked", "by": "Serve", "scope": scope, "messages": [await receive(), await receive()]}
+        )
+
+    scope = {"type": kind, "method": "POST", "path": path, "headers": list(headers)}
+    guard = Guard(serve, lambda: None if deployment == "none" else deployment, max_body_bytes)
+    asyncio.run(guard(scope, receive, send))
+    return (deployment.seen[0] if deployment != "none" and deployment.seen else None), sent
 
 
-def test_serve_is_given_middlewares():
-    assert [type(each) for each in middlewares()] == [Middleware]
+def test_outside_of_a_replica_there_is_no_deployment():
+    (middleware,) = ingress.middlewares()
+    assert middleware.cls is Guard
+    assert middleware.args[0]() is None
+
+
+def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypatch):
+    """Else every request would take Serve's own way, several times as long."""
+    contexts = [SimpleNamespace(servable_object=None), SimpleNamespace(servable_object="the deployment")]
+    monkeypatch.setattr("ray.serve.context._get_internal_replica_context", lambda: contexts[0])
+    (middleware,) = ingress.middlewares()
+    guard = middleware.cls(None, *middleware.args)
+    assert guard._deployment() is None
+    del contexts[0]
+    assert guard._deployment() == "the deployment"
+
+
+def test_the_answer_is_whole_and_has_the_requests_id():
+    deployment = Deployment(Response(b"x" * 7, 201, {"retry-after": "1"}, "text/plain"))
+    request, sent = ask([(b"x-request-id", b"r-1")], [b"abc"], deployment=deployment)
+    assert (request.method, request.path, request.body, request.request_id) == ("POST", "/", b"abc", "r-1")
+    start, body = sent
+    assert (start["status"], dict(start["headers"])) == (
+        201,
+        {
+            b"content-length": b"7", b"content-type": b"text/plain",
+            b"x-request-id": b"r-1", b"retry-after": b"1",
+        },
+    )  # fmt: skip
+    assert body == {"type": "http.response.body", "body": b"x" * 7}
 
 
 def test_headers_that_steer_serve_are_stripped_and_others_kept():
@@ -39,32 +86,28 @@ def test_headers_that_steer_serve_are_stripped_and_others_kept():
         b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id", b"X-Session_ID",
         b"serve_multiplexed_model_id", b"serve-multiplexed-model-id",
     ]  # fmt: skip
-    seen, sent = ask([*kept.items(), *((name, b"0") for name in steering)])
-    assert seen["headers"] == kept
-    assert sent == []
+    request, _ = ask([*kept.items(), *((name, b"0") for name in steering)])
+    assert request.headers == kept
 
 
 @pytest.mark.parametrize("value", [b"", b"a b", b"x" * 65, b"a\tb", "ü".encode()])
-def test_a_request_id_that_is_no_short_token_is_dropped(value):
-    seen, _ = ask([(b"x-request-id", value)])
-    assert seen["headers"] == {}
+def test_a_request_id_that_is_no_short_token_is_replaced(value):
+    request, sent = ask([(b"x-request-id", value)])
+    assert re.fullmatch("[0-9a-f]{32}", request.request_id)
+    assert dict(sent[0]["headers"])[b"x-request-id"].decode() == request.request_id
 
 
 @pytest.mark.parametrize("name", [b"x-request-id", b"X-Session-Id", b"x-raylway-unit", b"traceparent"])
 def test_bytes_that_are_not_utf8_get_400(name):
-    seen, sent = ask([(name, b"\xff")])
-    assert seen is None
+    request, sent = ask([(name, b"\xff")])
+    assert request is None
     assert sent[0]["status"] == 400
     assert {b"content-length", b"connection"} <= set(dict(sent[0]["headers"]))
 
 
-def test_a_body_within_the_limit_comes_through_whole_and_then_the_disconnect():
-    seen, sent = ask(chunks=[b"x" * 60, b"y" * 40])
-    assert seen["messages"] == [
-        {"type": "http.request", "body": b"x" * 60 + b"y" * 40, "more_body": False},
-        {"type": "http.disconnect"},
-    ]
-    assert sent == []
+def test_a_body_within_the_limit_comes_whole():
+    request, _ = ask(chunks=[b"x" * 60, b"y" * 40])
+    assert request.body == b"x" * 60 + b"y" * 40
 
 
 @pytest.mark.parametrize(
@@ -72,17 +115,52 @@ def test_a_body_within_the_limit_comes_through_whole_and_then_the_disconnect():
     [([], [b"x" * 101]), ([], [b"x" * 60, b"y" * 41, b""]), ([(b"content-length", b"101")], [b""])],
 )
 def test_a_larger_body_gets_413(headers, chunks):
-    seen, sent = ask(headers, chunks)
-    assert seen is None
+    request, sent = ask(headers, chunks)
+    assert request is None
     assert sent[0]["status"] == 413
 
 
-def test_a_client_that_leaves_within_its_body_is_reported_as_gone():
-    seen, _ = ask(chunks=[])
-    assert seen["messages"][0] == {"type": "http.disconnect"}
+@pytest.mark.parametrize("chunks", [[], [b"x", None]])
+def test_a_client_that_leaves_within_its_body_is_told_nothing(chunks):
+    incoming = [{"type": "http.request", "body": b"x", "more_body": True} for chunk in chunks if chunk]
+    deployment, sent = Deployment(), []
+
+    async def receive():
+        return incoming.pop(0) if incoming else {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+    asyncio.run(Guard(deployment, lambda: deployment)(scope, receive, send))
+    assert (deployment.seen, sent) == ([], [])
+
+
+def test_a_mistake_of_ours_names_the_request():
+    _, sent = ask([(b"x-request-id", b"r-1")], deployment=Deployment(KeyError("x")))
+    assert sent[0]["status"] == 500
+    assert b"r-1" in sent[1]["body"]
+    assert b"KeyError" not in sent[1]["body"]
+
+
+def test_paths_of_serves_own_are_left_to_it():
+    request, sent = ask([(b"x-session-id", b"s")], path="/-/healthz")
+    assert request is None
+    assert sent[0]["by"] == "Serve"
+
+
+def test_where_there_is_no_deployment_a_clean_request_goes_on_to_serve():
+    headers = [(b"x-session-id", b"s"), (b"a", b"b")]
+    _, (asked,) = ask(headers, [b"x" * 60, b"y"], deployment="none")
+    given = dict(asked["scope"]["headers"])
+    assert set(given) == {b"a", b"x-request-id"}
+    assert asked["messages"] == [
+        {"type": "http.request", "body": b"x" * 60 + b"y", "more_body": False},
+        {"type": "http.disconnect"},
+    ]
 
 
 def test_websockets_are_turned_away():
-    seen, sent = ask(kind="websocket")
-    assert seen is None
+    request, sent = ask(kind="websocket")
+    assert request is None
     assert sent == [{"type": "websocket.close"}]

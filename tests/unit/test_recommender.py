@@ -479,7 +479,7 @@ def test_open_inference(made, contract, binary):
         "parameters": {"k": 2, "binary_data_output": binary},
     }
     inference = tensors.parse(orjson.dumps(request), None, contract)
-    body, headers = tensors.answer(answer_of(opened, "u1", "nobody"), inference)
+    body, _, headers = tensors.answer(answer_of(opened, "u1", "nobody"), inference)
     end = int(headers.get(tensors.HEADER_LENGTH, len(body)))
     items, scores, known = orjson.loads(body[:end])["outputs"]
     expected = opened.rank({"who": np.array(["u1", "nobody"], dtype=object)})

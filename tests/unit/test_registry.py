@@ -3,16 +3,18 @@
 import contextlib
 import shutil
 import signal
+import subprocess
 
 import mlflow
 import numpy as np
 import pytest
 
-from app import bundle, registry
+from app import bundle, registry, signature
+from app.audit import Audit
 from app.bundle import Bundle, columns_of
-from app.config import Project
 from app.errors import Interrupted, UserError
-from tests.bundles import PROJECT, ROWS, build
+from tests.bundles import ROWS, build
+from tests.versions import project, registered
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,16 +37,6 @@ def bundles(tmp_path_factory):
         registry.write_flavor(path)
         bundle.seal(path, {})
     return paths
-
-
-def project(name: str) -> Project:
-    return Project.model_validate({**PROJECT, "name": name})
-
-
-def registered(name: str, path, key: str = "key") -> registry.Version:
-    with registry.run(project(name), key) as run:
-        run.log_bundle(path)
-    return registry.register(name, run.id, path, data_version="c0ffee")
 
 
 def test_the_first_version_is_the_champion_and_the_second_the_challenger(bundles):
@@ -104,11 +96,26 @@ def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger
     assert (chosen.number, chosen.aliases) == ("2", (registry.CHAMPION,))
     assert registry.find("promoted", registry.CHALLENGER) is None
     assert registry.resolve("promoted", "1").aliases == ()
+    entries = [(entry.action, dict(entry.details)) for entry in Audit().entries("promoted")]
+    assert [action for action, _ in entries] == ["register", "register", "promote"]
+    assert entries[1][1]["alias"] == registry.CHALLENGER
+    assert entries[2][1] == {"version": "2", "before": "1"}
     back = registry.promote("promoted", "1")
     assert back == registry.resolve("promoted", registry.CHAMPION)
     with pytest.raises(UserError, match="no version '7'"):
         registry.promote("promoted", "7")
     assert registry.resolve("promoted", registry.CHAMPION).number == "1"
+
+
+def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):
+    key, public = tmp_path / "key.pem", tmp_path / "key.pub"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
+    registered("signed", bundles[0], "signed")
+    found = registry.sign("signed", "champion", key)
+    signature.require(found.path / bundle.MANIFEST, [str(public)])
+    bundle.verify(found.path)
+    assert Audit().entries("signed")[-1].action == "sign"
 
 
 def epoch(number: int, loss: float) -> dict[str, float]:

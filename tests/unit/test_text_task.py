@@ -181,7 +181,7 @@ class TestServing:
         request = {"inputs": [tensor], "parameters": {"binary_data_output": binary}}
         inference = tensors.parse(orjson.dumps(request), None, contract)
         given = self.answered(opened, inference.question.rows)
-        content, headers = tensors.answer(given, inference)
+        content, _, headers = tensors.answer(given, inference)
         head = orjson.loads(content[: int(headers.get(tensors.HEADER_LENGTH, len(content)))])
         (output,) = head["outputs"]
         assert output["shape"] == [2, 3]

@@ -1,0 +1,74 @@
+"""A small issuer of access tokens, for when there is no OAuth2 server: its key is in the state directory."""
+
+import json
+import os
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from joserfc import jwt
+from joserfc.jwk import ECKey, KeySet
+
+from app.errors import UserError
+from app.home import home
+
+ISSUER = "raylway"
+AUDIENCE = "raylway"
+SCOPES = ("predict", "feedback", "explain", "admin")
+"""Each for all models, or for one, such as predict:income."""
+
+
+def jwks() -> Path:
+    """The public keys, as a JSON Web Key Set; made with a first key if there is none."""
+    path = _folder() / "jwks.json"
+    if not path.exists():
+        new_key()
+    return path
+
+
+def new_key() -> None:
+    """Sign with a new key from now on; tokens of the ones before stay good."""
+    folder = _folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private = folder / "keys.json"
+    before = json.loads(private.read_text())["keys"] if private.exists() else []
+    key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
+    keys = KeySet([key, *(ECKey.import_key(each) for each in before)])
+    _write(private, dict(keys.as_dict(private=True)))
+    _write(folder / "jwks.json", dict(keys.as_dict(private=False)))
+
+
+def issue(subject: str, scopes: Sequence[str], hours: float) -> str:
+    """A token for somebody. Raises UserError for a scope that there is not."""
+    for scope in scopes:
+        if scope.partition(":")[0] not in SCOPES:
+            raise UserError(
+                f"{scope!r} is no scope; there are {', '.join(SCOPES)}, each also for one model, such as "
+                "predict:income"
+            )
+    jwks()
+    key = ECKey.import_key(json.loads((_folder() / "keys.json").read_text())["keys"][0])
+    now = int(time.time())
+    claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "sub": subject,
+        "scope": " ".join(scopes),
+        "iat": now,
+        "exp": now + int(hours * 3600),
+        "jti": uuid.uuid4().hex,
+    }
+    return jwt.encode({"alg": "ES256", "kid": key.kid}, claims, key)
+
+
+def _folder() -> Path:
+    return home() / "issuer"
+
+
+def _write(path: Path, document: dict[str, object]) -> None:
+    descriptor, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(document, file, indent=1)
+    Path(name).replace(path)

@@ -1,0 +1,100 @@
+"""The Serve applications that an endpoint consists of: its replicas, and the workers of heavy variants.
+
+Ray Serve reads its flags when it is imported, so it is imported in here only when something is called.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from app.config import Serving
+from app.config.serving import Workers
+from app.errors import UserError
+from app.serving.remote import Worker
+from app.serving.status import APART, broadcast
+from app.serving.traffic import Traffic
+
+MAX_ONGOING_REQUESTS = 100
+"""Requests that a replica has in hand at once; more wait. Far above what the autoscaler aims at, so that
+a burst is taken in while new replicas start."""
+HEALTH_CHECK_PERIOD_S = 5.0
+METRICS = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
+"""How often a replica tells the autoscaler its load, and over which time it averages. Serve's 10 s and 30 s
+would outweigh the delays in the project file, which keep it from following each burst. (Ray deprecates the
+first for environment variables that nothing reads in 2.60.)"""
+
+
+def run(bound: Any, application: str, deployment: str, route: str | None) -> None:
+    """Raises UserError if Serve cannot start it; what it served before goes on."""
+    from ray import serve
+
+    try:
+        serve.run(bound, name=application, route_prefix=route)
+    except RuntimeError as error:
+        # Serve's own error names no reason; the status ends in the replica's.
+        message = serve.status().applications[application].deployments[deployment].message
+        raise UserError(
+            f"Ray Serve could not start {application}: {message.strip().splitlines()[-1]}. "
+            "What was served before goes on."
+        ) from error
+
+
+def digest(made_of: Any) -> str:
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code() -> str:
+    """Of the application, as a hash: replicas that run go on with the code that they began with."""
+    found = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        found.update(file.read_bytes())
+    return found.hexdigest()
+
+
+def start_workers(serving: Serving, wanted: Traffic) -> None:
+    """Replicas for the variants that have their own. Those that run already go on."""
+    from ray import serve
+
+    for name, variant in wanted.variants.items():
+        if variant.workers is None:
+            continue
+        settings = serving.variants[name].workers if name in serving.variants else None
+        settings = settings or Workers()
+        made_of = [settings.model_dump(), str(variant.path), serving.trusted_keys, code()]
+        worker = serve.deployment(Worker).options(
+            name="worker",
+            version=digest(made_of),
+            _internal=True,  # see `app.serving.deploy`
+            ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+            autoscaling_config={
+                "min_replicas": settings.min_replicas,
+                "max_replicas": settings.max_replicas,
+                "target_ongoing_requests": settings.target_ongoing_requests,
+                "upscale_delay_s": serving.autoscaling.upscale_delay_s,
+                "downscale_delay_s": serving.autoscaling.downscale_delay_s,
+                "downscale_to_zero_delay_s": settings.idle_s,
+                **METRICS,
+            },
+            max_ongoing_requests=MAX_ONGOING_REQUESTS,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        )
+        bound = worker.bind(variant.path, settings.max_batch_rows, serving.trusted_keys)
+        run(bound, variant.workers, "worker", None)
+
+
+def stop_workers(name: str, wanted: Traffic) -> None:
+    """Those of versions that are no longer served."""
+    from ray import serve
+
+    needed = {variant.workers for variant in wanted.variants.values()}
+    for application in serve.status().applications:
+        if application.startswith(f"{name}{APART}") and application not in needed:
+            serve.delete(application)
+
+
+def refresh(name: str, entry: int) -> None:
+    """Have every replica take in an entry of the audit log. Raises UserError if one cannot."""
+    states = broadcast(name, name, "refresh")
+    if faults := {state.fault for state in states if state.entry < entry}:
+        raise UserError(f"{name} does not take it in: {'; '.join(map(str, faults))}. What it served goes on.")

@@ -1,0 +1,143 @@
+"""What is measured of requests: for Prometheus, by way of Ray's metrics, and for `raylway status`."""
+
+import asyncio
+import math
+import time
+from collections import Counter as Counts
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+LATENCY_BUCKETS_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+BATCH_BUCKETS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+REQUESTS = "raylway_requests"
+LATENCY = "raylway_request_seconds"
+ROWS = "raylway_request_rows"
+DROPPED = "raylway_predictions_not_recorded"
+SHARE = "raylway_variant_share"
+TOGETHER = 16
+"""Notes that are told at once: each takes some microseconds, in which nobody is answered."""
+WINDOW_S, SLOT_S = 60.0, 5.0
+FINENESS = 1.1
+"""Latencies are counted by the nearest power of this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that was answered."""
+
+    action: str
+    variant: str
+    """Empty if none was asked."""
+    status: int
+    seconds: float
+    rows: int
+
+
+@dataclass
+class Tally:
+    """The requests to a variant."""
+
+    requests: int = 0
+    errors: int = 0
+    """Of our own: 5xx."""
+    latencies: Counts[int] = field(default_factory=Counts)
+    """How many took as long as each step of FINENESS."""
+
+    def add(self, other: "Tally") -> None:
+        self.requests += other.requests
+        self.errors += other.errors
+        self.latencies.update(other.latencies)
+
+    def quantile_s(self, quantile: float) -> float:
+        """A latency in seconds, 5 % off at most; NaN if there was no request."""
+        rank = quantile * self.latencies.total()
+        for step, count in sorted(self.latencies.items()):
+            rank -= count
+            if rank <= 0:
+                return FINENESS**step
+        return math.nan
+
+
+class Recent:
+    """The tallies of each variant over the last WINDOW_S."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._slots: deque[tuple[float, dict[str, Tally]]] = deque()
+
+    def add(self, asked: Iterable["Asked"]) -> None:
+        now = self._clock()
+        self._forget(now)
+        if not self._slots or now - self._slots[-1][0] > SLOT_S:
+            self._slots.append((now, {}))
+        tallies = self._slots[-1][1]
+        for each in asked:
+            if not each.variant:
+                continue
+            tally = tallies.setdefault(each.variant, Tally())
+            tally.requests += 1
+            tally.errors += each.status >= 500
+            tally.latencies[round(math.log(max(each.seconds, 1e-6), FINENESS))] += 1
+
+    def tallies(self) -> dict[str, Tally]:
+        self._forget(self._clock())
+        return merged(tallies for _, tallies in self._slots)
+
+    def _forget(self, now: float) -> None:
+        while self._slots and now - self._slots[0][0] > WINDOW_S:
+            self._slots.popleft()
+
+
+def merged(parts: Iterable[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Of several slots, or several replicas."""
+    found: dict[str, Tally] = {}
+    for part in parts:
+        for variant, tally in part.items():
+            found.setdefault(variant, Tally()).add(tally)
+    return found
+
+
+class Meters:
+    """Notes on the way of a request, told to Ray together: each note there takes longer than routing does."""
+
+    def __init__(self, model: str):
+        from ray.util.metrics import Counter, Gauge, Histogram
+
+        keys = ("model", "variant", "action", "status")
+        self._requests = Counter(REQUESTS, "Requests answered.", tag_keys=keys)
+        self._latency = Histogram(
+            LATENCY, "From the whole request to its answer, in seconds.", LATENCY_BUCKETS_S, keys
+        )
+        self._rows = Histogram(ROWS, "Rows of a request.", BATCH_BUCKETS, ("model", "variant"))
+        self._dropped = Gauge(DROPPED, "Predictions lost, because the database was away.", ("model",))
+        self._share = Gauge(SHARE, "A variant's share of the units.", ("model", "variant"))
+        self._model = model
+        self._asked: list[Asked] = []
+        self._variants: set[str] = set()
+        self.recent = Recent()
+
+    def note(self, asked: Asked) -> None:
+        self._asked.append(asked)
+
+    async def tell(self, dropped: int, weights: Mapping[str, float]) -> None:
+        """Everything noted since the last time, and what holds now."""
+        asked, self._asked = self._asked, []
+        self.recent.add(asked)
+        for first in range(0, len(asked), TOGETHER):
+            self._tell(asked[first : first + TOGETHER])
+            await asyncio.sleep(0)  # requests come first
+        self._dropped.set(dropped, {"model": self._model})
+        self._variants |= set(weights)
+        for variant in self._variants:
+            share = weights.get(variant, 0.0) / sum(weights.values())
+            self._share.set(share, {"model": self._model, "variant": variant})
+
+    def _tell(self, asked: Sequence[Asked]) -> None:
+        for each in asked:
+            tags = {"model": self._model, "variant": each.variant}
+            if each.rows:
+                self._rows.observe(each.rows, tags)
+            tags |= {"action": each.action or "metadata", "status": str(each.status)}
+            self._requests.inc(1, tags)
+            self._latency.observe(each.seconds, tags)

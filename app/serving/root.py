@@ -1,0 +1,125 @@
+"""The Ray Serve deployment that speaks for all models."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
+
+import orjson
+import starlette.requests
+import starlette.responses
+
+from app import __version__
+from app.audit import Audit
+from app.records import Records
+from app.serving import bandit, openapi, traffic
+from app.serving.follow import Follower
+from app.serving.http import Request, Response, by_proxy
+from app.serving.limits import Buckets
+from app.serving.logs import log
+from app.serving.status import APART
+
+LOOK_S = 2.0
+"""How often the registry is looked at, for endpoints that follow it."""
+REBALANCE_S = 30.0
+"""How often a bandit's weights are found anew."""
+
+
+class Root:
+    """What there is once for all models: the server's metadata and health, 404 for what nobody answers, the
+    count of who asked how often, and the watch over endpoints that follow the registry or a bandit."""
+
+    def __init__(self, secured: bool):
+        """If `secured`, nobody is told which models there are: who asks here has shown no token."""
+        self._secured = secured
+        self._buckets = Buckets()
+        self._follower = Follower()
+        self._ended = threading.Event()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def __del__(self) -> None:
+        self._ended.set()
+
+    def faults(self) -> dict[str, str]:
+        """By model: why what the registry has now is not served."""
+        return dict(self._follower.faults)
+
+    async def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+        """As `Buckets.borrow`, for the replicas of all endpoints."""
+        return self._buckets.borrow(principal, per_s, wanted)
+
+    def _watch(self) -> None:
+        rebalanced = time.monotonic()
+        audit, records = Audit(), Records()
+        while not self._ended.wait(LOOK_S):
+            try:
+                now = time.monotonic()
+                rebalance = now - rebalanced > REBALANCE_S
+                rebalanced = now if rebalance else rebalanced
+                for name in _applications():
+                    serving = traffic.settings(audit, name)
+                    if serving is not None and serving.follow:
+                        self._follower.look(audit, name, serving)
+                    if rebalance:
+                        bandit.rebalance(audit, records, name)
+            except Exception as error:
+                log.warning("the endpoints cannot be looked after: %s", error)
+
+    async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
+        """A request by way of Serve's proxy."""
+        return await by_proxy(self, request)
+
+    async def respond(self, request: Request) -> Response:
+        path = request.path
+        known: dict[str, Callable[[], Awaitable[Response]]] = {
+            "/v2": self._metadata,
+            "/v2/health/live": self._live,
+            "/v2/health/ready": self._ready,
+            "/v2/docs": self._page,
+            **{f"/v2/docs/{name}": partial(self._asset, name) for name in openapi.ASSETS},
+        }
+        if path not in known:
+            models = ", ".join(sorted(await _models())) or "none"
+            more = "" if self._secured else f"; models served under /v2/models: {models}"
+            return _json(404, {"error": f"no such path{more}"})
+        if request.method != "GET":
+            return _json(405, {"error": f"{request.method} is not allowed here, GET is"}, {"allow": "GET"})
+        return await known[path]()
+
+    async def _page(self) -> Response:
+        return Response(openapi.PAGE, media_type="text/html; charset=utf-8")
+
+    async def _asset(self, name: str) -> Response:
+        content = await asyncio.to_thread(openapi.asset, name)
+        return Response(content, 200, {"cache-control": "max-age=86400"}, openapi.ASSETS[name])
+
+    async def _metadata(self) -> Response:
+        return _json(200, {"name": "raylway", "version": __version__, "extensions": ["binary_tensor_data"]})
+
+    async def _live(self) -> Response:
+        return _json(200, {"live": True})
+
+    async def _ready(self) -> Response:
+        """200 only if every model's endpoint runs with all the replicas it wants."""
+        models = await _models()
+        ready = all(status == "RUNNING" for status in models.values())
+        more = {} if self._secured else {"models": models}
+        return _json(200 if ready else 503, {"ready": ready, **more})
+
+
+async def _models() -> dict[str, str]:
+    """Serve's status of each model's application."""
+    return await asyncio.to_thread(_applications)
+
+
+def _applications() -> dict[str, str]:
+    from ray import serve
+
+    # A model's name has no capital, and a version's own workers have its number behind an @.
+    applications = serve.status().applications
+    return {n: str(a.status.value) for n, a in applications.items() if n.islower() and APART not in n}
+
+
+def _json(status: int, document: dict[str, object], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(document), status, headers or {})

@@ -1,0 +1,113 @@
+"""Shadows: variants that get a copy of the traffic, and whose answers nobody sees but the records.
+
+The copies go through a queue that drops when it is full, so a shadow that is slow, hangs or dies costs those
+who are answered nothing.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from app.bundle import Ranking, Schema
+from app.records import Prediction
+from app.serving import protocol
+from app.serving.logs import log
+from app.serving.protocol import Answer
+from app.serving.remote import Columns, Remote
+
+QUEUE = 256
+"""Copies that wait; more are dropped."""
+TOGETHER = 32
+"""Copies that a shadow is asked about at once."""
+PAUSE_S = 1.0
+"""After a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A request that was answered."""
+
+    answered: Prediction
+    columns: Columns
+
+
+class Shadow:
+    """One of them, with its queue. To be made in an event loop."""
+
+    def __init__(
+        self, variant: str, version: str, remote: Remote, schema: Schema, record: Callable[[Prediction], None]
+    ):
+        self._variant = variant
+        self.version = version
+        self._remote = remote
+        self._schema = schema
+        self._record = record
+        self._queue: asyncio.Queue[Copy] = asyncio.Queue(QUEUE)
+        self._asking = asyncio.create_task(self._ask_on())
+        self.dropped = 0
+        """Copies that it did not get, or did not answer."""
+
+    def offer(self, copy: Copy) -> None:
+        """Never waits."""
+        try:
+            self._queue.put_nowait(copy)
+        except asyncio.QueueFull:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """What still waits is dropped."""
+        self._asking.cancel()
+
+    async def _ask_on(self) -> None:
+        while True:
+            copies = [await self._queue.get()]
+            while len(copies) < TOGETHER and not self._queue.empty():
+                copies.append(self._queue.get_nowait())
+            try:
+                await self._ask(copies)
+            except Exception as error:
+                self.dropped += len(copies)
+                log.warning("the shadow %s does not answer: %s", self._variant, str(error).splitlines()[:1])
+                await asyncio.sleep(PAUSE_S)
+
+    async def _ask(self, copies: list[Copy]) -> None:
+        begun = time.perf_counter()
+        given = await self._remote.predict(_joined([copy.columns for copy in copies]))
+        seconds = time.perf_counter() - begun
+        first = 0
+        for copy in copies:
+            last = first + len(copy.answered.rows)
+            part = _part(given, first, last)
+            answer = Answer(
+                model=copy.answered.model,
+                variant=self._variant,
+                version=self.version,
+                request_id=copy.answered.request_id,
+                probabilities=None if isinstance(part, Ranking) else part,
+                ranking=part if isinstance(part, Ranking) else None,
+            )
+            said = protocol.said(answer, self._schema, None)["predictions"]
+            self._record(
+                replace(
+                    copy.answered,
+                    variant=self._variant,
+                    version=self.version,
+                    role="shadow",
+                    answer=said,
+                    seconds=seconds,
+                )
+            )
+            first = last
+
+
+def _joined(requests: list[Columns]) -> Mapping[str, np.ndarray]:
+    return {name: np.concatenate([columns[name] for columns in requests]) for name in requests[0]}
+
+
+def _part(given: np.ndarray | Ranking, first: int, last: int) -> np.ndarray | Ranking:
+    if isinstance(given, Ranking):
+        return Ranking(given.items[first:last], given.scores[first:last], given.known[first:last])
+    return given[first:last]

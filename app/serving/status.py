@@ -1,0 +1,151 @@
+"""What the endpoints do at the moment, as their replicas say."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.audit import Audit
+from app.serving import traffic
+from app.serving.limits import ROOT
+from app.serving.meters import WINDOW_S, Tally, merged
+from app.serving.traffic import Traffic
+
+APART = "@"
+"""Between a model's name and a version's number, in the name of the application of its own workers."""
+TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class State:
+    """What a replica says of itself."""
+
+    entry: int
+    """The number of the audit log's entry that holds for it."""
+    fault: str | None
+    """Why it did not take in a later one."""
+    versions: dict[str, str]
+    weights: dict[str, float]
+    dropped: int
+    """Predictions that were not recorded, because the database was away for too long."""
+    shadows: dict[str, int]
+    """Requests that each shadow did not get, or did not answer."""
+    recent: dict[str, Tally]
+    """Of each variant, over the last minute."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint with all of its replicas."""
+
+    name: str
+    status: str
+    """Ray Serve's, such as RUNNING or UPDATING."""
+    traffic: Traffic
+    states: Sequence[State]
+    """Of each replica that answers."""
+    target: int
+    """How many replicas there are to be."""
+    workers: dict[str, tuple[int, int]]
+    """Of each variant with replicas of its own: how many run, and how many there are to be."""
+    faults: Sequence[str]
+    """Why it does not serve what it should."""
+
+    def document(self) -> dict[str, Any]:
+        """For programs: seconds, and rates per second over the last minute."""
+        recent = merged(state.recent for state in self.states)
+        weights, total = self.traffic.weights, sum(self.traffic.weights.values())
+        return {
+            "name": self.name,
+            "status": self.status,
+            "replicas": {"running": len(self.states), "target": self.target},
+            "policy": self.traffic.policy,
+            "variants": {
+                name: {
+                    "version": variant.version,
+                    "weight": variant.weight,
+                    "share": weights.get(name, 0.0) / total,
+                    "shadow": variant.shadow,
+                    "workers": self.workers.get(name),
+                    **_measured(recent.get(name, Tally())),
+                }
+                for name, variant in self.traffic.variants.items()
+            },
+            "not_recorded": sum(state.dropped for state in self.states),
+            "not_shadowed": sum(sum(state.shadows.values()) for state in self.states),
+            "faults": list(self.faults),
+        }
+
+
+def _measured(tally: Tally) -> dict[str, float | None]:
+    if not tally.requests:
+        return {"requests_per_s": 0.0, "p50_s": None, "p99_s": None, "error_rate": None}
+    return {
+        "requests_per_s": tally.requests / WINDOW_S,
+        "p50_s": tally.quantile_s(0.5),
+        "p99_s": tally.quantile_s(0.99),
+        "error_rate": tally.errors / tally.requests,
+    }
+
+
+def endpoints() -> list[Endpoint]:
+    """All of the cluster. Call it inside `app.cluster.session()`."""
+    from ray import serve
+
+    applications = serve.status().applications
+    following = _asked(ROOT, ROOT, "faults") if ROOT in applications else []
+    with Audit() as audit:
+        models = [name for name in applications if name.islower() and APART not in name]
+        all_held = {name: traffic.current(audit, name) for name in models}
+    found = []
+    for name, held in all_held.items():
+        if held is None:
+            continue
+        application = applications[name]
+        states = _asked(name, name, "state")
+        faults = {state.fault for state in states if state.fault}
+        faults |= {each[name] for each in following if name in each}
+        workers = {
+            variant: _counts(applications[deployed.workers], "worker")
+            for variant, deployed in held[1].variants.items()
+            if deployed.workers in applications
+        }
+        _, target = _counts(application, name)
+        status = str(application.status.value)
+        found.append(Endpoint(name, status, held[1], states, target, workers, sorted(faults)))
+    return found
+
+
+def _counts(application: Any, deployment: str) -> tuple[int, int]:
+    """Replicas that run, and that there are to be."""
+    details = application.deployments[deployment]
+    return details.replica_states.get("RUNNING", 0), sum(
+        count for state, count in details.replica_states.items() if state != "STOPPING"
+    )
+
+
+def _asked(application: str, deployment: str, method: str) -> list[Any]:
+    """What each replica says; nothing if they do not answer in time."""
+    from ray.exceptions import RayError
+
+    try:
+        return broadcast(application, deployment, method, TIMEOUT_S)
+    except (RayError, TimeoutError):
+        return []
+
+
+def broadcast(application: str, deployment: str, method: str, timeout_s: float | None = None) -> list[Any]:
+    """What each replica of a deployment says to a method; from a command, or a thread of a replica's.
+
+    Raises RayError if one dies, and TimeoutError if they take longer.
+    """
+    from ray.serve.handle import DeploymentHandle
+
+    # Of its own, because it ends here: the threads of one that lives longer than the command's cluster would
+    # join whatever cluster they find, and the command would wait for them for ever. And in a loop of its own:
+    # by our flags it would be that of the caller, who has none.
+    handle: Any = DeploymentHandle(deployment, application)
+    handle._init(_run_router_in_separate_loop=True)
+    try:
+        return handle.broadcast(method).results(timeout_s=timeout_s)
+    finally:
+        handle.shutdown()

@@ -1,0 +1,328 @@
+"""Changing what an endpoint serves while clients ask it: weights, versions, shadows, workers."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from app import cluster
+from app.audit import Audit
+from app.bundle import Bundle, columns_of
+from app.config import Serving
+from app.records import Records
+from app.serving import deploy, routing, status, traffic
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+from tests.bundles import ROWS, build
+from tests.integration.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.integration,
+    # Ray Serve's own, when it is imported.
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
+]
+
+NAME = "credit"
+PREDICT = f"/v2/models/{NAME}/predict"
+BODY = {"rows": ROWS, "unit": "user-17"}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    return {str(number): build(folder / str(number), seed=number) for number in (1, 2, 3)}
+
+
+def of(bundles, **variants) -> Traffic:
+    """Versions by variant: `champion=("1", 75)`, or with what else there is to say of it."""
+    return Traffic(
+        salt="test",
+        policy="weighted",
+        variants={
+            name: Deployed(version=version, weight=weight, path=bundles[version], **dict(*more))
+            for name, (version, weight, *more) in variants.items()
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def serving():
+    return Serving.model_validate(
+        {
+            "port": cluster.free_ports(1)[0],
+            "num_cpus": 0.1,
+            "variants": {"champion": {"version": "1", "weight": 1}},
+            "autoscaling": {"min_replicas": 2, "max_replicas": 2},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def both(bundles):
+    return of(bundles, champion=("1", 50), challenger=("2", 50))
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, serving, both):
+    yield deploy.deploy(serving, NAME, both)
+    deploy.undeploy()
+
+
+@pytest.fixture
+def served(url, serving, both):
+    """The endpoint as it was at first."""
+    deploy.deploy(serving, NAME, both)
+    return url
+
+
+def replicas(reach, application=NAME) -> list[psutil.Process]:
+    processes = psutil.Process(reach.cluster.pid).children(recursive=True)
+    return [p for p in processes if f"ServeReplica:{application}:" in " ".join(p.cmdline())]
+
+
+@contextmanager
+def asking(url, per_s=50):
+    """Clients that ask all the time; yields the answers, as they come: (unit, status, document)."""
+    answers, ended = [], threading.Event()
+
+    def ask():
+        with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+            number = 0
+            while not ended.is_set():
+                number += 1
+                unit = f"user-{number % 100}"
+                response = client.post(PREDICT, json={"rows": ROWS, "unit": unit})
+                answers.append((unit, response.status_code, response.json()))
+                ended.wait(1 / per_s)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_weights_change_while_clients_ask(served, both, raylway, reach):
+    before = {p.pid for p in replicas(reach)}
+    assert len(before) == 2
+    with asking(served) as answers:
+        time.sleep(0.5)
+        done = raylway("traffic", NAME, "--champion", "90", "--challenger=10")
+        assert done.returncode == 0, done.stderr
+        changed = len(answers)
+        time.sleep(0.5)
+    assert "challenger: version 2, weight 10" in done.stdout
+    assert {status for _, status, _ in answers} == {200}
+    old, new = both.weights, {"champion": 90.0, "challenger": 10.0}
+    chosen = [
+        (said["variant"], routing.choose(unit, "test", old), routing.choose(unit, "test", new))
+        for unit, _, said in answers
+    ]
+    assert all(variant == after for variant, _, after in chosen[changed + 1 :])
+    assert all(variant in (first, after) for variant, first, after in chosen)
+    assert any(first != after for _, first, after in chosen[changed + 1 :])
+    assert {p.pid for p in replicas(reach)} == before, "no replica was started anew"
+    refused = raylway("traffic", NAME, "--nobody", "1")
+    assert (refused.returncode, "there is no variant 'nobody'" in refused.stderr) == (2, True)
+
+
+def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(served, serving, bundles, reach):
+    before = {p.pid for p in replicas(reach)}
+    expected = Bundle(bundles["3"])
+    probabilities = expected.predict(columns_of(expected.schema, ROWS))
+    with asking(served) as answers:
+        time.sleep(0.5)
+        deploy.deploy(serving, NAME, of(bundles, champion=("3", 1)))
+        changed = len(answers)
+        time.sleep(0.5)
+    assert {status for _, status, _ in answers} == {200}
+    after = [said for _, _, said in answers[changed + 1 :]]
+    assert after
+    for said in after:
+        assert said["version"] == "3"
+        np.testing.assert_allclose([p["probability"] for p in said["predictions"]], probabilities, rtol=1e-6)
+    assert {p.pid for p in replicas(reach)} == before
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    with httpx.Client(base_url=served, trust_env=False, timeout=20) as client:
+        while time.monotonic() < deadline:
+            try:
+                response = client.post(PREDICT, json=BODY)
+            except httpx.TransportError:
+                continue
+            if response.status_code == 200:
+                break
+            assert response.status_code in (429, 503)
+            assert response.headers["retry-after"] == "1"
+            time.sleep(0.2)
+        assert response.json()["version"] == "3"
+
+
+def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bundles, reach):
+    def ask(times):
+        answers = []
+        with httpx.Client(base_url=served, trust_env=False, timeout=20) as client:
+            for number in range(times):
+                headers = {"x-request-id": f"r-{number}-{time.time_ns()}"}
+                body = {"rows": ROWS, "unit": f"user-{number}"}
+                response = client.post(PREDICT, json=body, headers=headers)
+                assert response.status_code == 200
+                document = response.json()
+                assert document.pop("request_id") == headers["x-request-id"]
+                answers.append(document)
+        return answers
+
+    alone = ask(40)
+    application = f"{NAME}@3"
+    dark = ("3", 0, {"shadow": True, "workers": application})
+    shadowed = of(bundles, champion=("1", 50), challenger=("2", 50), dark=dark)
+    deploy.deploy(serving, NAME, shadowed)
+    assert ask(40) == alone
+    records, deadline = Records(), time.monotonic() + 20
+    seen = []
+    while len(seen) < 40 and time.monotonic() < deadline:
+        time.sleep(0.5)
+        seen = [p for p in records.predictions(NAME) if p.role == "shadow"]
+    expected = Bundle(bundles["3"])
+    probabilities = expected.predict(columns_of(expected.schema, ROWS))
+    assert len(seen) >= 40
+    np.testing.assert_allclose([row["probability"] for row in seen[0].answer], probabilities, rtol=1e-5)
+
+    (process,) = replicas(reach, application)
+    process.suspend()
+    assert ask(40) == alone, "it hangs"
+    process.resume()
+    process.kill()
+    assert ask(40) == alone, "it is dead"
+    deploy.deploy(serving, NAME, both)
+    assert ask(40) == alone
+    assert not replicas(reach, application)
+
+
+def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_asks(
+    served, serving, bundles, reach
+):
+    application = f"{NAME}@2"
+    heavy = serving.model_validate(
+        {
+            **serving.model_dump(),
+            "variants": {
+                "champion": {
+                    "version": "2",
+                    "weight": 1,
+                    "workers": {"min_replicas": 0, "num_cpus": 0.1, "max_batch_rows": 4, "idle_s": 2},
+                }
+            },
+            "autoscaling": {"min_replicas": 2, "max_replicas": 2, "downscale_delay_s": 1},
+        }
+    )
+    deploy.deploy(heavy, NAME, of(bundles, champion=("2", 1, {"workers": application})))
+    bundle = Bundle(bundles["2"])
+    expected = bundle.predict(columns_of(bundle.schema, ROWS))
+    with httpx.Client(base_url=served, trust_env=False, timeout=60) as client:
+        for rows in (1, 3):
+            said = client.post(PREDICT, json={"rows": ROWS[:rows]}).json()
+            got = [p["probability"] for p in said["predictions"]]
+            np.testing.assert_allclose(got, expected[:rows], rtol=1e-5)
+        large = client.post(PREDICT, json={"rows": ROWS * 5})
+        assert large.status_code == 200, "more rows in one request than are computed at once"
+        explained = client.post(f"/v2/models/{NAME}/explain", json={"rows": ROWS[:1]}).json()
+        assert set(explained["explanations"][0]["attributions"]) == set(ROWS[0])
+        assert replicas(reach, application)
+        deadline = time.monotonic() + 60
+        while replicas(reach, application) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert not replicas(reach, application), "nobody asks"
+        assert client.post(PREDICT, json=BODY).status_code == 200
+
+
+def test_status_says_what_happens_now(served, raylway):
+    with asking(served, per_s=100):
+        time.sleep(2.5)
+        done = raylway("status", "--json")
+    assert done.returncode == 0, done.stderr
+    (endpoint,) = json.loads(done.stdout.splitlines()[-1])
+    assert (endpoint["name"], endpoint["status"], endpoint["faults"]) == (NAME, "RUNNING", [])
+    assert endpoint["replicas"] == {"running": 2, "target": 2}
+    champion = endpoint["variants"]["champion"]
+    assert (champion["version"], champion["share"]) == ("1", 0.5)
+    assert champion["requests_per_s"] > 0
+    assert 0 < champion["p50_s"] <= champion["p99_s"] < 5
+    assert champion["error_rate"] == 0
+    for_people = raylway("status").stdout
+    assert "credit: RUNNING, 2 of 2 replicas" in for_people
+    assert "challenger" in for_people
+
+
+def test_the_dashboard_asks_for_metrics_that_are_exported(served):
+    import ray
+
+    wanted = set(re.findall(r"\bray_\w+", (ROOT / "configs" / "grafana.json").read_text()))
+    assert "ray_raylway_requests_total" in wanted
+    (node,) = ray.nodes()
+    missing, deadline = wanted, time.monotonic() + 60
+    with asking(served), httpx.Client(trust_env=False, timeout=20) as prometheus:
+        while missing and time.monotonic() < deadline:
+            time.sleep(1)
+            text = prometheus.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
+            missing = wanted - set(re.findall(r"^(\w+)\{", text, re.MULTILINE))
+    assert not missing
+    (line,) = re.findall(
+        rf'^ray_raylway_variant_share\{{.*model="{NAME}".*variant="champion".*\}} (.*)$', text, re.M
+    )[:1]
+    assert float(line) == 0.5
+
+
+def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundles, raylway):
+    before = time.time()
+    time.sleep(1.1)
+    deploy.deploy(serving, NAME, of(bundles, champion=("3", 1)))
+    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(before))
+    then, now = raylway("traffic", NAME, "--at", at), raylway("traffic", NAME)
+    assert "champion: version 1, weight 50" in then.stdout
+    assert "champion: version 3, weight 1" in now.stdout
+    audited = raylway("audit", NAME)
+    assert audited.returncode == 0
+    entries = Audit().entries(NAME)
+    assert entries[-1].action == traffic.ACTION
+    assert entries[-1].details["variants"]["champion"]["version"] == "3"
+
+
+def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, raylway, tmp_path):
+    from app import registry
+    from app.serving import follow
+    from tests.versions import registered
+
+    for number in (1, 2):
+        path = build(tmp_path / str(number), seed=number)
+        registered(NAME, path, str(number))
+    following = Serving.model_validate(
+        {
+            **serving.model_dump(),
+            "follow": True,
+            "variants": {"champion": {"version": "champion", "weight": 1}},
+        }
+    )
+    deploy.deploy(following, NAME, follow.registered(NAME, following)[0])
+    with asking(served) as answers:
+        done = raylway("promote", NAME, registry.CHALLENGER)
+        assert done.returncode == 0, done.stderr
+        deadline = time.monotonic() + 30
+        while answers[-1][2]["version"] != "2" and time.monotonic() < deadline:
+            time.sleep(0.2)
+    assert answers[-1][2]["version"] == "2"
+    assert {status for _, status, _ in answers} == {200}
+    assert Audit().entries(NAME)[-1].who == follow.WHO
+    assert [endpoint.faults for endpoint in status.endpoints()] == [[]]

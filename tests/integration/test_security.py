@@ -1,0 +1,298 @@
+"""Tokens, TLS, limits, and every port of a cluster that serves."""
+
+import contextlib
+import itertools
+import os
+import pickle
+import socket
+import ssl
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import httpx
+import psutil
+import pytest
+
+from app import cluster, issuer
+from app.config import Serving
+from app.serving import deploy
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+from tests.bundles import ROWS, build
+
+pytestmark = [
+    pytest.mark.integration,
+    # Ray Serve's own, when it is imported.
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
+]
+
+NAME = "guarded"
+BASE = f"/v2/models/{NAME}"
+PER_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """For 127.0.0.1, with its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-subj", "/CN=raylway", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1",
+         "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def serving(certificate):
+    ports = cluster.free_ports(2)
+    return Serving.model_validate(
+        {
+            "port": ports[0],
+            "grpc_port": ports[1],
+            "num_cpus": 0.1,
+            "variants": {"champion": {"version": "1", "weight": 1}, "other": {"version": "2"}},
+            "autoscaling": {"min_replicas": 2, "max_replicas": 2},
+            "auth": "local",
+            "tls": {"certificate": str(certificate / "cert.pem"), "key": str(certificate / "key.pem")},
+            "limits": {"requests_per_s": PER_S, "feedback_per_hour": 5},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, serving, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    variants = {
+        name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
+        for number, (name, weight) in enumerate({"champion": 1, "other": 0}.items(), start=1)
+    }
+    yield deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
+    deploy.undeploy()
+
+
+_NUMBERS = itertools.count()
+
+
+@pytest.fixture
+def client(url, certificate):
+    """Makes a client with a token of these scopes, of somebody new; without scopes, with none."""
+    with contextlib.ExitStack() as opened:
+
+        def make(*scopes: str) -> httpx.Client:
+            headers = {}
+            if scopes:
+                headers["authorization"] = f"Bearer {issuer.issue(f'user-{next(_NUMBERS)}', scopes, 1)}"
+            trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
+            made = httpx.Client(base_url=url, verify=trusted, headers=headers, timeout=20, trust_env=False)
+            return opened.enter_context(made)
+
+        yield make
+
+
+REQUESTS = [
+    ("POST", "/predict", {"rows": ROWS}),
+    ("POST", "/versions/1/predict", {"rows": ROWS}),
+    ("POST", "/explain", {"rows": ROWS}),
+    ("POST", "/infer", {"inputs": []}),
+    ("POST", "/feedback", {"request_id": "r", "reward": 1.0}),
+    ("GET", "", None),
+    ("GET", "/openapi.json", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
+def test_without_a_token_there_is_nothing(client, method, path, body):
+    answered = client().request(method, BASE + path, json=body)
+    assert answered.status_code == 401
+    assert answered.headers["www-authenticate"].startswith("Bearer")
+    assert set(answered.json()) == {"error", "violations"}
+
+
+def test_who_has_no_token_is_not_told_what_is_served(client):
+    for path in ("/", "/v2/models/incomes", "/v2/health/ready", "/v2", "/-/routes"):
+        assert NAME not in client().get(path).text
+
+
+def test_a_token_of_the_commands_opens_what_its_scopes_say(client, raylway):
+    done = raylway("token", "ann", "--scopes", f"predict:{NAME},feedback", "--hours", "1")
+    assert done.returncode == 0, done.stderr
+    ann = client()
+    ann.headers["authorization"] = f"Bearer {done.stdout.strip()}"
+    answered = ann.post(f"{BASE}/predict", json={"rows": ROWS})
+    assert answered.status_code == 200
+    assert ann.post(f"{BASE}/explain", json={"rows": ROWS}).status_code == 403
+    fed = ann.post(f"{BASE}/feedback", json={"request_id": answered.json()["request_id"], "reward": 1.0})
+    assert (fed.status_code, fed.json()["status"]) == (201, "stored")
+
+
+@pytest.mark.parametrize(
+    ("scopes", "allowed"),
+    [
+        (("predict",), {"/predict"}),
+        (("predict:another",), set()),
+        ((f"explain:{NAME}",), {"/explain"}),
+        (("feedback",), {"/feedback"}),
+        (("predict", "admin"), {"/predict", "/versions/2/predict"}),
+    ],
+)
+def test_scopes(client, scopes, allowed):
+    somebody, answers = client(*scopes), {}
+    for path in ("/predict", "/explain", "/feedback", "/versions/2/predict"):
+        body = {"request_id": f"r-{next(_NUMBERS)}", "reward": 1.0} if path == "/feedback" else {"rows": ROWS}
+        answers[path] = somebody.post(BASE + path, json=body).status_code
+    assert {path for path, status in answers.items() if status < 300} == allowed
+    assert all(status == 403 for path, status in answers.items() if path not in allowed)
+
+
+def test_a_variant_is_forced_by_who_may(client):
+    header = {"x-raylway-variant": "other"}
+    admin = client("predict", "admin")
+    answered = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers=header)
+    assert (answered.json()["variant"], answered.json()["version"]) == ("other", "2")
+    assert client("predict").post(f"{BASE}/predict", json={"rows": ROWS}, headers=header).status_code == 403
+    nobody = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-raylway-variant": "nobody"})
+    assert nobody.status_code == 422
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "Basic dXNlcjpwYXNz",
+        "Bearer x.y.z",
+        "Bearer " + "x" * 10_000,
+        # alg: none
+        "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIiwic2NvcGUiOiJhZG1pbiJ9.",
+    ],
+)
+def test_what_is_no_good_token_is_refused(client, token):
+    answered = client().post(f"{BASE}/predict", json={"rows": ROWS}, headers={"authorization": token})
+    assert answered.status_code == 401
+
+
+def test_the_rate_of_a_principal_holds_over_all_replicas(client):
+    somebody, other = client("predict"), client("predict")
+    begun = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        ask = lambda _: somebody.post(f"{BASE}/predict", json={"rows": ROWS[:1]})  # noqa: E731
+        answers = list(pool.map(ask, range(150)))
+    seconds = time.monotonic() - begun
+    given = [answer.status_code for answer in answers]
+    assert set(given) == {200, 429}
+    # A second's worth at once, and then so many a second.
+    assert given.count(200) <= PER_S * (seconds + 1) + 2
+    refused = next(answer for answer in answers if answer.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "it is each one's own"
+
+
+def test_feedback_beyond_the_hours_share_is_set_apart(client):
+    somebody, statuses = client("feedback"), []
+    for _ in range(7):
+        body = {"request_id": f"r-{next(_NUMBERS)}", "reward": 0.5}
+        statuses.append(somebody.post(f"{BASE}/feedback", json=body).status_code)
+    assert statuses == [201] * 5 + [202] * 2
+
+
+def test_without_tls_there_is_nothing(url, certificate):
+    plain = url.replace("https", "http")
+    with pytest.raises(httpx.TransportError), httpx.Client(trust_env=False, timeout=5) as http:
+        http.get(f"{plain}/v2/health/live").raise_for_status()
+    host, port = url.removeprefix("https://").split(":")
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        old.maximum_version = ssl.TLSVersion.TLSv1_1
+    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    with pytest.raises(OSError), socket.create_connection((host, int(port)), timeout=5) as raw:  # noqa: PT011
+        old.wrap_socket(raw)
+
+
+def test_grpc_asks_for_a_token_too(url, serving, certificate):
+    from tritonclient.grpc import InferenceServerClient
+    from tritonclient.utils import InferenceServerException
+
+    address = f"127.0.0.1:{serving.grpc_port}"
+    with InferenceServerClient(address, ssl=True, root_certificates=str(certificate / "cert.pem")) as triton:
+        assert triton.is_server_live()
+        with pytest.raises(InferenceServerException, match="UNAUTHENTICATED"):
+            triton.get_model_metadata(NAME)
+        token = issuer.issue("ann", ["predict"], 1)
+        metadata = triton.get_model_metadata(NAME, headers={"authorization": f"Bearer {token}"})
+        assert metadata.name == NAME
+
+
+READABLE = {"/v2/health/live", "/v2/health/ready", f"{BASE}/ready", "/-/healthz", "/metrics"}
+READABLE |= {"/api/gcs_healthz", "/api/local_raylet_healthz"}
+"""Health, which is for everybody. (So are the server's version and the page that shows descriptions, which
+themselves need a token.) And on loopback alone, numbers for Prometheus, for which Ray knows no token."""
+TRIED = [
+    "/", "/metrics", "/stats", *READABLE, "/-/routes", "/api/version", "/api/jobs/", "/nodes",
+    "/api/serve/applications/", "/logs", "/api/v0/logs", BASE, f"{BASE}/predict", "/api/cluster_status",
+    "/api/v0/actors", "/events", "/static/", "/api/gcs_healthz", "/api/local_raylet_healthz",
+]  # fmt: skip
+WRITTEN = ["/predict", "/api/jobs/", "/api/serve/applications/", "/api/data/datasets/x", BASE + "/feedback"]
+
+
+def harmless(path: str, text: str) -> bool:
+    """Health, numbers, and the dashboard's empty page: what it shows needs Ray's token."""
+    return path in READABLE or text.startswith("# HELP") or "<title>Ray Dashboard</title>" in text
+
+
+class Written:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __reduce__(self):
+        return (os.mknod, (str(self._file),))
+
+
+def test_no_port_of_the_cluster_is_open_to_who_has_no_token(url, reach, certificate, tmp_path):
+    """Every port that any of its processes listens on is asked over HTTP and TLS, and told to write; and is
+    sent what Ray's replicas send one another, a pickle, over gRPC."""
+    from ray.serve.generated.serve_pb2 import ASGIRequest
+
+    listening = {}
+    head = psutil.Process(reach.cluster.pid)
+    for process in [head, *head.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    ip = connection.laddr.ip.removeprefix("::ffff:")
+                    listening[connection.laddr.port] = (ip, " ".join(process.cmdline()))
+    assert len(listening) > 8
+    # Ray Serve's replicas talk to one another over gRPC, on all interfaces, with Ray's token.
+    beyond = {name for ip, name in listening.values() if ip not in ("127.0.0.1", "::1")}
+    assert all("ServeReplica" in name for name in beyond)
+    open_ = []
+    pickled = pickle.dumps(Written(tmp_path / "written"))
+    request = ASGIRequest(pickled_request_metadata=pickled, request_args=pickled, request_kwargs=pickled)
+    refused = set()
+    for port, (_, name) in sorted(listening.items()):
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            try:
+                call(request.SerializeToString(), timeout=3)
+                open_.append((port, name, "gRPC"))
+            except grpc.RpcError as error:
+                refused.add(error.code())
+        for scheme in ("http", "https"):
+            base = f"{scheme}://127.0.0.1:{port}"
+            with httpx.Client(base_url=base, verify=False, trust_env=False, timeout=3) as somebody:
+                asked = [("GET", path) for path in TRIED] + [("POST", path) for path in WRITTEN]
+                asked += [("PUT", path) for path in WRITTEN] + [("DELETE", path) for path in WRITTEN]
+                for method, path in asked:
+                    try:
+                        answered = somebody.request(method, path)
+                    except (httpx.TransportError, httpx.InvalidURL):
+                        break  # it does not speak this
+                    if answered.status_code < 400 and not (method == "GET" and harmless(path, answered.text)):
+                        open_.append((port, name, method, path, answered.text[:80]))
+    assert not open_
+    assert not (tmp_path / "written").exists()
+    assert grpc.StatusCode.UNAUTHENTICATED in refused

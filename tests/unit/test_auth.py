@@ -1,0 +1,182 @@
+import asyncio
+import json
+import time
+
+import pytest
+from joserfc import jwt
+from joserfc.jwk import ECKey, KeySet, RSAKey
+
+from app import issuer
+from app.config.serving import Issuer
+from app.errors import UserError
+from app.serving import auth
+from app.serving.auth import Authenticator
+from app.serving.protocol import Refused
+
+
+def authenticator(path=None, audience="raylway"):
+    return Authenticator(Issuer(issuer="raylway", audience=audience, jwks=str(path or issuer.jwks())))
+
+
+def bearer(token):
+    return f"Bearer {token}"
+
+
+def ask(checked, header):
+    return asyncio.run(checked.principal(header))
+
+
+def signed(key, algorithm="ES256", **changes):
+    claims = {
+        "iss": "raylway",
+        "aud": "raylway",
+        "sub": "bob",
+        "scope": "predict",
+        "exp": int(time.time()) + 60,
+    }
+    claims = {name: value for name, value in (claims | changes).items() if value is not None}
+    return jwt.encode({"alg": algorithm, "kid": key.kid}, claims, key, algorithms=[algorithm])
+
+
+@pytest.fixture
+def keys(tmp_path):
+    """Keys of somebody else's issuer, and the file with their public halves."""
+    made = {
+        "EC": ECKey.generate_key("P-256", {"alg": "ES256"}, auto_kid=True),
+        "RSA": RSAKey.generate_key(2048, {"alg": "RS256"}, auto_kid=True),
+    }
+    path = tmp_path / "jwks.json"
+    path.write_text(json.dumps(KeySet(list(made.values())).as_dict(private=False)))
+    return made, path
+
+
+def test_a_token_says_who_asks_and_what_they_may():
+    checked = authenticator()
+    header = bearer(issuer.issue("bob", ["predict:income", "feedback"], hours=1))
+    assert checked.known(header) is None
+    principal = ask(checked, header)
+    assert principal.name == "bob"
+    assert checked.known(header) is principal
+    principal.require("predict", "income")
+    principal.require("feedback", "flights")
+    for scope, model in (("predict", "flights"), ("admin", "income")):
+        with pytest.raises(Refused, match=f"the scope {scope} or {scope}:{model}") as refused:
+            principal.require(scope, model)
+        assert refused.value.status == 403
+        assert "insufficient_scope" in refused.value.headers["www-authenticate"]
+
+
+@pytest.mark.parametrize(("key", "algorithm"), [("EC", "ES256"), ("RSA", "RS256")])
+def test_an_issuer_elsewhere_signs_with_either_kind_of_key(keys, key, algorithm):
+    made, path = keys
+    assert ask(authenticator(path), bearer(signed(made[key], algorithm))).name == "bob"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exp": 1_000_000_000}, "has expired"),  # 2001
+        ({"exp": None}, "exp"),
+        ({"iss": "eve"}, "iss"),
+        ({"aud": "another"}, "aud"),
+        ({"sub": None}, "sub"),
+        ({"nbf": 4_000_000_000}, "nbf|not valid|not good"),  # 2096
+    ],
+)
+def test_claims_that_are_not_good_are_refused(keys, changes, message):
+    made, path = keys
+    with pytest.raises(Refused, match=message) as refused:
+        ask(authenticator(path), bearer(signed(made["EC"], **changes)))
+    assert refused.value.status == 401
+    assert refused.value.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_what_is_no_good_token_is_refused(keys):
+    made, path = keys
+    good = signed(made["EC"])
+    head, claims, seal = good.split(".")
+    other = ECKey.generate_key("P-256", {"alg": "ES256"}, auto_kid=True)
+    bad = [
+        "", "Bearer", "Bearer ", f"Basic {good}", f"Bearer {good}x", f"Bearer {head}.{claims}.",
+        f"Bearer {head}.{claims[:-2]}.{seal}", "Bearer a.b.c", "Bearer \xff.\xff.\xff",
+        f"Bearer {'x' * 9000}",
+        # alg none, and the public key as if it were a shared secret
+        "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJib2IifQ.", bearer(signed(other)),
+    ]  # fmt: skip
+    checked = authenticator(path)
+    for header in bad:
+        with pytest.raises(Refused) as refused:
+            ask(checked, header)
+        assert refused.value.status == 401
+        assert checked.known(header) is None
+
+
+def test_a_shared_secret_is_no_signature(keys):
+    made, path = keys
+    from joserfc.jwk import OctKey
+
+    secret = OctKey.import_key(path.read_bytes(), {"kid": made["EC"].kid})
+    token = jwt.encode({"alg": "HS256", "kid": made["EC"].kid}, {"sub": "eve"}, secret, algorithms=["HS256"])
+    with pytest.raises(Refused, match="HS256"):
+        ask(authenticator(path), bearer(token))
+
+
+def test_a_token_that_is_known_expires_all_the_same(keys, monkeypatch):
+    made, path = keys
+    checked, header = authenticator(path), bearer(signed(made["EC"]))
+    ask(checked, header)
+    now = time.time() + 60 + auth.LEEWAY_S + 1
+    monkeypatch.setattr(auth.time, "time", lambda: now)
+    monkeypatch.setattr(checked, "_fetched", now)
+    assert checked.known(header) is None
+
+
+def test_a_new_key_is_fetched_when_it_is_first_seen_and_not_for_every_stranger(monkeypatch):
+    monkeypatch.setattr(auth, "AGAIN_S", 0.0)
+    checked = authenticator()
+    old = bearer(issuer.issue("bob", ["predict"], 1))
+    ask(checked, old)
+    issuer.new_key()
+    assert ask(checked, bearer(issuer.issue("ann", ["predict"], 1))).name == "ann"
+    assert ask(checked, old).name == "bob", "tokens of the key before stay good"
+    monkeypatch.setattr(auth, "AGAIN_S", 60.0)
+    issuer.new_key()
+    with pytest.raises(Refused, match="none of the issuer's"):
+        ask(checked, bearer(issuer.issue("eve", ["predict"], 1)))
+
+
+def test_a_key_that_was_withdrawn_is_no_good_after_the_next_fetch(keys, monkeypatch):
+    made, path = keys
+    checked, header = authenticator(path), bearer(signed(made["EC"]))
+    ask(checked, header)
+    path.write_text(json.dumps(KeySet([made["RSA"]]).as_dict(private=False)))
+    assert checked.known(header) is not None
+    monkeypatch.setattr(auth, "REFRESH_S", -1.0)
+    assert checked.known(header) is None
+    with pytest.raises(Refused):
+        ask(checked, header)
+
+
+def test_keys_that_are_away_do_not_end_the_service(keys, monkeypatch):
+    made, path = keys
+    content = path.read_text()
+    path.unlink()
+    checked, header = authenticator(path), bearer(signed(made["EC"]))
+    with pytest.raises(Refused, match="cannot be had") as refused:
+        ask(checked, header)
+    assert refused.value.status == 503
+    path.write_text(content)
+    ask(checked, header)
+    for broken in ("", "[]", '{"keys": [{"kty": "EC"}]}', '{"keys": 3}'):
+        path.write_text(broken)
+        monkeypatch.setattr(checked, "_fetched", time.time() - 2 * auth.REFRESH_S)
+        assert ask(checked, header).name == "bob"
+
+
+def test_the_private_key_is_for_its_owner_and_scopes_are_checked(home):
+    issuer.jwks()
+    for file in (home / "issuer").iterdir():
+        assert file.stat().st_mode & 0o077 == 0
+    assert '"d"' not in issuer.jwks().read_text()
+    with pytest.raises(UserError, match="'root' is no scope"):
+        issuer.issue("bob", ["root"], 1)

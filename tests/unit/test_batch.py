@@ -1,0 +1,58 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from app import batch
+from app.batch import VIOLATION, Predictor
+from app.bundle import Bundle, columns_of
+from tests.bundles import ROWS, build
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("bundle") / "b", seed=1)
+
+
+def test_rows_are_answered_as_the_endpoint_answers(path):
+    bundle = Bundle(path)
+    answered = Predictor(path, k=10)(pa.Table.from_pylist([{**row, "id": n} for n, row in enumerate(ROWS)]))
+    expected = bundle.predict(columns_of(bundle.schema, ROWS))
+    np.testing.assert_array_equal(answered["probability"].to_numpy(), expected)
+    assert answered["id"].to_pylist() == list(range(len(ROWS)))
+    assert answered[VIOLATION].null_count == len(ROWS)
+
+
+def test_text_of_a_csv_is_read_as_the_contract_says(path):
+    rows = [{name: None if value is None else str(value) for name, value in row.items()} for row in ROWS]
+    answered = Predictor(path, k=10)(pa.Table.from_pylist(rows))
+    expected = Predictor(path, k=10)(pa.Table.from_pylist(ROWS))
+    assert answered["probability"] == expected["probability"]
+
+
+def test_a_row_that_breaks_the_contract_is_told_why_and_the_others_are_answered(path):
+    broken = [{**ROWS[0], "age": "old"}, {**ROWS[0], "age": "999"}, {**ROWS[0], "education": None}]
+    table = pa.Table.from_pylist([{**row, "age": str(row["age"])} for row in [*broken, ROWS[0]]])
+    answered = Predictor(path, k=10)(table).to_pylist()
+    age, beyond, education, fine = answered
+    assert "age" in age[VIOLATION]
+    assert "old" in age[VIOLATION]
+    assert "120" in beyond[VIOLATION]
+    assert "education" in education[VIOLATION]
+    assert [row["probability"] for row in (age, beyond, education)] == [None] * 3
+    assert fine[VIOLATION] is None
+    assert 0 < fine["probability"] < 1
+
+
+def test_blocks_without_any_answer_and_without_any_row_have_the_same_columns(path):
+    table = pa.Table.from_pylist([{**ROWS[0], "age": -1.0}])
+    predictor = Predictor(path, k=10)
+    none, empty = predictor(table), predictor(table.slice(0, 0))
+    assert none.schema == empty.schema == predictor(pa.Table.from_pylist(ROWS, table.schema)).schema
+    assert none["probability"].to_pylist() == [None]
+
+
+def test_csv_is_told_from_parquet_by_the_name(tmp_path):
+    assert batch.source("rows.csv").format == "csv"
+    assert batch.source("s3://bucket/rows").format == "parquet"
+    (tmp_path / "part.csv").write_text("a\n1\n")
+    assert batch.source(str(tmp_path)).format == "csv"

@@ -1,0 +1,87 @@
+import asyncio
+
+import pytest
+
+from app.serving.limits import Buckets, Limiter
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def limiters(clock, per_s, count=1):
+    """The replicas of an endpoint, and how often they asked."""
+    buckets, asked = Buckets(clock), []
+
+    async def borrow(*arguments):
+        asked.append(arguments)
+        return buckets.borrow(*arguments)
+
+    return [Limiter(per_s, borrow, clock) for _ in range(count)], asked
+
+
+def admitted(clock, limiters, seconds, every_s, principal="bob"):
+    """How many requests of a principal pass, if they come one after the other to all replicas in turn."""
+
+    async def ask():
+        passed, end, turn = 0, clock.now + seconds, 0
+        while clock.now < end:
+            passed += await limiters[turn % len(limiters)].wait_s(principal) == 0
+            turn += 1
+            clock.now += every_s
+        return passed
+
+    return asyncio.run(ask())
+
+
+@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("per_s", [0.5, 20, 1000])
+def test_the_limit_holds_over_all_replicas(clock, replicas, per_s):
+    many, _ = limiters(clock, per_s, replicas)
+    passed = admitted(clock, many, 20, 0.2 / per_s)
+    # A burst of a second at the beginning, and what a replica borrowed and did not use.
+    assert 0.9 * per_s * 20 <= passed <= per_s * 21 + 1
+
+
+def test_who_asks_less_never_waits(clock):
+    many, _ = limiters(clock, 20, 2)
+    assert admitted(clock, many, 20, 0.06) == pytest.approx(20 / 0.06, abs=2)
+
+
+def test_one_principal_does_not_pay_for_another(clock):
+    (limiter,), _ = limiters(clock, 10)
+    assert admitted(clock, [limiter], 2, 0.001, "greedy") < 40
+    assert asyncio.run(limiter.wait_s("modest")) == 0
+
+
+def test_the_count_is_asked_seldom_also_by_those_who_ask_too_much(clock):
+    (limiter,), asked = limiters(clock, 100)
+    admitted(clock, [limiter], 10, 0.0005)
+    assert len(asked) < 300
+
+
+def test_it_says_when_there_is_another(clock):
+    (limiter,), _ = limiters(clock, 0.5)
+    assert asyncio.run(limiter.wait_s("bob")) == 0
+    wait_s = asyncio.run(limiter.wait_s("bob"))
+    assert wait_s == pytest.approx(2.0)
+    clock.now += wait_s + 1e-6
+    assert asyncio.run(limiter.wait_s("bob")) == 0
+
+
+def test_who_has_not_come_for_long_is_forgotten(clock):
+    buckets = Buckets(clock)
+    for number in range(100):
+        buckets.borrow(str(number), 1, 1)
+    clock.now += 100
+    buckets.borrow("late", 1, 1)
+    assert set(buckets._buckets) == {"late"}
