@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check bench clean
+.PHONY: setup demo test test-slow check bench soak clean
 
 setup:
 	@$(PYTHON) -m app.install
@@ -25,6 +25,10 @@ bench: setup
 	@$(BIN)/python benchmarks/bench_train.py
 	@$(BIN)/python benchmarks/bench_quality.py
 	@$(BIN)/python benchmarks/bench_sweep.py
+	@$(BIN)/python benchmarks/bench_serve.py
+
+soak: setup
+	@$(BIN)/python benchmarks/soak.py
 
 clean:
 	rm -rf .venv .raylway build *.egg-info

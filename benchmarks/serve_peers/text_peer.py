@@ -1,0 +1,59 @@
+"""A home-made server of a text model: FastAPI, one uvicorn worker, the bundle's network in eager PyTorch.
+
+BUNDLE=... uvicorn text_peer:app --port ...
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from pydantic import BaseModel
+from safetensors.torch import load_file
+
+from app.data import tokens
+from app.models.text import TextClassifier, load_encoder
+
+BUNDLE = Path(os.environ["BUNDLE"])
+CLASSES = json.loads((BUNDLE / "schema.json").read_text())["classes"]
+
+
+def _network() -> TextClassifier:
+    network = TextClassifier(load_encoder(tokens.encoder_folder("minilm")), len(CLASSES), 0.0)
+    network.load_state_dict(load_file(BUNDLE / "model.safetensors"))
+    return network.eval()
+
+
+class Row(BaseModel):
+    text: str
+
+
+class Question(BaseModel):
+    rows: list[Row]
+
+
+class Prediction(BaseModel):
+    label: str
+    probabilities: dict[str, float]
+
+
+class Answer(BaseModel):
+    predictions: list[Prediction]
+
+
+app = FastAPI()
+network = _network()
+tokenizer = tokens.load(BUNDLE / tokens.FILE)
+
+
+@app.post("/predict")
+def predict(question: Question) -> Answer:
+    feed = tokens.pad(*tokens.encode(tokenizer, [row.text for row in question.rows]))
+    with torch.inference_mode():
+        given = network(torch.from_numpy(feed["ids"]), torch.from_numpy(feed["mask"])).tolist()
+    said = []
+    for probabilities in given:
+        by_class = dict(zip(CLASSES, probabilities, strict=True))
+        said.append(Prediction(label=max(by_class, key=by_class.__getitem__), probabilities=by_class))
+    return Answer(predictions=said)
