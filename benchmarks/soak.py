@@ -97,8 +97,12 @@ class Served:
 
     def memory_mb(self) -> float:
         """Of the replicas and HAProxy."""
-        processes = self.replicas() + [p for p in psutil.process_iter() if p.name() == "haproxy"]
-        return sum(process.memory_info().rss for process in processes) / 2**20
+        proxies = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "haproxy"]
+        used = 0
+        for process in self.replicas() + proxies:
+            with contextlib.suppress(psutil.Error):
+                used += process.memory_info().rss
+        return used / 2**20
 
     def deploy(self, version: str = "1", **variants: Any) -> None:
         champion = {"version": version, "weight": 1}

@@ -1,11 +1,13 @@
 """One cluster for all integration tests: started by `up`, joined by this process and by the commands."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app import cluster, local_cluster
@@ -54,6 +56,21 @@ def raylway(reach, home):
         )
 
     return run
+
+
+@pytest.fixture
+def replicas(reach):
+    """The processes of an application of Ray Serve, those of them that live."""
+
+    def of(application: str) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process(reach.cluster.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+                if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    return of
 
 
 class Observed:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 
 from app import cluster
@@ -84,11 +83,6 @@ def served(url, serving, both):
     return url
 
 
-def replicas(reach, application=NAME) -> list[psutil.Process]:
-    processes = psutil.Process(reach.cluster.pid).children(recursive=True)
-    return [p for p in processes if f"ServeReplica:{application}:" in " ".join(p.cmdline())]
-
-
 @contextmanager
 def asking(url, per_s=50):
     """Clients that ask all the time; yields the answers, as they come: (unit, status, document)."""
@@ -113,8 +107,8 @@ def asking(url, per_s=50):
         thread.join()
 
 
-def test_weights_change_while_clients_ask(served, both, raylway, reach):
-    before = {p.pid for p in replicas(reach)}
+def test_weights_change_while_clients_ask(served, both, raylway, replicas):
+    before = {p.pid for p in replicas(NAME)}
     assert len(before) == 2
     with asking(served) as answers:
         time.sleep(0.5)
@@ -132,13 +126,15 @@ def test_weights_change_while_clients_ask(served, both, raylway, reach):
     assert all(variant == after for variant, _, after in chosen[changed + 1 :])
     assert all(variant in (first, after) for variant, first, after in chosen)
     assert any(first != after for _, first, after in chosen[changed + 1 :])
-    assert {p.pid for p in replicas(reach)} == before, "no replica was started anew"
+    assert {p.pid for p in replicas(NAME)} == before, "no replica was started anew"
     refused = raylway("traffic", NAME, "--nobody", "1")
     assert (refused.returncode, "there is no variant 'nobody'" in refused.stderr) == (2, True)
 
 
-def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(served, serving, bundles, reach):
-    before = {p.pid for p in replicas(reach)}
+def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(
+    served, serving, bundles, replicas
+):
+    before = {p.pid for p in replicas(NAME)}
     expected = Bundle(bundles["3"])
     probabilities = expected.predict(columns_of(expected.schema, ROWS))
     with asking(served) as answers:
@@ -152,7 +148,7 @@ def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(ser
     for said in after:
         assert said["version"] == "3"
         np.testing.assert_allclose([p["probability"] for p in said["predictions"]], probabilities, rtol=1e-6)
-    assert {p.pid for p in replicas(reach)} == before
+    assert {p.pid for p in replicas(NAME)} == before
     for pid in before:
         os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
@@ -170,7 +166,7 @@ def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(ser
         assert response.json()["version"] == "3"
 
 
-def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bundles, reach):
+def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bundles, replicas):
     def ask(times):
         answers = []
         with httpx.Client(base_url=served, trust_env=False, timeout=20) as client:
@@ -200,7 +196,7 @@ def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bund
     assert len(seen) >= 40
     np.testing.assert_allclose([row["probability"] for row in seen[0].answer], probabilities, rtol=1e-5)
 
-    (process,) = replicas(reach, application)
+    (process,) = replicas(application)
     process.suspend()
     assert ask(40) == alone, "it hangs"
     process.resume()
@@ -208,11 +204,11 @@ def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bund
     assert ask(40) == alone, "it is dead"
     deploy.deploy(serving, NAME, both)
     assert ask(40) == alone
-    assert not replicas(reach, application)
+    assert not replicas(application)
 
 
 def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_asks(
-    served, serving, bundles, reach
+    served, serving, bundles, replicas
 ):
     application = f"{NAME}@2"
     heavy = serving.model_validate(
@@ -240,11 +236,11 @@ def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_ask
         assert large.status_code == 200, "more rows in one request than are computed at once"
         explained = client.post(f"/v2/models/{NAME}/explain", json={"rows": ROWS[:1]}).json()
         assert set(explained["explanations"][0]["attributions"]) == set(ROWS[0])
-        assert replicas(reach, application)
+        assert replicas(application)
         deadline = time.monotonic() + 60
-        while replicas(reach, application) and time.monotonic() < deadline:
+        while replicas(application) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert not replicas(reach, application), "nobody asks"
+        assert not replicas(application), "nobody asks"
         assert client.post(PREDICT, json=BODY).status_code == 200
 
 
