@@ -1,13 +1,11 @@
 """The bundle: the immutable directory that training makes and everything else consumes."""
 
-import hashlib
 import json
 import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +13,7 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
+from app import files
 from app.config import Column, Project
 from app.data import tokens
 from app.data.features import MISSING, Categories, Preprocessor
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 MANIFEST = "MANIFEST.json"
 KINDS = {".json", ".md", ".onnx", ".parquet", ".safetensors", ".txt"}
 """Endings of files that a bundle may have. None of them is run by whoever opens it."""
+AGAIN = "remove the folder and give the command again: a registered bundle is then fetched anew"
+"""What to do about a broken bundle."""
+REQUIRED = ("example.json", "model.onnx", "schema.json")
 FLAVOR = "MLmodel"
 """For MLflow's own tools."""
 OUTPUT = "probability"
@@ -82,14 +84,14 @@ class Ranking:
 
 
 class BrokenBundle(UserError):
-    """A bundle's files are not those of its manifest."""
+    """A bundle's files are not as its manifest says."""
 
 
 class Bundle:
     """A verified bundle, open for predictions. Safe to use from several threads."""
 
     def __init__(self, path: Path, *, sealed: bool = True):
-        """Verify and open. Raises BrokenBundle if any file was changed, added or removed.
+        """Verify and open. Raises BrokenBundle if a file of the manifest was changed or removed.
 
         Not `sealed` is one that is being made, and has no manifest yet.
         """
@@ -97,7 +99,9 @@ class Bundle:
         self.manifest = verify(path) if sealed else {}
         self.schema = schema_at(path)
         self._session = session(path / "model.onnx")
-        self._tokenizer = tokens.load(path / tokens.FILE) if (path / tokens.FILE).exists() else None
+        # Only what was verified is opened: others may put files of this name into the folder.
+        has_tokenizer = tokens.FILE in self.manifest["files"] if sealed else (path / tokens.FILE).exists()
+        self._tokenizer = tokens.load(path / tokens.FILE) if has_tokenizer else None
 
     def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Probabilities, float32: of the positive label (rows,), or of each class (rows, classes).
@@ -217,57 +221,94 @@ def write_example(opened: Bundle, frame: pd.DataFrame) -> None:
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest, last: the SHA-256 of every file, and `facts` of how the bundle came about."""
-    document = {
-        **facts,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "files": {name: _sha256(folder / name) for name in _files(folder)},
-    }
-    (folder / MANIFEST).write_text(json.dumps(document, indent=1))
+    """Write the manifest, last: the SHA-256 of every file, and `facts` of how the bundle came about.
+
+    It holds no time, so that the same content has the same identity.
+    """
+    found = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_symlink() or not f.is_dir())
+    listed = {name: files.sha256(folder / name) for name in found if name not in (MANIFEST, SIGNATURE)}
+    origin = {"git_commit": _git_commit(), "python": platform.python_version()}
+    files.write(folder / MANIFEST, document({**facts, **origin, "files": listed}))
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a bundle whose files are all as they were written; raises BrokenBundle if not."""
+def document(manifest: Mapping[str, Any]) -> bytes:
+    """The content of a manifest's file."""
+    return json.dumps(manifest, indent=1).encode()
+
+
+def identity(path: Path) -> str:
+    """The SHA-256 of a bundle's manifest, which has the hash of every other file: two bundles with the same
+    identity are the same in all that counts. Raises BrokenBundle if there is no manifest."""
+    manifest_of(path)
+    return files.sha256(path / MANIFEST)
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of the bundle in a folder, whose files are not looked at. Raises BrokenBundle."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        listed = dict(manifest["files"])
-    except FileNotFoundError:
-        raise BrokenBundle(f"{path}: is no bundle: it has no {MANIFEST}") from None
+        dict(manifest["files"])
+    except (FileNotFoundError, NotADirectoryError):
+        raise BrokenBundle(f"{path}: is not a bundle: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
-        raise BrokenBundle(
-            f"{path}: its {MANIFEST} cannot be read; take the bundle from the registry again"
-        ) from None
-    found = _files(path)
-    faults = [f"{name} is missing" for name in listed if name not in found]
-    faults += [f"{name} is not in the manifest" for name in found if name not in listed]
-    faults += [
-        f"{name} was changed" for name in found if name in listed and _sha256(path / name) != listed[name]
-    ]
-    faults += [f"{name} is nothing that a bundle has" for name in listed if not _allowed(path / name)]
-    if faults:
-        raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; take the bundle from the registry again")
+        raise BrokenBundle(f"{path}: its {MANIFEST} cannot be read; {AGAIN}") from None
     return manifest
 
 
-def _files(folder: Path) -> list[str]:
-    ours = (folder / MANIFEST, folder / SIGNATURE)
-    return sorted(
-        str(f.relative_to(folder))
-        for f in folder.rglob("*")
-        if f not in ours and (f.is_symlink() or not f.is_dir())
-    )
+def verify(path: Path) -> dict[str, Any]:
+    """The manifest of a bundle whose files are all as it says; raises BrokenBundle if not.
+
+    Files that are not in the manifest are ignored: other programs leave theirs, and nothing opens them.
+    """
+    manifest = manifest_of(path)
+    listed = dict(manifest["files"])
+    faults = [f"{name} is not a file that a bundle may have" for name in listed if not _allowed(path, name)]
+    faults += [f"{name} is not in the manifest" for name in REQUIRED if name not in listed]
+    for name, digest in listed.items():
+        try:
+            if files.sha256(path / name) != digest:
+                faults.append(f"{name} was changed")
+        except FileNotFoundError:
+            faults.append(f"{name} is missing")
+        except OSError as error:
+            faults.append(f"{name} cannot be read ({error.strerror})")
+    if faults:
+        raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; {AGAIN}")
+    return manifest
 
 
-def _allowed(file: Path) -> bool:
-    """Whether it is a plain file of data, or is not there; a link could lead anywhere."""
-    return not file.is_symlink() and (file.suffix in KINDS or file.name == FLAVOR)
+def copy(source: Path, target: Path, manifest: bytes | None = None) -> None:
+    """Copy a bundle's files, and no others, into an empty folder, with its manifest or another one.
+
+    Raises BrokenBundle if they are not as the manifest says.
+    """
+    for name in verify(source)["files"]:
+        files.copy(source / name, target / name)
+    files.write(target / MANIFEST, manifest or (source / MANIFEST).read_bytes())
+    verify(target)
+    files.sync(target)
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def require_passed(manifest: Mapping[str, Any], what: str) -> None:
+    """Raises UserError unless the gate's decision is in a manifest and the model passed.
+
+    `what` names the bundle, such as "income version 3".
+    """
+    decision = manifest.get("decision")
+    if decision is None:
+        raise UserError(
+            f"{what} must have passed the gate, but its bundle holds no decision of it; train it again with "
+            "`raylway train`, which keeps what is done already"
+        )
+    if not decision["passed"]:
+        raise UserError(f"{what} must have passed the gate, which refused it: {decision['reason']}")
+
+
+def _allowed(folder: Path, name: str) -> bool:
+    """Whether it names a plain file of data, directly in the folder. A link could lead anywhere."""
+    file = folder / name
+    plain = name == file.name and not file.is_symlink()
+    return plain and (file.suffix in KINDS or name == FLAVOR)
 
 
 def _git_commit() -> str | None:

@@ -159,7 +159,8 @@ def compress(
 ) -> None:
     """Make an int8 version of a bundle: smaller, and faster where layers are large.
 
-    Its card says what it costs. One that loses more than `compression.max_loss` is refused.
+    Its card says what it costs. One that loses more than `compression.max_loss` is refused. Exit code 3: the
+    gate did not let it be registered.
     """
     with _working("compress") as console:
         from app import compression
@@ -173,12 +174,13 @@ def compress(
         ):
             console.say(f"  {before[name] * scale:8.2f} -> {after[name] * scale:8.2f} {unit}")
         console.say(f"  {before['score']:8.4f} -> {after['score']:8.4f} test {made.comparison['metric']}")
-        console.say(f"bundle: {short(made.path)}")
-        if register:
-            version = compression.register(made)
-            console.say(
-                f"{version.name} version {version.number} ({', '.join(version.aliases) or 'no alias'})"
-            )
+        if not register:
+            console.say(f"bundle: {short(made.path)}")
+        else:
+            path, decision, _ = compression.register(made, console)
+            console.say(f"bundle: {short(path)}")
+            if not decision.passed:
+                raise typer.Exit(EXIT_GATE)
 
 
 @app.command()

@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from app import bundle, registry, store
+from app import bundle, judging, registry, store
 from app.bundle import Bundle
 from app.config import Project
+from app.console import Console
 from app.data.prepare import Prepared
 from app.errors import UserError
-from app.evaluation import report
+from app.evaluation import gate, report
 from app.registry import Version
 from app.tasks import task_of
 
 CODE = (bundle, report, sys.modules[__name__])
-MADE_ANEW = ("model.onnx", "metrics.json", "card.md", "example.json", bundle.MANIFEST)
+MADE_ANEW = ("model.onnx", "metrics.json", "card.md", "example.json")
 """The files of a bundle that its int8 version does not share."""
 SIZES = (1, 32)
 """Rows of a request whose time is taken."""
@@ -40,6 +42,7 @@ class Compressed:
     """The int8 bundle, and what it cost."""
 
     path: Path
+    """A candidate: without a decision of the gate."""
     comparison: dict[str, Any]
     """`before` and `after` with `bytes`, `ms_1`, `ms_32` and `score`; `metric` names the score, `changed` is
     the share of the test part's answers that are other ones."""
@@ -57,28 +60,40 @@ def compress(path: Path) -> Compressed:
     if "compression" in json.loads((path / "metrics.json").read_text()):
         raise UserError(f"{path}: is an int8 bundle already")
     project = Project.model_validate_json((path / "project.json").read_text())
-    prepared = Prepared(store.folder("prepare", original.manifest["prepared"]), cached=True)
+    prepared = _prepared(original.manifest, path)
+    key = store.key("compress", {"original": bundle.identity(original.path)}, CODE)
+    target = store.folder("compress", key)
+    store.produce(target, lambda draft: _build(original, project, prepared, draft))
+    path = store.current(target)
+    comparison = json.loads((path / "metrics.json").read_text())["compression"]
+    return Compressed(path, comparison)
+
+
+def register(made: Compressed, console: Console) -> tuple[Path, gate.Decision, Version | None]:
+    """Have the gate judge the int8 bundle and register it, in a run of its own; returns its folder, the
+    decision, and the version if it passed.
+
+    Its original must have passed the gate: raises UserError if not. Beside `gate.tolerance` it may lose
+    `compression.max_loss` against the champion, which may be its original.
+    """
+    project = Project.model_validate_json((made.path / "project.json").read_text())
+    manifest = bundle.verify(made.path)
+    bundle.require_passed(manifest["compressed_from"], "the bundle that it was made of")
+    tolerance = project.gate.tolerance + project.compression.max_loss
+    rules = project.gate.model_copy(update={"tolerance": tolerance})
+    task = task_of(project, _prepared(manifest, made.path))
+    with registry.run(project, made.path.name) as run:
+        run.log_results({}, {"raylway.compressed_from": manifest["compressed_from"]["identity"]})
+        return judging.register(project.name, made.path, rules, task, run, console)
+
+
+def _prepared(manifest: Mapping[str, Any], path: Path) -> Prepared:
+    prepared = Prepared(store.current(store.folder("prepare", manifest["prepared"])), cached=True)
     if not prepared.path.exists():
         raise UserError(
             f"{path}: the test part to judge its int8 version on is gone; run `raylway train` again"
         )
-    key = store.key("compress", {"files": original.manifest["files"]}, CODE)
-    target = store.folder("compress", key)
-    store.produce(target, lambda draft: _build(original, project, prepared, draft))
-    comparison = json.loads((target / "metrics.json").read_text())["compression"]
-    return Compressed(target, comparison)
-
-
-def register(made: Compressed) -> Version:
-    """Register the int8 bundle in a run of its own, unless a version has the very same graph already."""
-    project = Project.model_validate_json((made.path / "project.json").read_text())
-    manifest = json.loads((made.path / bundle.MANIFEST).read_text())
-    metrics = json.loads((made.path / "metrics.json").read_text())["model"]
-    with registry.run(project, made.path.name) as run:
-        tags = {"raylway.compressed_from": manifest["compressed_from"]}
-        run.log_results({f"test_{name}": value for name, value in metrics.items()}, tags)
-        run.log_bundle(made.path)
-        return registry.register(project.name, run.id, made.path, data_version=manifest["data_version"])
+    return prepared
 
 
 def quantize(graph: Path, target: Path) -> None:
@@ -105,9 +120,9 @@ def quantize(graph: Path, target: Path) -> None:
 
 def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) -> None:
     task = task_of(project, prepared)
-    for file in original.path.iterdir():
-        if file.name not in MADE_ANEW:
-            shutil.copy(file, draft)
+    for name in original.manifest["files"]:
+        if name not in MADE_ANEW:
+            shutil.copy(original.path / name, draft)
     quantize(original.path / "model.onnx", draft / "model.onnx")
     smaller = Bundle(draft, sealed=False)
     test = prepared.frame("test")
@@ -136,7 +151,8 @@ def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) 
     (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
     (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
     facts = {name: original.manifest[name] for name in ("data_version", "prepared", "seed")}
-    bundle.seal(draft, {**facts, "compressed_from": original.manifest["files"]["model.onnx"]})
+    parent = {"identity": bundle.identity(original.path), "decision": original.manifest.get("decision")}
+    bundle.seal(draft, {**facts, "compressed_from": parent})
 
 
 def _milliseconds(opened: Bundle, test: pd.DataFrame, size: int) -> float:

@@ -1,11 +1,14 @@
 """The SQL database of what happens in production: SQLite in the state directory, or PostgreSQL."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy
 from sqlalchemy import Engine, MetaData
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
+from app import files
 from app.home import database_url, home
 
 TABLES = MetaData()
@@ -31,6 +34,21 @@ def begin_exclusively(connection: sqlalchemy.Connection, name: str) -> None:
     else:
         key = sqlalchemy.func.hashtextextended(name, 0)
         connection.execute(sqlalchemy.select(sqlalchemy.func.pg_advisory_xact_lock(key)))
+
+
+@contextlib.contextmanager
+def exclusively(name: str) -> Iterator[None]:
+    """Until the block ends, no other process is in one with the same `name`; for changes that no single
+    transaction holds. It is released if this process is killed."""
+    url = database_url("production.db")
+    if url.startswith("sqlite"):
+        with files.locked(home() / "locks" / name):
+            yield
+        return
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    with engine.begin() as connection:
+        begin_exclusively(connection, name)
+        yield
 
 
 def _sqlite(url: str) -> Engine:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import bundle, cluster, registry, store
+from app import bundle, cluster, judging, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate, metrics, report, slices
 from app.export import onnx, text
-from app.registry import CHAMPION, Version
+from app.registry import Version
 from app.tasks import Task, task_of
 from app.training import trainer
 from app.training.trainer import Trained
@@ -30,6 +30,7 @@ class Outcome:
 
     run_id: str
     bundle: Path
+    """Its folder."""
     history: list[dict[str, float]]
     evaluation: dict[str, Any]
     """The bundle's metrics.json: `model`, `baselines`, `reliability`, `onnx_difference`."""
@@ -69,25 +70,11 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             )
         with console.stage("evaluate") as done:
             scores = task.baselines(fresh=fresh)
-            path = _bundle(project, task, trained, scores, fresh=fresh)
-            evaluation = json.loads((path / "metrics.json").read_text())
+            candidate = _candidate(project, task, trained, scores, fresh=fresh)
+            evaluation = json.loads((candidate / "metrics.json").read_text())
             score = f"test {task.score} {evaluation['model'][task.score]:.4f}"
             done(f"{score}, ONNX within {evaluation['onnx_difference']:.0e}")
-        with console.stage("gate") as done:
-            champion = _champion_metrics(project, task)
-            decision = gate.decide(project.gate, evaluation["model"], scores, champion)
-            done(f"{'passed' if decision.passed else 'not passed'}: {decision.reason}")
-        with console.stage("register") as done:
-            tags = {"raylway.gate": f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"}
-            run.log_results({f"test_{k}": v for k, v in evaluation["model"].items()}, tags)
-            run.log_bundle(path)
-            version = None
-            if decision.passed:
-                data_version = prepared.summary["data_version"]
-                version = registry.register(project.name, run.id, path, data_version=data_version)
-                done(f"{project.name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
-            else:
-                done("not registered; the run and its bundle are in MLflow")
+        path, decision, version = judging.register(project.name, candidate, project.gate, task, run, console)
     return Outcome(run.id, path, trained.history, evaluation, decision, version)
 
 
@@ -103,10 +90,11 @@ def _trained(project: Project) -> str:
     return f"{project.model.kind}, {low if low == high else f'{low} to {high}'} {backend} workers"
 
 
-def _bundle(
+def _candidate(
     project: Project, task: Task, trained: Trained, scores: Mapping[str, Any], *, fresh: bool
 ) -> Path:
-    """Make the bundle of a trained model, with its metrics on the test part; returns its folder."""
+    """Make the bundle of a trained model, with its metrics on the test part but without the gate's decision;
+    returns its folder."""
     prepared = task.prepared
     target = store.folder("bundle", _bundle_key(project, prepared))
 
@@ -134,7 +122,7 @@ def _bundle(
         bundle.seal(draft, {**facts, "seed": project.seed})
 
     store.produce(target, build, fresh=fresh)
-    return target
+    return store.current(target)
 
 
 def _bundle_key(project: Project, prepared: Prepared) -> str:
@@ -142,15 +130,3 @@ def _bundle_key(project: Project, prepared: Prepared) -> str:
     told = {"name", "data", "features", "evaluation", "compression", "gate"}
     inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
     return store.key("bundle", inputs, CODE)
-
-
-def _champion_metrics(project: Project, task: Task) -> dict[str, float] | None:
-    """The champion on the same test part; None if there is none, or if it takes columns that are gone."""
-    champion = registry.find(project.name, CHAMPION)
-    if champion is None:
-        return None
-    opened = Bundle(champion.path)
-    names = {i.name for i in opened.schema.inputs}
-    if not names <= set(task.prepared.frame("test").columns):
-        return None
-    return task.evaluate(opened)["model"]

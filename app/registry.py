@@ -1,5 +1,6 @@
 """MLflow: runs, metrics and registered versions. The only file that imports it."""
 
+import base64
 import contextlib
 import logging
 import os
@@ -24,9 +25,12 @@ import onnxruntime
 from mlflow.entities import Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
 
-from app import bundle, signature
+from app import bundle, database, files, kept, signature, store
 from app.audit import Audit
 from app.config import Project
 from app.errors import Interrupted, UserError
@@ -37,9 +41,16 @@ KEY_TAG = "raylway.key"
 """On a run: the key of its bundle, by which a restarted run is found again."""
 STUDY_TAG, TRIAL_TAG = "raylway.study", "raylway.trial"
 """On the run of a sweep: the name of its study; on those below it: the number of the trial."""
-BUNDLE_TAG = "raylway.model_sha256"
-"""On a version: the SHA-256 of its graph, by which the same model is not registered twice."""
-ARTIFACT = "bundle"
+IDENTITY_TAG = "raylway.identity"
+"""On a version: its bundle's identity, by which the same bundle is not registered twice."""
+CANDIDATE_TAG = "raylway.candidate"
+"""On a version: the identity of its bundle before the gate's decision was added."""
+SIGNATURE_TAG = "raylway.signature"
+"""On a version: the signature of its manifest, base64."""
+AUDIT_TAG = "raylway.audit"
+"""On a version: the number of the audit log's last entry about the model when the version was created."""
+ALIAS_ACTIONS = ("register", "promote")
+"""In the audit log: what gives aliases."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +60,17 @@ class Version:
     name: str
     number: str
     aliases: tuple[str, ...]
-    path: Path
-    """The bundle, on this machine."""
+    identity: str
+    """The SHA-256 of its bundle's manifest."""
+
+    @property
+    def path(self) -> Path:
+        """The bundle's folder, which `resolve` and `find` have filled."""
+        return kept.folder(self.identity)
+
+
+class Outdated(UserError):
+    """The champion changed between the gate's decision and the registration."""
 
 
 def uri() -> str:
@@ -62,7 +82,20 @@ def client() -> MlflowClient:
     """A client of our MLflow, whose tables are made at the first call."""
     home().mkdir(parents=True, exist_ok=True)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    file = home() / "mlflow.db"
+    if uri() == f"sqlite:///{file}" and not file.exists():
+        _make_tables(file)
     return MlflowClient(tracking_uri=uri(), registry_uri=uri())
+
+
+def _make_tables(file: Path) -> None:
+    """MLflow makes its tables in many steps, and a file with some of them is of no use to it."""
+    with files.locked(file):
+        if file.exists():
+            return
+        draft = files.private(file)
+        SqlAlchemyStore(f"sqlite:///{draft}", str(home() / "artifacts")).engine.dispose()
+        draft.rename(file)
 
 
 class Run:
@@ -93,8 +126,23 @@ class Run:
         for name, value in tags.items():
             self._client.set_tag(self.id, name, value)
 
-    def log_bundle(self, path: Path) -> None:
-        self._client.log_artifacts(self.id, str(path), ARTIFACT)
+    def log_bundle(self, path: Path) -> str:
+        """Store a bundle with the run's artifacts, under a name of its own; returns its URI.
+
+        It is written once: what is there already, and whole, stays as it is.
+        """
+        identity = bundle.identity(path)
+        name = f"bundle-{identity[:16]}"
+        root = self._client.get_run(self.id).info.artifact_uri
+        uri = f"{root}/{name}"
+        if (local := _local(root)) is not None:
+            store.place(local / name, lambda draft: bundle.copy(path, draft))
+        elif _stored_manifest(uri) != (path / bundle.MANIFEST).read_bytes():
+            for file in bundle.verify(path)["files"]:
+                self._client.log_artifact(self.id, str(path / file), name)
+            # Last: a bundle without it was not uploaded to its end.
+            self._client.log_artifact(self.id, str(path / bundle.MANIFEST), name)
+        return uri
 
 
 @contextlib.contextmanager
@@ -264,26 +312,71 @@ def write_flavor(folder: Path) -> None:
     model.save(str(folder / "MLmodel"))
 
 
-def register(name: str, run_id: str, path: Path, *, data_version: str) -> Version:
-    """Register a run's bundle, unless a version has the very same graph already.
+def register(name: str, run_id: str, path: Path, uri: str) -> Version:
+    """Register the bundle in a folder, which `Run.log_bundle` has stored at `uri`; or finish a registration
+    that was interrupted. A bundle that is registered already keeps its version.
 
-    The first version becomes the champion, a later one the challenger.
+    The first version becomes the champion, a later one the challenger. Raises UserError if the gate did not
+    let the bundle pass, and Outdated if the champion is not the one that it was compared with.
     """
+    manifest = bundle.verify(path)
+    bundle.require_passed(manifest, f"a version of {name}")
     ours = client()
-    if not ours.search_registered_models(f"name = '{name}'"):
+    # The registry's tables hold nothing that would stop two versions or two aliases at once.
+    with database.exclusively(f"registry-{name}"), Audit() as audit:
+        _create_model(ours, name)
+        entry = _with_tag(name, IDENTITY_TAG, bundle.identity(path))
+        if entry is None:
+            champion = find(name, CHAMPION)
+            judged = manifest["decision"].get("champion")
+            if (champion and champion.identity) != (judged and judged["identity"]):
+                raise Outdated(f"{name} has another champion than the one that this was compared with")
+            entries = audit.entries(name)
+            tags = {
+                IDENTITY_TAG: bundle.identity(path),
+                CANDIDATE_TAG: manifest.get("candidate", ""),
+                AUDIT_TAG: str(entries[-1].number if entries else 0),
+                "raylway.data_version": manifest.get("data_version", ""),
+            }
+            entry = ours.create_model_version(name, uri, run_id=run_id, tags=tags)
+        _finish(ours, audit, name, entry)
+    return resolve(name, str(entry.version))
+
+
+def _create_model(ours: MlflowClient, name: str) -> None:
+    try:
         ours.create_registered_model(name)
-    digest = bundle.verify(path)["files"]["model.onnx"]
-    same = ours.search_model_versions(f"name = '{name}' and tags.`{BUNDLE_TAG}` = '{digest}'")
-    if same:
-        return resolve(name, str(same[0].version))
-    source = f"{ours.get_run(run_id).info.artifact_uri}/{ARTIFACT}"
-    tags = {BUNDLE_TAG: digest, "raylway.data_version": data_version}
-    number = str(ours.create_model_version(name, source, run_id=run_id, tags=tags).version)
-    alias = CHALLENGER if CHAMPION in ours.get_registered_model(name).aliases else CHAMPION
-    ours.set_registered_model_alias(name, alias, number)
-    with Audit() as audit:
-        audit.add("register", name, {"version": number, "alias": alias, "model.onnx": digest})
-    return resolve(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _finish(ours: MlflowClient, audit: Audit, name: str, entry: Any) -> None:
+    """Give a new version its alias, unless that is done. Whoever gave aliases since it was created decided
+    later, and is not overruled."""
+    number = str(entry.version)
+    entries = [e for e in audit.entries(name) if e.action in ALIAS_ACTIONS]
+    if any(e.action == "register" and e.details["version"] == number for e in entries):
+        return
+    aliases = ours.get_registered_model(name).aliases
+    given = [alias for alias, version in aliases.items() if str(version) == number]
+    later = [e for e in entries if e.number > int(entry.tags[AUDIT_TAG])]
+    alias = given[0] if given else None if later else CHALLENGER if CHAMPION in aliases else CHAMPION
+    if alias and not given:
+        ours.set_registered_model_alias(name, alias, number)
+    details = {"version": number, "alias": alias, "identity": entry.tags[IDENTITY_TAG]}
+    audit.add("register", name, details)
+
+
+def registered_candidate(name: str, candidate: str) -> Version | None:
+    """The version whose bundle had this identity before the gate's decision was added."""
+    entry = _with_tag(name, CANDIDATE_TAG, candidate)
+    return None if entry is None else resolve(name, str(entry.version))
+
+
+def _with_tag(name: str, tag: str, value: str) -> Any:
+    """MLflow's entry of the first version with a tag, or None."""
+    return next((entry for entry in reversed(_entries(name)) if entry.tags.get(tag) == value), None)
 
 
 def resolve(name: str, version: str) -> Version:
@@ -313,21 +406,74 @@ def find(name: str, version: str) -> Version | None:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    path = mlflow.artifacts.download_artifacts(found.source, tracking_uri=uri())
-    return Version(name, str(found.version), tuple(found.aliases), Path(path))
+    return Version(name, str(found.version), tuple(found.aliases), _kept(name, found))
+
+
+def _kept(name: str, entry: Any) -> str:
+    """Have a version's bundle among those that are kept here; returns its identity."""
+    identity = entry.tags.get(IDENTITY_TAG)
+    if identity is None or not kept.folder(identity).exists():
+        fetched = _fetched(name, entry)
+        if identity not in (None, fetched):
+            raise UserError(
+                f"{name} version {entry.version}: the bundle at {entry.source} is not the one that was "
+                "registered; restore it, or train and register another version"
+            )
+        identity = fetched
+    if signed := entry.tags.get(SIGNATURE_TAG):
+        signature.put(kept.folder(identity) / bundle.MANIFEST, base64.b64decode(signed))
+    return identity
+
+
+def _fetched(name: str, entry: Any) -> str:
+    """Fetch a version's bundle from MLflow's store; returns its identity."""
+    local = _local(entry.source)
+    try:
+        if local is not None:
+            return kept.keep(local).name
+        with tempfile.TemporaryDirectory() as folder:
+            fetched = mlflow.artifacts.download_artifacts(entry.source, dst_path=folder, tracking_uri=uri())
+            return kept.keep(Path(fetched)).name
+    except (bundle.BrokenBundle, MlflowException, OSError) as error:
+        raise UserError(
+            f"{name} version {entry.version}: its bundle cannot be fetched from {entry.source}: {error}"
+        ) from None
+
+
+def _local(uri: str) -> Path | None:
+    """The folder that a file's URI or path names; None for a store elsewhere."""
+    return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
+
+
+def _stored_manifest(uri: str) -> bytes | None:
+    """The manifest of a bundle in a store elsewhere; None if it is not there."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = mlflow.artifacts.download_artifacts(f"{uri}/{bundle.MANIFEST}", dst_path=folder)
+        except (MlflowException, OSError):
+            return None
+        return Path(file).read_bytes()
 
 
 def versions(name: str) -> Sequence[Any]:
     """MLflow's entries of all versions of a model, the newest first."""
     ours = client()
-    entries = ours.search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
     # Searching leaves the aliases out.
-    return [ours.get_model_version(name, entry.version) for entry in entries]
+    return [ours.get_model_version(name, entry.version) for entry in _entries(name)]
+
+
+def _entries(name: str) -> Sequence[Any]:
+    """MLflow's entries of all versions, the newest first, without their aliases."""
+    return client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
 
 
 def promote(name: str, version: str) -> Version:
-    """Make a version the champion; if it was the challenger, there is none until the next one."""
+    """Make a version the champion; if it was the challenger, there is none until the next one.
+
+    Raises UserError if there is no such version, or it did not pass the gate.
+    """
     chosen, before = resolve(name, version), find(name, CHAMPION)
+    bundle.require_passed(bundle.verify(chosen.path), f"{name} version {chosen.number}")
     ours = client()
     ours.set_registered_model_alias(name, CHAMPION, chosen.number)
     if CHALLENGER in chosen.aliases:
@@ -338,17 +484,16 @@ def promote(name: str, version: str) -> Version:
 
 
 def sign(name: str, version: str, key: Path) -> Version:
-    """Sign a version's bundle, where it is kept, with the private key in a file. Raises UserError if it is
-    broken, or the key is none."""
+    """Sign a version's bundle with the private key in a file.
+
+    Raises UserError if the bundle is broken, or the file holds no such key.
+    """
     chosen = resolve(name, version)
     bundle.verify(chosen.path)
-    ours = client()
-    run_id = ours.get_model_version(name, chosen.number).run_id
-    with tempfile.TemporaryDirectory() as folder:
-        manifest = Path(folder) / bundle.MANIFEST
-        manifest.write_bytes((chosen.path / bundle.MANIFEST).read_bytes())
-        ours.log_artifact(run_id, str(signature.sign(manifest, key)), ARTIFACT)
-    with Audit() as audit:
+    signed = signature.signed((chosen.path / bundle.MANIFEST).read_bytes(), key)
+    with database.exclusively(f"registry-{name}"), Audit() as audit:
+        tag = base64.b64encode(signed).decode()
+        client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)
         audit.add("sign", name, {"version": chosen.number})
     return resolve(name, chosen.number)
 

@@ -15,6 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from app import files
 from app.errors import UserError
 
 SIGNATURE = "MANIFEST.sig"
@@ -23,14 +24,19 @@ SIGNING_KEY = "RAYLWAY_SIGNING_KEY"
 """Names the private key's file in the environment."""
 
 
-def sign(manifest: Path, key: Path) -> Path:
-    """Write the signature beside a manifest; returns its file. Raises UserError if the key is none."""
+def signed(content: bytes, key: Path) -> bytes:
+    """The signature of a manifest's content. Raises UserError if the file holds no private key."""
     private = _key(key, serialization.load_pem_private_key, password=None)
     if not isinstance(private, Ed25519PrivateKey):
         raise UserError(f"{key}: must be an Ed25519 private key")
+    return private.sign(content)
+
+
+def put(manifest: Path, signature: bytes) -> None:
+    """Have a signature beside a manifest, unless this one is there."""
     file = manifest.with_name(SIGNATURE)
-    file.write_bytes(private.sign(manifest.read_bytes()))
-    return file
+    if not file.exists() or file.read_bytes() != signature:
+        files.write(file, signature)
 
 
 def signing_key() -> Path:

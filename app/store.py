@@ -1,17 +1,15 @@
 """Finished work, kept under a key that is the hash of what went in: the same work is not done twice."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
+from app import files
 from app.errors import UserError
 from app.home import home
 
@@ -33,53 +31,89 @@ def folder(stage: str, key: str) -> Path:
 
 
 def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False) -> bool:
-    """Have `build` fill a new folder and put it at `target`, whole or not at all.
+    """Have `build` fill a new folder and make `target` lead to it, whole or not at all.
 
-    Does nothing if the target is there, unless `fresh`; if another process is at it, waits for that one.
-    Returns whether it was built.
+    Does nothing if the target is there, unless `fresh`; if another process builds it, waits for that one.
+    Returns whether it was built. The target is a link, which one rename replaces; who reads several files one
+    after the other takes `current` once. The folder that was current until now is kept for them, older ones
+    are removed.
     """
     if target.exists() and not fresh:
         return False
-    with _alone(target):
+    with files.locked(target):
         if target.exists() and not fresh:
             return False
-        _build(target, build)
+        before = target.readlink().parts[0] if target.is_symlink() else None
+        _collect(target, {before})
+        generation = files.private(target)
+        try:
+            (generation / target.name).mkdir(parents=True)
+            build(generation / target.name)
+            _point(target, generation)
+        except BaseException:
+            shutil.rmtree(generation, ignore_errors=True)
+            raise
+        _collect(target, {before, generation.name})
     return True
 
 
-def _build(target: Path, build: Callable[[Path], None]) -> None:
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        build(draft)
-        if target.exists():  # asked for afresh
-            shutil.rmtree(target)
-        draft.rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+def current(target: Path) -> Path:
+    """The folder that a target leads to now: its files stay together, also if the target is built again."""
+    return target.resolve()
 
 
-@contextlib.contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Hold the lock of a target; the kernel gives it back if this process is killed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    lock = target.parent / f".{target.name}.lock"
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is(lock, file):  # whoever held it before took it away
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink()
-            return
+def place(target: Path, build: Callable[[Path], None]) -> bool:
+    """Have `build` fill a new folder and rename it to `target`, where it stays: it is never replaced.
 
-
-def _is(path: Path, file: IO) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
+    Does nothing if the target is there. Returns whether it was built.
+    """
+    if target.exists():
         return False
+    with files.locked(target):
+        if target.exists():
+            return False
+        _collect(target, set())
+        draft = files.private(target)
+        draft.mkdir()
+        try:
+            build(draft)
+            draft.rename(target)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+    return True
+
+
+def drop(target: Path) -> None:
+    """Remove a finished folder, if it is there."""
+    with files.locked(target):
+        if target.is_symlink():
+            target.unlink()
+        else:
+            files.discard(target)
+        _collect(target, set())
+
+
+def _point(target: Path, generation: Path) -> None:
+    link = files.private(target)
+    link.symlink_to(Path(generation.name) / target.name)
+    if target.is_dir() and not target.is_symlink():
+        files.discard(target)  # made before targets were links
+    link.replace(target)
+
+
+def _collect(target: Path, keep: set[str | None]) -> None:
+    """Remove the folders and links beside a target that nothing leads to, but for those in `keep`.
+
+    Needs the target's lock: with it, they belong to processes that are dead, or to a build before.
+    """
+    for other in files.drafts(target):
+        if other.name in keep:
+            continue
+        if other.is_symlink():
+            other.unlink()
+        else:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:

@@ -16,6 +16,7 @@ from app.data.prepare import LABEL, Prepared
 from app.evaluation import report
 from app.tasks.text import Text
 from tests import encoders
+from tests.bundles import PASSED
 
 CLASSES = ["bad", "fine", "good"]
 PARTS = {"train": 240, "validation": 60, "test": 90}
@@ -89,5 +90,6 @@ def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
     evaluation = {**task.evaluate(opened), "baselines": {}, "onnx_difference": difference}
     (folder / "metrics.json").write_text(json.dumps(evaluation))
     (folder / "card.md").write_text(report.card(settings, made.summary, evaluation))
-    bundle.seal(folder, {"data_version": "0" * 64, "prepared": made.key, "seed": 0})
+    facts = {"data_version": "0" * 64, "prepared": made.key, "seed": 0, "decision": PASSED}
+    bundle.seal(folder, facts)
     return folder

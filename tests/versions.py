@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from app import registry
+from app import bundle, kept, registry
 from app.config import Project
-from tests.bundles import PROJECT
+from tests.bundles import PASSED, PROJECT
 
 
 def project(name: str) -> Project:
@@ -12,6 +12,11 @@ def project(name: str) -> Project:
 
 
 def registered(name: str, path: Path, key: str = "key") -> registry.Version:
+    """A version of a hand-made bundle that has passed the gate, as training registers it."""
+    candidate = bundle.identity(path)
+    known, champion = registry.registered_candidate(name, candidate), registry.find(name, registry.CHAMPION)
+    against = champion and {"identity": champion.identity}
+    facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}
+    judged = known.path if known else kept.keep(path, facts)
     with registry.run(project(name), key) as run:
-        run.log_bundle(path)
-    return registry.register(name, run.id, path, data_version="c0ffee")
+        return registry.register(name, run.id, judged, run.log_bundle(judged))

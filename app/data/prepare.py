@@ -70,7 +70,7 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     key = store.key("prepare", inputs, CODE)
     target = store.folder("prepare", key)
     built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
-    return Prepared(target, cached=not built)
+    return Prepared(store.current(target), cached=not built)
 
 
 def _build(project: Project, version: str, draft: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from app import signature
-from app.bundle import MANIFEST, Bundle, Input, Schema
+from app.bundle import MANIFEST, Bundle, Input, Schema, require_passed
 from app.errors import UserError
 
 
@@ -33,12 +33,13 @@ def load(variants: Mapping[str, Deployed], trusted_keys: Sequence[str] = ()) -> 
 def opened(path: Path, trusted_keys: Sequence[str] = ()) -> Bundle:
     """Verify and open a bundle, and let it answer its stored example (which warms it up).
 
-    Raises BrokenBundle if files were changed or the example is answered differently, and UserError if there
-    are `trusted_keys` and none of them has signed it.
+    Raises BrokenBundle if files were changed or the example is answered differently, and UserError if the
+    gate did not let it pass, or there are `trusted_keys` and none of them has signed it.
     """
     if trusted_keys:
         signature.require(path / MANIFEST, trusted_keys)
     bundle = Bundle(path)
+    require_passed(bundle.manifest, f"a bundle to be served ({path})")
     bundle.check_example()
     return bundle
 

@@ -18,7 +18,7 @@ import ray
 import ray.train
 from ray.train.backend import BackendConfig
 
-from app import store
+from app import files, store
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError
@@ -114,7 +114,7 @@ def train(
     run = _run(name)
     stop = stop or threading.Event()
     if fresh:
-        shutil.rmtree(run, ignore_errors=True)
+        files.discard(run)
 
     caught: list[int] = []
 
@@ -132,10 +132,10 @@ def train(
             shutil.copy(timeline, draft)
 
     built = store.produce(target, build, fresh=fresh)
-    shutil.rmtree(run, ignore_errors=True)  # its checkpoints have served
+    files.discard(run)  # its checkpoints have served
     if caught:
         raise Interrupted("the training was at its end and is kept", caught[0])
-    return Trained(target, name, cached=not built)
+    return Trained(store.current(target), name, cached=not built)
 
 
 def _fit(

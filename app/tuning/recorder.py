@@ -1,7 +1,6 @@
 """What Ray Tune tells of its trials goes into the stored study; and when the sweep is to end."""
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -10,8 +9,8 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 
+from app import store
 from app.config import Sweep
-from app.home import home
 from app.tuning.progress import Progress, Watch
 from app.tuning.search import state_of
 from app.tuning.study import Study
@@ -127,7 +126,7 @@ class Recorder(tune.Callback):
         best = {key for trial in self._progress.best() for key in trial.user_attrs.get("made", [])}
         for trial in self._progress.trials:
             for key in set(trial.user_attrs.get("made", [])) - best - self._dropped:
-                shutil.rmtree(home() / "stages" / "train" / key, ignore_errors=True)
+                store.drop(store.folder("train", key))
                 self._dropped.add(key)
 
 

@@ -14,7 +14,7 @@ NAMES = {
 
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "finish", "home", "horovod_patches"},
+    {"errors", "files", "finish", "home", "horovod_patches"},
     {"config", "store", "console", "flags", "install", "database", "issuer", "signature"},
     {"audit", "records"},
     {"cluster"},
@@ -22,11 +22,13 @@ LAYERS: tuple[set[str], ...] = (
     {"data"},
     {"models"},
     {"bundle"},
+    {"kept"},
     {"registry"},
     {"evaluation", "export", "serving"},
     {"tasks"},
     {"training"},
     {"tuning"},
+    {"judging"},
     {"pipeline", "compression", "batch"},
     {"sweep"},
     {"demo", "api"},
@@ -36,7 +38,18 @@ LAYERS: tuple[set[str], ...] = (
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 # What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
 FOR_COMMANDS = {"projectfile", "console", "flags", "cluster", "local_cluster", "install"}
-COMMANDS = {"pipeline", "sweep", "api", "demo", "cli", "cluster", "local_cluster", "__main__"}
+COMMANDS = {
+    "compression",
+    "judging",
+    "pipeline",
+    "sweep",
+    "api",
+    "demo",
+    "cli",
+    "cluster",
+    "local_cluster",
+    "__main__",
+}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 

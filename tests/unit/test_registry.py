@@ -13,7 +13,7 @@ from app import bundle, registry, signature
 from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.errors import Interrupted, UserError
-from tests.bundles import ROWS, build
+from tests.bundles import PASSED, ROWS, build
 from tests.versions import project, registered
 
 
@@ -35,7 +35,7 @@ def bundles(tmp_path_factory):
     paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
     for path in paths:
         registry.write_flavor(path)
-        bundle.seal(path, {})
+        bundle.seal(path, {"decision": PASSED})
     return paths
 
 

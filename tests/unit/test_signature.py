@@ -21,7 +21,8 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def signed(keys, tmp_path):
     path = build(tmp_path / "bundle", seed=1)
-    signature.sign(path / bundle.MANIFEST, keys / "ours.pem")
+    manifest = path / bundle.MANIFEST
+    signature.put(manifest, signature.signed(manifest.read_bytes(), keys / "ours.pem"))
     return path
 
 
@@ -49,11 +50,11 @@ def test_what_is_no_key_is_named(signed, keys, tmp_path, monkeypatch):
     manifest = signed / bundle.MANIFEST
     (tmp_path / "no.pem").write_text("no key")
     with pytest.raises(UserError, match=r"no\.pem: is no key in PEM format"):
-        signature.sign(manifest, tmp_path / "no.pem")
+        signature.signed(manifest.read_bytes(), tmp_path / "no.pem")
     with pytest.raises(UserError, match=r"gone\.pub"):
         signature.require(manifest, [str(tmp_path / "gone.pub")])
     with pytest.raises(UserError, match="is no key"):
-        signature.sign(manifest, keys / "ours.pub")
+        signature.signed(manifest.read_bytes(), keys / "ours.pub")
     monkeypatch.delenv(signature.SIGNING_KEY, raising=False)
     with pytest.raises(UserError, match=signature.SIGNING_KEY):
         signature.signing_key()

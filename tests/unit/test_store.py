@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app import store
+from app import files, store
 
 
 def module(folder: Path, text: str):
@@ -74,11 +74,10 @@ def test_a_failure_leaves_what_was_there(home, error, before):
 
     with pytest.raises(error):
         store.produce(target, fail, fresh=True)
-    assert [f.relative_to(target.parent).as_posix() for f in target.parent.rglob("*.txt")] == (
-        ["k/out.txt"] if before else []
-    )
+    kept = [store.current(target) / "out.txt"] if before else []
+    assert list(target.parent.rglob("*.txt")) == kept
     assert list(target.parent.glob("[!.]*")) == ([target] if before else [])
-    assert list(target.parent.glob(".*")) == [], "neither a draft nor a lock"
+    assert len(list(target.parent.glob(".*"))) == len(kept), "neither a draft nor a lock"
 
 
 def test_nothing_is_at_the_target_while_it_is_built(home):
@@ -92,6 +91,47 @@ def test_nothing_is_at_the_target_while_it_is_built(home):
 
     assert store.produce(target, build)
     assert [target.stat().st_ino] == drafts, "put in place by one rename, not copied file by file"
+
+
+def test_who_reads_while_it_is_built_again_reads_on_from_what_was_there(home):
+    target = store.folder("train", "k")
+    store.produce(target, write("first"))
+    reader = store.current(target)
+    assert reader.name == "k", "a folder says which key it is of"
+    store.produce(target, write("second"), fresh=True)
+    assert (reader / "out.txt").read_text() == "first"
+    assert (store.current(target) / "out.txt").read_text() == "second"
+    store.produce(target, write("third"), fresh=True)
+    assert not reader.exists(), "only the one before is kept"
+
+
+def test_a_folder_from_before_targets_were_links_is_used_and_can_be_built_again(home):
+    target = store.folder("train", "k")
+    target.mkdir(parents=True)
+    (target / "out.txt").write_text("first")
+    assert store.produce(target, write("second")) is False
+    assert store.produce(target, write("second"), fresh=True) is True
+    assert (target / "out.txt").read_text() == "second"
+
+
+def test_what_the_dead_have_left_is_removed_by_the_next_who_builds(home):
+    target = store.folder("train", "k")
+    for other in (files.private(target), files.private(target)):
+        (other / "k").mkdir(parents=True)
+    neighbour = target.with_name(".k-of-another")
+    neighbour.mkdir()
+    store.produce(target, write("first"))
+    assert len(list(target.parent.glob(".k-*"))) == 2, "the folder itself, and one of another name"
+    store.drop(target)
+    assert list(target.parent.iterdir()) == [neighbour]
+
+
+def test_what_is_placed_stays_as_it_is(home):
+    target = home / "bundles" / "abc"
+    assert store.place(target, write("first")) is True
+    assert store.place(target, write("second")) is False
+    assert (target / "out.txt").read_text() == "first"
+    assert [file.name for file in target.parent.iterdir()] == ["abc"]
 
 
 def test_of_two_that_build_the_same_one_waits_for_the_other(home):
@@ -124,4 +164,4 @@ def test_a_lock_that_was_taken_away_while_waited_for_locks_nobody_out(home):
     with ThreadPoolExecutor(8) as pool:
         built = list(pool.map(lambda _: store.produce(target, build, fresh=True), range(40)))
     assert built == [True] * 40
-    assert list(target.parent.glob(".*")) == []
+    assert len(list(target.parent.glob(".*"))) == 2, "the folder, and the one before"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from app import compression
-from app.bundle import Bundle, Schema, columns_of
+from app.bundle import Bundle, Schema, columns_of, identity
 from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError
@@ -212,7 +212,10 @@ class TestCompression:
         assert after["bytes"] == (made.path / "model.onnx").stat().st_size
         assert before["ms_1"] > 0 < after["ms_32"]
         assert abs(before["score"] - after["score"]) < 0.2
-        assert smaller.manifest["compressed_from"] == Bundle(bundle).manifest["files"]["model.onnx"]
+        assert smaller.manifest["compressed_from"] == {
+            "identity": identity(bundle),
+            "decision": bundles.PASSED,
+        }
         assert "## Compression" in (made.path / "card.md").read_text()
         assert compression.compress(bundle).path == made.path, "not made twice"
         with pytest.raises(UserError, match="is an int8 bundle already"):
@@ -268,4 +271,4 @@ def test_a_tabular_graph_is_quantised_too(tmp_path):
     expected = opened.predict(columns)
     compression.quantize(path / "model.onnx", tmp_path / "int8.onnx")
     (path / "model.onnx").write_bytes((tmp_path / "int8.onnx").read_bytes())
-    np.testing.assert_allclose(Bundle(path, sealed=False).predict(columns), expected, atol=0.02)
+    np.testing.assert_allclose(Bundle(path, sealed=False).predict(columns), expected, atol=0.03)

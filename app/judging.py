@@ -1,0 +1,84 @@
+"""From a candidate to a registered version: the gate's decision becomes part of its bundle."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from app import bundle, kept, registry
+from app.bundle import Bundle
+from app.config import Gate
+from app.console import Console
+from app.evaluation import gate
+from app.registry import CHAMPION, Run, Version
+from app.tasks import Task
+
+
+def register(
+    name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
+) -> tuple[Path, gate.Decision, Version | None]:
+    """Judge a candidate, store its bundle with the run, and register it if it passes.
+
+    Returns the bundle's folder, the decision, and the version if there is one. A candidate that has a version
+    keeps it, and the decision of that time.
+    """
+    done = None
+    while done is None:
+        done = _once(name, candidate, rules, task, run, console)
+    return done
+
+
+def _once(
+    name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
+) -> tuple[Path, gate.Decision, Version | None] | None:
+    """None if another became the champion meanwhile."""
+    metrics = json.loads((candidate / "metrics.json").read_text())
+    with console.stage("gate") as done:
+        known = registry.registered_candidate(name, bundle.identity(candidate))
+        path = known.path if known else _judged(name, candidate, rules, metrics, task)
+        decision = decision_of(path)
+        verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
+        done(verdict, cached=known is not None)
+    with console.stage("register") as done:
+        if not (known and run.resumed):
+            results = {f"test_{metric}": value for metric, value in metrics["model"].items()}
+            run.log_results(results, {"raylway.gate": verdict})
+        uri = run.log_bundle(path)
+        if not decision.passed:
+            done("not registered; the run and its bundle are in MLflow")
+            return path, decision, None
+        try:
+            version = registry.register(name, run.id, path, uri)
+        except registry.Outdated as outdated:
+            done(f"{outdated}; judging again")
+            return None
+        done(f"{name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
+        return path, decision, version
+
+
+def decision_of(path: Path) -> gate.Decision:
+    """What the gate decided about the bundle in a folder."""
+    sealed = bundle.manifest_of(path)["decision"]
+    return gate.Decision(sealed["passed"], sealed["reason"])
+
+
+def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], task: Task) -> Path:
+    """The folder of the candidate's bundle with the decision in it."""
+    champion = registry.find(name, CHAMPION)
+    scores = _champion_metrics(champion, task)
+    decision = gate.decide(rules, metrics["model"], metrics["baselines"], scores)
+    against = champion and {"version": champion.number, "identity": champion.identity, "metrics": scores}
+    facts = {**asdict(decision), "gate": rules.model_dump(mode="json"), "champion": against}
+    return kept.keep(candidate, {"candidate": bundle.identity(candidate), "decision": facts})
+
+
+def _champion_metrics(champion: Version | None, task: Task) -> dict[str, float] | None:
+    """The champion's on the same test part; None without one, or if it takes columns that are gone."""
+    if champion is None:
+        return None
+    opened = Bundle(champion.path)
+    names = {i.name for i in opened.schema.inputs}
+    if not names <= set(task.prepared.frame("test").columns):
+        return None
+    return task.evaluate(opened)["model"]

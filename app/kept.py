@@ -1,0 +1,31 @@
+"""Bundles in the state directory: one folder each, named by the bundle's identity and never written again.
+
+Whatever is served, judged or used for predictions is read from here. The folders of MLflow's store are for
+MLflow's tools, which may write into them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app import bundle, store
+from app.home import home
+
+
+def folder(identity: str) -> Path:
+    """Where the bundle with an identity is kept, or would be: the same path on every machine that has this
+    state directory."""
+    return home() / "bundles" / identity
+
+
+def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:
+    """Keep a copy of a bundle, with `facts` added to its manifest; returns its folder.
+
+    Copies the manifest's files and no other. Raises BrokenBundle if they are not as the manifest says.
+    """
+    manifest = bundle.verify(source)
+    content = bundle.document({**manifest, **facts}) if facts else (source / bundle.MANIFEST).read_bytes()
+    target = folder(hashlib.sha256(content).hexdigest())
+    store.place(target, lambda draft: bundle.copy(source, draft, content))
+    return target
