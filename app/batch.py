@@ -1,6 +1,7 @@
 """Predictions for whole tables: the bundle, contract and answers of an endpoint, on a cluster's CPUs."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from app import registry
+from app import capacity, registry
 from app.bundle import Bundle, Schema, columns_of
 from app.config import Source
 from app.data.sources import Files
@@ -94,8 +95,16 @@ class Predictor:
         return {"label": pa.string(), "known": pa.bool_()}.get(name, pa.float32())
 
 
-def run(model: str, source: Source, output: Path, k: int = 10) -> tuple[int, int]:
+def run(
+    model: str,
+    source: Source,
+    output: Path,
+    k: int = 10,
+    on_wait: Callable[[str | None], None] = lambda _: None,
+) -> tuple[int, int]:
     """Answer all rows of a file or folder; `output` becomes a folder of Parquet files. Needs Ray.
+
+    `on_wait` hears what is waited for, if anything is.
 
     :returns: how many rows there were, and how many of them broke the contract.
     :raises UserError: there is no such model or input, a column is missing, or `output` is there already.
@@ -107,6 +116,7 @@ def run(model: str, source: Source, output: Path, k: int = 10) -> tuple[int, int
         raise UserError(f"--output: {output} is there already; name a folder that is not, or remove it")
     path = folder(model)
     bundle = Bundle(path)
+    on_wait(capacity.now().wait(1, "predict"))
     rows = _read(source, bundle.schema)
     # Answers stand in the order of their rows.
     DataContext.get_current().execution_options.preserve_order = True
@@ -115,7 +125,7 @@ def run(model: str, source: Source, output: Path, k: int = 10) -> tuple[int, int
         fn_constructor_args=(path, k),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
-        compute=_actors(),
+        **_actors(capacity.now().room()),
     ).materialize()
     # A folder that is there is whole.
     draft = output.with_name(f".{output.name}.draft")
@@ -124,11 +134,15 @@ def run(model: str, source: Source, output: Path, k: int = 10) -> tuple[int, int
     return answered.count(), answered.aggregate(Count(VIOLATION, ignore_nulls=True))[f"count({VIOLATION})"]
 
 
-def _actors() -> Any:
-    import ray
+def _actors(room: float) -> dict[str, Any]:
+    """How many actors answer, and what each claims, so that Ray Data's own tasks have a CPU as well: they
+    read the rows, and actors that claimed it would wait for rows for ever."""
     from ray.data import ActorPoolStrategy
 
-    return ActorPoolStrategy(min_size=1, max_size=max(1, int(ray.cluster_resources().get("CPU", 1))))
+    if room >= 2:
+        return {"compute": ActorPoolStrategy(min_size=1, max_size=int(room))}
+    share = math.floor(100 * (room - 1)) / 100
+    return {"compute": ActorPoolStrategy(size=1), "num_cpus": share}
 
 
 def _read(source: Source, schema: Schema) -> "Dataset":

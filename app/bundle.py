@@ -65,6 +65,10 @@ class Schema(BaseModel):
     """The column that is predicted; of a ranking, the items'."""
     positive: str = ""
     """Of a binary task: what counts as 1."""
+    negatives: list[str] = []
+    """Of a binary task: the label's other values in training; empty if there are many."""
+    above: float | None = None
+    """Of a binary task with a threshold: the number beyond which a value counts as 1."""
     classes: list[str] = []
     """Of several classes: their names, in the order of the graph's output."""
     num_items: int = 0
@@ -178,8 +182,8 @@ def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or value != value
 
 
-def schema_of(project: Project, preprocessor: Preprocessor) -> Schema:
-    """What the bundle of a project takes and gives."""
+def schema_of(project: Project, preprocessor: Preprocessor, labels: Sequence[str] = ()) -> Schema:
+    """What the bundle of a project takes and gives; `labels` are the label's values in training."""
     known = {
         c.column: [v for v in c.values if v != MISSING]
         for c in preprocessor.columns
@@ -194,6 +198,8 @@ def schema_of(project: Project, preprocessor: Preprocessor) -> Schema:
         ],
         label=label.column,
         positive=label.outcome if label.classes is None else "",
+        negatives=[value for value in labels if value != label.outcome] if label.classes is None else [],
+        above=label.above,
         classes=label.classes or [],
     )
 

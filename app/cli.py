@@ -199,8 +199,11 @@ def serve(file: File, overrides: Set = None) -> None:
         for note in notes:
             console.say(note, style="yellow")
         with cluster.session():
+            from app import capacity
+
             needed = project.serving.num_cpus * project.serving.autoscaling.min_replicas
-            console.wait(cluster.shortage(needed, "serving.num_cpus x autoscaling.min_replicas"))
+            setting = "serving.num_cpus x autoscaling.min_replicas"
+            console.wait(capacity.now().wait(needed, setting, besides=project.name))
             server = deploy.deploy(project.serving, project.name, chosen)
             for name, variant in chosen.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
@@ -230,7 +233,7 @@ def predict(
         from app import batch, cluster
 
         with cluster.session():
-            rows, broken = batch.run(model, batch.source(input_), output, k)
+            rows, broken = batch.run(model, batch.source(input_), output, k, console.wait)
         console.say(f"{rows:,} rows answered in {output}")
         if broken:
             console.say(
@@ -322,8 +325,13 @@ def _endpoint(document: dict[str, Any]) -> RenderableType:
         workers = f" ({variant['workers'][0]} workers)" if variant["workers"] else ""
         table.add_row(name + workers, variant["version"], share, rate, *values, errors)
     notes = [f"fault: {fault}" for fault in document["faults"]]
-    if document["not_recorded"]:
-        notes.append(f"{document['not_recorded']:,} predictions were not recorded: the database was away")
+    recording = document["recording"]
+    if recording["dropped"]:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in recording["dropped"].items())
+        notes.append(f"{document['not_recorded']:,} predictions were not recorded ({reasons})")
+    for fault in recording["faults"]:
+        waiting = f"{recording['waiting']:,} predictions ({recording['waiting_bytes'] / 1e6:.1f} MB)"
+        notes.append(f"the database takes no records, {waiting} wait: {fault}")
     if document["not_shadowed"]:
         notes.append(f"{document['not_shadowed']:,} requests were not shadowed")
     if notes:

@@ -22,7 +22,7 @@ import psutil
 
 from app.errors import UserError
 from app.flags import FLAGS, LOCAL_FLAGS, environment
-from app.home import home
+from app.home import home, make_private
 
 MARK = "RAYLWAY_CLUSTER"
 """Names a local cluster's directory in the environment of each of its processes."""
@@ -114,7 +114,7 @@ def free_ports(count: int) -> list[int]:
 def ensure_token() -> Path:
     """The state directory's token file, made once, readable by its owner only."""
     path = home() / "auth_token"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     try:
         os.write(descriptor, secrets.token_hex(32).encode())
@@ -190,26 +190,6 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
         if directory:
             reap(directory)
         _replace_environ(before)
-
-
-def shortage(num_cpus: float, setting: str) -> str | None:
-    """What to wait for until the cluster has so many CPUs free, in words; None if it has them now. Needs Ray.
-
-    Raises UserError, which names the setting to lower, if it would be forever: a cluster that does not grow
-    has fewer.
-    """
-    import ray
-
-    total, free = (
-        resources.get("CPU", 0.0) for resources in (ray.cluster_resources(), ray.available_resources())
-    )
-    grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
-    if total < num_cpus and not grows:
-        raise UserError(
-            f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {total:g}; lower it with --set, or "
-            "use a larger cluster"
-        )
-    return f"waiting for {num_cpus:g} CPUs; {free:g} of {total:g} are free" if free < num_cpus else None
 
 
 def _replace_environ(values: dict[str, str]) -> None:

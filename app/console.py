@@ -13,7 +13,7 @@ from rich.console import Console as Rich
 from rich.console import RenderableType
 from rich.live import Live
 
-from app.home import home
+from app.home import home, private_file
 
 
 class Console:
@@ -80,7 +80,7 @@ def chatter_to_log(command: str) -> Iterator[tuple[Console, Path]]:
     At the level of file descriptors, since Ray's and Horovod's C++ parts do not ask Python.
     """
     log = home() / "logs" / f"{command}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    private_file(log)
     sys.stdout.flush()
     sys.stderr.flush()
     terminal, errors = os.dup(1), os.dup(2)

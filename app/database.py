@@ -1,33 +1,119 @@
 """The SQL database of what happens in production: SQLite in the state directory, or PostgreSQL."""
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Engine, MetaData
-from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table
 
 from app import files
-from app.home import database_url, home
+from app.errors import UserError
+from app.home import database_url, home, make_private, private_file
 
 TABLES = MetaData()
-"""Each module that keeps something there adds its tables."""
+"""Each module that keeps something in the database adds its tables, but for those of a Part."""
+VERSIONS = Table(
+    "schema_versions",
+    TABLES,
+    Column("part", String(32), primary_key=True),
+    Column("version", Integer, nullable=False),
+)
+STATEMENT_TIMEOUT_S = 30.0
+"""Longest time that a statement may take. A server that accepts and never answers fails after it."""
 
 
-def connect() -> Engine:
-    """The database, with all TABLES made; safe to use from several threads."""
-    home().mkdir(parents=True, exist_ok=True)
-    url = database_url("production.db")
-    engine = _sqlite(url) if url.startswith("sqlite") else sqlalchemy.create_engine(url, pool_pre_ping=True)
-    try:
-        TABLES.create_all(engine)
-    except (IntegrityError, OperationalError, ProgrammingError):
-        TABLES.create_all(engine)  # somebody else was making them
-    return engine
+@dataclass(frozen=True)
+class Part:
+    """Tables that change their form together."""
+
+    name: str
+    tables: MetaData
+    migrations: Sequence[Callable[[Connection], None]]
+    """The step from version 1 to 2, from 2 to 3, and so on. Each runs in the transaction that counts it."""
 
 
-def begin_exclusively(connection: sqlalchemy.Connection, name: str) -> None:
+class Database:
+    """A pool of connections; safe to use from several threads.
+
+    Nothing is opened before the first use, so a process can start while the database is away. The tables are
+    made, or brought to this code's form, in the first transaction that succeeds.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        self._parts = parts
+        self._engine = _engine(database_url("production.db"))
+        self._is_current = False
+        self._preparing = threading.Lock()
+
+    @contextlib.contextmanager
+    def begin(self) -> Iterator[Connection]:
+        """A transaction: committed at the end of the block, rolled back if it raises."""
+        self._prepare()
+        with self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """A connection for reading."""
+        self._prepare()
+        with self._engine.connect() as connection:
+            yield connection
+
+    def dispose(self) -> None:
+        self._engine.dispose()
+
+    def _prepare(self) -> None:
+        if self._is_current:
+            return
+        with self._preparing:
+            if self._is_current:
+                return
+            is_file = self._engine.dialect.name == "sqlite"
+            with _first_to_open(self._engine.url.database) if is_file else contextlib.nullcontext():
+                with self._engine.connect() as connection:
+                    is_current = self._has_all(connection)
+                if not is_current:
+                    with self._engine.begin() as connection:
+                        begin_exclusively(connection, "schema")
+                        self._upgrade(connection)
+            self._is_current = True
+
+    def _has_all(self, connection: Connection) -> bool:
+        """Whether every table is there in this code's form; asked without a lock, as mostly it is."""
+        names = set(sqlalchemy.inspect(connection).get_table_names())
+        wanted = set(TABLES.tables).union(*(part.tables.tables for part in self._parts))
+        return wanted <= names and all(_version(connection, part) == _latest(part) for part in self._parts)
+
+    def _upgrade(self, connection: Connection) -> None:
+        VERSIONS.create(connection, checkfirst=True)
+        for part in self._parts:
+            version, latest = _version(connection, part), _latest(part)
+            if version is None:
+                names = sqlalchemy.inspect(connection).get_table_names()
+                version = latest if set(part.tables.tables).isdisjoint(names) else 1
+                connection.execute(VERSIONS.insert(), {"part": part.name, "version": latest})
+            if version > latest:
+                raise UserError(
+                    f"the database's {part.name} have version {version}, written by a newer Raylway; this "
+                    f"one knows versions up to {latest}. Use the newer one."
+                )
+            for migrate in part.migrations[version - 1 :]:
+                migrate(connection)
+            connection.execute(VERSIONS.update().where(VERSIONS.c.part == part.name), {"version": latest})
+            part.tables.create_all(connection)
+        TABLES.create_all(connection)
+
+
+def connect(*parts: Part) -> Database:
+    """The database, with all TABLES once it is used, and `parts` in this code's form."""
+    return Database(parts)
+
+
+def begin_exclusively(connection: Connection, name: str) -> None:
     """Until the transaction ends, nobody else is between this and its end with the same `name`."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -42,7 +128,7 @@ def exclusively(name: str) -> Iterator[None]:
     transaction holds. It is released if this process is killed."""
     url = database_url("production.db")
     if url.startswith("sqlite"):
-        with files.locked(home() / "locks" / name):
+        with files.locked(make_private(home() / "locks") / name):
             yield
         return
     engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
@@ -51,8 +137,63 @@ def exclusively(name: str) -> Iterator[None]:
         yield
 
 
+def _version(connection: Connection, part: Part) -> int | None:
+    query = sqlalchemy.select(VERSIONS.c.version).where(VERSIONS.c.part == part.name)
+    return connection.execute(query).scalar()
+
+
+def _latest(part: Part) -> int:
+    return 1 + len(part.migrations)
+
+
+def _engine(url: str) -> Engine:
+    if url.startswith("sqlite"):
+        return _sqlite(url)
+    engine = sqlalchemy.create_engine(url, pool_pre_ping=True)
+
+    @sqlalchemy.event.listens_for(engine, "do_connect")
+    def open_connection(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return _bounded_connection(*arguments, **options)
+
+    return engine
+
+
+def _bounded_connection(*arguments: Any, **options: Any) -> Any:
+    """A connection to PostgreSQL whose statements end within STATEMENT_TIMEOUT_S, on both sides.
+
+    The server's own limit frees its locks; ours is for a server that does not answer at all.
+    """
+    import psycopg
+    from psycopg.errors import _WaitTimeout
+
+    class Bounded(psycopg.Connection):
+        def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+            try:
+                return super().wait(gen, interval, timeout or 1.5 * STATEMENT_TIMEOUT_S)
+            except _WaitTimeout:
+                self.pgconn.finish()  # what it would answer now is unknown
+                raise psycopg.OperationalError("the server does not answer") from None
+
+    connection = Bounded.connect(*arguments, **options)
+    connection.execute(f"SET statement_timeout = {STATEMENT_TIMEOUT_S * 1000:.0f}")
+    connection.commit()
+    return connection
+
+
+@contextlib.contextmanager
+def _first_to_open(file: str | None) -> Iterator[None]:
+    """Let one process at a time open a SQLite file for the first time; make it for its owner alone.
+
+    Two that turn its journal to WAL at once would fail.
+    """
+    if file and Path(file).is_relative_to(home()):
+        private_file(Path(file))
+    with exclusively("open"):
+        yield
+
+
 def _sqlite(url: str) -> Engine:
-    engine = sqlalchemy.create_engine(url, connect_args={"timeout": 30})
+    engine = sqlalchemy.create_engine(url, connect_args={"timeout": STATEMENT_TIMEOUT_S})
 
     @sqlalchemy.event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:

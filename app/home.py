@@ -4,19 +4,55 @@ import os
 import re
 from pathlib import Path
 
+CONNECT_TIMEOUT_S = 5
+"""Longest time to wait for a PostgreSQL server to accept a connection."""
+
 
 def home() -> Path:
     """The state directory, absolute: `$RAYLWAY_HOME`, or `.raylway` in the current directory.
 
-    It is not made here: whoever writes below it makes what it needs.
+    It is not made here: `make_private` makes it.
     """
     return Path(os.environ.get("RAYLWAY_HOME", ".raylway")).expanduser().resolve()
 
 
+def make_private(folder: Path) -> Path:
+    """Make a folder, if it is not there, and return it.
+
+    The state directory holds clients' data, tokens and keys: one that is made here is for its owner alone
+    (0700). The mode of one that is there already is its owner's decision.
+    """
+    root = home()
+    if not folder.is_relative_to(root):
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    root.parent.mkdir(parents=True, exist_ok=True)
+    inside = folder.relative_to(root)
+    for part in (root, *(root / parent for parent in reversed(inside.parents)), folder):
+        part.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def private_file(file: Path) -> Path:
+    """Make an empty file that only its owner can read (0600), if it is not there, and return it.
+
+    SQLite gives its own files beside a database (-wal, -shm) the database's mode.
+    """
+    make_private(file.parent)
+    os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    return file
+
+
 def database_url(file: str) -> str:
-    """Where tables are kept: $RAYLWAY_DATABASE_URL (PostgreSQL), or a SQLite file in the state directory."""
+    """Where tables are kept: $RAYLWAY_DATABASE_URL (PostgreSQL), or a SQLite file in the state directory.
+
+    The file is made by whoever opens it, with `private_file`.
+    """
     url = os.environ.get("RAYLWAY_DATABASE_URL")
     if url is None:
         return f"sqlite:///{home() / file}"
     # SQLAlchemy would look for psycopg2.
-    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
+    url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
+    if url.startswith("postgresql") and "connect_timeout=" not in url:
+        url += f"{'&' if '?' in url else '?'}connect_timeout={CONNECT_TIMEOUT_S}"
+    return url

@@ -12,7 +12,7 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
 from app.errors import UserError
-from app.home import home
+from app.home import home, make_private
 
 ISSUER = "raylway"
 AUDIENCE = "raylway"
@@ -31,7 +31,7 @@ def jwks() -> Path:
 def new_key() -> None:
     """Sign with a new key from now on; tokens of the ones before stay good."""
     folder = _folder()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(folder)
     private = folder / "keys.json"
     before = json.loads(private.read_text())["keys"] if private.exists() else []
     key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)

@@ -25,7 +25,7 @@ from app.cluster import (
     temp_dir,
 )
 from app.errors import UserError
-from app.home import home
+from app.home import home, make_private
 
 START_TIMEOUT_S = 90.0
 """A head takes about 7 s on two idle cores."""
@@ -95,7 +95,7 @@ def down() -> Cluster | None:
 
 def _start(directory: Path) -> Cluster:
     log = home() / "logs" / "cluster.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_private(log.parent)
     token_path = ensure_token()
     dashboard_port, client_port = free_ports(2)
     # On one node there is nowhere to drain to; with an application deployed, Ray would wait 30 s for it.
@@ -175,7 +175,7 @@ def _forget(cluster: Cluster) -> None:
 @contextlib.contextmanager
 def _lock() -> Iterator[None]:
     """One `up` or `down` at a time for one state directory."""
-    home().mkdir(parents=True, exist_ok=True)
+    make_private(home())
     with (home() / "cluster.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

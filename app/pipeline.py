@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import bundle, cluster, judging, registry, store
+from app import bundle, capacity, judging, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
@@ -45,6 +45,8 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
     """
     store.require_shared()
+    # Ray Data's tasks take a CPU each.
+    console.wait(capacity.now().wait(1, "preparing data"))
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)
@@ -58,8 +60,6 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
         def on_note(note: str) -> None:
             console.say(f"  {note}", style="yellow")
 
-        if fresh or not trainer.done(project, prepared):
-            console.wait(cluster.shortage(project.training.min_workers, "training.num_workers"))
         with console.stage("train") as done:
             trained = trainer.train(project, prepared, on_epoch, on_note, fresh=fresh)
             for epoch in trained.history:

@@ -34,7 +34,7 @@ from app import bundle, database, files, kept, signature, store
 from app.audit import Audit
 from app.config import Project
 from app.errors import Interrupted, UserError
-from app.home import database_url, home
+from app.home import database_url, home, make_private, private_file
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 KEY_TAG = "raylway.key"
@@ -80,7 +80,9 @@ def uri() -> str:
 
 def client() -> MlflowClient:
     """A client of our MLflow, whose tables are made at the first call."""
-    home().mkdir(parents=True, exist_ok=True)
+    make_private(home() / "artifacts")
+    if uri().startswith("sqlite"):
+        private_file(home() / "mlflow.db")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     file = home() / "mlflow.db"
     if uri() == f"sqlite:///{file}" and not file.exists():

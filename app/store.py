@@ -11,7 +11,7 @@ from typing import Any
 
 from app import files
 from app.errors import UserError
-from app.home import home
+from app.home import home, make_private
 
 
 def key(stage: str, inputs: Mapping[str, Any], code: Iterable[ModuleType]) -> str:
@@ -40,6 +40,7 @@ def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False)
     """
     if target.exists() and not fresh:
         return False
+    make_private(target.parent)
     with files.locked(target):
         if target.exists() and not fresh:
             return False
@@ -69,6 +70,7 @@ def place(target: Path, build: Callable[[Path], None]) -> bool:
     """
     if target.exists():
         return False
+    make_private(target.parent)
     with files.locked(target):
         if target.exists():
             return False
@@ -122,7 +124,7 @@ def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) 
     `seen_by` tells of each node's address whether it sees a file. Raises UserError that names the nodes
     that do not: their tasks would write where nobody looks.
     """
-    home().mkdir(parents=True, exist_ok=True)
+    make_private(home())
     with tempfile.NamedTemporaryFile(dir=home(), prefix=".seen-") as marker:
         nodes = (seen_by or _seen_by)(Path(marker.name))
     blind = [address for address, sees in nodes.items() if not sees]

@@ -17,7 +17,7 @@ from rich.text import Text
 from app import registry
 from app.config import Project
 from app.console import Console, short
-from app.home import home
+from app.home import home, make_private
 from app.tuning import report as reports
 from app.tuning import study as studies
 from app.tuning import tuner
@@ -90,7 +90,7 @@ def report(project: Project, file: Path | None = None) -> Path:
     """Write the page about a project's sweep; returns where. Raises UserError if nothing is stored of it."""
     space = Space(project)
     name = space.sweep.study or project.name
-    file = file or folder(name) / "report.html"
+    file = file or make_private(folder(name)) / "report.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(reports.page(studies.load(name), space.sweep.objectives), encoding="utf-8")
     return file
@@ -108,8 +108,7 @@ def point_of(trial: FrozenTrial) -> dict[str, Any]:
 
 def _write(space: Space, trial: FrozenTrial, name: str, objectives: list[str]) -> Path:
     """The project file of a trial: complete, and trained by `raylway train` to the same network."""
-    file = folder(name) / ("best.yaml" if len(objectives) == 1 else f"best-{trial.number}.yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = make_private(folder(name)) / ("best.yaml" if len(objectives) == 1 else f"best-{trial.number}.yaml")
     head = f"# Trial {trial.number} of the study {name}: {_values(trial, objectives)}.\n"
     document = yaml.safe_dump(space.document(point_of(trial)), sort_keys=False, allow_unicode=True)
     file.write_text(head + document, encoding="utf-8")

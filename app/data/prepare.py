@@ -21,6 +21,8 @@ from app.errors import UserError
 CODE = (config, features, interactions, schema, sources, split, tokens, sys.modules[__name__])
 LABEL = "__label__"
 """The column of a prepared part that holds the label: 0 or 1, or its place among `label.classes`."""
+MAX_LABELS = 100
+"""A label with more values does not have them listed."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Rows and share of positives (or of each class) by part, and the data version."""
+        """Rows and share of positives (or of each class) by part, the label's values, the data version."""
         return json.loads((self.path / "summary.json").read_text())
 
     def part(self, name: str) -> Path:
@@ -108,7 +110,12 @@ def _build(project: Project, version: str, draft: Path) -> None:
         (encoding,) = (e for e in project.features.values() if isinstance(e, Tokens))
         tokens.write(project.model.encoder, encoding.max_length, draft / tokens.FILE)
 
-    summary: dict[str, Any] = {"data_version": version, "rows": labels.total(), "parts": {}}
+    summary: dict[str, Any] = {
+        "data_version": version,
+        "rows": labels.total(),
+        "labels": sorted(labels) if len(labels) <= MAX_LABELS else [],
+        "parts": {},
+    }
     for name, part in parts.items():
         shares = _shares(part.map_batches(_count_labels, fn_args=(LABEL,), **whole).take_all(), data.target)
         if not all(shares):

@@ -13,7 +13,6 @@ import orjson
 import starlette.requests
 import starlette.responses
 from ray.exceptions import RayError
-from sqlalchemy.exc import DBAPIError
 
 from app.audit import Audit
 from app.bundle import Ranking, columns_of
@@ -21,7 +20,7 @@ from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
 from app.records import Prediction, Records
-from app.serving import explain, feedback, limits, logs, openapi, protocol, tensors, traffic
+from app.serving import explain, feedback, known, limits, logs, openapi, protocol, tensors, traffic
 from app.serving.auth import ANYBODY, Authenticator, Principal
 from app.serving.autoscaling import LOAD, Busyness
 from app.serving.http import JSON, Request, Response, by_proxy
@@ -29,7 +28,7 @@ from app.serving.limits import Limiter
 from app.serving.live import Live
 from app.serving.meters import Asked, Meters
 from app.serving.protocol import MAX_UNIT_LENGTH, Answer, Question, Refused
-from app.serving.recorder import Recorder
+from app.serving.recorder import NotStored, Recorder
 from app.serving.remote import Columns
 from app.serving.shadow import Copy, Shadow
 from app.serving.status import State
@@ -75,15 +74,13 @@ class Endpoint:
         if serving.limits.requests_per_s is not None:
             self._limiter = Limiter(serving.limits.requests_per_s, limits.borrow)
         self._audit = Audit()
-        held = traffic.current(self._audit, name)
-        if held is None:
-            raise UserError(f"{name} has no traffic; say `raylway serve` first")
-        self._entry, wanted = held
+        self._fault: str | None
+        self._entry, wanted, self._fault = known.first(self._audit, name)
         self._refused = 0
         """The newest entry that could not be taken in."""
-        self._fault: str | None = None
         self._trusted_keys = serving.trusted_keys
         self._live = Live(wanted, serving.limits.max_rows, None, self._trusted_keys)
+        known.remember(name, self._entry, wanted)
         self._recorder = Recorder(Records(), serving.limits.feedback_per_hour) if serving.record else None
         self._shadows: dict[str, Shadow] = {}
         self._meters = Meters(name)
@@ -117,10 +114,10 @@ class Endpoint:
 
     def state(self) -> State:
         """For the commands, by Serve's handle."""
-        live, dropped = self._live, self._recorder.dropped if self._recorder else 0
+        live, recording = self._live, self._recorder.recording() if self._recorder else None
         shadows = {name: shadow.dropped for name, shadow in self._shadows.items()}
         recent = self._meters.recent.tallies()
-        return State(self._entry, self._fault, live.versions, live.weights, dropped, shadows, recent)
+        return State(self._entry, self._fault, live.versions, live.weights, recording, shadows, recent)
 
     async def refresh(self) -> State:
         """Take in now what holds, and say where that led."""
@@ -133,7 +130,8 @@ class Endpoint:
         while True:
             await asyncio.sleep(FOLLOW_S)
             try:
-                await self._meters.tell(self._recorder.dropped if self._recorder else 0, self._live.weights)
+                dropped = self._recorder.recording().dropped if self._recorder else {}
+                await self._meters.tell(sum(dropped.values()), self._live.weights)
                 await self._take_in()
             except Exception as error:
                 log.warning("the traffic of %s cannot be looked up: %s", self._name, error)
@@ -141,6 +139,8 @@ class Endpoint:
     async def _take_in(self) -> None:
         """Swap to the traffic that holds, once it is loaded; what is served until then goes on."""
         held = await asyncio.to_thread(traffic.current, self._audit, self._name)
+        if held is not None and held[0] == self._entry:
+            self._fault = None
         if held is None or held[0] in (self._entry, self._refused):
             return
         number, wanted = held
@@ -153,6 +153,7 @@ class Endpoint:
             log.error("entry %d of the audit log is not taken in: %s", number, error)
             return
         self._live, self._entry, self._fault = live, number, None
+        await asyncio.to_thread(known.remember, self._name, number, wanted)
         self._cast()
 
     def _cast(self) -> None:
@@ -277,9 +278,8 @@ class Endpoint:
             raise Refused(404, f"{self._name} keeps no records (serving.record), so it takes no feedback")
         said = feedback.parse(self._body(request, binary=False), self._live.schema)
         try:
-            return await feedback.answer(said, self._name, principal.name, self._recorder, self._limits)
-        except DBAPIError as error:
-            log.error("feedback cannot be written: %s", error.orig)
+            return await feedback.answer(said, self._name, principal, self._recorder, self._limits)
+        except NotStored:
             raise Refused(503, "the feedback cannot be stored now; send it again", headers=RETRY) from None
 
     def _body(self, request: Request, binary: bool) -> bytes:
@@ -320,9 +320,9 @@ class Endpoint:
                 rows=question.rows,
                 answer=protocol.said(answer, live.schema, question.k)["predictions"],
             )
-            self._recorder.add(prediction)
+            size = self._recorder.add(prediction)
             for shadow in self._shadows.values():
-                shadow.offer(Copy(prediction, columns))
+                shadow.offer(Copy(prediction, columns, size))
         return answer
 
     async def _explain(

@@ -17,6 +17,8 @@ DROPPED = "raylway_predictions_not_recorded"
 SHARE = "raylway_variant_share"
 TOGETHER = 16
 """Notes that are told at once: each takes some microseconds, in which nobody is answered."""
+MAX_NOTES = 100_000
+"""Most notes that wait, some 20 MB: Ray's metrics may be away, but requests are answered."""
 WINDOW_S, SLOT_S = 60.0, 5.0
 FINENESS = 1.1
 """Latencies are counted by the nearest power of this."""
@@ -110,7 +112,7 @@ class Meters:
             LATENCY, "From the whole request to its answer, in seconds.", LATENCY_BUCKETS_S, keys
         )
         self._rows = Histogram(ROWS, "Rows of a request.", BATCH_BUCKETS, ("model", "variant"))
-        self._dropped = Gauge(DROPPED, "Predictions lost, because the database was away.", ("model",))
+        self._dropped = Gauge(DROPPED, "Predictions that were not recorded.", ("model",))
         self._share = Gauge(SHARE, "A variant's share of the units.", ("model", "variant"))
         self._model = model
         self._asked: list[Asked] = []
@@ -118,7 +120,8 @@ class Meters:
         self.recent = Recent()
 
     def note(self, asked: Asked) -> None:
-        self._asked.append(asked)
+        if len(self._asked) < MAX_NOTES:
+            self._asked.append(asked)
 
     async def tell(self, dropped: int, weights: Mapping[str, float]) -> None:
         """Everything noted since the last time, and what holds now."""

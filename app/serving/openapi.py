@@ -171,6 +171,7 @@ def _feedback(schema: Schema) -> dict[str, Any]:
             "request_id": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,64}$"},
             "outcomes": {"type": "array", "items": outcome, "minItems": 1, "nullable": True},
             "reward": {"type": "number", "minimum": 0, "maximum": 1, "nullable": True},
+            "principal": {"type": "string", "minLength": 1, "maxLength": 256, "nullable": True},
         },
         ["request_id"],
     )
@@ -189,7 +190,7 @@ def _feedback(schema: Schema) -> dict[str, Any]:
         "201": {**found["responses"]["200"], "description": "Stored."},
         "202": {
             **found["responses"]["200"],
-            "description": "Stored apart: more than may be said in an hour.",
+            "description": "Stored apart: no such prediction is known, or more than may be said in an hour.",
         },
         "409": {**found["responses"]["422"], "description": "Something else was said before, and stays."},
         "410": {**found["responses"]["422"], "description": "The prediction is too old."},

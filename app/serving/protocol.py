@@ -43,9 +43,9 @@ from app.config import Category
 from app.errors import UserError
 
 MAX_UNIT_LENGTH = 256
+"""Characters of a unit."""
 UNIT = r"^[^\x00]+$"
 """PostgreSQL keeps no text with a NUL."""
-"""Characters of a unit."""
 NUM_ITEMS = 10
 """How many items a recommender gives if the request does not say."""
 NUM_VIOLATIONS = 100

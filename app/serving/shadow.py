@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from ray.exceptions import RayError
 
 from app.bundle import Ranking, Schema
 from app.records import Prediction
@@ -18,8 +19,9 @@ from app.serving.logs import log
 from app.serving.protocol import Answer
 from app.serving.remote import Columns, Remote
 
-QUEUE = 256
-"""Copies that wait; more are dropped."""
+QUEUE, QUEUE_BYTES = 256, 8 * 2**20
+"""Most copies that wait, and most JSON in them; more are dropped. In memory a copy takes some ten times its
+JSON: its rows are Python objects."""
 TOGETHER = 32
 """Copies that a shadow is asked about at once."""
 PAUSE_S = 1.0
@@ -32,13 +34,20 @@ class Copy:
 
     answered: Prediction
     columns: Columns
+    size: int
+    """Bytes of the recorded prediction; 0 if it is not recorded, and then its shadows are not either."""
 
 
 class Shadow:
     """One of them, with its queue. To be made in an event loop."""
 
     def __init__(
-        self, variant: str, version: str, remote: Remote, schema: Schema, record: Callable[[Prediction], None]
+        self,
+        variant: str,
+        version: str,
+        remote: Remote,
+        schema: Schema,
+        record: Callable[[Prediction], object],
     ):
         self._variant = variant
         self.version = version
@@ -46,16 +55,19 @@ class Shadow:
         self._schema = schema
         self._record = record
         self._queue: asyncio.Queue[Copy] = asyncio.Queue(QUEUE)
+        self._bytes = 0
+        """Of the copies that wait or are being asked about."""
         self._asking = asyncio.create_task(self._ask_on())
         self.dropped = 0
         """Copies that it did not get, or did not answer."""
 
     def offer(self, copy: Copy) -> None:
         """Never waits."""
-        try:
-            self._queue.put_nowait(copy)
-        except asyncio.QueueFull:
+        if not copy.size or self._bytes + copy.size > QUEUE_BYTES or self._queue.full():
             self.dropped += 1
+            return
+        self._queue.put_nowait(copy)
+        self._bytes += copy.size
 
     def close(self) -> None:
         """What still waits is dropped."""
@@ -70,8 +82,12 @@ class Shadow:
                 await self._ask(copies)
             except Exception as error:
                 self.dropped += len(copies)
-                log.warning("the shadow %s does not answer: %s", self._variant, str(error).splitlines()[:1])
+                expected = isinstance(error, TimeoutError | RayError)
+                reason = str(error).splitlines()[:1]
+                log.warning("the shadow %s does not answer: %s", self._variant, reason, exc_info=not expected)
                 await asyncio.sleep(PAUSE_S)
+            finally:
+                self._bytes -= sum(copy.size for copy in copies)
 
     async def _ask(self, copies: list[Copy]) -> None:
         begun = time.perf_counter()

@@ -1,13 +1,16 @@
 """What the endpoints do at the moment, as their replicas say."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.audit import Audit
-from app.serving import traffic
+from app.errors import UserError
+from app.serving import known
 from app.serving.limits import ROOT
 from app.serving.meters import WINDOW_S, Tally, merged
+from app.serving.recorder import Recording
 from app.serving.traffic import Traffic
 
 APART = "@"
@@ -25,8 +28,8 @@ class State:
     """Why it did not take in a later one."""
     versions: dict[str, str]
     weights: dict[str, float]
-    dropped: int
-    """Predictions that were not recorded, because the database was away for too long."""
+    recording: Recording | None
+    """How the recording of predictions does; None if the endpoint keeps no records."""
     shadows: dict[str, int]
     """Requests that each shadow did not get, or did not answer."""
     recent: dict[str, Tally]
@@ -50,6 +53,10 @@ class Endpoint:
     faults: Sequence[str]
     """Why it does not serve what it should."""
 
+    @property
+    def _recordings(self) -> list[Recording]:
+        return [state.recording for state in self.states if state.recording is not None]
+
     def document(self) -> dict[str, Any]:
         """For programs: seconds, and rates per second over the last minute."""
         recent = merged(state.recent for state in self.states)
@@ -70,7 +77,13 @@ class Endpoint:
                 }
                 for name, variant in self.traffic.variants.items()
             },
-            "not_recorded": sum(state.dropped for state in self.states),
+            "not_recorded": sum(sum(r.dropped.values()) for r in self._recordings),
+            "recording": {
+                "dropped": dict(sum((Counter(r.dropped) for r in self._recordings), Counter())),
+                "waiting": sum(r.waiting for r in self._recordings),
+                "waiting_bytes": sum(r.waiting_bytes for r in self._recordings),
+                "faults": sorted({r.fault for r in self._recordings if r.fault}),
+            },
             "not_shadowed": sum(sum(state.shadows.values()) for state in self.states),
             "faults": list(self.faults),
         }
@@ -95,14 +108,15 @@ def endpoints() -> list[Endpoint]:
     following = _asked(ROOT, ROOT, "faults") if ROOT in applications else []
     with Audit() as audit:
         models = [name for name in applications if name.islower() and APART not in name]
-        all_held = {name: traffic.current(audit, name) for name in models}
+        all_held = {name: _holds(audit, name) for name in models}
     found = []
-    for name, held in all_held.items():
+    for name, (held, fault) in all_held.items():
         if held is None:
             continue
         application = applications[name]
         states = _asked(name, name, "state")
         faults = {state.fault for state in states if state.fault}
+        faults |= {fault} - {None}
         faults |= {each[name] for each in following if name in each}
         workers = {
             variant: _counts(applications[deployed.workers], "worker")
@@ -113,6 +127,15 @@ def endpoints() -> list[Endpoint]:
         status = str(application.status.value)
         found.append(Endpoint(name, status, held[1], states, target, workers, sorted(faults)))
     return found
+
+
+def _holds(audit: Audit, name: str) -> tuple[tuple[int, Traffic] | None, str | None]:
+    """The traffic of an endpoint, from the database, or as it is known here; and what is wrong with it."""
+    try:
+        entry, found, fault = known.first(audit, name)
+    except UserError as error:
+        return None, str(error)
+    return (entry, found), fault
 
 
 def _counts(application: Any, deployment: str) -> tuple[int, int]:

@@ -81,7 +81,7 @@ class Tabular:
         return onnx.difference(network, self.preprocessor, folder / "model.onnx", self.prepared.frame("test"))
 
     def schema(self) -> Schema:
-        return bundle.schema_of(self.project, self.preprocessor)
+        return bundle.schema_of(self.project, self.preprocessor, self.prepared.summary["labels"])
 
     def evaluate(self, bundle: Bundle) -> dict[str, Any]:
         test = self.prepared.frame("test")

@@ -76,6 +76,13 @@ class Transitions(ControllerCallback, WorkerGroupCallback):
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._places = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._progress.add.remote("runs", True)
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        self._progress.add.remote("runs", False)
+
+    def before_worker_group_abort(self, worker_group_context: Any) -> None:
+        self._progress.add.remote("runs", False)
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(current_state, ResizingState):

@@ -151,8 +151,10 @@ class Listener:
             "epoch": on_epoch,
             "note": on_note,
             "end": self._ends,
+            "runs": self._changes,
         }
         self._end: dict[str, Any] = {}
+        self._runs = False
         self._count = 0
         self._lock = threading.Lock()
 
@@ -164,6 +166,14 @@ class Listener:
         """What `Teller.end` said: `outcome`, and the `epoch` and `step` at which it was."""
         self._listen_once()
         return self._end
+
+    def waits(self) -> bool:
+        """Whether there are no ranks that could write a checkpoint, and none has told an end."""
+        self._listen_once()
+        return not self._runs and not self._end
+
+    def _changes(self, runs: bool) -> None:
+        self._runs = runs
 
     def _ends(self, what: dict[str, Any]) -> None:
         self._end = what
@@ -191,9 +201,14 @@ def listening(
     done = threading.Event()
 
     def listen() -> None:
-        with contextlib.suppress(ray.exceptions.RayActorError):  # it is killed below
-            while not done.is_set():
+        while not done.is_set():
+            try:
                 listener._listen_once(WAIT_S)
+            except ray.exceptions.RayActorError:
+                return  # it is killed below, or its node is gone, and the training with it
+            except Exception:  # such as a control store that starts again
+                logging.getLogger(__name__).exception("the training's news are not heard; asking again")
+                done.wait(1.0)
 
     thread = threading.Thread(target=listen, name="progress", daemon=True)
     thread.start()

@@ -18,7 +18,7 @@ import ray
 import ray.train
 from ray.train.backend import BackendConfig
 
-from app import files, store
+from app import capacity, files, store
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError
@@ -205,8 +205,14 @@ def _fit_once(
     on_note: Callable[[str], None],
     stop: threading.Event,
 ) -> list[int]:
-    """One `fit`; returns the signals that were caught meanwhile and passed on to the ranks."""
+    """One `fit`; returns the signals that were caught meanwhile and passed on to the ranks.
+
+    Raises Interrupted if a signal comes while there are no ranks: then there is nothing to wait for.
+    """
     training = project.training
+    claimed, note = resources(project, training.min_workers)
+    if note:
+        on_note(note)
     trainer = ElasticTrainer(
         loop.train_loop,
         train_loop_config={
@@ -219,7 +225,7 @@ def _fit_once(
         scaling_config=ray.train.ScalingConfig(
             num_workers=training.num_workers,
             use_gpu=use_gpu(project),
-            resources_per_worker=resources(project),
+            resources_per_worker=claimed,
             elastic_resize_monitor_interval_s=10,
         ),
         run_config=ray.train.RunConfig(
@@ -246,6 +252,9 @@ def _fit_once(
         said = False
         while not future.done():
             wait_for([future], timeout=0.2)
+            if (caught or stop.is_set()) and listener.waits():
+                number = caught[0] if caught else signal.SIGTERM
+                raise Interrupted("it waited for room on the cluster, and trained nothing meanwhile", number)
             if caught and not said:
                 on_note("stopping after a checkpoint; the same again stops at once")
                 said = True
@@ -294,10 +303,15 @@ def _backend(project: Project) -> Any:
     return horovod.HorovodConfig()
 
 
-def resources(project: Project) -> dict[str, float]:
-    """What each worker takes of the cluster."""
+def resources(project: Project, num_workers: int) -> tuple[dict[str, float], str | None]:
+    """What each of so many workers claims of the cluster, and what to tell the user about it.
+
+    Raises UserError if the cluster can never have room for them.
+    """
     training = project.training
-    return {"CPU": training.num_cpus} | ({"GPU": training.num_gpus} if use_gpu(project) else {})
+    setting = "training.num_workers x training.num_cpus"
+    num_cpus, note = capacity.now().share(training.num_cpus, num_workers, setting)
+    return {"CPU": num_cpus} | ({"GPU": training.num_gpus} if use_gpu(project) else {}), note
 
 
 def use_gpu(project: Project) -> bool:

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from app.errors import UserError
-from app.home import database_url, home
+from app.home import database_url, home, make_private, private_file
 
 WAIT_S = 300.0
 """How long a database may be locked or away before the sweep gives up."""
@@ -134,7 +134,8 @@ def opened(
     `facts` (JSON values) are what makes its trials comparable; `say` hears what a person should know. Raises
     UserError if a sweep elsewhere has the study, or if its trials were made with other facts.
     """
-    home().mkdir(parents=True, exist_ok=True)
+    if url() == f"sqlite:///{home() / 'optuna.db'}":
+        private_file(home() / "optuna.db")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = _patiently(_storage, say)
     with contextlib.closing(_hold_of(name, storage)) as hold:
@@ -203,7 +204,7 @@ class _FileLock:
     def __init__(self, name: str):
         self._name = name
         path = home() / "sweeps" / name / "lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private(path.parent)
         self._file = path.open("a+")
 
     def take(self) -> None:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
+from app import capacity
 from app.config import Choice, Int, Project
 from app.config.sweep import SWEPT
 from app.data.prepare import prepare
@@ -94,7 +95,9 @@ def _tune(
     """Have Ray Tune run the trials that are left; returns the signals that came."""
     sweep = space.sweep
     workers = _most_workers(space)
-    per_worker = trainer.resources(space.base)
+    per_worker, note = trainer.resources(space.base, workers)
+    if note:
+        say(note)
     here = workers == 1
     cores = workers * per_worker["CPU"]
     recorder.of(search.numbers, cores)
@@ -218,6 +221,8 @@ def _less_one_cpu(per_worker: Mapping[str, float]) -> dict[str, float]:
     Ray Data's tasks would wait for one forever, as the trial waits for them.
     """
     smallest = min(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
+    there = capacity.now()
+    smallest = max(1.0, smallest - (there.total - there.room()))
     return {**per_worker, "CPU": per_worker["CPU"] * max(0.0, 1 - 1 / smallest)}
 
 
@@ -234,7 +239,7 @@ def _most_workers(space: Space) -> int:
 def _room(cores: float, per_worker: Mapping[str, float], workers: int) -> int:
     """How many trials the cluster has room for at once."""
     there = ray.cluster_resources()
-    rooms = [int(there.get("CPU", 0.0) / cores + 1e-9)]
+    rooms = [int(capacity.now().room() / cores + 1e-9)]
     if "GPU" in per_worker:
         rooms.append(int(there.get("GPU", 0.0) / (workers * per_worker["GPU"]) + 1e-9))
     if min(rooms) < 1:

@@ -1,12 +1,15 @@
 """A real PostgreSQL server holds the studies, MLflow's tables, and what happens in production."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import sqlalchemy
 
@@ -14,13 +17,13 @@ from app import registry
 from app.audit import Audit, Broken
 from app.errors import UserError
 from app.records import Records, Verdict
-from app.serving.recorder import Recorder
+from app.serving.recorder import REFUSED, NotStored, Recorder
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, states
-from tests.unit.test_records import AWKWARD, awkward, feedback, prediction
+from tests.unit.test_records import AWKWARD, VERSION_1, add, awkward, check_upgraded, feedback, prediction
 
 pytestmark = pytest.mark.integration
 
@@ -52,6 +55,19 @@ class Server:
     def stop(self) -> None:
         """As a crash does."""
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """All of its processes stand still until the end of the block."""
+        postmaster = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().split()[0]))
+        processes = [postmaster, *postmaster.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                process.resume()
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [self._programs / program, *arguments]
@@ -132,7 +148,7 @@ def test_what_happens_in_production_is_kept_once(database):
 
     def say():
         mine = Records()
-        mine.add([prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)])
+        add(mine, *(prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)))
         verdicts.extend(mine.judge([feedback(f"p{n}") for n in range(20)], 1000))
         mine.close()
 
@@ -153,7 +169,7 @@ def test_what_happens_in_production_is_kept_once(database):
 def test_whatever_was_asked_comes_back(database, text):
     records = Records()
     asked = awkward(text)
-    records.add([asked])
+    add(records, asked)
     assert records.predictions("income", [asked.request_id]) == [asked]
     records.close()
 
@@ -183,7 +199,7 @@ def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_ag
     async def tell(request_id):
         try:
             return await recorder.judge(feedback(request_id))
-        except sqlalchemy.exc.DBAPIError:
+        except NotStored:
             return None
 
     try:
@@ -202,7 +218,50 @@ def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_ag
         recorder.close()
     records = Records()
     assert {p.request_id for p in records.predictions("crash")} == {"before", "meanwhile"}
-    assert recorder.dropped == 1
+    assert recorder.recording().dropped == {REFUSED: 1}
+    records.close()
+
+
+def test_the_tables_of_an_older_raylway_are_upgraded(server, monkeypatch):
+    engine = sqlalchemy.create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE DATABASE older"))
+    engine.dispose()
+    engine = sqlalchemy.create_engine(server.url("older"))
+    rows = "convert_to('[{\"age\": 1}]', 'UTF8')"
+    with engine.begin() as connection:
+        connection.exec_driver_sql(VERSION_1.format(bytes="BYTEA", rows=rows))
+    engine.dispose()
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", server.url("older"))
+    records = Records()
+
+    def read():
+        mine = Records()
+        assert len(mine.predictions("income")) == 3
+        mine.close()
+
+    at_once(read)
+    check_upgraded(records)
+    records.close()
+
+
+def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch):
+    """Its processes are stopped: the kernel goes on accepting connections for them."""
+    monkeypatch.setattr("app.database.STATEMENT_TIMEOUT_S", 1.0)
+    records = Records()
+    add(records, prediction("hangs", model="hang"))
+    recorder = Recorder(records, 10)
+    with server.frozen():
+        with pytest.raises(sqlalchemy.exc.OperationalError):  # on a connection that is open
+            records.predictions("hang")
+        with pytest.raises(sqlalchemy.exc.OperationalError):  # on a new one
+            Records().predictions("hang")
+        recorder.add(prediction("waits", model="hang"))
+        with pytest.raises(NotStored):
+            asyncio.run(recorder.judge(feedback("hangs")))
+    recorder.close()
+    records = Records()
+    assert {p.request_id for p in records.predictions("hang")} == {"hangs", "waits"}
     records.close()
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from app import cluster, issuer
 from app.config import Serving
+from app.records import Records
 from app.serving import deploy
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
@@ -126,6 +127,7 @@ def test_a_token_of_the_commands_opens_what_its_scopes_say(client, raylway):
     answered = ann.post(f"{BASE}/predict", json={"rows": ROWS})
     assert answered.status_code == 200
     assert ann.post(f"{BASE}/explain", json={"rows": ROWS}).status_code == 403
+    wait_until_recorded(answered.json()["request_id"])
     fed = ann.post(f"{BASE}/feedback", json={"request_id": answered.json()["request_id"], "reward": 1.0})
     assert (fed.status_code, fed.json()["status"]) == (201, "stored")
 
@@ -190,12 +192,37 @@ def test_the_rate_of_a_principal_holds_over_all_replicas(client):
     assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "it is each one's own"
 
 
-def test_feedback_beyond_the_hours_share_is_set_apart(client):
-    somebody, statuses = client("feedback"), []
-    for _ in range(7):
-        body = {"request_id": f"r-{next(_NUMBERS)}", "reward": 0.5}
-        statuses.append(somebody.post(f"{BASE}/feedback", json=body).status_code)
-    assert statuses == [201] * 5 + [202] * 2
+def wait_until_recorded(*request_ids):
+    records, deadline = Records(), time.monotonic() + 30
+    while len(records.predictions(NAME, request_ids)) < len(request_ids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    records.close()
+
+
+def test_feedback_goes_to_the_own_predictions_and_has_a_share_of_an_hour(client):
+    somebody, other = client("predict", "feedback"), client("predict", "feedback")
+    ids = [f"shared-{number}" for number in range(6)]
+    for request_id in ids:
+        asked = somebody.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-request-id": request_id})
+        assert asked.status_code == 200
+    wait_until_recorded(*ids)
+
+    def say(who, request_id, **content):
+        answered = who.post(f"{BASE}/feedback", json={"request_id": request_id, **content})
+        return answered.status_code, answered.json().get("status")
+
+    assert say(other, ids[0], reward=0.0) == (202, "unknown request"), "it got no such prediction"
+    assert say(somebody, ids[0], reward=1.0) == (201, "stored")
+    assert say(somebody, ids[0], reward=1.0) == (200, "stored before")
+    assert say(somebody, ids[0], reward=0.5)[0] == 409
+    for request_id in ids[1:5]:
+        assert say(somebody, request_id, reward=0.5) == (201, "stored")
+    assert [say(somebody, ids[5], reward=0.5) for _ in range(2)] == [(202, "quarantined")] * 2
+    records = Records()
+    assert {f.request_id for f in records.feedback(NAME)} >= set(ids[:5])
+    assert [f.said["reward"] for f in records.feedback(NAME) if f.request_id == ids[0]] == [1.0]
+    records.close()
 
 
 def test_without_tls_there_is_nothing(url, certificate):

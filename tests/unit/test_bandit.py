@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from app.audit import Audit
-from app.records import Feedback, Prediction, Records
+from app.records import Feedback, Prediction, Records, encode
 from app.serving import traffic
 from app.serving.bandit import FLOOR, WHO, Rewards, rebalance, weights
 from app.serving.traffic import Traffic
@@ -58,8 +58,9 @@ def asked(records, version, rewards, role="served", at=None):
     at = at or time.time()
     for number, reward in enumerate(rewards):
         key = f"{version}-{role}-{number}-{at}"
-        records.add([Prediction("income", key, "v", version, role, "u", "bob", at, 0.1, [{}], [{}])])
-        records.judge([Feedback("income", key, {"reward": reward}, "bob", at)], per_hour=10_000)
+        made = Prediction("income", key, "v", version, role, "u", "bob", at, 0.1, [{}], [{}])
+        records.add([encode(made)])
+        records.judge([Feedback("income", key, {"reward": reward}, "bob", at, "bob", at)], per_hour=10_000)
 
 
 def test_weights_follow_the_rewards_of_the_versions_that_are_compared():

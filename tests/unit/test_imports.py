@@ -15,8 +15,9 @@ NAMES = {
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "files", "finish", "home", "horovod_patches"},
-    {"config", "store", "console", "flags", "install", "database", "issuer", "signature"},
-    {"audit", "records"},
+    {"capacity", "config", "store", "console", "flags", "install", "database", "issuer", "signature"},
+    {"audit", "record_tables"},
+    {"records"},
     {"cluster"},
     {"local_cluster", "projectfile"},
     {"data"},

@@ -1,10 +1,15 @@
+import sqlite3
 import threading
 import time
 
 import numpy as np
 import pytest
+import sqlalchemy
 
-from app.records import Feedback, Prediction, Records, Verdict
+from app import database, record_tables
+from app.audit import Audit
+from app.errors import UserError
+from app.records import Feedback, Prediction, Records, Verdict, decode, encode
 
 
 @pytest.fixture
@@ -36,12 +41,17 @@ def awkward(text):
     )
 
 
-def feedback(request_id, said=None, principal="bob", at=None):
-    return Feedback("income", request_id, said or {"reward": 1.0}, principal, at or time.time())
+def feedback(request_id, said=None, principal="bob", at=None, **changes):
+    values = {"said_by": principal, "predicted_at": 5.0} | changes
+    return Feedback("income", request_id, said or {"reward": 1.0}, principal, at or time.time(), **values)
+
+
+def add(records, *predictions):
+    return records.add([encode(each) for each in predictions])
 
 
 def test_predictions_come_back_as_they_were(records):
-    records.add([prediction("b", at=7.0), prediction("a"), prediction("c", model="flights")])
+    assert add(records, prediction("b", at=7.0), prediction("a"), prediction("c", model="flights")) == 3
     first, second = records.predictions("income")
     assert (first.request_id, second.request_id) == ("a", "b")
     assert first.rows == [{"age": 39, "workclass": None}]
@@ -52,35 +62,56 @@ def test_predictions_come_back_as_they_were(records):
 @pytest.mark.parametrize("text", AWKWARD)
 def test_whatever_was_asked_comes_back(records, text):
     asked = awkward(text)
-    records.add([asked])
+    add(records, asked)
     assert records.predictions("income") == [asked]
+    assert decode(encode(asked)) == asked
 
 
 def test_a_prediction_that_is_there_stays(records):
-    records.add([prediction("a")])
-    records.add([prediction("a", version="9"), prediction("a", variant="shadow", role="shadow")])
+    add(records, prediction("a"))
+    again = prediction("a", variant="other", version="9", role="forced")
+    shadow = prediction("a", variant="new", role="shadow")
+    assert add(records, again, shadow) == 1
     assert [(p.variant, p.version) for p in records.predictions("income")] == [
         ("champion", "1"),
-        ("shadow", "1"),
+        ("new", "1"),
     ]
+
+
+def test_one_request_id_of_two_principals_is_two_predictions(records):
+    assert add(records, prediction("a"), prediction("a", principal="ann")) == 2
+    assert [p.principal for p in records.predictions("income", ["a"], "ann")] == ["ann"]
+
+
+def test_an_empty_batch_writes_nothing(records):
+    assert records.add([]) == 0
 
 
 def test_the_same_again_is_no_news_and_another_is_a_contradiction(records):
     assert records.judge([feedback("a")], 10) == [Verdict.STORED]
-    given = [
-        feedback("a"),
-        feedback("a", {"reward": 0.0}),
-        feedback("b"),
-        feedback("b"),
-        feedback("b", {"x": 1}),
-    ]
+    given = [feedback("a"), feedback("a", {"reward": 0.0}), feedback("b"), feedback("b")]
     assert records.judge(given, 10) == [
-        Verdict.AGAIN, Verdict.CONTRADICTED, Verdict.STORED, Verdict.AGAIN, Verdict.CONTRADICTED,
+        Verdict.AGAIN, Verdict.CONTRADICTED, Verdict.STORED, Verdict.AGAIN,
     ]  # fmt: skip
     assert [(f.request_id, f.said) for f in records.feedback("income")] == [
         ("a", {"reward": 1.0}),
         ("b", {"reward": 1.0}),
     ]
+
+
+def test_of_each_row_the_first_outcome_stands(records):
+    said = [
+        ({"outcomes": ["yes", None]}, Verdict.STORED),
+        ({"outcomes": [None, "no"]}, Verdict.STORED),
+        ({"outcomes": ["yes", "no"]}, Verdict.AGAIN),
+        ({"outcomes": ["no", "no"]}, Verdict.CONTRADICTED),
+        ({"outcomes": ["yes"]}, Verdict.CONTRADICTED),
+        ({"reward": 0.5}, Verdict.STORED),
+        ({"reward": 0.6}, Verdict.CONTRADICTED),
+    ]
+    verdicts = [records.judge([feedback("a", each)], 10)[0] for each, _ in said]
+    assert verdicts == [verdict for _, verdict in said]
+    assert [f.said for f in records.feedback("income")] == [{"outcomes": ["yes", "no"], "reward": 0.5}]
 
 
 def test_more_than_its_share_in_an_hour_is_stored_apart(records):
@@ -95,6 +126,50 @@ def test_more_than_its_share_in_an_hour_is_stored_apart(records):
     ]
     assert {f.request_id for f in records.feedback("income")} == {"old", "0", "1", "6"}
     assert {f.request_id for f in records.feedback("income", quarantined=True)} == {"2", "3", "5"}
+    assert records.judge([feedback("2")], 2) == [Verdict.QUARANTINED], "said again it stays apart"
+    assert records.judge([feedback("2", {"reward": 0.0})], 3) == [Verdict.STORED], "it is in nobody's way"
+
+
+def test_the_share_is_of_a_model_and_a_sayer(records):
+    flights = Feedback("flights", "a", {"reward": 1.0}, "bob", time.time(), "bob", 5.0)
+    given = [feedback("a"), flights, feedback("b"), feedback("c", said_by="admin")]
+    assert records.judge(given, 1) == [
+        Verdict.STORED, Verdict.STORED, Verdict.QUARANTINED, Verdict.STORED,
+    ]  # fmt: skip
+
+
+def test_feedback_on_an_unknown_request_counts_once_its_prediction_is_recorded(records):
+    early = feedback("a", at=10.0, predicted_at=None)
+    assert records.judge([early, early], 10) == [Verdict.UNKNOWN, Verdict.UNKNOWN]
+    assert records.feedback("income") == []
+    assert len(records.feedback("income", quarantined=True)) == 1
+    add(records, prediction("a", at=9.0))
+    assert [f.request_id for f in records.feedback("income")] == ["a"]
+    assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
+    again = feedback("a", predicted_at=9.0)
+    other = feedback("a", {"reward": 0.0}, predicted_at=9.0)
+    assert records.judge([again, other], 10) == [Verdict.AGAIN, Verdict.CONTRADICTED]
+
+
+def test_what_was_said_before_the_prediction_was_made_never_counts(records):
+    records.judge([feedback("a", {"reward": 0.0}, at=8.0, predicted_at=None)], 10)
+    add(records, prediction("a", at=9.0))
+    assert records.feedback("income") == []
+    assert records.rewards("income", 0.0) == {}
+    assert records.judge([feedback("a", predicted_at=9.0)], 10) == [Verdict.STORED]
+    assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
+
+
+def test_feedback_counts_once_for_the_variant_that_answered(records):
+    add(
+        records,
+        prediction("a", version="1"),
+        prediction("a", version="2", variant="other"),
+        prediction("a", version="3", variant="new", role="shadow"),
+        prediction("a", version="4", principal="ann"),
+    )
+    records.judge([feedback("a"), feedback("a", principal="eve")], 10)
+    assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
 
 
 def test_of_those_who_say_it_at_the_same_time_one_is_stored(records):
@@ -112,3 +187,131 @@ def test_of_those_who_say_it_at_the_same_time_one_is_stored(records):
         thread.join()
     assert sorted(v.value for v in verdicts) == ["stored"] * 20 + ["stored before"] * 60
     assert len(records.feedback("income")) == 20
+
+
+def test_nothing_is_opened_before_the_first_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path}/not/there.db")
+    records = Records()
+    with pytest.raises(sqlalchemy.exc.OperationalError):
+        records.predictions("income")
+    (tmp_path / "not").mkdir()
+    assert records.predictions("income") == []
+    records.close()
+
+
+def test_the_database_is_for_its_owner_alone(records, tmp_path):
+    add(records, prediction("a"))
+    files = [file for file in tmp_path.iterdir() if file.name.startswith("production")]
+    assert len(files) >= 3
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+VERSION_1 = """
+CREATE TABLE predictions (
+    model VARCHAR(128) NOT NULL, request_id VARCHAR(64) NOT NULL, variant VARCHAR(128) NOT NULL,
+    version VARCHAR(32) NOT NULL, role VARCHAR(8) NOT NULL, unit VARCHAR(256) NOT NULL,
+    principal VARCHAR(256) NOT NULL, at FLOAT NOT NULL, seconds FLOAT NOT NULL, rows {bytes} NOT NULL,
+    answer {bytes} NOT NULL, PRIMARY KEY (model, request_id, variant)
+);
+CREATE INDEX predictions_at ON predictions (model, at);
+CREATE TABLE feedback (
+    model VARCHAR(128) NOT NULL, request_id VARCHAR(64) NOT NULL, said TEXT NOT NULL, reward FLOAT,
+    principal VARCHAR(256) NOT NULL, at FLOAT NOT NULL, quarantined BOOLEAN NOT NULL,
+    PRIMARY KEY (model, request_id)
+);
+CREATE INDEX feedback_at ON feedback (model, at);
+CREATE INDEX feedback_principal ON feedback (principal, at);
+INSERT INTO predictions VALUES
+    ('income', 'a', 'champion', '1', 'served', 'u', 'bob', 5, 0.1, {rows}, {rows}),
+    ('income', 'a', 'challenger', '2', 'served', 'u', 'bob', 6, 0.1, {rows}, {rows}),
+    ('income', 'a', 'new', '3', 'shadow', 'u', 'bob', 5, 0.1, {rows}, {rows}),
+    ('income', 'b', 'champion', '1', 'served', 'u', 'ann', 7, 0.1, {rows}, {rows});
+INSERT INTO feedback VALUES
+    ('income', 'a', '{{"reward": 1.0}}', 1.0, 'labels', 8, false),
+    ('income', 'b', '{{"reward": 0.5}}', 0.5, 'ann', 9, true),
+    ('income', 'c', '{{"reward": 0.0}}', 0.0, 'eve', 9, false);
+"""
+"""The tables as Raylway made them before it had versions of them."""
+
+
+def check_upgraded(records):
+    """The upgraded VERSION_1 says what it said, and takes more."""
+    kept = [(p.request_id, p.principal, p.shadow, p.version) for p in records.predictions("income")]
+    assert sorted(kept) == [("a", "bob", "", "1"), ("a", "bob", "new", "3"), ("b", "ann", "", "1")]
+    assert records.predictions("income")[0].rows == [{"age": 1}]
+    assert [(f.request_id, f.principal, f.said_by) for f in records.feedback("income")] == [
+        ("a", "bob", "labels"),
+        ("c", "eve", "eve"),
+    ]
+    assert [f.request_id for f in records.feedback("income", quarantined=True)] == ["b"]
+    assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
+    assert add(records, prediction("a"), prediction("a", principal="ann")) == 1
+
+
+def test_the_tables_of_an_older_raylway_are_upgraded(records, tmp_path):
+    with sqlite3.connect(tmp_path / "production.db") as connection:
+        connection.executescript(VERSION_1.format(bytes="BLOB", rows="CAST('[{\"age\": 1}]' AS BLOB)"))
+    connection.close()
+    others = [Records() for _ in range(4)]
+    threads = [threading.Thread(target=each.predictions, args=("income",)) for each in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check_upgraded(records)
+    for each in others:
+        each.close()
+
+
+def test_an_upgrade_that_fails_leaves_the_older_tables(records, tmp_path, monkeypatch):
+    with sqlite3.connect(tmp_path / "production.db") as connection:
+        connection.executescript(VERSION_1.format(bytes="BLOB", rows="CAST('[{\"age\": 1}]' AS BLOB)"))
+    connection.close()
+    whole = sqlalchemy.MetaData.create_all
+
+    def fail(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(sqlalchemy.MetaData, "create_all", fail)
+    with pytest.raises(RuntimeError, match="killed"):
+        records.predictions("income")
+    monkeypatch.setattr(sqlalchemy.MetaData, "create_all", whole)
+    check_upgraded(records)
+
+
+def test_tables_of_a_newer_raylway_are_refused(records, tmp_path):
+    add(records, prediction("a"))
+    with sqlite3.connect(tmp_path / "production.db") as connection:
+        connection.execute("UPDATE schema_versions SET version = 9")
+    connection.close()
+    later = Records()
+    with pytest.raises(UserError, match="version 9, written by a newer Raylway"):
+        later.predictions("income")
+    later.close()
+
+
+def test_the_audit_log_can_be_opened_first(records):
+    with Audit() as audit:
+        audit.add("traffic", "income", {})
+    assert add(records, prediction("a")) == 1
+
+
+def test_every_process_finds_the_tables_that_another_makes(tmp_path):
+    made = [database.connect(*parts) for parts in ((), (record_tables.PART,)) for _ in range(4)]
+    faults = []
+
+    def read(one):
+        try:
+            with one.connect() as connection:
+                connection.execute(sqlalchemy.text("SELECT count(*) FROM schema_versions"))
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=read, args=(one,)) for one in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one in made:
+        one.dispose()
+    assert faults == []

@@ -148,6 +148,7 @@ def test_a_study_that_is_not_there_is_said_with_those_that_are():
 @pytest.mark.parametrize("url", ["postgresql://u@h/d", "postgres://u@h/d", "postgresql+psycopg://u@h/d"])
 def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
-    assert studies.url() == "postgresql+psycopg://u@h/d?options=-csearch_path%3Doptuna"
+    ours = "connect_timeout=5&options=-csearch_path%3Doptuna"
+    assert studies.url() == f"postgresql+psycopg://u@h/d?{ours}"
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"{url}?sslmode=require")
-    assert studies.url().endswith("d?sslmode=require&options=-csearch_path%3Doptuna")
+    assert studies.url().endswith(f"d?sslmode=require&{ours}")

@@ -1,0 +1,137 @@
+"""Commands beside a served endpoint, on a cluster that has no more CPUs than this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from app import capacity
+from app.cluster import free_ports
+from app.config import Serving
+from app.serving import deploy
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+from tests.bundles import ROWS, build
+from tests.integration.conftest import ROOT
+
+pytestmark = pytest.mark.integration
+
+NAME = "roomy"
+SMALL = ("--set", "data.source.limit=3000", "--set", "training.epochs=1", "--set", "gate.beat=[]")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("bundles") / "1", seed=1)
+
+
+@pytest.fixture(scope="module")
+def endpoint(ray_cluster, bundle):
+    """It leaves one CPU."""
+    left = ray.cluster_resources()["CPU"] - 1
+    serving = Serving.model_validate(
+        {
+            "port": free_ports(1)[0],
+            "num_cpus": left,
+            "variants": {"champion": {"version": "1", "weight": 1}},
+            "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+        }
+    )
+    variants = {"champion": Deployed(version="1", weight=1, path=bundle)}
+    deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
+    yield left
+    deploy.undeploy()
+
+
+@pytest.fixture
+def greedy(ray_cluster):
+    """Somebody who has all CPUs, until the end of the test."""
+
+    @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
+    class Greedy:
+        def ready(self):
+            pass
+
+    actor = Greedy.remote()
+    ray.get(actor.ready.remote())
+    yield actor
+    ray.kill(actor)
+
+
+@pytest.fixture
+def table(tmp_path):
+    pd.DataFrame(ROWS * 1000).to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def test_who_holds_cpus_is_known(endpoint):
+    assert capacity.now().endpoints == {NAME: endpoint}
+
+
+def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
+    done = raylway("predict", str(bundle), "--input", str(table), "--output", str(tmp_path / "answers"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,000 rows answered" in done.stdout
+
+
+def test_train_beside_an_endpoint(endpoint, raylway):
+    done = raylway("train", "configs/smoke.yaml", "--set", "name=beside", *SMALL, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"endpoint {NAME} {endpoint:g}): each of 2 workers claims 0.5 instead of 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_sweep_beside_an_endpoint(endpoint, raylway):
+    done = raylway("sweep", "configs/smoke.yaml", "--trials", "2", "--set", "name=beside", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_predict_says_what_it_waits_for_and_one_signal_ends_it(greedy, home, bundle, table, tmp_path, number):
+    command = [sys.executable, "-m", "app", "predict", str(bundle), "--input", str(table)]
+    environment = {**os.environ, "RAYLWAY_HOME": str(home)}
+    with subprocess.Popen(
+        [*command, "--output", str(tmp_path / "answers")],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            for line in process.stdout:
+                if "waiting for 1 CPUs" in line:
+                    break
+            time.sleep(2)  # into Ray Data's own waiting
+            process.send_signal(number)
+            assert process.wait(60) == 128 + number
+        except BaseException:
+            process.kill()
+            raise
+    assert "other commands" in line
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", reach.cluster.token_path)
+    client = JobSubmissionClient(reach.cluster.dashboard_url)
+    job = client.submit_job(
+        entrypoint=f"{sys.executable} -m app train configs/smoke.yaml --set name=halted",
+        runtime_env={"working_dir": str(ROOT), "excludes": [".venv", ".git", "*.db", ".raylway"]},
+    )
+    deadline = time.monotonic() + 120
+    while "waiting for 1 CPUs" not in client.get_job_logs(job):
+        assert time.monotonic() < deadline, client.get_job_logs(job)
+        time.sleep(0.5)
+    client.stop_job(job)
+    while not client.get_job_status(job).is_terminal():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert client.get_job_status(job) in (JobStatus.STOPPED, JobStatus.FAILED)
+    assert "stopped" in client.get_job_logs(job)

@@ -1,0 +1,55 @@
+import os
+
+import pytest
+
+from app import console, issuer, registry, store
+from app.audit import Audit
+from app.home import make_private, private_file
+from app.tuning import study as studies
+
+
+@pytest.fixture
+def open_umask():
+    """Whatever the user's is, others read nothing of ours."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+def modes(folder):
+    return {path.relative_to(folder): path.stat().st_mode & 0o777 for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_there):
+    """Neither in a state directory that is made, nor in one that was open to all before."""
+    monkeypatch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+    if is_there:
+        home.mkdir()
+    with Audit() as audit:
+        audit.add("traffic", "income", {})
+    registry.client().search_experiments()
+    issuer.new_key()
+    with studies.opened("s", ["maximize"], {}, print):
+        pass
+    with console.chatter_to_log("check"):
+        print("a client's row")
+    store.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
+    if not is_there:
+        assert home.stat().st_mode & 0o777 == 0o700
+    others = {path: mode for path, mode in modes(home).items() if len(path.parts) == 1 and mode & 0o077}
+    assert others == {}
+    assert {"production.db", "mlflow.db", "optuna.db", "logs"} <= {path.name for path in home.iterdir()}
+
+
+def test_a_folder_that_is_there_keeps_its_mode(home):
+    home.mkdir(mode=0o755)
+    make_private(home / "a" / "b")
+    assert home.stat().st_mode & 0o777 == 0o755
+    assert set(modes(home).values()) == {0o700}
+
+
+def test_a_file_that_is_there_keeps_its_content(home):
+    file = private_file(home / "a" / "x.db")
+    file.write_text("content")
+    assert private_file(file).read_text() == "content"
