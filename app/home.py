@@ -4,8 +4,9 @@ import os
 import re
 from pathlib import Path
 
-CONNECT_TIMEOUT_S = 5
-"""Longest time to wait for a PostgreSQL server to accept a connection."""
+LIMITS = "connect_timeout=5&keepalives_idle=30&tcp_user_timeout=30000"
+"""For PostgreSQL: seconds until it must have accepted a connection, seconds of silence after which it is
+asked whether it is there, and milliseconds until what was sent must have arrived."""
 
 
 def home() -> Path:
@@ -54,5 +55,5 @@ def database_url(file: str) -> str:
     # SQLAlchemy would look for psycopg2.
     url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
     if url.startswith("postgresql") and "connect_timeout=" not in url:
-        url += f"{'&' if '?' in url else '?'}connect_timeout={CONNECT_TIMEOUT_S}"
+        url += f"{'&' if '?' in url else '?'}{LIMITS}"
     return url

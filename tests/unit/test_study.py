@@ -11,6 +11,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from app.errors import UserError
+from app.home import LIMITS
 from app.tuning import study as studies
 
 RATE = {"rate": FloatDistribution(0.0, 1.0)}
@@ -148,7 +149,7 @@ def test_a_study_that_is_not_there_is_said_with_those_that_are():
 @pytest.mark.parametrize("url", ["postgresql://u@h/d", "postgres://u@h/d", "postgresql+psycopg://u@h/d"])
 def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
-    ours = "connect_timeout=5&options=-csearch_path%3Doptuna"
+    ours = f"{LIMITS}&options=-csearch_path%3Doptuna"
     assert studies.url() == f"postgresql+psycopg://u@h/d?{ours}"
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"{url}?sslmode=require")
     assert studies.url().endswith(f"d?sslmode=require&{ours}")
