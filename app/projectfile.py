@@ -13,6 +13,13 @@ from pydantic import ValidationError
 from app.config import Project, Section
 from app.errors import UserError
 
+MAX_BYTES = 1_000_000
+"""Of a project file."""
+MAX_KEYS = 100_000
+"""Keys and list items in a project file."""
+MAX_DEPTH = 50
+"""Levels of a project file."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Project:
     """Read a project file.
@@ -23,21 +30,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Project:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        text = content.decode()
     except FileNotFoundError:
         raise UserError(f"{path}: no such project file; the shipped ones are in configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a text file: {error}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {error}") from None
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path}: must not exceed {MAX_BYTES:,} bytes; it is no project file")
+    document, lines = _parsed(text, str(path))
     if not isinstance(document, dict):
         raise UserError(
             f"{path}: must be a mapping with the keys {_listed(Project.model_fields)}; it is empty or a list"
         )
-    lines = _lines(node, path)
     overridden = [_override(document, text) for text in overrides]
     try:
         return Project.model_validate(document)
@@ -46,24 +52,43 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Project:
         raise UserError("\n".join(faults)) from None
 
 
-def _lines(node: yaml.Node | None, file: Path) -> dict[tuple[str, ...], int]:
-    """The line of each key, by its path. Raises UserError at a key that stands twice."""
+def _parsed(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
+    """A document in YAML, and the line of each key and item by its path. Raises UserError."""
+    try:
+        # The keys are counted before the document is made: aliases of aliases make it grow exponentially.
+        lines = _lines(yaml.compose(text, Loader=yaml.SafeLoader), where)
+        return yaml.safe_load(text), lines
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: a date of 99 days
+        raise UserError(f"{where}: is not valid YAML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: must not be nested deeper than {MAX_DEPTH} levels") from None
+
+
+def _lines(node: yaml.Node | None, where: str) -> dict[tuple[str, ...], int]:
+    """The line of each key, by its path. Raises UserError at a key that stands twice, and if there are more
+    or deeper ones than any project has."""
     lines: dict[tuple[str, ...], int] = {}
+
+    def note(here: tuple[str, ...], line: int) -> None:
+        if here in lines:
+            raise UserError(
+                f"{where}:{line}: {'.'.join(here)}: stands twice; keep this one or line {lines[here]}"
+            )
+        if len(lines) >= MAX_KEYS:
+            raise UserError(f"{where}:{line}: must not have more than {MAX_KEYS:,} keys, aliases written out")
+        if len(here) > MAX_DEPTH:
+            raise UserError(f"{where}:{line}: must not be nested deeper than {MAX_DEPTH} levels")
+        lines[here] = line
 
     def walk(node: yaml.Node | None, at: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 here = (*at, str(key.value))
-                line = key.start_mark.line + 1
-                if here in lines:
-                    raise UserError(
-                        f"{file}:{line}: {'.'.join(here)}: stands twice; keep this one or line {lines[here]}"
-                    )
-                lines[here] = line
+                note(here, key.start_mark.line + 1)
                 walk(value, here)
         elif isinstance(node, yaml.SequenceNode):
             for i, item in enumerate(node.value):
-                lines[*at, str(i)] = item.start_mark.line + 1
+                note((*at, str(i)), item.start_mark.line + 1)
                 walk(item, (*at, str(i)))
 
     walk(node, ())
@@ -76,10 +101,7 @@ def _override(document: dict[str, Any], text: str) -> tuple[str, ...]:
     path = tuple(key.split("."))
     if not equals or not all(path):
         raise UserError(f"--set {text}: must be of the form key.key=value, such as training.epochs=3")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: the value is not valid YAML: {error}") from None
+    parsed, _ = _parsed(value, f"--set {key}")
     place: Any = document
     for part in path[:-1]:
         place = place.setdefault(part, {})

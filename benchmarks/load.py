@@ -1,6 +1,7 @@
 """Load on an endpoint: wrk in a closed loop, MLPerf LoadGen's Server scenario (Poisson) in an open one."""
 
 import asyncio
+import math
 import re
 import subprocess
 import tempfile
@@ -159,7 +160,7 @@ async def hammer(target: Target, *, connections: int, seconds: float) -> Hammere
         writer.close()
 
     await asyncio.gather(*(ask(number) for number in range(connections)))
-    ranked = sorted(latencies)
+    ranked = sorted(latencies) or [math.nan]
     return Hammered(statuses, len(latencies) / seconds, ranked[int(0.99 * (len(ranked) - 1))])
 
 
@@ -203,14 +204,19 @@ class _Client:
 
     async def _ask(self, request: bytes, done: Callable[[], None]) -> None:
         try:
+            while self._idle and self._idle[-1][0].at_eof():
+                self._idle.pop()  # the server has closed it, after a time without a request
             reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = re.search(rb"content-length: *(\d+)", head)
             await reader.readexactly(int(length[1]) if length else 0)
             self.refused += not head.startswith(b"http/1.1 2")
-            self._idle.append((reader, writer))
-        except OSError:
+            if b"\r\nconnection: close\r\n" in head:
+                writer.close()
+            else:
+                self._idle.append((reader, writer))
+        except (OSError, EOFError):  # an EOF is a connection closed without an answer
             self.refused += 1
         finally:
             done()

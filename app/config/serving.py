@@ -69,6 +69,8 @@ class Limits(Section):
     """Rows in one request."""
     requests_per_s: PositiveFloat | None = None
     """Of one principal, over all replicas; more get 429. None: no limit."""
+    max_wait_s: float = Field(1.0, ge=0.01, le=60)
+    """How long a request waits for a replica to take it in; one that would wait longer gets 429."""
     feedback_per_hour: PositiveInt = 10_000
     """Of one principal; more is stored apart, and counts for nothing until somebody looks at it."""
     feedback_days: PositiveFloat = 30

@@ -61,7 +61,7 @@ def deploy(serving: Serving, name: str, wanted: Traffic) -> str:
     common_schema(
         {variant: bundle.schema for variant, bundle in load(wanted.variants, serving.trusted_keys).items()}
     )
-    _set_front(serving)
+    _set_front(serving, name)
     _start(serving)
     secured = serving.auth != "none"
     root = serve.deployment(Root).options(
@@ -71,7 +71,7 @@ def deploy(serving: Serving, name: str, wanted: Traffic) -> str:
         ray_actor_options={"num_cpus": 0},
     )
     run(root.bind(secured), ROOT, ROOT, "/")
-    _start_grpc(serving)
+    _start_grpc(serving, name)
     start_workers(serving, wanted)
     url = address(serving)
     with Audit() as audit:
@@ -90,7 +90,7 @@ def address(serving: Serving) -> str:
     return f"{'https' if serving.tls else 'http'}://{host}:{serving.port}"
 
 
-def _set_front(serving: Serving) -> None:
+def _set_front(serving: Serving, name: str) -> None:
     """Raises UserError if a file for TLS is not there, or is none."""
     tls = serving.tls
     if tls:
@@ -101,10 +101,11 @@ def _set_front(serving: Serving) -> None:
                 f"serving.tls must name a certificate and its key, in PEM format; {tls.certificate} and "
                 f"{tls.key}: {error}"
             ) from None
-    front.write(serving.host, Path(tls.certificate) if tls else None, Path(tls.key) if tls else None)
+    certificate, key = (Path(tls.certificate), Path(tls.key)) if tls else (None, None)
+    front.write(serving.host, certificate, key, {name: serving.limits.max_wait_s})
 
 
-def _start_grpc(serving: Serving) -> None:
+def _start_grpc(serving: Serving, name: str) -> None:
     """The server for gRPC, where the project asks for one."""
     from ray import serve
 
@@ -114,16 +115,30 @@ def _start_grpc(serving: Serving) -> None:
     tls_files = [Path(file).read_text() for file in (tls.certificate, tls.key)] if tls else []
     if GRPC not in serve.status().applications:
         _require_free(serving.grpc_port, "serving.grpc_port")
+    endpoints = _endpoints(serving, name)
+    issuers = {_issuer(each) for each in endpoints}
+    taken = [] if None in issuers else sorted((each for each in issuers if each), key=repr)
+    max_message_bytes = max(each.limits.max_body_bytes for each in endpoints)
+    made_of = [[each.model_dump() for each in taken], max_message_bytes, tls_files, code()]
     server = serve.deployment(Grpc).options(
         name=GRPC,
-        version=digest([serving.host, serving.grpc_port, address(serving), tls_files, code()]),
+        version=digest([serving.host, serving.grpc_port, address(serving), *made_of]),
         _internal=True,  # see `_application`
         ray_actor_options={"num_cpus": 0},
         # The one before must have left the port.
         max_surge_percent=0,
     )
-    bound = server.bind(serving.host, serving.grpc_port, address(serving), tls)
+    bound = server.bind(serving.host, serving.grpc_port, address(serving), tls, taken, max_message_bytes)
     run(bound, GRPC, GRPC, None)
+
+
+def _endpoints(serving: Serving, name: str) -> list[Serving]:
+    """The settings of this endpoint and of those that are deployed already."""
+    from ray import serve
+
+    with Audit() as audit:
+        others = [traffic.settings(audit, other) for other in serve.status().applications if other != name]
+    return [serving, *(other for other in others if other is not None)]
 
 
 def _application(serving: Serving, name: str) -> Any:

@@ -70,9 +70,11 @@ class Endpoint:
         self._limits = serving.limits
         self._log_requests = serving.log_requests
         self._auth = Authenticator(issuer) if issuer else None
+        if self._auth is not None:
+            self._auth.keys.start()
         self._limiter: Limiter | None = None
         if serving.limits.requests_per_s is not None:
-            self._limiter = Limiter(serving.limits.requests_per_s, limits.borrow)
+            self._limiter = Limiter(serving.limits.requests_per_s, limits.Counter(limits.ask_root).borrow)
         self._audit = Audit()
         self._fault: str | None
         self._entry, wanted, self._fault = known.first(self._audit, name)
@@ -83,6 +85,7 @@ class Endpoint:
         known.remember(name, self._entry, wanted)
         self._recorder = Recorder(Records(), serving.limits.feedback_per_hour) if serving.record else None
         self._shadows: dict[str, Shadow] = {}
+        self._explaining = asyncio.Semaphore(explain.MAX_AT_ONCE)
         self._meters = Meters(name)
         self._busyness = Busyness()
         self._path = re.compile(rf"/v2/models/{re.escape(name)}(?:/versions/([^/]+))?(/[a-z.]+)?")
@@ -95,6 +98,8 @@ class Endpoint:
     async def __del__(self) -> None:
         """Called by Serve when the last request is answered: nothing that was to be written is lost."""
         self._following.cancel()
+        if self._auth is not None:
+            self._auth.keys.stop()
         for shadow in self._shadows.values():
             shadow.close()
         if self._recorder:
@@ -117,7 +122,8 @@ class Endpoint:
         live, recording = self._live, self._recorder.recording() if self._recorder else None
         shadows = {name: shadow.dropped for name, shadow in self._shadows.items()}
         recent = self._meters.recent.tallies()
-        return State(self._entry, self._fault, live.versions, live.weights, recording, shadows, recent)
+        fault = self._fault or (self._auth.keys.fault if self._auth else None)
+        return State(self._entry, fault, live.versions, live.weights, recording, shadows, recent)
 
     async def refresh(self) -> State:
         """Take in now what holds, and say where that led."""
@@ -186,8 +192,7 @@ class Endpoint:
         try:
             response = await self._respond(request, note)
         except Refused as refused:
-            response = Response(refused.body(), refused.status, refused.headers)
-            error = str(refused)
+            response, error = Response.of(refused), str(refused)
         except Exception as defect:
             self._answered(request, note, 500, time.perf_counter() - begun, repr(defect))
             raise
@@ -211,17 +216,16 @@ class Endpoint:
         if action == "/feedback":
             return await self._feedback(request, principal)
         principal.require("explain" if action == "/explain" else "predict", self._name)
-        if version is not None and version not in live.versions.values():
-            versions = ", ".join(live.versions.values())
-            raise Refused(404, f"version {version[:20]} of {self._name} is not served; these are: {versions}")
+        forced = self._forced(live, request, version)
         if action == "":
             return Response(live.metadata(self._name, version))
         if action == "/openapi.json":
             return self._openapi(live)
-        forced = _forced(live, request, version)
         if forced is not None:
             principal.require("admin", self._name)
-        body = self._body(request, binary=action == "/infer")
+        body = await self._body(request, binary=action == "/infer")
+        live = self._live  # it may have been swapped while the body arrived
+        forced = self._forced(live, request, version)
         if action == "/predict":
             question = live.contract.parse(body)
             answer = await self._answer(live, question, forced, request, principal, note)
@@ -252,10 +256,22 @@ class Endpoint:
         if action not in ACTIONS or (version and action in ALONE):
             known = ", ".join(f"{method} {action or '(metadata)'}" for action, method in ACTIONS.items())
             raise Refused(404, f"no such path; below /v2/models/{self._name} there are: {known}")
-        if request.method != ACTIONS[action]:
-            error = f"{request.method} is not allowed here, {ACTIONS[action]} is"
-            raise Refused(405, error, headers={"allow": ACTIONS[action]})
+        request.require_method(ACTIONS[action])
         return version, action
+
+    def _forced(self, live: Live, request: Request, version: str | None) -> str | None:
+        """The variant that the client asks for: by its version in the path, or by name in a header. Raises
+        Refused if it is not served."""
+        if version is not None:
+            for name, number in live.versions.items():
+                if number == version:
+                    return name
+            versions = ", ".join(live.versions.values())
+            raise Refused(404, f"version {version[:20]} of {self._name} is not served; these are: {versions}")
+        name = request.header(b"x-raylway-variant")
+        if name and name not in live.versions:
+            raise Refused(422, f"the header x-raylway-variant must be one of {', '.join(live.versions)}")
+        return name or None
 
     async def _principal(self, request: Request) -> Principal:
         """Who asks. Raises Refused if that is not known, or they have asked too much."""
@@ -276,20 +292,19 @@ class Endpoint:
         principal.require("feedback", self._name)
         if self._recorder is None:
             raise Refused(404, f"{self._name} keeps no records (serving.record), so it takes no feedback")
-        said = feedback.parse(self._body(request, binary=False), self._live.schema)
+        said = feedback.parse(await self._body(request, binary=False), self._live.schema)
         try:
             return await feedback.answer(said, self._name, principal, self._recorder, self._limits)
         except NotStored:
             raise Refused(503, "the feedback cannot be stored now; send it again", headers=RETRY) from None
 
-    def _body(self, request: Request, binary: bool) -> bytes:
+    async def _body(self, request: Request, binary: bool) -> bytes:
+        """The whole body. Raises Refused, by the headers alone where they decide."""
         allowed = (JSON, "application/octet-stream") if binary else (JSON,)
         kind = request.header(b"content-type", JSON).partition(";")[0].strip().lower()
         if kind not in allowed or request.header(b"content-encoding", "identity") != "identity":
             raise Refused(415, f"the body must be {' or '.join(allowed)}, not compressed")
-        if len(request.body) > self._limits.max_body_bytes:
-            raise Refused(413, f"the body must not exceed {self._limits.max_body_bytes} bytes")
-        return request.body
+        return await request.body.read(self._limits.max_body_bytes)
 
     async def _answer(
         self,
@@ -329,20 +344,21 @@ class Endpoint:
         self, live: Live, question: Question, forced: str | None, request: Request, note: Note
     ) -> Response:
         """Of the variant that would answer."""
-        explain.check(question)
+        explain.check(question, live.schema)
         unit = question.unit or _header_unit(request) or request.request_id
         note.variant, note.rows = forced or live.choose(unit), len(question.rows)
         columns = columns_of(live.schema, question.rows)
         walks = await asyncio.to_thread(live.walks, note.variant)
-        # The rows and their points together: far more than a request has, so not between two requests.
-        points = await asyncio.to_thread(walks.points, columns)
         given = await self._predict(live, note.variant, columns)
         bundle = live.bundles.get(note.variant)
         walked: np.ndarray | Ranking
-        if bundle is not None:
-            walked = await asyncio.to_thread(bundle.predict, points)
-        else:
-            walked = await self._predict(live, note.variant, points)
+        async with self._explaining:
+            # The rows and their points together: far more than a request has, so not between two requests.
+            points = await asyncio.to_thread(walks.points, columns)
+            if bundle is not None:
+                walked = await asyncio.to_thread(bundle.predict, points)
+            else:
+                walked = await self._predict(live, note.variant, points)
         assert not isinstance(walked, Ranking)
         answer = self._said(live, note.variant, request, given)
         return Response(explain.answer(answer, live.schema, walks, walked))
@@ -366,16 +382,6 @@ class Endpoint:
         except (TimeoutError, RayError) as error:
             log.error("%s of %s does not answer: %s", variant, self._name, error)
             raise Refused(503, f"{variant} does not answer now; try again", headers=RETRY) from None
-
-
-def _forced(live: Live, request: Request, version: str | None) -> str | None:
-    """The variant that the client asks for: by its version in the path, or by name in a header."""
-    if version is not None:
-        return next(name for name, number in live.versions.items() if number == version)
-    name = request.header(b"x-raylway-variant")
-    if name and name not in live.versions:
-        raise Refused(422, f"the header x-raylway-variant must be one of {', '.join(live.versions)}")
-    return name or None
 
 
 def _header_unit(request: Request) -> str:

@@ -25,6 +25,11 @@ from app.serving.remote import Columns
 NUM_WALKS = 32
 MAX_ROWS = 16
 """In one request: each takes as long as `NUM_WALKS * (columns + 1)` rows of a prediction."""
+MAX_CELLS = 8_000_000
+"""Values of all points of a request, which grow with the square of the columns: 64 MB. One row is explained
+even if it has more."""
+MAX_AT_ONCE = 2
+"""Explanations that a replica computes at once; more wait."""
 TOLERANCE = 1e-3
 """Of the sum: probabilities are float32."""
 
@@ -102,10 +107,17 @@ def outputs(probabilities: np.ndarray, classes: np.ndarray | None) -> np.ndarray
     return np.log(np.take_along_axis(p, classes[:, None], axis=1)[:, 0])
 
 
-def check(question: Question) -> None:
+def max_rows(num_columns: int) -> int:
+    """How many rows of a table with so many columns are explained in one request."""
+    cells = NUM_WALKS * (num_columns + 1) * num_columns
+    return max(1, min(MAX_ROWS, MAX_CELLS // cells))
+
+
+def check(question: Question, schema: Schema) -> None:
     """Raises Refused if there are too many rows."""
-    if len(question.rows) > MAX_ROWS:
-        raise Refused(413, f"too many rows to explain in one request: at most {MAX_ROWS}")
+    most = max_rows(len(schema.inputs))
+    if len(question.rows) > most:
+        raise Refused(413, f"too many rows to explain in one request: at most {most}")
 
 
 def answer(given: Answer, schema: Schema, walked: Walks, probabilities: np.ndarray) -> bytes:

@@ -3,8 +3,8 @@
 `raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.flags): it edits the settings
 that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to everybody, then
 listens on loopback, and that for statistics tells nothing; that of the endpoints speaks TLS, as `front.json`
-in the state directory says; clients that send slowly are not waited for, and of more requests than the
-replicas can soon answer, the last get 429.
+in the state directory says; clients that send slowly are not waited for. A replica gets no more requests than
+it has places. The others wait here, where the time they wait is known, and get 429 when it is over.
 
 It is started at each reload, so it imports little.
 """
@@ -14,7 +14,9 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from app.home import home
@@ -23,14 +25,23 @@ SETTINGS = "front.json"
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """The largest body of any endpoint; `serving.limits.max_body_bytes` sets a lower one for each."""
 IN_HAND = 64
-"""Requests to a replica, before more get 429: the last of them waits for those before it."""
-SLOWEST_S = 15
-"""For a client to send its headers, and what of its body fits HAProxy's buffer."""
-BUSY = """    # Serve would let what is too much wait without end.
-    http-request set-var(txn.most) nbsrv,mul({most})
-    http-request return status 429 content-type application/json string '{body}' hdr retry-after 1 \
-if {{ nbsrv gt 0 }} {{ be_conn,sub(txn.most) gt 0 }}
-"""
+"""Places of a replica: requests that it is given at once. More wait in HAProxy until one is free."""
+MAX_WAIT_S = 1.0
+"""How long a request waits for a place before it gets 429; `serving.limits.max_wait_s` sets it for each."""
+HEAD_S = 5
+"""Time for a client to send its headers, and what of its body fits HAProxy's buffer."""
+SILENT_S = 10
+"""Time for a client to send more of its body, or to take more of its answer."""
+IDLE_S = 30
+"""Time between two requests of a connection."""
+ANSWER_S = 120
+"""Time for a replica to answer. Longer than any request takes: one that hangs must not keep its place."""
+UNFINISHED_HEADER = "x-raylway-unfinished"
+"""Marks a replica's answer to a request whose body has not arrived whole."""
+REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
+"""Statuses of such answers."""
+KEPT = ("allow", "retry-after", "www-authenticate", "x-request-id")
+"""Headers of such answers, besides their type and length."""
 
 
 def main() -> None:
@@ -54,10 +65,17 @@ def settings() -> dict[str, Any]:
         return {}
 
 
-def write(host: str, certificate: Path | None, key: Path | None) -> None:
-    """What HAProxy goes by from its next reload on: the interface that it listens on, and the PEM files with
-    which it speaks TLS, if any."""
-    values = {"host": host}
+def write(
+    host: str,
+    certificate: Path | None,
+    key: Path | None,
+    max_wait_s: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """What HAProxy goes by from its next reload on: the interface that it listens on, the PEM files with
+    which it speaks TLS, if any, and how long requests wait, by endpoint. Endpoints that are not given keep
+    what they have."""
+    waits = {**settings().get("max_wait_s", {}), **max_wait_s}
+    values: dict[str, Any] = {"host": host, "max_wait_s": waits}
     if certificate and key:
         # HAProxy wants them in one file.
         values["certificate"] = str(home() / "front.pem")
@@ -86,10 +104,10 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     frontend = (
         # The names of the applications are nobody's business.
         "    http-request return status 404 if { path_beg /-/ } !{ path /-/healthz }\n"
-        # Nobody waits for a body that would be refused.
+        # Nobody waits for a body that would be refused. (req.hdr_val would take it modulo 2^32.)
         f"    http-request return status 413 content-type application/json string '{large}'"
-        f" if {{ req.hdr_val(content-length) gt {MAX_BODY_BYTES} }}\n"
-        f"    http-request wait-for-body time {SLOWEST_S}s if {{ req.body_size gt 0 }}\n"
+        f" if {{ req.body_size gt {MAX_BODY_BYTES} }}\n"
+        f"    http-request wait-for-body time {HEAD_S}s if {{ req.body_size gt 0 }}\n"
     )
     text = _replaced(
         text,
@@ -97,19 +115,68 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         rf"\1 {host}:\2{secured}\n{frontend}",
     )
     # Serve has a client whose request finds no replica told 500, in plain text.
-    away = _refusal("no replica answers now; try again")
     text = re.sub(r"^ *errorfile 50[234] .*\n", "", text, flags=re.MULTILINE)
-    lines = [f"timeout http-request {SLOWEST_S}s"]
-    lines += [
-        f"http-error status {status} content-type application/json string '{away}' hdr retry-after 1"
-        for status in (502, 503, 504)
-    ]
-    text = _replaced(
-        text, r"^(defaults\n *mode http)$", "".join([r"\1", *(f"\n    {line}" for line in lines)])
-    )
-    busy = BUSY.format(most=IN_HAND, body=_refusal("too many requests at once; try again")).rstrip()
+    text = re.sub(r"^ *timeout (client|server|http-request|http-keep-alive|queue) .*\n", "", text, flags=re.M)
+    text = _replaced(text, r"^(defaults\n *mode http)$", "\n".join([r"\1", *_defaults()]))
+    waits = settings.get("max_wait_s", {})
     # There is none while nothing is served.
-    return re.sub(r"^ *http-reuse always$", lambda found: f"{found[0]}\n{busy}", text, flags=re.MULTILINE)
+    text = re.sub(
+        r"^backend (?:http-)?(\S+)\n(?: *log .*\n)?(?: *#.*\n)? *http-reuse always$",
+        lambda found: "\n".join([found[0], *_backend(waits.get(found[1], MAX_WAIT_S))]),
+        text,
+        flags=re.MULTILINE,
+    )
+    return re.sub(r"^( *default-server .*)$", rf"\1 maxconn {IN_HAND}", text, flags=re.MULTILINE)
+
+
+def _defaults() -> list[str]:
+    """Time limits, and what clients are told by HAProxy itself."""
+    lines = [
+        f"timeout client {SILENT_S}s",
+        f"timeout http-request {HEAD_S}s",
+        f"timeout http-keep-alive {IDLE_S}s",
+        f"timeout server {ANSWER_S}s",
+        f"timeout queue {MAX_WAIT_S:g}s",
+    ]
+    errors = {
+        400: "the request must be HTTP",
+        408: f"the request must arrive within {HEAD_S} s; send it again",
+    }
+    for status, error in errors.items():
+        lines.append(f"http-error status {status} content-type application/json string '{_refusal(error)}'")
+    away = _refusal("no replica can answer now; try again")
+    for status in (502, 503, 504):
+        lines.append(
+            f"http-error status {status} content-type application/json string '{away}' hdr retry-after 1"
+        )
+    return [f"    {line}" for line in lines]
+
+
+def _backend(max_wait_s: float) -> list[str]:
+    """How the requests of one endpoint wait, and how one ends that is answered before its body is there."""
+    lines = [
+        f"timeout queue {round(max_wait_s * 1000)}ms",
+        "http-response set-var(txn.answered) bool(true)",
+        # HAProxy says 503 itself: while there are replicas, because the time in the queue is over.
+        "http-after-response set-status 429 if { status 503 } !{ var(txn.answered) -m found } { nbsrv gt 0 }",
+        # A request holds its place until its body has arrived, answered or not. `return` ends it at once.
+        f"acl unfinished res.hdr({UNFINISHED_HEADER}) -m found",
+        "http-response wait-for-body time 1s if unfinished",
+        "http-response set-var(txn.refusal) res.body if unfinished",
+    ]
+    for name in KEPT:
+        variable = f"txn.{name.replace('-', '_')}"
+        lines.append(f"http-response set-var({variable}) res.hdr({name}) if unfinished")
+        # `return` makes an answer anew.
+        lines.append(
+            f"http-after-response set-header {name} %[var({variable})] if {{ var({variable}) -m found }}"
+        )
+    for status in REFUSALS:
+        lines.append(
+            f"http-response return status {status} content-type application/json "
+            f"lf-string '%[var(txn.refusal)]' if unfinished {{ status {status} }}"
+        )
+    return [f"    {line}" for line in lines]
 
 
 def _refusal(error: str) -> str:

@@ -7,7 +7,9 @@ contents or as raw ones, and go as raw ones.
 https://github.com/open-inference/open-inference-protocol/blob/main/specification/protocol/inference_grpc.md
 """
 
+import io
 import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ import orjson
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc
 
-from app.config.serving import Tls
-from app.serving.front import MAX_BODY_BYTES
+from app.config.serving import Issuer, Tls
+from app.serving.auth import Authenticator
+from app.serving.body import BODY_S, Room
+from app.serving.front import ANSWER_S, HEAD_S, IDLE_S, IN_HAND, MAX_BODY_BYTES
+from app.serving.protocol import Refused
 from app.serving.tensors import HEADER_LENGTH, NUMBERS
 
 FORWARDED = (
@@ -35,12 +40,30 @@ CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
     413: grpc.StatusCode.INVALID_ARGUMENT,
     415: grpc.StatusCode.INVALID_ARGUMENT,
     422: grpc.StatusCode.INVALID_ARGUMENT,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
+SERVICE = "/inference.GRPCInferenceService/"
+OPEN = {f"{SERVICE}{name}" for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata")}
+"""Methods that need no token, as over HTTP."""
+MAX_CALLS = 2 * IN_HAND
+"""Calls at once; more get RESOURCE_EXHAUSTED."""
+MAX_PARTS = 10_000
+"""Inputs, outputs or parameters in a call: each costs far more memory than its bytes in the message."""
+LIMITS = [
+    ("grpc.max_send_message_length", MAX_BODY_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS),
+    ("grpc.server_handshake_timeout_ms", HEAD_S * 1000),
+    ("grpc.max_connection_idle_ms", IDLE_S * 1000),
+    # A client that is gone without a word is noticed.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.so_reuseport", 0),
+]
 TYPED = {
     "BOOL": "bool_contents",
     "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
@@ -55,6 +78,62 @@ class Broken(ValueError):
     """A request that cannot be put into HTTP; the message is for the client."""
 
 
+class Admission(grpc.aio.ServerInterceptor):
+    """Reads a call's message only after its metadata have shown a good token, within the time and the number
+    of unfinished ones that `app.serving.body` allows."""
+
+    def __init__(self, issuers: Sequence[Issuer], room: Callable[[], Room] = Room):
+        """Of no issuer: tokens are left to the endpoints."""
+        self._authenticators = [Authenticator(issuer) for issuer in issuers]
+        # Who shows no token must not take the places of those who do.
+        self._open, self._closed = room(), room()
+
+    def start(self) -> None:
+        for authenticator in self._authenticators:
+            authenticator.keys.start()
+
+    def stop(self) -> None:
+        for authenticator in self._authenticators:
+            authenticator.keys.stop()
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Called by gRPC for each call, when its metadata are there."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        metadata = dict(details.invocation_metadata or ())
+
+        async def answer(messages: Any, context: Any) -> Any:
+            try:
+                if details.method not in OPEN:
+                    await self._require_token(str(metadata.get("authorization", "")))
+                async with (self._open if details.method in OPEN else self._closed).place():
+                    message = await anext(messages)
+            except Refused as refused:
+                await context.abort(CODES[refused.status], str(refused))
+            except StopAsyncIteration:
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the call must have a message")
+            return await handler.unary_unary(message, context)
+
+        # A handler of one message would be called with it, when it has been received.
+        return grpc.stream_unary_rpc_method_handler(
+            answer, handler.request_deserializer, handler.response_serializer
+        )
+
+    async def _require_token(self, authorization: str) -> None:
+        """Raise Refused unless an issuer has signed the token. Which model it is for is in the message."""
+        refusal = None
+        for authenticator in self._authenticators:
+            try:
+                if authenticator.known(authorization) is None:
+                    await authenticator.principal(authorization)
+                return
+            except Refused as refused:
+                refusal = refused
+        if refusal is not None:
+            raise refusal
+
+
 class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):
     """The service."""
 
@@ -63,7 +142,8 @@ class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._url = url
         # It is this machine's own server, whose certificate names it as others know it.
         connector = aiohttp.TCPConnector(ssl=False, limit=0)
-        self._client = aiohttp.ClientSession(connector=connector, trust_env=False)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_S + BODY_S)
+        self._client = aiohttp.ClientSession(connector=connector, trust_env=False, timeout=timeout)
 
     async def close(self) -> None:
         await self._client.close()
@@ -134,42 +214,63 @@ class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):
         }
         try:
             async with self._client.request(
-                method, self._url + path, headers={**given, **(headers or {})}, data=body
+                method,
+                self._url + path,
+                headers={**given, **(headers or {})},
+                data=None if body is None else io.BytesIO(body),  # bytes would be sent in one piece
             ) as response:
                 return response.status, response.headers, await response.read()
-        except aiohttp.ClientError as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the endpoint does not answer: {error}")
+        except (aiohttp.ClientError, TimeoutError) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"the endpoint does not answer: {error!r}")
             raise AssertionError from None
+
+
+def server(gateway: Any, admission: Admission, max_message_bytes: int) -> Any:
+    """A server with all its limits, on no port yet."""
+    made = grpc.aio.server(
+        interceptors=[admission],
+        options=[*LIMITS, ("grpc.max_receive_message_length", max_message_bytes)],
+        maximum_concurrent_rpcs=MAX_CALLS,
+    )
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(gateway, made)
+    return made
 
 
 class Grpc:
     """The deployment, in which the server runs."""
 
-    def __init__(self, host: str, port: int, url: str, tls: Tls | None):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        url: str,
+        tls: Tls | None,
+        issuers: Sequence[Issuer] = (),
+        max_message_bytes: int = MAX_BODY_BYTES,
+    ):
+        """`issuers` are those of all endpoints, none if one of them asks for no token; `max_message_bytes` is
+        the largest `limits.max_body_bytes` among them."""
         self._address = f"{host}:{port}"
         self._url = url
         self._tls = tls
+        self._issuers = issuers
+        self._max_message_bytes = max_message_bytes
         self._server: Any = None
 
     async def start(self) -> None:
         """Listen. Raises RuntimeError if the port is taken."""
         if self._server is not None:
             return
-        limits = [
-            ("grpc.max_receive_message_length", MAX_BODY_BYTES),
-            ("grpc.max_send_message_length", MAX_BODY_BYTES),
-            ("grpc.so_reuseport", 0),
-        ]
-        self._gateway = Gateway(self._url)
-        server = grpc.aio.server(options=limits)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self._gateway, server)
+        self._gateway, self._admission = Gateway(self._url), Admission(self._issuers)
+        made = server(self._gateway, self._admission, self._max_message_bytes)
         if self._tls:
             pem = (Path(self._tls.key).read_bytes(), Path(self._tls.certificate).read_bytes())
-            server.add_secure_port(self._address, grpc.ssl_server_credentials([pem]))
+            made.add_secure_port(self._address, grpc.ssl_server_credentials([pem]))
         else:
-            server.add_insecure_port(self._address)
-        await server.start()
-        self._server = server
+            made.add_insecure_port(self._address)
+        await made.start()
+        self._admission.start()
+        self._server = made
 
     async def check_health(self) -> None:
         """Called by Serve, at first before anything else: a replica that was started anew listens again."""
@@ -177,6 +278,7 @@ class Grpc:
 
     async def __del__(self) -> None:
         if self._server is not None:
+            self._admission.stop()
             await self._server.stop(grace=5)
             await self._gateway.close()
 
@@ -189,6 +291,9 @@ def _path(name: str, version: str) -> str:
 
 def _as_http(request: Any) -> tuple[dict[str, Any], bytes]:
     """The head in JSON and the tensors behind it, all of them binary. Raises Broken."""
+    for name in ("inputs", "outputs", "raw_input_contents", "parameters"):
+        if len(getattr(request, name)) > MAX_PARTS:
+            raise Broken(f"{name} must have at most {MAX_PARTS} entries")
     raw = list(request.raw_input_contents)
     if raw and len(raw) != len(request.inputs):
         raise Broken(f"raw_input_contents must have a value for each of the {len(request.inputs)} inputs")

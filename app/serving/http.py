@@ -1,4 +1,5 @@
-"""HTTP as the deployments see it: a request that has come in whole, and an answer that goes out whole."""
+"""HTTP as the deployments see it: the head of a request, its body when they ask for it, and an answer that is
+sent whole."""
 
 import os
 import time
@@ -10,6 +11,9 @@ import starlette.requests
 import starlette.responses
 from starlette.types import Send
 
+from app.serving.body import Body, Whole
+from app.serving.protocol import Refused
+
 JSON = "application/json"
 
 
@@ -20,14 +24,21 @@ class Request:
     method: str
     path: str
     headers: Mapping[bytes, bytes]
-    """By their names in lower case; of one that is given several times, the last."""
-    body: bytes
+    """By lower-case name; the last one where a name is repeated."""
+    body: Body
     request_id: str
 
     def header(self, name: bytes, default: str = "") -> str:
         """Latin-1, as HTTP has it."""
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
+
+    def require_method(self, method: str) -> None:
+        """Raise Refused with 405 unless it is `method`. HEAD is a GET that is answered without the body."""
+        allowed = ("GET", "HEAD") if method == "GET" else (method,)
+        if self.method not in allowed:
+            error = f"{self.method} is not allowed here, {method} is"
+            raise Refused(405, error, headers={"allow": ", ".join(allowed)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +50,13 @@ class Response:
     headers: Mapping[str, str] = field(default_factory=dict)
     media_type: str = JSON
 
-    async def send(self, send: Send, request_id: str) -> None:
-        """To an ASGI server."""
+    @classmethod
+    def of(cls, refused: Refused) -> "Response":
+        """A refusal's answer."""
+        return cls(refused.body(), refused.status, refused.headers)
+
+    async def send(self, send: Send, request_id: str, method: str = "GET") -> None:
+        """To an ASGI server; without the body if `method` is HEAD."""
         headers = [
             (b"content-length", b"%d" % len(self.body)),
             (b"content-type", self.media_type.encode()),
@@ -48,7 +64,7 @@ class Response:
         ]
         headers += [(name.encode(), value.encode()) for name, value in self.headers.items()]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        await send({"type": "http.response.body", "body": self.body})
+        await send({"type": "http.response.body", "body": b"" if method == "HEAD" else self.body})
 
 
 def new_request_id() -> str:
@@ -64,7 +80,7 @@ def new_request_id() -> str:
 
 
 class Responder(Protocol):
-    """A deployment that answers HTTP."""
+    """A deployment that answers HTTP. It refuses by a Refused or a Response, and reads the body last."""
 
     async def respond(self, request: Request) -> Response: ...
 
@@ -73,11 +89,16 @@ async def by_proxy(
     deployment: Responder, request: starlette.requests.Request
 ) -> starlette.responses.Response:
     """A request that came by way of Serve's proxy on the head node, which asks us when it finds no replica
-    that listens; `app.serving.ingress` has cleaned it there."""
+    that listens; `app.serving.ingress` has cleaned it there, and read its body."""
     headers = dict(request.headers.raw)
     request_id = headers[b"x-request-id"].decode()
-    body = await request.body()
-    given = await deployment.respond(
-        Request(request.method, request.scope["path"], headers, body, request_id)
+    body = Whole(await request.body())
+    try:
+        response = await deployment.respond(
+            Request(request.method, request.scope["path"], headers, body, request_id)
+        )
+    except Refused as refused:
+        response = Response.of(refused)
+    return starlette.responses.Response(
+        response.body, response.status, dict(response.headers), response.media_type
     )
-    return starlette.responses.Response(given.body, given.status, dict(given.headers), given.media_type)

@@ -1,4 +1,5 @@
-"""What stands before every deployment: no client header steers Ray Serve, and no body is without limit.
+"""What stands before every deployment: no client header steers Ray Serve, and no body is read before the
+deployment asks for it.
 
 `middlewares` is called by Serve in each process that takes HTTP requests (RAY_SERVE_HTTP_PROXY_CALLBACK_
 IMPORT_PATH in app.flags): behind HAProxy these are the replicas themselves. There a request goes from the
@@ -8,11 +9,13 @@ for each request) takes several times as long as a small model does.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.serving.front import MAX_BODY_BYTES
+from app.serving.body import GONE, Body, Room
+from app.serving.front import MAX_BODY_BYTES, UNFINISHED_HEADER
 from app.serving.http import Request, Responder, Response, new_request_id
 from app.serving.logs import log
 from app.serving.protocol import Refused
@@ -30,6 +33,9 @@ REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 """A client's request id that is taken over; any other is replaced, because it ends up in logs."""
 OF_SERVE = "/-/"
 """Paths below this are Serve's own."""
+UNFINISHED = {"connection": "close", UNFINISHED_HEADER: "1"}
+"""Headers of an answer that is given before the whole body has arrived: HAProxy then ends the request instead
+of waiting for the rest, which would keep one of the replica's places."""
 HEALTH = "/-/healthz"
 """Where HAProxy asks whether a replica is healthy. What else Serve tells is nobody's business."""
 
@@ -40,10 +46,10 @@ def middlewares() -> list[Middleware]:
 
 
 class Guard:
-    """Cleans a request's headers, takes its whole body in, and hands it to the replica's deployment.
+    """Cleans a request's headers and hands it to the replica's deployment, which asks for the body.
 
-    Where there is none, as in the proxy that Serve keeps on the head node for when no replica runs, it goes
-    on to Serve.
+    Where there is none, as in the proxy that Serve keeps on the head node for when no replica runs, the
+    request goes on to Serve, with its whole body.
     """
 
     def __init__(
@@ -51,11 +57,13 @@ class Guard:
         app: ASGIApp,
         deployment: Callable[[], Responder | None] = lambda: None,
         max_body_bytes: int = MAX_BODY_BYTES,
+        room: Room | None = None,
     ):
-        """`deployment` is asked at each request: Serve begins to listen before it has one to show."""
+        """`deployment` is called for each request: Serve begins to listen before there is one."""
         self._app = app
         self._deployment = deployment
         self._max_body_bytes = max_body_bytes
+        self._room = room or Room()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -64,58 +72,35 @@ class Guard:
         if scope["type"] != "http" or scope["path"] == HEALTH:
             await self._app(scope, receive, send)
             return
-        if scope["path"].startswith(OF_SERVE):
-            await Response(Refused(404, "no such path").body(), 404).send(send, new_request_id())
-            return
-        request_id = ""
+        request_id, body = "", None
         try:
+            if scope["path"].startswith(OF_SERVE):
+                raise Refused(404, "no such path")
             headers = _clean(scope["headers"])
-            request_id = headers.get(b"x-request-id", b"").decode() or new_request_id()
-            body = await self._take(headers, receive)
+            request_id = headers.get(b"x-request-id", b"").decode()
+            request_id = request_id or new_request_id()
+            body = Body(headers, receive, self._room)
+            deployment = self._deployment()
+            if deployment is None:
+                headers[b"x-request-id"] = request_id.encode()
+                content = await body.read(self._max_body_bytes)
+                await self._app({**scope, "headers": list(headers.items())}, _once(content, receive), send)
+                return
+            response = await deployment.respond(
+                Request(scope["method"], scope["path"], headers, body, request_id)
+            )
         except Refused as refused:
-            # What is left of the body would be read as the connection's next request.
-            response = Response(refused.body(), refused.status, {"connection": "close"})
-            await response.send(send, request_id or new_request_id())
-            return
-        if body is None:
-            return  # the client has gone
-        deployment = self._deployment()
-        if deployment is None:
-            headers[b"x-request-id"] = request_id.encode()
-            await self._app({**scope, "headers": list(headers.items())}, _once(body, receive), send)
-            return
-        request = Request(scope["method"], scope["path"], headers, body, request_id)
-        try:
-            response = await deployment.respond(request)
+            response = Response.of(refused)
         except Exception:
             log.exception("request %s failed", request_id)
             error = f"this is our mistake, not yours; the log says more of the request {request_id}"
             response = Response(Refused(500, error).body(), 500)
-        await response.send(send, request_id)
-
-    async def _take(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body, or None if the client has gone. Raises Refused if it is too large."""
-        if int(headers.get(b"content-length", b"0")) > self._max_body_bytes:
-            raise self._too_large()
-        message = await receive()
-        if message["type"] != "http.request":
-            return None
-        if not message.get("more_body", False) and len(message["body"]) <= self._max_body_bytes:
-            return message["body"]
-        body = bytearray(message["body"])
-        while message.get("more_body", False):
-            if len(body) > self._max_body_bytes:
-                break
-            message = await receive()
-            if message["type"] != "http.request":
-                return None
-            body += message.get("body", b"")
-        if len(body) > self._max_body_bytes:
-            raise self._too_large()
-        return bytes(body)
-
-    def _too_large(self) -> Refused:
-        return Refused(413, f"the body must not exceed {self._max_body_bytes} bytes")
+        if response.status == GONE:
+            return
+        if body is None or not await body.complete():
+            # The rest of the body would be read as the connection's next request.
+            response = replace(response, headers={**response.headers, **UNFINISHED})
+        await response.send(send, request_id or new_request_id(), scope["method"])
 
 
 def _deployment() -> Responder | None:

@@ -20,6 +20,8 @@ LEASE_S = 0.1
 BURST_S = 1.0
 """So much of it may come at once."""
 FORGET_S = 60.0
+ALONE_S = 5.0
+"""How long a replica counts for itself after the one that counts for all has not answered."""
 
 
 @dataclass
@@ -88,18 +90,34 @@ class Limiter:
         return 0.0
 
 
-_ALONE = Buckets()
+class Counter:
+    """The one that counts for all replicas, `app.serving.root`; while it does not answer, each replica counts
+    for itself, and asks it again only every ALONE_S: nobody waits for one that hangs more than once."""
+
+    def __init__(self, ask: Borrow, clock: Callable[[], float] = time.monotonic):
+        """`ask` may raise TimeoutError or RayError."""
+        self._ask = ask
+        self._clock = clock
+        self._alone = Buckets(clock)
+        self._ask_again = float("-inf")
+
+    async def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+        """As `Buckets.borrow`."""
+        from ray.exceptions import RayError
+
+        if self._clock() >= self._ask_again:
+            try:
+                return await self._ask(principal, per_s, wanted)
+            except (TimeoutError, RayError) as error:
+                self._ask_again = self._clock() + ALONE_S
+                log.warning("requests are counted by each replica, for %g s: %r", ALONE_S, error)
+        return self._alone.borrow(principal, per_s, wanted)
 
 
-async def borrow(principal: str, per_s: float, wanted: int) -> tuple[int, float]:
-    """Ask `app.serving.root`. While there is none to ask, each replica counts for itself."""
+async def ask_root(principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+    """Raises TimeoutError or RayError if it does not answer within a second."""
     from ray import serve
-    from ray.exceptions import RayError
 
-    try:
-        async with asyncio.timeout(1):
-            handle: Any = serve.get_deployment_handle(ROOT, app_name=ROOT)
-            return await handle.borrow.remote(principal, per_s, wanted)
-    except (TimeoutError, RayError) as error:
-        log.warning("nobody counts the requests of %s: %s", principal, error)
-        return _ALONE.borrow(principal, per_s, wanted)
+    async with asyncio.timeout(1):
+        handle: Any = serve.get_deployment_handle(ROOT, app_name=ROOT)
+        return await handle.borrow.remote(principal, per_s, wanted)

@@ -112,7 +112,7 @@ def document(
         }
     }
     if schema.task != "ranking" and all(item.contract.type != "text" for item in schema.inputs):
-        few = {**rows, "maxItems": min(explain.MAX_ROWS, limits.max_rows)}
+        few = {**rows, "maxItems": min(explain.max_rows(len(schema.inputs)), limits.max_rows)}
         paths[f"{base}/explain"] = {
             "post": _operation(
                 "explain",

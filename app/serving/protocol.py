@@ -50,6 +50,8 @@ NUM_ITEMS = 10
 """How many items a recommender gives if the request does not say."""
 NUM_VIOLATIONS = 100
 """How many violations a refusal lists; it counts them all."""
+MAX_ERRORS = 10_000
+"""Violations beyond which none is listed: to describe a million of them takes seconds and a gigabyte."""
 NUM_VALUES = 20
 """How many of the values allowed a violation names."""
 
@@ -219,6 +221,8 @@ def refusal(
     path: Callable[[Location], str] = dotted,
 ) -> Refused:
     """What a client is told of an error in validation: 400 for no JSON, 413 for too many rows, else 422."""
+    if (count := error.error_count()) > MAX_ERRORS:
+        return Refused(422, f"the request breaks the contract in {count} places, too many to list")
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         return Refused(400, f"the body must be JSON: {errors[0]['ctx']['error']}")

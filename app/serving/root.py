@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import orjson
@@ -83,8 +83,7 @@ class Root:
             models = ", ".join(sorted(await _models())) or "none"
             more = "" if self._secured else f"; models served under /v2/models: {models}"
             return _json(404, {"error": f"no such path{more}"})
-        if request.method != "GET":
-            return _json(405, {"error": f"{request.method} is not allowed here, GET is"}, {"allow": "GET"})
+        request.require_method("GET")
         return await known[path]()
 
     async def _page(self) -> Response:
@@ -121,5 +120,5 @@ def _applications() -> dict[str, str]:
     return {n: str(a.status.value) for n, a in applications.items() if n.islower() and APART not in n}
 
 
-def _json(status: int, document: dict[str, object], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(document), status, headers or {})
+def _json(status: int, document: dict[str, object]) -> Response:
+    return Response(orjson.dumps(document), status)

@@ -44,6 +44,11 @@ DATA_TYPES = {"f": "FP32", "b": "BOOL", "O": "BYTES"}
 HEADER_LENGTH = "inference-header-content-length"
 """The HTTP header that says where the JSON ends and the binary data begins, in bytes."""
 
+MAX_TENSORS = 4096
+"""Inputs or outputs of a request: what is wrong with each is told, so a few bytes of it cost a kilobyte."""
+MAX_RANK = 8
+"""Dimensions of a tensor; more than the contract allows, so that its own message is told."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -67,7 +72,7 @@ class _TensorParameters(_Part):
 class _Input(_Part):
     name: str
     datatype: str
-    shape: list[int]
+    shape: Annotated[list[int], Field(max_length=MAX_RANK)]
     data: list[Any] | None = None
     parameters: _TensorParameters = _TensorParameters()
 
@@ -79,8 +84,8 @@ class _Output(_Part):
 
 class _Request(_Part):
     id: str | None = None
-    inputs: list[_Input]
-    outputs: list[_Output] = []
+    inputs: Annotated[list[_Input], Field(max_length=MAX_TENSORS)]
+    outputs: Annotated[list[_Output], Field(max_length=MAX_TENSORS)] = []
     parameters: _Parameters = _Parameters()
 
 

@@ -19,6 +19,7 @@ from app import cluster, issuer
 from app.config import Serving
 from app.records import Records
 from app.serving import deploy
+from app.serving.front import IN_HAND
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
 from tests.bundles import ROWS, build
@@ -190,6 +191,23 @@ def test_the_rate_of_a_principal_holds_over_all_replicas(client):
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "it is each one's own"
+
+
+def test_bodies_that_never_come_keep_nobody_out(url, client, certificate):
+    """More than there are places on both replicas; none of them has shown a token."""
+    host, port = url.removeprefix("https://").split(":")
+    trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
+    head = f"POST {BASE}/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 40000\r\n\r\n".encode()
+    with contextlib.ExitStack() as opened:
+        silent = []
+        for _ in range(2 * IN_HAND + 12):
+            plain = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            silent.append(opened.enter_context(trusted.wrap_socket(plain, server_hostname=host)))
+            silent[-1].sendall(head + b" " * 30_000)
+        somebody = client("predict")
+        answers = [somebody.post(f"{BASE}/predict", json={"rows": ROWS}).status_code for _ in range(5)]
+        assert answers == [200] * 5
+        assert {connection.recv(12) for connection in silent} == {b"HTTP/1.1 401"}
 
 
 def wait_until_recorded(*request_ids):

@@ -323,6 +323,18 @@ def test_each_request_line_gets_its_status(client, status, method, path, headers
     assert isinstance(response.json()["error"], str)
 
 
+READ = ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/docs", "/v2/models/income"]
+READ += ["/v2/models/income/ready", "/v2/models/income/versions/1", "/v2/models/income/openapi.json"]
+
+
+@pytest.mark.parametrize("path", READ)
+def test_head_is_answered_as_get_is(client, path):
+    get, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+    assert client.put(path).headers["allow"] == "GET, HEAD"
+
+
 def test_an_unknown_model_is_told_the_known_ones(client):
     assert "income" in client.get("/v2/models/incomes").json()["error"]
 

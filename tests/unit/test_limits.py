@@ -2,7 +2,8 @@ import asyncio
 
 import pytest
 
-from app.serving.limits import Buckets, Limiter
+from app.serving import limits
+from app.serving.limits import Buckets, Counter, Limiter
 
 
 class Clock:
@@ -85,3 +86,34 @@ def test_who_has_not_come_for_long_is_forgotten(clock):
     clock.now += 100
     buckets.borrow("late", 1, 1)
     assert set(buckets._buckets) == {"late"}
+
+
+def test_while_nobody_counts_each_replica_does_and_few_wait(clock):
+    """The one that counts hangs: a request waits for it every ALONE_S, the others don't."""
+    asked = []
+
+    async def hang(*arguments):
+        asked.append(clock.now)
+        raise TimeoutError
+
+    limiter = Limiter(10, Counter(hang, clock).borrow, clock)
+    passed = admitted(clock, [limiter], 20, 0.02)
+    assert 0.9 * 10 * 20 <= passed <= 10 * 21 + 1
+    assert len(asked) <= 20 / limits.ALONE_S + 1
+
+
+def test_it_is_asked_again(clock):
+    buckets = Buckets(clock)
+    away = [True]
+
+    async def ask(*arguments):
+        if away[0]:
+            raise TimeoutError
+        return buckets.borrow(*arguments)
+
+    counter = Counter(ask, clock)
+    asyncio.run(counter.borrow("bob", 10, 1))
+    away[0] = False
+    clock.now += limits.ALONE_S
+    asyncio.run(counter.borrow("bob", 10, 3))
+    assert buckets._buckets["bob"].tokens == 7

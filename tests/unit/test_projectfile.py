@@ -53,6 +53,39 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+MERGED = "m0: &m0 {x: 1}\n" + "".join(
+    f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, 12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (BOMB, "more than 100,000 keys"),
+        (MERGED, "more than 100,000 keys"),
+        ("a: " + "[" * 100_000, "deeper than 50 levels"),
+        ("a: " + "[" * 200 + "]" * 200, "deeper than 50 levels"),
+        ("a: &a [*a]", "deeper than 50 levels"),
+        ("a: " + "x" * 1_000_001, "must not exceed 1,000,000 bytes"),
+        ("a: " + "9" * 5_000, "is not valid YAML"),
+        ("a: 2001-99-99", "is not valid YAML"),
+    ],
+    ids=["aliases", "merges", "brackets", "lists", "itself", "bytes", "digits", "date"],
+)
+def test_a_small_file_does_not_keep_the_parser_busy(file, text, told):
+    file.write_text(text)
+    (fault,) = faults(file)
+    assert told in fault
+    if len(text) < 1_000 and "\n" not in text:
+        file.write_text(TEXT)
+        (fault,) = faults(file, f"a={text.removeprefix('a: ')}")
+        assert told in fault
+        assert fault.startswith("--set a")
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_project_loads_and_is_called_like_its_file(config):
     assert projectfile.load(config).name == config.stem
@@ -299,9 +332,7 @@ def test_a_malformed_set_is_refused_with_its_form(file, override):
 
 
 def test_a_set_whose_value_is_no_yaml_is_refused(file):
-    assert faults(file, "training.epochs=[1")[0].startswith(
-        "--set training.epochs=[1: the value is not valid"
-    )
+    assert faults(file, "training.epochs=[1")[0].startswith("--set training.epochs: is not valid YAML")
 
 
 def test_a_set_below_a_value_is_refused(file):

