@@ -204,7 +204,7 @@ def serve(file: File, overrides: Set = None) -> None:
             needed = project.serving.num_cpus * project.serving.autoscaling.min_replicas
             setting = "serving.num_cpus x autoscaling.min_replicas"
             console.wait(capacity.now().wait(needed, setting, besides=project.name))
-            server = deploy.deploy(project.serving, project.name, chosen)
+            server = deploy.deploy(project.serving, project.name, chosen, console.wait)
             for name, variant in chosen.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
@@ -254,31 +254,47 @@ def traffic(
     No replica is started anew, and no request is lost. What is not named keeps its weight.
     """
     weights = _weights(context.args)
+    if weights and at:
+        raise UserError("--at only looks back; leave it out to change the weights")
     with _working("traffic") as console:
         from app.audit import Audit
         from app.serving import traffic
 
-        with Audit() as audit:
-            held = traffic.current(audit, name, at.replace(tzinfo=UTC).timestamp() if at else None)
+        if weights:
+            from app import cluster
+
+            if not cluster.lasts():
+                raise UserError(
+                    "no cluster is up, so nothing is served; see `raylway up` and `raylway serve`"
+                )
+            with cluster.session():
+                from app.serving import applications
+
+                served = applications.reweight(name, weights, console.wait)
+        else:
+            with Audit() as audit:
+                held = traffic.current(audit, name, at.replace(tzinfo=UTC).timestamp() if at else None)
             if held is None:
                 raise UserError(f"{name} {'was' if at else 'is'} not served{f' at {at}' if at else ''}")
-            wanted = held[1]
-            if weights:
-                if at:
-                    raise UserError("--at only looks back; leave it out to change the weights")
-                from app import cluster
-
-                if wanted.policy == "bandit":
-                    raise UserError(f"the bandit sets the weights of {name} (serving.policy)")
-                wanted = traffic.reweighted(wanted, weights)
-                with cluster.session():
-                    from app.serving import applications
-
-                    with traffic.tried(audit, name, wanted) as entry:
-                        applications.refresh(name, entry)
-        for variant, deployed in wanted.variants.items():
+            served = held.traffic
+        for variant, deployed in served.variants.items():
             share = "shadow" if deployed.shadow else f"weight {deployed.weight:g}"
             console.say(f"  {variant}: version {deployed.version}, {share}")
+
+
+@app.command()
+def undeploy(name: Annotated[str, typer.Argument(help="The endpoint, such as income.")]) -> None:
+    """Take one endpoint off the cluster. The others go on."""
+    with _working("undeploy", hint="the same command goes on") as console:
+        from app import cluster
+
+        if not cluster.lasts():
+            raise UserError("no cluster is up, so nothing is served; see `raylway up` and `raylway serve`")
+        with cluster.session():
+            from app.serving import deploy
+
+            deploy.take_off(name, console.wait)
+        console.say(f"{name} is not served any more")
 
 
 @app.command()
@@ -302,6 +318,16 @@ def status(
             console.say("nothing is served")
         for document in documents:
             console.say(_endpoint(document))
+        if documents:
+            console.say(_watch(documents[0]["watch"]))
+
+
+def _watch(watch: dict[str, Any] | None) -> str:
+    """What the watch over the endpoints does, for people."""
+    if watch is None:
+        return "watch: does not answer; nobody follows the registry, and bandits set no weights"
+    last = f", the last: {watch['last_error']}" if watch["last_error"] else ""
+    return f"watch: last round {watch['looked_s_ago']:.0f} s ago, {watch['failures']} failures{last}"
 
 
 def _endpoint(document: dict[str, Any]) -> RenderableType:
@@ -377,17 +403,30 @@ def token(
 @app.command()
 def audit(
     name: Annotated[str | None, typer.Argument(help="A model; all, if left out.")] = None,
+    expect: Annotated[
+        str | None,
+        typer.Option(metavar="NUMBER:SEAL", help="What this command printed last, at some time before."),
+    ] = None,
 ) -> None:
-    """Check the log of what was deployed, promoted and changed, and by whom; and show it."""
+    """Check the log of what was deployed, promoted and changed, and by whom; and show it.
+
+    The last line is the log's head. Kept where nobody can change it, it proves with --expect that nothing up
+    to there was changed or removed.
+    """
+    from app.audit_head import Head
+
+    expected = None if expect is None else Head.parse(expect)
     with _working("audit") as console:
+        from app import audit_head
         from app.audit import Audit
 
         with Audit() as audit:
-            entries = audit.entries(name)
+            entries = audit.entries(name, expected=expected)
         for entry in entries:
             at = datetime.fromtimestamp(entry.at, UTC).isoformat(sep=" ", timespec="seconds")
             console.say(f"{entry.number:>5}  {at[:19]}  {entry.who:<12} {entry.action:<8} {entry.model}")
             console.say(f"       {json.dumps(entry.details)}", style="dim")
+        console.say(f"head: {audit_head.load() or 'the log is empty'}")
 
 
 @app.command()
@@ -412,7 +451,7 @@ def promote(
     with _working("promote") as console:
         from app import registry
 
-        chosen = registry.promote(name, version)
+        chosen = registry.promote(name, version, console.wait)
         console.say(f"{name} version {chosen.number} is the champion")
 
 

@@ -1,7 +1,13 @@
-"""The SQL database of what happens in production: SQLite in the state directory, or PostgreSQL."""
+"""The SQL database of what happens in production: SQLite in the state directory, or PostgreSQL; and locks
+that its users hold across several steps."""
 
 import contextlib
+import fcntl
+import hashlib
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +16,6 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table
 
-from app import files
 from app.errors import UserError
 from app.home import database_url, home, make_private, private_file
 
@@ -24,6 +29,12 @@ VERSIONS = Table(
 )
 STATEMENT_TIMEOUT_S = 30.0
 """Longest time that a statement may take. A server that accepts and never answers fails after it."""
+POLL_S = 0.2
+"""How often a lock that somebody else holds is tried again."""
+
+
+class Busy(UserError):
+    """Somebody else holds a lock."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +134,73 @@ def begin_exclusively(connection: Connection, name: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusively(name: str) -> Iterator[None]:
-    """Until the block ends, no other process is in one with the same `name`; for changes that no single
-    transaction holds. It is released if this process is killed."""
-    url = database_url("production.db")
-    if url.startswith("sqlite"):
-        with files.locked(make_private(home() / "locks") / name):
-            yield
-        return
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-    with engine.begin() as connection:
-        begin_exclusively(connection, name)
+def alone(name: str, on_wait: Callable[[str], None] | None = None, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock `name` until the block ends: one thread of one process at a time, on all machines that
+    share the database. It is free again when its holder dies.
+
+    :param on_wait: told once who holds the lock, if somebody does.
+    :raises Busy: somebody holds the lock, and not `wait`.
+    """
+    locked = _locked_by_file if database_url("production.db").startswith("sqlite") else _locked_by_server
+    with locked(name) as attempt:
+        holder = attempt()
+        if holder is not None:
+            message = f"waiting for {holder}, which is changing the same ({name})"
+            if not wait:
+                raise Busy(message.removeprefix("waiting for ") + "; try again later")
+            if on_wait:
+                on_wait(message)
+        while holder is not None:
+            time.sleep(POLL_S)
+            holder = attempt()
         yield
+
+
+Attempt = Callable[[], str | None]
+"""Tries to take a lock; returns who holds it, or None if it is ours now."""
+
+
+@contextlib.contextmanager
+def _locked_by_file(name: str) -> Iterator[Attempt]:
+    """SQLite is on one machine, so a file's lock is enough; the kernel frees it when the holder dies."""
+    folder = make_private(home() / "locks")
+    with (folder / hashlib.sha256(name.encode()).hexdigest()[:16]).open("a+") as file:
+
+        def attempt() -> str | None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                return file.read() or "another process"
+            file.truncate(0)
+            file.write(_described())
+            file.flush()
+            return None
+
+        yield attempt
+
+
+@contextlib.contextmanager
+def _locked_by_server(name: str) -> Iterator[Attempt]:
+    """PostgreSQL frees an advisory lock when the holder's connection ends."""
+    engine = _engine(database_url("production.db")).execution_options(isolation_level="AUTOCOMMIT")
+    key = sqlalchemy.func.hashtextextended(f"alone: {name}", 0)
+    try:
+        with engine.connect() as connection:
+
+            def attempt() -> str | None:
+                ours = connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(key)))
+                return None if ours else "another process"
+
+            yield attempt
+    finally:
+        engine.dispose()
+
+
+def _described() -> str:
+    """This process, for those who wait for it."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:3]])
+    return f"process {os.getpid()} ({command[:60]})"
 
 
 def _version(connection: Connection, part: Part) -> int | None:
@@ -188,7 +254,7 @@ def _first_to_open(file: str | None) -> Iterator[None]:
     """
     if file and Path(file).is_relative_to(home()):
         private_file(Path(file))
-    with exclusively("open"):
+    with alone("open"):
         yield
 
 

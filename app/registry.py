@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,12 +31,14 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from app import bundle, database, files, kept, signature, store
-from app.audit import Audit
+from app.audit import Audit, Entry
 from app.config import Project
 from app.errors import Interrupted, UserError
 from app.home import database_url, home, make_private, private_file
 
 CHAMPION, CHALLENGER = "champion", "challenger"
+PROMOTING, PROMOTED, NOT_PROMOTED = PROMOTIONS = ("promoting", "promote", "promote undone")
+"""In the audit log: a promotion that begins, and how it ended."""
 KEY_TAG = "raylway.key"
 """On a run: the key of its bundle, by which a restarted run is found again."""
 STUDY_TAG, TRIAL_TAG = "raylway.study", "raylway.trial"
@@ -325,8 +327,9 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
     bundle.require_passed(manifest, f"a version of {name}")
     ours = client()
     # The registry's tables hold nothing that would stop two versions or two aliases at once.
-    with database.exclusively(f"registry-{name}"), Audit() as audit:
+    with database.alone(f"registry-{name}"), Audit() as audit:
         _create_model(ours, name)
+        _finish_promotion(audit, name)
         entry = _with_tag(name, IDENTITY_TAG, bundle.identity(path))
         if entry is None:
             champion = find(name, CHAMPION)
@@ -469,20 +472,54 @@ def _entries(name: str) -> Sequence[Any]:
     return client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
 
 
-def promote(name: str, version: str) -> Version:
+def promote(name: str, version: str, on_wait: Callable[[str], None] | None = None) -> Version:
     """Make a version the champion; if it was the challenger, there is none until the next one.
 
-    Raises UserError if there is no such version, or it did not pass the gate.
+    `on_wait` is told who is waited for, if somebody else is changing the model's aliases. Raises UserError if
+    there is no such version, or it did not pass the gate.
     """
-    chosen, before = resolve(name, version), find(name, CHAMPION)
-    bundle.require_passed(bundle.verify(chosen.path), f"{name} version {chosen.number}")
-    ours = client()
-    ours.set_registered_model_alias(name, CHAMPION, chosen.number)
-    if CHALLENGER in chosen.aliases:
-        ours.delete_registered_model_alias(name, CHALLENGER)
-    with Audit() as audit:
-        audit.add("promote", name, {"version": chosen.number, "before": before and before.number})
+    with database.alone(f"registry-{name}", on_wait), Audit() as audit:
+        _finish_promotion(audit, name)
+        chosen, before = resolve(name, version), _aliases(name).get(CHAMPION)
+        bundle.require_passed(bundle.verify(chosen.path), f"{name} version {chosen.number}")
+        # Written before the aliases change: what a kill leaves half done, whoever comes next finishes.
+        audit.add(PROMOTING, name, {"version": chosen.number, "before": before})
+        _finish_promotion(audit, name)
     return resolve(name, chosen.number)
+
+
+def finish_promotion(audit: Audit, name: str) -> None:
+    """Finish a promotion that was cut short. Raises Busy if somebody is changing the model's aliases."""
+    if _unfinished(audit, name):
+        with database.alone(f"registry-{name}", wait=False):
+            _finish_promotion(audit, name)
+
+
+def _finish_promotion(audit: Audit, name: str) -> None:
+    """The steps of a promotion after its first entry; each may have been done before."""
+    begun = _unfinished(audit, name)
+    if begun is None:
+        return
+    ours, number, before = client(), begun.details["version"], begun.details["before"]
+    aliases = _aliases(name)
+    # Somebody has deleted the version, or given the alias to another one: theirs came later.
+    if find(name, number) is None or aliases.get(CHAMPION) not in (before, number):
+        audit.add(NOT_PROMOTED, name, begun.details, begun.who, expected=begun.number, among=PROMOTIONS)
+        return
+    ours.set_registered_model_alias(name, CHAMPION, number)
+    if aliases.get(CHALLENGER) == number:
+        ours.delete_registered_model_alias(name, CHALLENGER)
+    audit.add(PROMOTED, name, begun.details, begun.who, expected=begun.number, among=PROMOTIONS)
+
+
+def _unfinished(audit: Audit, name: str) -> Entry | None:
+    last = audit.last(name, PROMOTIONS)
+    return last if last is not None and last.action == PROMOTING else None
+
+
+def _aliases(name: str) -> dict[str, str]:
+    """The versions' numbers by alias."""
+    return {alias: str(number) for alias, number in client().get_registered_model(name).aliases.items()}
 
 
 def sign(name: str, version: str, key: Path) -> Version:
@@ -493,7 +530,7 @@ def sign(name: str, version: str, key: Path) -> Version:
     chosen = resolve(name, version)
     bundle.verify(chosen.path)
     signed = signature.signed((chosen.path / bundle.MANIFEST).read_bytes(), key)
-    with database.exclusively(f"registry-{name}"), Audit() as audit:
+    with database.alone(f"registry-{name}"), Audit() as audit:
         tag = base64.b64encode(signed).decode()
         client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)
         audit.add("sign", name, {"version": chosen.number})

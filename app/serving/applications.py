@@ -5,20 +5,27 @@ Ray Serve reads its flags when it is imported, so it is imported in here only wh
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Workers
 from app.errors import UserError
+from app.serving import traffic
 from app.serving.remote import Worker
-from app.serving.status import APART, broadcast
+from app.serving.status import APART, broadcast, models
 from app.serving.traffic import Traffic
 
 MAX_ONGOING_REQUESTS = 100
 """Requests that a replica has in hand at once; more wait. Far above what the autoscaler aims at, so that
 a burst is taken in while new replicas start."""
 HEALTH_CHECK_PERIOD_S = 5.0
+REFRESH_TIMEOUT_S = 120.0
+"""Time for all replicas to open, verify and try the bundles of a new traffic."""
+TRIES = 3
+"""Times that the replicas are asked to take a traffic in, if one dies meanwhile."""
 METRICS = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
 """How often a replica tells the autoscaler its load, and over which time it averages. Serve's 10 s and 30 s
 would outweigh the delays in the project file, which keep it from following each burst. (Ray deprecates the
@@ -83,18 +90,56 @@ def start_workers(serving: Serving, wanted: Traffic) -> None:
         run(bound, variant.workers, "worker", None)
 
 
-def stop_workers(name: str, wanted: Traffic) -> None:
-    """Those of versions that are no longer served."""
+def stop_workers(audit: Audit, name: str) -> None:
+    """Stop the workers of versions that the endpoint does not name any more. Needs `traffic.alone`: another
+    deploy would lose those that it has just started."""
     from ray import serve
 
-    needed = {variant.workers for variant in wanted.variants.values()}
+    try:
+        held = traffic.current(audit, name)
+    except UserError:
+        return  # it cannot be known which are needed
+    needed = {variant.workers for variant in held.traffic.variants.values()} if held else set()
     for application in serve.status().applications:
         if application.startswith(f"{name}{APART}") and application not in needed:
             serve.delete(application)
 
 
+def reweight(
+    name: str, weights: Mapping[str, float], on_wait: Callable[[str], None] | None = None
+) -> Traffic:
+    """Change the weights of some variants of an endpoint; returns what it then serves.
+
+    Raises UserError if it is not served, its weights are a bandit's, or the replicas cannot take it in.
+    """
+    from ray import serve
+
+    with traffic.alone(name, on_wait), Audit() as audit:
+        held = traffic.current(audit, name)
+        if held is None or name not in models(serve.status().applications):
+            raise UserError(f"{name} is not served now; deploy it with `raylway serve` first")
+        if held.traffic.policy == "bandit":
+            raise UserError(f"the bandit sets the weights of {name} (serving.policy)")
+        wanted = traffic.reweighted(held.traffic, weights)
+        with traffic.tried(audit, name, wanted, held.serving, expected=held.number) as entry:
+            refresh(name, entry)
+    return wanted
+
+
 def refresh(name: str, entry: int) -> None:
-    """Have every replica take in an entry of the audit log. Raises UserError if one cannot."""
-    states = broadcast(name, name, "refresh")
+    """Have every replica take in an entry of the audit log. Raises UserError if one cannot, or is silent."""
+    from ray.exceptions import RayError
+
+    for attempt in range(TRIES):
+        try:
+            states = broadcast(name, name, "refresh", REFRESH_TIMEOUT_S)
+            break
+        except TimeoutError:
+            raise UserError(f"a replica of {name} has not answered for {REFRESH_TIMEOUT_S:g} s") from None
+        except RayError as error:  # it died; the one in its place begins with what holds
+            if attempt == TRIES - 1:
+                raise UserError(
+                    f"the replicas of {name} do not answer: {str(error).splitlines()[0]}"
+                ) from None
     if faults := {state.fault for state in states if state.entry < entry}:
         raise UserError(f"{name} does not take it in: {'; '.join(map(str, faults))}. What it served goes on.")

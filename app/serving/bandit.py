@@ -1,14 +1,18 @@
 """Weights that move to the variant with the better reward: Thompson sampling."""
 
+import contextlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from app.audit import Audit
+from app.audit import Audit, Changed
+from app.database import Busy
+from app.errors import UserError
 from app.records import Records
 from app.serving import traffic
-from app.serving.traffic import ACTION, Traffic
+from app.serving.traffic import ACTIONS, Held, Traffic, read
 
 DRAWS = 10_000
 FLOOR = 0.01
@@ -44,31 +48,36 @@ def weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
     return dict(zip(rewards, shared.tolist(), strict=True))
 
 
-def rebalance(audit: Audit, records: Records, model: str) -> None:
-    """Move the weights of an endpoint whose policy this is to what its rewards say."""
-    held = traffic.current(audit, model)
-    if held is None or held[1].policy != "bandit":
-        return
-    wanted = held[1]
+def rebalance(audit: Audit, records: Records, model: str, held: Held) -> None:
+    """Move the weights of an endpoint whose policy this is to what its rewards say.
+
+    Does nothing if somebody has changed the endpoint since `held`: the next time is soon.
+    """
+    wanted = held.traffic
     answering = {name: v.version for name, v in wanted.variants.items() if v.weight > 0}
-    if len(answering) < 2:
+    if wanted.policy != "bandit" or len(answering) < 2:
         return
     found = records.rewards(model, _since(audit, model, wanted))
     rewards = {name: Rewards(*found.get(version, (0, 0.0))) for name, version in answering.items()}
     total = sum(wanted.weights.values())
     moved = weights(rewards)
     if any(abs(moved[name] - weight / total) > STEP for name, weight in wanted.weights.items()):
-        traffic.change(audit, model, traffic.reweighted(wanted, moved), WHO)
+        with contextlib.suppress(Changed, Busy), traffic.alone(model, wait=False):
+            traffic.change(audit, model, held, traffic.reweighted(wanted, moved), WHO)
 
 
 def _since(audit: Audit, model: str, wanted: Traffic) -> float:
     """When these versions began to be compared, seconds since the epoch."""
-    begun = 0.0
-    for entry in reversed(audit.entries(model, ACTION)):
-        other = Traffic.model_validate(entry.details)
+    begun = time.time()
+    for entry in audit.backwards(model, ACTIONS):
+        try:
+            other = read(entry).traffic
+        except UserError:  # of an older Raylway, or the endpoint was off
+            break
         if (other.salt, _versions(other)) != (wanted.salt, _versions(wanted)):
             break
-        begun = entry.at
+        # The clock may have been set back since an older entry: none of these began after a newer one.
+        begun = min(begun, entry.at)
     return begun
 
 

@@ -7,6 +7,7 @@ import json
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from app.serving.front import MAX_BODY_BYTES
 from app.serving.grpc import Grpc
 from app.serving.limits import ROOT
 from app.serving.root import Root
+from app.serving.status import models
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed, common_schema, load
 
@@ -44,11 +46,12 @@ READY_TIMEOUT_S = 60.0
 """For HAProxy to learn of replicas that run; about 1 s when idle."""
 
 
-def deploy(serving: Serving, name: str, wanted: Traffic) -> str:
+def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str], None] | None = None) -> str:
     """Serve a registered model with this traffic, instead of what its endpoint served; wait until it answers.
 
     Where only the traffic is another one, the replicas go on and swap it in.
 
+    :param on_wait: told who is waited for, if somebody else is changing this endpoint.
     :returns: the server's URL; the endpoint is below it at `/v2/models/<name>`.
     :raises UserError: the port is taken, a bundle is broken, the variants take different inputs, or Serve
         could not start the replicas.
@@ -72,16 +75,30 @@ def deploy(serving: Serving, name: str, wanted: Traffic) -> str:
     )
     run(root.bind(secured), ROOT, ROOT, "/")
     _start_grpc(serving, name)
-    start_workers(serving, wanted)
     url = address(serving)
-    with Audit() as audit:
-        audit.add(traffic.SETTINGS, name, serving.model_dump(mode="json"))
-        with traffic.tried(audit, name, wanted) as entry:
-            run(_application(serving, name), name, name, f"/v2/models/{name}")
-            _wait(url, name)
-            refresh(name, entry)
-    stop_workers(name, wanted)
+    with traffic.alone(name, on_wait):
+        _replace(serving, name, wanted, url)
     return url
+
+
+def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
+    """Start the replicas and workers, and let them take the traffic in. Undone if that fails."""
+    from ray import serve
+
+    is_new = name not in serve.status().applications
+    with Audit() as audit:
+        try:
+            start_workers(serving, wanted)
+            with traffic.tried(audit, name, wanted, serving) as entry:
+                run(_application(serving, name), name, name, f"/v2/models/{name}")
+                _wait(url, name)
+                refresh(name, entry)
+        except BaseException:
+            if is_new:
+                serve.delete(name)
+            raise
+        finally:
+            stop_workers(audit, name)
 
 
 def address(serving: Serving) -> str:
@@ -194,6 +211,26 @@ def undeploy() -> None:
     from ray import serve
 
     serve.shutdown()
+
+
+def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
+    """Take one endpoint off the cluster; the others go on. Serve goes with the last one.
+
+    Raises UserError if it is not served.
+    """
+    from ray import serve
+
+    with traffic.alone(name, on_wait), Audit() as audit:
+        served = models(serve.status().applications)
+        if name not in served:
+            traffic.take_off(audit, name)
+            raise UserError(f"{name} is not served; these are: {', '.join(served) or 'none'}")
+        # The entry first: whoever is killed between the two gives the same command again.
+        traffic.take_off(audit, name)
+        serve.delete(name)
+        stop_workers(audit, name)
+        if served == [name]:
+            serve.shutdown()
 
 
 def _start(serving: Serving) -> None:

@@ -23,6 +23,7 @@ from app.records import Prediction, Records
 from app.serving import explain, feedback, known, limits, logs, openapi, protocol, tensors, traffic
 from app.serving.auth import ANYBODY, Authenticator, Principal
 from app.serving.autoscaling import LOAD, Busyness
+from app.serving.backoff import Backoff
 from app.serving.http import JSON, Request, Response, by_proxy
 from app.serving.limits import Limiter
 from app.serving.live import Live
@@ -80,6 +81,8 @@ class Endpoint:
         self._entry, wanted, self._fault = known.first(self._audit, name)
         self._refused = 0
         """The newest entry that could not be taken in."""
+        self._retry = Backoff()
+        self._swapping = asyncio.Lock()
         self._trusted_keys = serving.trusted_keys
         self._live = Live(wanted, serving.limits.max_rows, None, self._trusted_keys)
         known.remember(name, self._entry, wanted)
@@ -109,7 +112,10 @@ class Endpoint:
     # What Serve and the commands ask
 
     def check_health(self) -> None:
-        """Called by Serve: raises BrokenBundle if a variant answers its stored example differently."""
+        """Called by Serve, which starts a replica anew if this raises: BrokenBundle if a variant answers its
+        stored example differently, RuntimeError if nothing looks for another traffic any more."""
+        if self._following.done():
+            raise RuntimeError("the task that looks for another traffic has ended")
         for bundle in self._live.bundles.values():
             bundle.check_example()
 
@@ -127,7 +133,7 @@ class Endpoint:
 
     async def refresh(self) -> State:
         """Take in now what holds, and say where that led."""
-        await self._take_in()
+        await self._take_in(again=True)
         return self.state()
 
     # The traffic
@@ -136,31 +142,49 @@ class Endpoint:
         while True:
             await asyncio.sleep(FOLLOW_S)
             try:
+                await self._take_in(again=False)
                 dropped = self._recorder.recording().dropped if self._recorder else {}
                 await self._meters.tell(sum(dropped.values()), self._live.weights)
-                await self._take_in()
-            except Exception as error:
-                log.warning("the traffic of %s cannot be looked up: %s", self._name, error)
+            except Exception:
+                log.exception("%s cannot look for another traffic, or tell its metrics", self._name)
 
-    async def _take_in(self) -> None:
-        """Swap to the traffic that holds, once it is loaded; what is served until then goes on."""
-        held = await asyncio.to_thread(traffic.current, self._audit, self._name)
-        if held is not None and held[0] == self._entry:
-            self._fault = None
-        if held is None or held[0] in (self._entry, self._refused):
-            return
-        number, wanted = held
-        try:
-            live = await asyncio.to_thread(
-                Live, wanted, self._limits.max_rows, self._live, self._trusted_keys
-            )
-        except UserError as error:
-            self._fault, self._refused = str(error), number
-            log.error("entry %d of the audit log is not taken in: %s", number, error)
-            return
-        self._live, self._entry, self._fault = live, number, None
-        await asyncio.to_thread(known.remember, self._name, number, wanted)
-        self._cast()
+    async def _take_in(self, again: bool) -> None:
+        """Swap to the newest traffic, once it is loaded; what is served until then goes on.
+
+        An entry that could not be loaded is tried again after a while, or at once if `again`. Why it was not
+        is in `self._fault`, for `raylway status`.
+        """
+        async with self._swapping:  # of two swaps at once, the older would end last
+            number = self._entry
+            try:
+                held = await asyncio.to_thread(traffic.current, self._audit, self._name)
+                if held is None or held.number == self._entry:
+                    self._fault = None
+                    return
+                if held.number < self._entry:  # a restored backup
+                    raise UserError(
+                        f"the audit log ends before entry {self._entry}, which this replica serves"
+                    )
+                number = held.number
+                if number == self._refused and not (again or self._retry.due()):
+                    return
+                live = await asyncio.to_thread(
+                    Live, held.traffic, self._limits.max_rows, self._live, self._trusted_keys
+                )
+            except Exception as error:
+                expected = isinstance(error, UserError)
+                reason = str(error) if expected else f"{type(error).__name__}: {str(error)[:500]}"
+                if reason != self._fault:
+                    log.error(
+                        "the traffic of %s is not taken in: %s", self._name, reason, exc_info=not expected
+                    )
+                self._fault, self._refused = reason, number
+                self._retry.failed()
+                return
+            self._live, self._entry, self._fault = live, number, None
+            self._retry.succeeded()
+            self._cast()
+            await asyncio.to_thread(known.remember, self._name, number, held.traffic)
 
     def _cast(self) -> None:
         """A shadow for each variant that is one."""

@@ -1,28 +1,81 @@
 """The registry's versions as an endpoint's traffic, once or for good."""
 
+import time
+from collections.abc import Callable, Mapping
+
 from app import registry
 from app.audit import Audit
 from app.bundle import schema_at
 from app.config import Serving
+from app.database import Busy
 from app.errors import UserError
 from app.serving import traffic
 from app.serving.applications import refresh, start_workers, stop_workers
+from app.serving.backoff import Backoff
 from app.serving.status import APART
-from app.serving.traffic import Traffic
+from app.serving.traffic import Held, Traffic
 from app.serving.variants import Deployed, common_schema, load
 
 WHO = "raylway (follow)"
-"""In the audit log."""
+"""Author of the follower's entries in the audit log."""
 
 
 def registered(name: str, serving: Serving) -> tuple[Traffic, list[str]]:
-    """An endpoint's traffic with the versions that the registry has for its variants now, and what is to be
-    said.
+    """An endpoint's traffic with the versions that the registry has for its variants now, and notes for the
+    user.
 
     A variant whose alias no version bears yet is left out, so that a project with a challenger can be served
-    before there is one. Raises UserError if none is left that answers, or a version that is named by number
-    is not there.
+    before there is one. Raises UserError if no variant with a weight is left, or if there is no version with
+    a number that `serving.variants` names.
     """
+    found, notes = _variants(name, serving)
+    if not any(variant.weight for variant in found.values()):
+        raise UserError(
+            f"no version of {name!r} that serving.variants names with a weight is registered; train one "
+            "first with `raylway train`"
+        )
+    return Traffic(salt=serving.salt, policy=serving.policy, variants=found), notes
+
+
+class Follower:
+    """Takes a version in when it gets an alias that the variants name."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.faults: dict[str, str] = {}
+        """By model: why what the registry has now is not served."""
+        self._clock = clock
+        self._refused: dict[str, tuple[Mapping[str, Deployed], Backoff]] = {}
+        """By model: the variants that could not be taken in, and when to try them again."""
+
+    def look(self, audit: Audit, name: str, held: Held) -> None:
+        """Serve what the registry has for a model now; what it serves goes on until that has been tried."""
+        assert held.serving is not None
+        wanted, backoff = {}, Backoff(self._clock)
+        try:
+            wanted = _kept_weights(_variants(name, held.serving)[0], held.traffic)
+            refused, waiting = self._refused.get(name, (None, backoff))
+            backoff = waiting if wanted == refused else backoff
+            if wanted != held.traffic.variants:
+                if not backoff.due():
+                    return
+                with traffic.alone(name, wait=False):
+                    _take(audit, name, held, wanted)
+            self.forget(name)
+        except Busy:
+            return  # somebody is changing it; look again later
+        except UserError as error:
+            backoff.failed()
+            self._refused[name] = wanted, backoff
+            self.faults[name] = str(error)
+
+    def forget(self, name: str) -> None:
+        """Forget the faults of a model."""
+        self.faults.pop(name, None)
+        self._refused.pop(name, None)
+
+
+def _variants(name: str, serving: Serving) -> tuple[dict[str, Deployed], list[str]]:
+    """The variants that have a version now, and notes on the others."""
     found, notes = {}, []
     for variant_name, variant in serving.variants.items():
         is_number = variant.version.isdigit()
@@ -40,56 +93,38 @@ def registered(name: str, serving: Serving) -> tuple[Traffic, list[str]]:
                 shadow=variant.shadow,
                 workers=f"{name}{APART}{version.number}" if apart else None,
             )
-    if not any(each.weight for each in found.values()):
-        raise UserError(
-            f"no version of {name!r} that serving.variants names is registered; train one first with "
-            "`raylway train`"
-        )
-    return Traffic(salt=serving.salt, policy=serving.policy, variants=found), notes
+    return found, notes
 
 
-class Follower:
-    """Takes a version in when it gets an alias that the variants name."""
+def _kept_weights(wanted: Mapping[str, Deployed], held: Traffic) -> dict[str, Deployed]:
+    """With the weights that were set since the endpoint was deployed.
 
-    def __init__(self) -> None:
-        self.faults: dict[str, str] = {}
-        """By model: why what the registry has now is not served."""
-        self._refused: dict[str, Traffic] = {}
-
-    def look(self, audit: Audit, name: str, serving: Serving) -> None:
-        """At one model; what it serves goes on until the new version has been tried."""
-        held = traffic.current(audit, name)
-        if held is None:
-            return
-        try:
-            wanted = _kept_weights(registered(name, serving)[0], held[1])
-            if wanted == held[1]:
-                self.faults.pop(name, None)
-                self._refused.pop(name, None)
-            elif wanted != self._refused.get(name):
-                self._refused[name] = wanted
-                _take(audit, name, serving, wanted)
-                self._refused.pop(name)
-        except UserError as error:
-            self.faults[name] = str(error)
-
-
-def _kept_weights(wanted: Traffic, held: Traffic) -> Traffic:
-    """With the weights that were set since the endpoint was deployed."""
-    variants = {
+    Raises UserError if nobody would answer.
+    """
+    kept = {
         name: variant.model_copy(update={"weight": held.variants[name].weight})
         if name in held.variants and not variant.shadow and not held.variants[name].shadow
         else variant
-        for name, variant in wanted.variants.items()
+        for name, variant in wanted.items()
     }
-    return wanted.model_copy(update={"variants": variants, "salt": held.salt})
+    if not any(variant.weight for variant in kept.values()):
+        names = ", ".join(name for name, variant in kept.items() if not variant.shadow) or "none"
+        raise UserError(
+            "the registry's aliases leave no variant with a weight above 0 (variants with a version: "
+            f"{names}); what is served goes on. Raise a weight with `raylway traffic`, or register a version."
+        )
+    return kept
 
 
-def _take(audit: Audit, name: str, serving: Serving, wanted: Traffic) -> None:
-    """Raises UserError if a bundle is broken, or a replica cannot take it."""
-    load(wanted.variants, serving.trusted_keys)
+def _take(audit: Audit, name: str, held: Held, variants: Mapping[str, Deployed]) -> None:
+    """Raises UserError if a bundle is broken, a replica cannot take it, or `held` does not hold any more."""
+    assert held.serving is not None
+    wanted = held.traffic.model_copy(update={"variants": dict(variants)})
+    load(wanted.variants, held.serving.trusted_keys)
     common_schema({variant: schema_at(deployed.path) for variant, deployed in wanted.variants.items()})
-    start_workers(serving, wanted)
-    with traffic.tried(audit, name, wanted, WHO) as entry:
-        refresh(name, entry)
-    stop_workers(name, wanted)
+    try:
+        start_workers(held.serving, wanted)
+        with traffic.tried(audit, name, wanted, held.serving, WHO, expected=held.number) as entry:
+            refresh(name, entry)
+    finally:
+        stop_workers(audit, name)

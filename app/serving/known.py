@@ -38,7 +38,7 @@ def first(audit: Audit, model: str) -> tuple[int, Traffic, str | None]:
         return *known, fault
     if held is None:
         raise UserError(f"{model} has no traffic; say `raylway serve` first")
-    return *held, None
+    return held.number, held.traffic, None
 
 
 def remember(model: str, entry: int, traffic: Traffic) -> None:
@@ -67,7 +67,7 @@ def remembered(model: str) -> tuple[int, Traffic] | None:
     for file in sorted(_folder(model).glob("*.json"), reverse=True):
         try:
             return int(file.stem), Traffic.model_validate_json(file.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             continue  # of another version of Raylway, or just removed
     return None
 

@@ -1,8 +1,6 @@
 """The Ray Serve deployment that speaks for all models."""
 
 import asyncio
-import threading
-import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -11,19 +9,11 @@ import starlette.requests
 import starlette.responses
 
 from app import __version__
-from app.audit import Audit
-from app.records import Records
-from app.serving import bandit, openapi, traffic
-from app.serving.follow import Follower
+from app.serving import openapi
 from app.serving.http import Request, Response, by_proxy
 from app.serving.limits import Buckets
-from app.serving.logs import log
-from app.serving.status import APART
-
-LOOK_S = 2.0
-"""How often the registry is looked at, for endpoints that follow it."""
-REBALANCE_S = 30.0
-"""How often a bandit's weights are found anew."""
+from app.serving.status import models
+from app.serving.watch import Watch, Watched
 
 
 class Root:
@@ -34,37 +24,24 @@ class Root:
         """If `secured`, nobody is told which models there are: who asks here has shown no token."""
         self._secured = secured
         self._buckets = Buckets()
-        self._follower = Follower()
-        self._ended = threading.Event()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        self._watch = Watch(_applications)
+        self._watch.start()
 
     def __del__(self) -> None:
-        self._ended.set()
+        self._watch.stop()
 
-    def faults(self) -> dict[str, str]:
-        """By model: why what the registry has now is not served."""
-        return dict(self._follower.faults)
+    def check_health(self) -> None:
+        """Called by Serve, which starts this deployment anew if it raises."""
+        if not self._watch.alive():
+            raise RuntimeError("the thread that watches the endpoints has ended")
+
+    def watched(self) -> Watched:
+        """For `raylway status`."""
+        return self._watch.watched()
 
     async def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
         """As `Buckets.borrow`, for the replicas of all endpoints."""
         return self._buckets.borrow(principal, per_s, wanted)
-
-    def _watch(self) -> None:
-        rebalanced = time.monotonic()
-        audit, records = Audit(), Records()
-        while not self._ended.wait(LOOK_S):
-            try:
-                now = time.monotonic()
-                rebalance = now - rebalanced > REBALANCE_S
-                rebalanced = now if rebalance else rebalanced
-                for name in _applications():
-                    serving = traffic.settings(audit, name)
-                    if serving is not None and serving.follow:
-                        self._follower.look(audit, name, serving)
-                    if rebalance:
-                        bandit.rebalance(audit, records, name)
-            except Exception as error:
-                log.warning("the endpoints cannot be looked after: %s", error)
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
         """A request by way of Serve's proxy."""
@@ -115,9 +92,8 @@ async def _models() -> dict[str, str]:
 def _applications() -> dict[str, str]:
     from ray import serve
 
-    # A model's name has no capital, and a version's own workers have its number behind an @.
     applications = serve.status().applications
-    return {n: str(a.status.value) for n, a in applications.items() if n.islower() and APART not in n}
+    return {name: str(applications[name].status.value) for name in models(applications)}
 
 
 def _json(status: int, document: dict[str, object]) -> Response:

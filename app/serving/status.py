@@ -1,9 +1,9 @@
 """What the endpoints do at the moment, as their replicas say."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.audit import Audit
 from app.errors import UserError
@@ -12,6 +12,9 @@ from app.serving.limits import ROOT
 from app.serving.meters import WINDOW_S, Tally, merged
 from app.serving.recorder import Recording
 from app.serving.traffic import Traffic
+
+if TYPE_CHECKING:
+    from app.serving.watch import Watched
 
 APART = "@"
 """Between a model's name and a version's number, in the name of the application of its own workers."""
@@ -43,7 +46,8 @@ class Endpoint:
     name: str
     status: str
     """Ray Serve's, such as RUNNING or UPDATING."""
-    traffic: Traffic
+    traffic: Traffic | None
+    """None if it cannot be read, or the endpoint is being taken off."""
     states: Sequence[State]
     """Of each replica that answers."""
     target: int
@@ -52,6 +56,8 @@ class Endpoint:
     """Of each variant with replicas of its own: how many run, and how many there are to be."""
     faults: Sequence[str]
     """Why it does not serve what it should."""
+    watches: Sequence["Watched"] = ()
+    """The watch over all endpoints; empty if it does not answer."""
 
     @property
     def _recordings(self) -> list[Recording]:
@@ -60,22 +66,22 @@ class Endpoint:
     def document(self) -> dict[str, Any]:
         """For programs: seconds, and rates per second over the last minute."""
         recent = merged(state.recent for state in self.states)
-        weights, total = self.traffic.weights, sum(self.traffic.weights.values())
+        weights = self.traffic.weights if self.traffic else {}
         return {
             "name": self.name,
             "status": self.status,
             "replicas": {"running": len(self.states), "target": self.target},
-            "policy": self.traffic.policy,
+            "policy": self.traffic.policy if self.traffic else None,
             "variants": {
                 name: {
                     "version": variant.version,
                     "weight": variant.weight,
-                    "share": weights.get(name, 0.0) / total,
+                    "share": weights.get(name, 0.0) / sum(weights.values()),
                     "shadow": variant.shadow,
                     "workers": self.workers.get(name),
                     **_measured(recent.get(name, Tally())),
                 }
-                for name, variant in self.traffic.variants.items()
+                for name, variant in (self.traffic.variants.items() if self.traffic else ())
             },
             "not_recorded": sum(sum(r.dropped.values()) for r in self._recordings),
             "recording": {
@@ -86,7 +92,12 @@ class Endpoint:
             },
             "not_shadowed": sum(sum(state.shadows.values()) for state in self.states),
             "faults": list(self.faults),
+            "watch": _described(self.watches[0]) if self.watches else None,
         }
+
+
+def _described(watch: "Watched") -> dict[str, Any]:
+    return {name: getattr(watch, name) for name in ("looked_s_ago", "failures", "last_error")}
 
 
 def _measured(tally: Tally) -> dict[str, float | None]:
@@ -105,54 +116,58 @@ def endpoints() -> list[Endpoint]:
     from ray import serve
 
     applications = serve.status().applications
-    following = _asked(ROOT, ROOT, "faults") if ROOT in applications else []
-    with Audit() as audit:
-        models = [name for name in applications if name.islower() and APART not in name]
-        all_held = {name: _holds(audit, name) for name in models}
+    watches = _asked(ROOT, ROOT, "watched") if ROOT in applications else []
     found = []
-    for name, (held, fault) in all_held.items():
-        if held is None:
-            continue
-        application = applications[name]
-        states = _asked(name, name, "state")
-        faults = {state.fault for state in states if state.fault}
-        faults |= {fault} - {None}
-        faults |= {each[name] for each in following if name in each}
-        workers = {
-            variant: _counts(applications[deployed.workers], "worker")
-            for variant, deployed in held[1].variants.items()
-            if deployed.workers in applications
-        }
-        _, target = _counts(application, name)
-        status = str(application.status.value)
-        found.append(Endpoint(name, status, held[1], states, target, workers, sorted(faults)))
+    with Audit() as audit:
+        for name in models(applications):
+            holds, fault = _holds(audit, name)
+            states = _asked(name, name, "state")
+            faults = {fault, *(state.fault for state in states), *(w.faults.get(name) for w in watches)}
+            workers = {
+                variant: _counts(applications[deployed.workers], "worker")
+                for variant, deployed in (holds.variants.items() if holds else ())
+                if deployed.workers in applications
+            }
+            _, target = _counts(applications[name], name)
+            status = str(applications[name].status.value)
+            texts = sorted(fault for fault in faults if fault)
+            found.append(Endpoint(name, status, holds, states, target, workers, texts, watches))
     return found
 
 
-def _holds(audit: Audit, name: str) -> tuple[tuple[int, Traffic] | None, str | None]:
+def _holds(audit: Audit, name: str) -> tuple[Traffic | None, str | None]:
     """The traffic of an endpoint, from the database, or as it is known here; and what is wrong with it."""
     try:
-        entry, found, fault = known.first(audit, name)
+        _, found, fault = known.first(audit, name)
     except UserError as error:
         return None, str(error)
-    return (entry, found), fault
+    return found, fault
+
+
+def models(applications: Iterable[str]) -> list[str]:
+    """The models that have an endpoint, of Serve's applications."""
+    # A model's name has no capital, and a version's own workers have its number behind an @.
+    return [name for name in applications if name.islower() and APART not in name]
 
 
 def _counts(application: Any, deployment: str) -> tuple[int, int]:
     """Replicas that run, and that there are to be."""
-    details = application.deployments[deployment]
+    details = application.deployments.get(deployment)
+    if details is None:  # just being deployed
+        return 0, 0
     return details.replica_states.get("RUNNING", 0), sum(
         count for state, count in details.replica_states.items() if state != "STOPPING"
     )
 
 
 def _asked(application: str, deployment: str, method: str) -> list[Any]:
-    """What each replica says; nothing if they do not answer in time."""
+    """What each replica says; nothing if they do not answer in time, or run another version of Raylway."""
     from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     try:
         return broadcast(application, deployment, method, TIMEOUT_S)
-    except (RayError, TimeoutError):
+    except (RayError, RayServeException, TimeoutError):
         return []
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 import sqlalchemy
 
 from app import registry
-from app.audit import Audit, Broken
+from app.audit import Audit
+from app.audit_head import Broken
+from app.database import Busy, alone
 from app.errors import UserError
 from app.records import Records, Verdict
 from app.serving.recorder import REFUSED, NotStored, Recorder
@@ -191,6 +194,23 @@ def test_the_audit_log_is_one_chain_whoever_writes(database):
     with audit._engine.begin() as connection:
         connection.execute(sqlalchemy.text("DELETE FROM audit"))
     audit.close()
+
+
+def test_a_lock_of_the_database_keeps_others_out(database):
+    order = []
+
+    def count():
+        with alone("pg"):
+            order.append("in")
+            time.sleep(0.05)
+            order.append("out")
+
+    with alone("pg"), pytest.raises(Busy), alone("pg", wait=False):
+        pass
+    with alone("pg"), alone("another", wait=False):
+        pass
+    at_once(count)
+    assert order == ["in", "out"] * 4
 
 
 def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_again(database, server):

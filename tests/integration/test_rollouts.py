@@ -131,6 +131,47 @@ def test_weights_change_while_clients_ask(served, both, raylway, replicas):
     assert (refused.returncode, "there is no variant 'nobody'" in refused.stderr) == (2, True)
 
 
+def test_of_two_changes_at_once_none_is_lost(served, raylway):
+    done = []
+    threads = [
+        threading.Thread(target=lambda change=change: done.append(raylway("traffic", NAME, *change)))
+        for change in (("--champion", "7"), ("--challenger", "3"))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
+    held = traffic.current(Audit(), NAME)
+    assert held.traffic.weights == {"champion": 7, "challenger": 3}
+    assert [state.weights for state in status.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
+
+
+def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, bundles, raylway, replicas):
+    application = "other@2"
+    small = serving.model_copy(
+        update={"autoscaling": serving.autoscaling.model_copy(update={"min_replicas": 1})}
+    )
+    url = deploy.deploy(
+        small, "other", of(bundles, champion=("1", 1), dark=("2", 0, {"workers": application}))
+    )
+    with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
+        assert client.get("/v2/models/other").status_code == 200
+        done = raylway("undeploy", "other")
+        assert done.returncode == 0, done.stderr
+        assert not replicas("other")
+        assert not replicas(application)
+        assert client.get("/v2/models/other").status_code == 404
+        assert client.post(PREDICT, json=BODY).status_code == 200
+    assert traffic.current(Audit(), "other") is None
+    again = raylway("undeploy", "other")
+    assert (again.returncode, again.stderr.strip().splitlines()[-1]) == (
+        2, f"error: other is not served; these are: {NAME}"
+    )  # fmt: skip
+    changed = raylway("traffic", "other", "--champion", "1")
+    assert (changed.returncode, "other is not served now" in changed.stderr) == (2, True)
+
+
 def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(
     served, serving, bundles, replicas
 ):

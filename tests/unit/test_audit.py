@@ -1,10 +1,14 @@
+import json
+import shutil
 import threading
 
 import pytest
 import sqlalchemy
 
-from app import database
-from app.audit import AUDIT, Audit, Broken
+from app import audit_head, database
+from app.audit import AUDIT, Audit, Changed
+from app.audit_head import Broken, Head
+from app.errors import UserError
 
 
 @pytest.fixture
@@ -34,9 +38,49 @@ def test_entries_are_numbered_and_say_who_did_what(audit):
 def test_what_held_at_a_time(audit):
     entries = [audit.add("traffic", "income", {"n": n}) for n in range(3)]
     audit.add("traffic", "flights", {"n": 9})
-    assert audit.last("income", "traffic") == entries[2]
-    assert audit.last("income", "traffic", until=entries[1].at) == entries[1]
-    assert audit.last("income", "traffic", until=entries[0].at - 1) is None
+    assert audit.last("income", ["traffic"]) == entries[2]
+    assert audit.last("income", ["traffic"], until=entries[1].at) == entries[1]
+    assert audit.last("income", ["traffic"], until=entries[0].at - 1) is None
+    assert list(audit.backwards("income", ["traffic"])) == entries[::-1]
+
+
+def test_the_newest_is_the_one_written_last_whatever_the_clock_says(audit, monkeypatch):
+    for at in (100.0, 300.0, 200.0):
+        monkeypatch.setattr("app.audit.time.time", lambda at=at: at)
+        audit.add("traffic", "income", {"at": at})
+    assert audit.last("income", ["traffic"]).details == {"at": 200.0}
+
+
+def test_a_change_of_what_does_not_hold_any_more_is_refused(audit):
+    first = audit.add("traffic", "income", {"n": 1}, expected=0, among=["traffic"])
+    audit.add("promote", "income", {})
+    audit.add("traffic", "flights", {})
+    second = audit.add("traffic", "income", {"n": 2}, "ann", expected=first.number, among=["traffic"])
+    for expected in (0, first.number):
+        with pytest.raises(Changed, match=rf"changed meanwhile by ann \(entry {second.number}\)"):
+            audit.add("traffic", "income", {"n": 3}, expected=expected, among=["traffic"])
+    assert audit.last("income", ["traffic"]) == second
+
+
+def test_of_many_who_change_the_same_at_once_nobodys_change_is_lost(audit):
+    def count(times):
+        mine = Audit()
+        while times:
+            last = mine.last("income", ["count"])
+            number, counted = (last.number, last.details["n"]) if last else (0, 0)
+            try:
+                mine.add("count", "income", {"n": counted + 1}, expected=number, among=["count"])
+            except Changed:
+                continue
+            times -= 1
+        mine.close()
+
+    threads = [threading.Thread(target=count, args=(10,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert audit.last("income", ["count"]).details == {"n": 40}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +100,8 @@ def test_a_change_to_what_was_written_shows(audit, change, number):
     tamper(change)
     with pytest.raises(Broken, match=f"entry {number}$"):
         audit.entries()
+    with pytest.raises(Broken, match="entry"):
+        list(audit.backwards("income", ["traffic"]))
 
 
 def test_those_who_write_at_the_same_time_do_not_break_the_chain(audit):
@@ -75,3 +121,91 @@ def test_those_who_write_at_the_same_time_do_not_break_the_chain(audit):
         assert (
             connection.execute(sqlalchemy.select(sqlalchemy.func.count()).select_from(AUDIT)).scalar() == 40
         )
+
+
+def cut(audit, above):
+    tamper(AUDIT.delete().where(AUDIT.c.number > above))
+
+
+def test_entries_cut_off_the_end_show(audit):
+    for n in range(4):
+        audit.add("traffic", "income", {"n": n})
+    cut(audit, 2)
+    with pytest.raises(Broken, match="ends before its entry 3, but it had 4"):
+        audit.entries()
+    for n in range(4):  # others in their place, and more
+        audit.add("traffic", "income", {"n": -n})
+    with pytest.raises(Broken, match=r"entry 4$"):
+        audit.entries()
+    shutil.rmtree(audit_head.folder())
+    assert len(audit.entries()) == 6, "the log is trusted as it is"
+
+
+def test_a_head_that_was_kept_elsewhere_is_held_against_the_log(audit):
+    entries = [audit.add("traffic", "income", {"n": n}) for n in range(4)]
+    kept = Head.parse(str(Head(3, entries[2].seal)))
+    assert audit.entries(expected=kept) == entries
+    cut(audit, 2)
+    shutil.rmtree(audit_head.folder())
+    assert len(audit.entries()) == 2
+    with pytest.raises(Broken, match="but it had 3"):
+        audit.entries(expected=kept)
+    audit.add("traffic", "income", {"n": 7})
+    with pytest.raises(Broken, match=r"entry 3$"):
+        audit.entries(expected=kept)
+    with pytest.raises(UserError, match="must be NUMBER:SEAL"):
+        Head.parse("3:no")
+
+
+@pytest.mark.parametrize("damage", ["forged", "removed", "emptied", "another key"])
+def test_a_head_that_was_changed_shows(audit, damage):
+    first = audit.add("traffic", "income", {"n": 0})
+    audit.add("traffic", "income", {"n": 1})
+    file = audit_head.folder() / audit_head.FILE
+    if damage == "forged":
+        document = json.loads(file.read_text())
+        file.write_text(json.dumps({**document, "number": 1, "seal": first.seal}))
+    elif damage == "removed":
+        file.unlink()
+    elif damage == "emptied":
+        file.write_text("")
+    else:
+        (audit_head.folder() / audit_head.KEY).write_bytes(b"0" * 32)
+    cut(audit, 1)
+    with pytest.raises(Broken, match="head of the audit log"):
+        audit.entries()
+
+
+def test_a_kill_between_an_entry_and_the_head_is_no_fault(audit, monkeypatch):
+    audit.add("traffic", "income", {"n": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_head, "keep", lambda head: None)
+        audit.add("traffic", "income", {"n": 1})
+    assert audit_head.load().number == 1
+    audit.add("traffic", "income", {"n": 2})
+    assert audit_head.load().number == 3
+    assert len(audit.entries()) == 3
+
+
+def test_several_machines_with_one_database_each_keep_a_head(audit, tmp_path, monkeypatch):
+    """As with PostgreSQL: the log is one, the state directories are not."""
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path / 'production.db'}")
+    for n in range(3):
+        for machine in ("one", "two"):
+            monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / machine))
+            audit.add("traffic", "income", {"n": n})
+    heads = []
+    for machine in ("one", "two"):
+        monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / machine))
+        heads.append(audit_head.load().number)
+        assert len(audit.entries()) == 6
+        assert audit_head.load().number == 6, "who reads keeps what was read"
+    assert heads == [5, 6]
+
+
+def test_a_head_that_cannot_be_written_keeps_nobody_from_working(audit, monkeypatch):
+    def full(head):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(audit_head, "keep", full)
+    assert audit.add("traffic", "income", {"n": 0}).number == 1

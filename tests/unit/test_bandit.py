@@ -7,8 +7,9 @@ from app.audit import Audit
 from app.records import Feedback, Prediction, Records, encode
 from app.serving import traffic
 from app.serving.bandit import FLOOR, WHO, Rewards, rebalance, weights
-from app.serving.traffic import Traffic
+from app.serving.traffic import ACTION, Traffic
 from app.serving.variants import Deployed
+from tests.traffics import place
 
 
 def test_without_feedback_all_are_alike():
@@ -66,22 +67,34 @@ def asked(records, version, rewards, role="served", at=None):
 def test_weights_follow_the_rewards_of_the_versions_that_are_compared():
     audit, records = Audit(), Records()
     asked(records, "2", [1.0] * 50, at=time.time() - 1000)  # before these versions were compared
-    traffic.change(audit, "income", serving(a=1, b=1, c=0))
+    place(audit, "income", serving(a=1, b=1, c=0))
     asked(records, "1", [1.0] * 30)
     asked(records, "2", [0.0] * 30)
     asked(records, "2", [1.0] * 50, role="forced")
     asked(records, "3", [1.0] * 50)
-    rebalance(audit, records, "income")
-    number, held = traffic.current(audit, "income")
-    assert held.weights == {"a": pytest.approx(1 - FLOOR), "b": pytest.approx(FLOOR)}
+    began = traffic.current(audit, "income")
+    rebalance(audit, records, "income", began)
+    held = traffic.current(audit, "income")
+    assert held.traffic.weights == {"a": pytest.approx(1 - FLOOR), "b": pytest.approx(FLOOR)}
     assert audit.entries()[-1].who == WHO
-    rebalance(audit, records, "income")
-    assert traffic.current(audit, "income")[0] == number, "nothing moved, so nothing is written"
+    rebalance(audit, records, "income", held)
+    assert traffic.current(audit, "income") == held, "nothing moved, so nothing is written"
+    rebalance(audit, records, "income", began)
+    assert traffic.current(audit, "income") == held, "what was read before is not written over it"
+
+
+def test_an_entry_that_cannot_be_read_ends_the_look_back():
+    audit, records = Audit(), Records()
+    audit.add(ACTION, "income", {"of": "an older version"})
+    place(audit, "income", serving(a=1, b=1))
+    asked(records, "1", [1.0] * 30)
+    asked(records, "2", [0.0] * 30)
+    rebalance(audit, records, "income", traffic.current(audit, "income"))
+    assert traffic.current(audit, "income").traffic.weights["a"] == pytest.approx(1 - FLOOR)
 
 
 def test_weights_that_people_set_are_left_alone():
     audit, records = Audit(), Records()
-    traffic.change(audit, "income", serving(a=9, b=1).model_copy(update={"policy": "weighted"}))
-    rebalance(audit, records, "income")
-    rebalance(audit, records, "flights")
+    place(audit, "income", serving(a=9, b=1).model_copy(update={"policy": "weighted"}))
+    rebalance(audit, records, "income", traffic.current(audit, "income"))
     assert len(audit.entries()) == 1

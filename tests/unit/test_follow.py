@@ -6,8 +6,10 @@ from app.config import Serving
 from app.errors import UserError
 from app.registry import Version
 from app.serving import follow, traffic
+from app.serving.backoff import FIRST_S
 from app.serving.follow import WHO, Follower
 from tests.bundles import build
+from tests.traffics import place
 
 SERVING = Serving.model_validate(
     {
@@ -62,47 +64,92 @@ def test_a_variant_without_a_version_is_left_out(registered):
         follow.registered("income", SERVING)
 
 
+def looked(audit, follower):
+    follower.look(audit, "income", traffic.current(audit, "income"))
+    return traffic.current(audit, "income").traffic
+
+
 def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, registered, taken):
     registered["challenger"] = "2"
     deployed = follow.registered("income", SERVING)[0]
-    traffic.change(audit, "income", traffic.reweighted(deployed, {"champion": 50, "challenger": 50}))
+    reweighted = traffic.reweighted(deployed, {"champion": 50, "challenger": 50})
+    place(audit, "income", reweighted, SERVING)
     follower = Follower()
-    follower.look(audit, "income", SERVING)
+    looked(audit, follower)
     assert taken == [], "nothing has changed"
     registered["champion"] = "3"
-    follower.look(audit, "income", SERVING)
-    held = traffic.current(audit, "income")[1]
+    held = looked(audit, follower)
     assert held.variants["champion"].version == "3"
     assert held.weights == {"champion": 50, "challenger": 50}
     assert (taken, audit.entries()[-1].who) == ([2], WHO)
 
 
-def test_a_broken_version_is_named_once_and_what_is_served_goes_on(audit, registered, taken, tmp_path):
-    traffic.change(audit, "income", follow.registered("income", SERVING)[0])
+def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken, tmp_path):
+    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
     (tmp_path / "3" / "model.onnx").write_bytes(b"")
     registered["champion"] = "3"
     follower = Follower()
     for _ in range(2):
-        follower.look(audit, "income", SERVING)
+        assert looked(audit, follower).variants["champion"].version == "1"
         assert "model.onnx was changed" in follower.faults["income"]
-    assert traffic.current(audit, "income")[1].variants["champion"].version == "1"
     registered["champion"] = "1"
-    follower.look(audit, "income", SERVING)
+    looked(audit, follower)
     assert follower.faults == {}
 
 
-def test_a_version_that_the_replicas_cannot_take_is_taken_back(audit, registered, taken, monkeypatch):
-    traffic.change(audit, "income", follow.registered("income", SERVING)[0])
-    tried = []
+def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_later(
+    audit, registered, taken, monkeypatch
+):
+    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
+    tried, now = [], [0.0]
 
     def refuse(name, entry):
         tried.append(entry)
-        raise UserError("the replicas do not take it in")
+        if len(tried) < 3:
+            raise UserError("the replicas do not take it in")
 
     monkeypatch.setattr(follow, "refresh", refuse)
     registered["champion"] = "2"
-    follower = Follower()
+    follower = Follower(clock=lambda: now[0])
     for _ in range(3):
-        follower.look(audit, "income", SERVING)
+        assert looked(audit, follower).variants["champion"].version == "1"
     assert len(tried) == 1, "it is not tried again and again"
-    assert traffic.current(audit, "income")[1].variants["champion"].version == "1"
+    now[0] += FIRST_S
+    looked(audit, follower)
+    now[0] += FIRST_S
+    assert looked(audit, follower).variants["champion"].version == "1"
+    assert len(tried) == 2, "each time later"
+    now[0] += FIRST_S
+    assert looked(audit, follower).variants["champion"].version == "2"
+    assert follower.faults == {}
+
+
+def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, registered, taken):
+    registered["challenger"] = "2"
+    deployed = follow.registered("income", SERVING)[0]
+    held = traffic.reweighted(deployed, {"champion": 0, "challenger": 100})
+    place(audit, "income", held, SERVING)
+    registered["champion"] = registered.pop("challenger")  # as `promote` does
+    follower = Follower()
+    for _ in range(2):
+        assert looked(audit, follower) == held
+        assert "no variant with a weight above 0" in follower.faults["income"]
+    assert taken == []
+    raised = traffic.reweighted(held, {"champion": 1})
+    traffic.change(audit, "income", traffic.current(audit, "income"), raised)
+    assert looked(audit, follower).weights == {"champion": 1}
+    assert follower.faults == {}
+
+
+def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, registered, taken):
+    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
+    registered["champion"] = "2"
+    follower = Follower()
+    with traffic.alone("income"):
+        assert looked(audit, follower).variants["champion"].version == "1"
+    assert follower.faults == {}
+    read = traffic.current(audit, "income")
+    deployed = follow.registered("income", SERVING)[0].model_copy(update={"salt": "other"})
+    place(audit, "income", deployed, SERVING)
+    follower.look(audit, "income", read)
+    assert traffic.current(audit, "income").traffic == deployed

@@ -16,6 +16,7 @@ NAMES = {
 LAYERS: tuple[set[str], ...] = (
     {"errors", "files", "finish", "home", "horovod_patches"},
     {"capacity", "config", "store", "console", "flags", "install", "database", "issuer", "signature"},
+    {"audit_head"},
     {"audit", "record_tables"},
     {"records"},
     {"cluster"},

@@ -4,10 +4,12 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import threading
 
 import mlflow
 import numpy as np
 import pytest
+from mlflow.tracking import MlflowClient
 
 from app import bundle, registry, signature
 from app.audit import Audit
@@ -97,14 +99,122 @@ def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger
     assert registry.find("promoted", registry.CHALLENGER) is None
     assert registry.resolve("promoted", "1").aliases == ()
     entries = [(entry.action, dict(entry.details)) for entry in Audit().entries("promoted")]
-    assert [action for action, _ in entries] == ["register", "register", "promote"]
+    assert [action for action, _ in entries] == ["register", "register", "promoting", "promote"]
     assert entries[1][1]["alias"] == registry.CHALLENGER
-    assert entries[2][1] == {"version": "2", "before": "1"}
+    assert entries[2][1] == entries[3][1] == {"version": "2", "before": "1"}
     back = registry.promote("promoted", "1")
     assert back == registry.resolve("promoted", registry.CHAMPION)
     with pytest.raises(UserError, match="no version '7'"):
         registry.promote("promoted", "7")
     assert registry.resolve("promoted", registry.CHAMPION).number == "1"
+
+
+@pytest.fixture(scope="module")
+def two_versions(bundles):
+    """A model with a champion and a challenger, to be set back by each test."""
+    for path in bundles:
+        registered("cut", path, f"cut {path}")
+
+    def reset():
+        client = registry.client()
+        client.set_registered_model_alias("cut", registry.CHAMPION, "1")
+        client.set_registered_model_alias("cut", registry.CHALLENGER, "2")
+
+    return reset
+
+
+class Killed(BaseException):
+    """In place of a kill."""
+
+
+def kill_at(monkeypatch, write, when):
+    """Has a promotion killed before or after one of its writes."""
+    owner, name = {
+        "intent": (Audit, "add"),
+        "champion": (MlflowClient, "set_registered_model_alias"),
+        "challenger": (MlflowClient, "delete_registered_model_alias"),
+        "end": (Audit, "add"),
+    }[write]
+    original = getattr(owner, name)
+
+    def killed(self, *arguments, **options):
+        if owner is Audit and (arguments[0] == registry.PROMOTING) != (write == "intent"):
+            return original(self, *arguments, **options)
+        if when == "after":
+            original(self, *arguments, **options)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+@pytest.mark.parametrize(
+    ("write", "when", "finisher"),
+    [
+        ("intent", "before", "the watch"),
+        ("intent", "after", "the watch"),
+        ("champion", "after", "the watch"),
+        ("challenger", "after", "the watch"),
+        ("end", "after", "the watch"),
+        ("champion", "after", "the same command"),
+        ("intent", "after", "another command"),
+        ("champion", "after", "another command"),
+    ],
+)
+def test_a_promotion_that_is_killed_is_finished_by_whoever_comes_next(two_versions, write, when, finisher):
+    two_versions()
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, write, when)
+        with pytest.raises(Killed):
+            registry.promote("cut", "2")
+    promoted = (write, when) != ("intent", "before")
+    with Audit() as audit:
+        if finisher == "the same command":
+            registry.promote("cut", "2")
+            promoted = True
+        elif finisher == "another command":
+            registry.promote("cut", "1")
+        else:
+            registry.finish_promotion(audit, "cut")
+        last = audit.last("cut", registry.PROMOTIONS)
+        assert last.action == registry.PROMOTED
+        champion = registry.resolve("cut", registry.CHAMPION).number
+        if finisher == "another command":
+            assert (champion, last.details) == ("1", {"version": "1", "before": "2" if promoted else "1"})
+        else:
+            assert champion == ("2" if promoted else "1")
+        challenger = registry.find("cut", registry.CHALLENGER)
+        assert (challenger is None) == promoted
+        audit.entries()
+
+
+def test_a_promotion_that_was_cut_short_does_not_overrule_what_came_later(two_versions, bundles):
+    two_versions()
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "intent", "after")
+        with pytest.raises(Killed):
+            registry.promote("cut", "2")
+    registered("cut", build(bundles[0].parent / "third", seed=3), "cut third")
+    registry.client().set_registered_model_alias("cut", registry.CHAMPION, "3")  # by MLflow's own page
+    with Audit() as audit:
+        registry.finish_promotion(audit, "cut")
+        assert audit.last("cut", registry.PROMOTIONS).action == registry.NOT_PROMOTED
+    assert registry.resolve("cut", registry.CHAMPION).number == "3"
+
+
+def test_of_two_promotions_at_once_one_is_the_end_and_the_log_agrees(two_versions):
+    two_versions()
+    threads = [threading.Thread(target=registry.promote, args=("cut", number)) for number in ("1", "2") * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with Audit() as audit:
+        last = audit.last("cut", registry.PROMOTIONS)
+        assert last.action == registry.PROMOTED
+        assert registry.resolve("cut", registry.CHAMPION).number == last.details["version"]
+        ended = [e.details for e in audit.entries("cut", registry.PROMOTED)][-6:]
+    befores = [entry["before"] for entry in ended[1:]]
+    assert befores == [entry["version"] for entry in ended[:-1]], "each says whom it followed"
 
 
 def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):

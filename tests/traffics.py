@@ -1,0 +1,12 @@
+"""Entries of the audit log with a traffic, as deployments write them."""
+
+from app.audit import Audit
+from app.config import Serving
+from app.serving import traffic
+from app.serving.traffic import Traffic
+
+
+def place(audit: Audit, model: str, wanted: Traffic, serving: Serving | None = None) -> int:
+    """Let a traffic hold, as a deployment does; returns the entry's number."""
+    with traffic.tried(audit, model, wanted, serving) as number:
+        return number

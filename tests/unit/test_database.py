@@ -1,0 +1,75 @@
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import sqlalchemy
+
+from app import database
+from app.database import Busy, alone
+
+
+def test_a_lock_keeps_others_out_and_says_who_holds_it():
+    with alone("income"):
+        with (
+            pytest.raises(Busy, match=r"process \d+ .* is changing the same \(income\)"),
+            alone("income", wait=False),
+        ):
+            pass
+        with alone("flights", wait=False):
+            pass
+    with alone("income", wait=False):
+        pass
+
+
+def test_who_waits_is_told_for_whom_once_and_gets_the_lock_next():
+    told, order = [], []
+
+    def wait():
+        with alone("income", told.append):
+            order.append("second")
+
+    with alone("income"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not told:
+            time.sleep(0.01)
+        time.sleep(2 * database.POLL_S)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+    assert len(told) == 1
+    assert told[0].startswith("waiting for process ")
+
+
+def test_a_holder_that_is_killed_frees_the_lock():
+    hold = """if True:
+        import time
+        from app.database import alone
+        with alone("x"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(Busy), alone("x", wait=False):
+            pass
+        holder.kill()
+    with alone("x", wait=False):
+        pass
+
+
+def test_all_who_open_a_new_database_at_once_find_it():
+    opened = []
+
+    def tables():
+        with database.connect().connect() as connection:
+            return sqlalchemy.inspect(connection).get_table_names()
+
+    threads = [threading.Thread(target=lambda: opened.append(tables())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 8

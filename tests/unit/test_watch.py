@@ -1,0 +1,153 @@
+"""The watch, round by round, with a clock of the test's."""
+
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from app.audit import Audit
+from app.config import Serving
+from app.errors import UserError
+from app.serving import bandit, traffic, watch
+from app.serving.backoff import FIRST_S, LAST_S, Backoff
+from app.serving.watch import REBALANCE_S, Watch
+from tests.traffics import place
+from tests.unit.test_traffic import of
+
+FOLLOWING = Serving.model_validate(
+    {"follow": True, "variants": {"champion": {"version": "champion", "weight": 1}}}
+)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Follows:
+    """In the follower's place: notes whom it looked at, and fails for those in `broken`."""
+
+    def __init__(self):
+        self.faults = {}
+        self.looked = []
+        self.broken = {}
+
+    def look(self, audit, name, held):
+        self.looked.append(name)
+        if name in self.broken:
+            raise self.broken[name]
+
+    def forget(self, name):
+        self.faults.pop(name, None)
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def follows():
+    return Follows()
+
+
+@pytest.fixture
+def audit():
+    with Audit() as audit:
+        for model in ("a", "b", "c"):
+            place(audit, model, of(), FOLLOWING)
+        yield audit
+
+
+@pytest.fixture
+def watching(clock, follows, audit):
+    return Watch(lambda: ["a", "b", "c"], clock, follows)
+
+
+def test_one_model_that_fails_holds_up_no_other_and_is_tried_again_later(watching, follows, clock):
+    follows.broken["b"] = RuntimeError("the registry is away")
+    watching.round()
+    assert follows.looked == ["a", "b", "c"]
+    clock.now += 1
+    watching.round()
+    assert follows.looked == ["a", "b", "c", "a", "c"], "not due yet"
+    watched = watching.watched()
+    assert (watched.failures, list(watched.faults)) == (1, ["b"])
+    assert watched.last_error == "following the registry failed: RuntimeError: the registry is away"
+    del follows.broken["b"]
+    clock.now += FIRST_S
+    watching.round()
+    assert follows.looked[-3:] == ["a", "b", "c"]
+    assert watching.watched().faults == {}
+    assert watching.watched().failures == 1, "it has failed, though it does not any more"
+
+
+def test_an_entry_that_cannot_be_read_is_the_fault_of_its_model_alone(watching, follows, audit):
+    audit.add(traffic.ACTION, "b", {"of": "an older version"})
+    watching.round()
+    assert follows.looked == ["a", "c"]
+    assert "entry 4 of the audit log" in watching.watched().faults["b"]
+
+
+def test_a_follower_that_fails_does_not_stop_the_bandit(watching, follows, clock, monkeypatch):
+    rebalanced = []
+    monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, held: rebalanced.append(model))
+    follows.broken = dict.fromkeys("abc", UserError("no"))
+    clock.now += REBALANCE_S + 1
+    watching.round()
+    assert rebalanced == ["a", "b", "c"]
+    watching.round()
+    assert rebalanced == ["a", "b", "c"], "only every REBALANCE_S"
+
+
+def test_a_database_that_is_away_when_the_watch_begins_is_tried_again(watching, follows, clock, monkeypatch):
+    def away():
+        raise OperationalError("connect", {}, Exception("connection refused"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch, "Audit", away)
+        watching.round()
+    assert follows.looked == []
+    assert "connection refused" in watching.watched().last_error
+    clock.now += FIRST_S
+    watching.round()
+    assert follows.looked == ["a", "b", "c"]
+
+
+def test_a_model_that_is_taken_off_leaves_no_fault(clock, follows, audit):
+    models = ["a", "b"]
+    watching = Watch(lambda: models, clock, follows)
+    follows.broken["b"] = RuntimeError("gone")
+    watching.round()
+    models.remove("b")
+    watching.round()
+    assert watching.watched().faults == {}
+
+
+def test_the_thread_looks_until_it_is_stopped(follows, audit, monkeypatch):
+    monkeypatch.setattr(watch, "LOOK_S", 0.01)
+    watching = Watch(lambda: ["a"], follower=follows)
+    assert not watching.alive()
+    watching.start()
+    while not follows.looked:
+        assert watching.alive()
+    watching.stop()
+    watching._thread.join()
+    assert not watching.alive()
+
+
+def test_waits_between_tries_grow_to_a_bound(clock):
+    backoff = Backoff(clock)
+    waits = []
+    for _ in range(10):
+        assert backoff.due()
+        backoff.failed()
+        begun = clock.now
+        while not backoff.due():
+            clock.now += 0.5
+        waits.append(clock.now - begun)
+    assert waits[:3] == [FIRST_S, 2 * FIRST_S, 4 * FIRST_S]
+    assert waits[-1] == LAST_S
+    backoff.succeeded()
+    assert backoff.due()
