@@ -11,9 +11,12 @@ from pathlib import Path
 from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
+from app import database
 from app.errors import UserError
 from app.home import home, make_private
 
+PRIVATE, PUBLIC = "keys.json", "jwks.json"
+LOCK = "issuer"
 ISSUER = "raylway"
 AUDIENCE = "raylway"
 SCOPES = ("predict", "feedback", "explain", "admin")
@@ -22,22 +25,30 @@ SCOPES = ("predict", "feedback", "explain", "admin")
 
 def jwks() -> Path:
     """The public keys, as a JSON Web Key Set; made with a first key if there is none."""
-    path = _folder() / "jwks.json"
-    if not path.exists():
-        new_key()
-    return path
+    if not (_folder() / PRIVATE).exists():
+        with database.alone(LOCK):
+            if not (_folder() / PRIVATE).exists():
+                _add_key()
+    return _folder() / PUBLIC
 
 
 def new_key() -> None:
     """Sign with a new key from now on; tokens of the ones before stay good."""
+    with database.alone(LOCK):
+        _add_key()
+
+
+def _add_key() -> None:
+    """Needs the lock: of two who add a key at once, one would lose the other's."""
     folder = _folder()
     make_private(folder)
-    private = folder / "keys.json"
+    private = folder / PRIVATE
     before = json.loads(private.read_text())["keys"] if private.exists() else []
     key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
     keys = KeySet([key, *(ECKey.import_key(each) for each in before)])
+    # Published before anything is signed with it, whatever ends this in between.
+    _write(folder / PUBLIC, dict(keys.as_dict(private=False)))
     _write(private, dict(keys.as_dict(private=True)))
-    _write(folder / "jwks.json", dict(keys.as_dict(private=False)))
 
 
 def issue(subject: str, scopes: Sequence[str], hours: float) -> str:
@@ -49,7 +60,7 @@ def issue(subject: str, scopes: Sequence[str], hours: float) -> str:
                 "predict:income"
             )
     jwks()
-    key = ECKey.import_key(json.loads((_folder() / "keys.json").read_text())["keys"][0])
+    key = ECKey.import_key(json.loads((_folder() / PRIVATE).read_text())["keys"][0])
     now = int(time.time())
     claims = {
         "iss": ISSUER,

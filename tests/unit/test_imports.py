@@ -15,8 +15,8 @@ NAMES = {
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
     {"errors", "files", "finish", "home", "horovod_patches"},
-    {"capacity", "config", "store", "console", "flags", "install", "database", "issuer", "signature"},
-    {"audit_head"},
+    {"capacity", "config", "store", "console", "flags", "install", "database", "signature"},
+    {"audit_head", "issuer"},
     {"audit", "record_tables"},
     {"records"},
     {"cluster"},

@@ -1,0 +1,215 @@
+"""Each pair of the commands that write, at once, as processes of their own: whatever each says, the state is
+whole afterwards. RAYLWAY_PAIRS=2 has each pair run twice."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pandas as pd
+import pytest
+import yaml
+from joserfc import jwt
+from joserfc.jwk import KeySet
+
+from app import bundle, cluster, issuer, projectfile, registry
+from app.audit import Audit
+from app.data import samples
+from app.serving import status, traffic
+from tests.integration.conftest import ROOT
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+NAME = "pairs"
+REPEATS = int(os.environ.get("RAYLWAY_PAIRS", "1"))
+DONE, USER, GATE = 0, 2, 3
+"""How a command may end: a mistake is told in one line, and a candidate may not pass."""
+
+# What the watch does every few seconds, at this moment and in a process of its own.
+LOOK = f"""
+from app import cluster, registry
+from app.audit import Audit
+from app.records import Records
+with cluster.session(log_to_driver=False):
+    from app.serving import bandit, traffic
+    from app.serving.follow import Follower
+    audit = Audit()
+    held = traffic.current(audit, {NAME!r})
+    if held is not None:
+        {{}}
+"""
+SCRIPTS = {
+    "follow": LOOK.format(f"Follower().look(audit, {NAME!r}, held)"),
+    "bandit": LOOK.format(
+        f"bandit.rebalance(audit, Records(), {NAME!r}, "
+        'held._replace(traffic=held.traffic.model_copy(update={"policy": "bandit"})))'
+    ),
+}
+
+
+class Pairs:
+    """A project on the shared cluster, and its commands."""
+
+    def __init__(self, home: Path, folder: Path):
+        self.home, self.folder = home, folder
+        self.file = folder / "pairs.yaml"
+        self.file.write_text(yaml.safe_dump(self._project()))
+        self.key = folder / "signing.pem"
+        subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", self.key], check=True)
+        self.rows = folder / "rows.parquet"
+        pd.read_parquet(samples.path("adult")).head(300).to_parquet(self.rows)
+        self.count, self.trials = itertools.count(1), itertools.count(1)
+
+    def _project(self) -> dict:
+        project = yaml.safe_load((ROOT / "configs" / "smoke.yaml").read_text())
+        project["name"] = NAME
+        project["data"]["source"]["limit"] = 1500
+        project["training"] |= {"num_workers": 1, "num_cpus": 0.2, "epochs": 1}
+        project["sweep"]["set"] = {"training.batch_size": 64, "training.num_cpus": 0.2}
+        project["gate"] = {"beat": [], "tolerance": 1.0}
+        project["compression"] = {"max_loss": 0.5}
+        project["serving"] |= {"port": cluster.free_ports(1)[0], "num_cpus": 0.1, "follow": True}
+        return project
+
+    def arguments(self, command: str) -> list[str]:
+        number = next(self.count)
+        file = str(self.file)
+        return {
+            "train": ["train", file, "--set", f"seed={number}"],
+            "promote": ["promote", NAME, registry.CHALLENGER],
+            "serve": ["serve", file],
+            "traffic": ["traffic", NAME, "--champion", str(10 + number)],
+            "compress": ["compress", str(registry.resolve(NAME, "1").path), "--register"],
+            "sign": ["sign", f"{NAME}@champion"],
+            "token": ["token", f"user-{number}", "--new-key"],
+            "predict": [
+                "predict",
+                NAME,
+                "--input",
+                str(self.rows),
+                "--output",
+                str(self.folder / f"out-{number}"),
+            ],
+            "sweep": ["sweep", file, "--trials", str(next(self.trials))],
+            "undeploy": ["undeploy", NAME],
+        }[command]
+
+    def run(self, command: str) -> subprocess.CompletedProcess:
+        program = ["-c", SCRIPTS[command]] if command in SCRIPTS else ["-m", "app", *self.arguments(command)]
+        environment = {**os.environ, "RAYLWAY_HOME": str(self.home), "RAYLWAY_SIGNING_KEY": str(self.key)}
+        return subprocess.run(
+            [sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        )
+
+    def must(self, command: str) -> subprocess.CompletedProcess:
+        done = self.run(command)
+        assert done.returncode == DONE, f"{command}: {done.stdout}{done.stderr}"
+        return done
+
+    def reset(self) -> None:
+        """A champion, a challenger, and an endpoint that serves both."""
+        while registry.find(NAME, registry.CHALLENGER) is None:
+            self.must("train")
+        self.must("serve")
+
+
+COMMANDS = (
+    "train", "promote", "serve", "traffic", "compress", "sign", "token", "predict", "sweep", "undeploy",
+    "follow", "bandit",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(ray_cluster, home, tmp_path_factory):
+    made = Pairs(home, tmp_path_factory.mktemp("pairs"))
+    projectfile.load(made.file, [])
+    made.reset()
+    yield made
+    made.run("undeploy")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [pytest.param(*pair, id="-".join(pair)) for pair in itertools.combinations_with_replacement(COMMANDS, 2)],
+)
+def test_two_commands_at_once_leave_everything_whole(pairs, one, other):
+    for _ in range(REPEATS):
+        pairs.reset()
+        with ThreadPoolExecutor(2) as both:
+            ended = dict(enumerate(both.map(pairs.run, (one, other))))
+        for command, done in zip((one, other), ended.values(), strict=True):
+            said = f"{command} beside {(one, other)}: {done.returncode}\n{done.stdout}{done.stderr}"
+            assert done.returncode in (DONE, USER, GATE), said
+            assert "Traceback" not in done.stderr, said
+            if done.returncode == USER:
+                assert done.stderr.strip().splitlines()[-1].startswith("error: "), said
+        _check_log_and_registry()
+        _check_endpoint(pairs)
+        for command, done in zip((one, other), ended.values(), strict=True):
+            if command == "token":
+                public = KeySet.import_key_set(json.loads(issuer.jwks().read_text()))
+                jwt.decode(done.stdout.strip(), public)
+            elif command == "predict" and done.returncode == DONE:
+                newest = max(pairs.folder.glob("out-*"), key=lambda path: path.stat().st_mtime)
+                assert len(pd.read_parquet(newest)) == 300
+
+
+def _check_log_and_registry() -> None:
+    with Audit() as audit:
+        entries = audit.entries()
+        assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
+        registry.finish_promotion(audit, NAME)
+        promoted = audit.last(NAME, (registry.PROMOTED,))
+    found = registry.versions(NAME)
+    champions = [str(v.version) for v in found if registry.CHAMPION in v.aliases]
+    challengers = [str(v.version) for v in found if registry.CHALLENGER in v.aliases]
+    assert champions == [promoted.details["version"] if promoted else "1"]
+    assert len(challengers) <= 1
+    assert champions != challengers
+    registered = [e.details["version"] for e in entries if (e.model, e.action) == (NAME, "register")]
+    assert sorted(registered, key=int) == sorted((str(v.version) for v in found), key=int), "each once"
+    for version in found:
+        bundle.verify(registry.resolve(NAME, str(version.version)).path)
+
+
+def _check_endpoint(pairs: Pairs) -> None:
+    """It serves what the log says, or is off; no worker runs that nobody needs."""
+    from ray import serve
+
+    # The watch takes in what was promoted; then everything rests.
+    deadline = time.monotonic() + 120
+    while True:
+        applications = serve.status().applications
+        with Audit() as audit:
+            held = traffic.current(audit, NAME)
+        if held is None:
+            assert NAME not in applications
+            return
+        states = status.broadcast(NAME, NAME, "state")
+        champion = registry.resolve(NAME, registry.CHAMPION).number
+        settled = held.traffic.variants["champion"].version == champion
+        settled = settled and all(state.entry == held.number for state in states)
+        if settled or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    faults = [endpoint.faults for endpoint in status.endpoints() if endpoint.name == NAME]
+    assert settled, (held, states, faults)
+    assert sum(held.traffic.weights.values()) > 0
+    needed = {v.workers for v in held.traffic.variants.values()} - {None}
+    assert {name for name in applications if name.startswith(f"{NAME}@")} == needed
+    port = held.serving.port
+    row = json.loads((registry.resolve(NAME, "champion").path / "example.json").read_text())["rows"][0]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
+        response = client.post(f"/v2/models/{NAME}/predict", json={"rows": [row]})
+    assert response.status_code == 200, response.text
