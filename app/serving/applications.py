@@ -3,6 +3,7 @@
 Ray Serve reads its flags when it is imported, so it is imported in here only when something is called.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Workers
+from app.database import Busy
 from app.errors import UserError
 from app.serving import traffic
 from app.serving.remote import Worker
@@ -59,7 +61,7 @@ def code() -> str:
     return found.hexdigest()
 
 
-def start_workers(serving: Serving, wanted: Traffic) -> None:
+def start_workers(model: str, serving: Serving, wanted: Traffic) -> None:
     """Replicas for the variants that have their own. Those that run already go on."""
     from ray import serve
 
@@ -68,7 +70,8 @@ def start_workers(serving: Serving, wanted: Traffic) -> None:
             continue
         settings = serving.variants[name].workers if name in serving.variants else None
         settings = settings or Workers()
-        made_of = [settings.model_dump(), str(variant.path), serving.trusted_keys, code()]
+        what = variant.identity or str(variant.path)
+        made_of = [settings.model_dump(), what, serving.trusted_keys, code()]
         worker = serve.deployment(Worker).options(
             name="worker",
             version=digest(made_of),
@@ -86,7 +89,7 @@ def start_workers(serving: Serving, wanted: Traffic) -> None:
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
         )
-        bound = worker.bind(variant.path, settings.max_batch_rows, serving.trusted_keys)
+        bound = worker.bind(model, variant, settings.max_batch_rows, serving.trusted_keys)
         run(bound, variant.workers, "worker", None)
 
 
@@ -103,6 +106,12 @@ def stop_workers(audit: Audit, name: str) -> None:
     for application in serve.status().applications:
         if application.startswith(f"{name}{APART}") and application not in needed:
             serve.delete(application)
+
+
+def tidy(audit: Audit, name: str) -> None:
+    """Stop the workers that a command which was killed has left, unless somebody is changing the endpoint."""
+    with contextlib.suppress(Busy), traffic.alone(name, wait=False):
+        stop_workers(audit, name)
 
 
 def reweight(

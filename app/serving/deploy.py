@@ -88,7 +88,7 @@ def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
     is_new = name not in serve.status().applications
     with Audit() as audit:
         try:
-            start_workers(serving, wanted)
+            start_workers(name, serving, wanted)
             with traffic.tried(audit, name, wanted, serving) as entry:
                 run(_application(serving, name), name, name, f"/v2/models/{name}")
                 _wait(url, name)

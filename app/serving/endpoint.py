@@ -33,6 +33,8 @@ from app.serving.recorder import NotStored, Recorder
 from app.serving.remote import Columns
 from app.serving.shadow import Copy, Shadow
 from app.serving.status import State
+from app.serving.traffic import Traffic
+from app.serving.variants import located
 
 ALONE = ("/feedback", "/openapi.json")
 """Actions that are not those of a version."""
@@ -84,7 +86,7 @@ class Endpoint:
         self._retry = Backoff()
         self._swapping = asyncio.Lock()
         self._trusted_keys = serving.trusted_keys
-        self._live = Live(wanted, serving.limits.max_rows, None, self._trusted_keys)
+        self._live = self._opened(wanted, None)
         known.remember(name, self._entry, wanted)
         self._recorder = Recorder(Records(), serving.limits.feedback_per_hour) if serving.record else None
         self._shadows: dict[str, Shadow] = {}
@@ -168,9 +170,7 @@ class Endpoint:
                 number = held.number
                 if number == self._refused and not (again or self._retry.due()):
                     return
-                live = await asyncio.to_thread(
-                    Live, held.traffic, self._limits.max_rows, self._live, self._trusted_keys
-                )
+                live = await asyncio.to_thread(self._opened, held.traffic, self._live)
             except Exception as error:
                 expected = isinstance(error, UserError)
                 reason = str(error) if expected else f"{type(error).__name__}: {str(error)[:500]}"
@@ -185,6 +185,11 @@ class Endpoint:
             self._retry.succeeded()
             self._cast()
             await asyncio.to_thread(known.remember, self._name, number, held.traffic)
+
+    def _opened(self, wanted: Traffic, before: Live | None) -> Live:
+        """A traffic with its bundles from this machine. Raises UserError if one is broken."""
+        here = wanted.model_copy(update={"variants": located(self._name, wanted.variants)})
+        return Live(here, self._limits.max_rows, before, self._trusted_keys)
 
     def _cast(self) -> None:
         """A shadow for each variant that is one."""

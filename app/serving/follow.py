@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from app import registry
 from app.audit import Audit
@@ -55,7 +56,7 @@ class Follower:
             wanted = _kept_weights(_variants(name, held.serving)[0], held.traffic)
             refused, waiting = self._refused.get(name, (None, backoff))
             backoff = waiting if wanted == refused else backoff
-            if wanted != held.traffic.variants:
+            if _what(wanted) != _what(held.traffic.variants):
                 if not backoff.due():
                     return
                 with traffic.alone(name, wait=False):
@@ -90,10 +91,16 @@ def _variants(name: str, serving: Serving) -> tuple[dict[str, Deployed], list[st
                 version=version.number,
                 weight=variant.weight,
                 path=version.path,
+                identity=version.identity,
                 shadow=variant.shadow,
                 workers=f"{name}{APART}{version.number}" if apart else None,
             )
     return found, notes
+
+
+def _what(variants: Mapping[str, Deployed]) -> dict[str, Deployed]:
+    """The variants by what they are, not by where somebody has a copy of it."""
+    return {n: v.model_copy(update={"path": Path()}) if v.identity else v for n, v in variants.items()}
 
 
 def _kept_weights(wanted: Mapping[str, Deployed], held: Traffic) -> dict[str, Deployed]:
@@ -123,7 +130,7 @@ def _take(audit: Audit, name: str, held: Held, variants: Mapping[str, Deployed])
     load(wanted.variants, held.serving.trusted_keys)
     common_schema({variant: schema_at(deployed.path) for variant, deployed in wanted.variants.items()})
     try:
-        start_workers(held.serving, wanted)
+        start_workers(name, held.serving, wanted)
         with traffic.tried(audit, name, wanted, held.serving, WHO, expected=held.number) as entry:
             refresh(name, entry)
     finally:

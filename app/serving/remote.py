@@ -3,13 +3,12 @@ or a shadow, which must not take anything down."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from app.bundle import Ranking
-from app.serving.variants import opened
+from app.serving.variants import Deployed, located, opened
 
 Columns = Mapping[str, np.ndarray]
 TIMEOUT_S = 30.0
@@ -19,11 +18,11 @@ TRIES = 3
 class Worker:
     """The deployment. What waits while it computes is computed together, next."""
 
-    def __init__(self, path: Path, max_batch_rows: int, trusted_keys: Sequence[str]):
-        """Raises UserError, as `app.serving.variants.opened`."""
+    def __init__(self, model: str, variant: Deployed, max_batch_rows: int, trusted_keys: Sequence[str]):
+        """Raises UserError, as `app.serving.variants.located` and `opened`."""
         from ray import serve
 
-        self._bundle = opened(path, trusted_keys)
+        self._bundle = opened(located(model, {"": variant})[""].path, trusted_keys)
         self._max_batch_rows = max_batch_rows
         self._together = serve.batch(
             self._predict_all,

@@ -19,10 +19,35 @@ class Deployed(BaseModel):
     weight: float
     """Share of the units, relative to the other variants' weights."""
     path: Path
-    """Its bundle."""
+    """Its bundle, on the machine that deployed it."""
+    identity: str = ""
+    """The SHA-256 of its bundle's manifest, the same on all machines; empty if it is not registered."""
     shadow: bool = False
     workers: str | None = None
     """The Serve application of its own replicas; None if it is in those of the endpoint."""
+
+
+def located(model: str, variants: Mapping[str, Deployed]) -> dict[str, Deployed]:
+    """The variants with paths on this machine, which may be another one than deployed them.
+
+    Fetches bundles that are not here. Raises UserError if the registry has no such version or bundle.
+    """
+    return {name: _located(model, variant) for name, variant in variants.items()}
+
+
+def _located(model: str, variant: Deployed) -> Deployed:
+    if not variant.identity or (variant.path / MANIFEST).exists():
+        return variant
+    # Imported here: MLflow takes seconds and memory that a replica seldom needs.
+    from app import registry
+
+    version = registry.resolve(model, variant.version)
+    if version.identity != variant.identity:
+        raise UserError(
+            f"{model} version {variant.version} has another bundle now than when it was deployed; deploy it "
+            "again with `raylway serve`"
+        )
+    return variant.model_copy(update={"path": version.path})
 
 
 def load(variants: Mapping[str, Deployed], trusted_keys: Sequence[str] = ()) -> dict[str, Bundle]:

@@ -11,7 +11,7 @@ from app import registry
 from app.audit import Audit
 from app.database import Busy
 from app.records import Records
-from app.serving import bandit, traffic
+from app.serving import applications, bandit, traffic
 from app.serving.backoff import Backoff
 from app.serving.follow import Follower
 from app.serving.logs import log
@@ -19,7 +19,7 @@ from app.serving.logs import log
 LOOK_S = 2.0
 """How often the registry is looked at, for endpoints that follow it."""
 REBALANCE_S = 30.0
-"""How often a bandit's weights are computed anew."""
+"""How often a bandit's weights are computed anew, and workers that nobody needs are stopped."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Watch:
                 self._done(model, "following the registry", self._follow)
                 if rebalance:
                     self._done(model, "setting the weights", self._rebalance)
+                    self._done(model, "stopping workers", self._tidy)
         self._looked = self._clock()
 
     def _run(self) -> None:
@@ -130,6 +131,10 @@ class Watch:
         held = traffic.current(audit, model)
         if held is not None:
             bandit.rebalance(audit, records, model, held)
+
+    def _tidy(self, model: str) -> None:
+        assert self._stores
+        applications.tidy(self._stores[0], model)
 
     def _forget_all_but(self, models: Iterable[str]) -> None:
         kept = {"", *models}

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from app import registry
+from app import kept, registry
 from app.audit import Audit
 from app.config import Serving
 from app.errors import UserError
@@ -33,13 +35,12 @@ def audit():
 def registered(monkeypatch, tmp_path):
     """What the registry has: aliases with their versions, to be changed by the test."""
     held = {"champion": "1"}
-    for number in "123":
-        build(tmp_path / number, seed=int(number))
+    identities = {number: kept.keep(build(tmp_path / number, seed=int(number))).name for number in "123"}
 
     def find(name, alias):
         if alias not in held:
             return None
-        return Version(name, held[alias], (alias,), tmp_path / held[alias])
+        return Version(name, held[alias], (alias,), identities[held[alias]])
 
     monkeypatch.setattr(registry, "find", find)
     return held
@@ -84,10 +85,24 @@ def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audi
     assert (taken, audit.entries()[-1].who) == ([2], WHO)
 
 
-def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken, tmp_path):
+def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, taken):
+    deployed = follow.registered("income", SERVING)[0]
+    elsewhere = {
+        name: variant.model_copy(update={"path": Path("/another/machine") / name})
+        for name, variant in deployed.variants.items()
+    }
+    place(audit, "income", deployed.model_copy(update={"variants": elsewhere}), SERVING)
+    follower = Follower()
+    assert looked(audit, follower).variants == elsewhere
+    assert (taken, follower.faults) == ([], {})
+    registered["champion"] = "2"
+    assert looked(audit, follower).variants["champion"].version == "2"
+
+
+def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken):
     place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
-    (tmp_path / "3" / "model.onnx").write_bytes(b"")
     registered["champion"] = "3"
+    (registry.find("income", "champion").path / "model.onnx").write_bytes(b"")
     follower = Follower()
     for _ in range(2):
         assert looked(audit, follower).variants["champion"].version == "1"

@@ -1,8 +1,10 @@
 import pytest
 
+from app import kept, registry
 from app.bundle import BrokenBundle
 from app.errors import UserError
-from app.serving.variants import Deployed, common_schema, load
+from app.registry import Version
+from app.serving.variants import Deployed, common_schema, load, located
 from tests.bundles import build, schema
 
 
@@ -41,3 +43,25 @@ def test_bundles_are_verified_and_answer_their_example(tmp_path):
     (path / "example.json").write_text("{}")
     with pytest.raises(BrokenBundle, match=r"example\.json was changed"):
         load(deployed)
+
+
+def test_a_bundle_that_is_on_another_machine_is_fetched_by_its_identity(tmp_path, monkeypatch):
+    kept_here = kept.keep(build(tmp_path / "built", seed=1))
+    elsewhere = Deployed(version="1", weight=1, path="/another/machine", identity=kept_here.name)
+    asked = []
+
+    def resolve(model, number):
+        asked.append((model, number))
+        return Version(model, number, (), kept_here.name)
+
+    monkeypatch.setattr(registry, "resolve", resolve)
+    found = located("income", {"champion": elsewhere})
+    assert found["champion"].path == kept_here
+    assert asked == [("income", "1")]
+    assert located("income", found) == found
+    assert len(asked) == 1, "what is here is not asked for"
+    other = elsewhere.model_copy(update={"identity": "0" * 64})
+    with pytest.raises(UserError, match="has another bundle now"):
+        located("income", {"champion": other})
+    by_hand = Deployed(version="1", weight=1, path="/another/machine")
+    assert located("income", {"champion": by_hand}) == {"champion": by_hand}

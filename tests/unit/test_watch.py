@@ -6,7 +6,7 @@ from sqlalchemy.exc import OperationalError
 from app.audit import Audit
 from app.config import Serving
 from app.errors import UserError
-from app.serving import bandit, traffic, watch
+from app.serving import applications, bandit, traffic, watch
 from app.serving.backoff import FIRST_S, LAST_S, Backoff
 from app.serving.watch import REBALANCE_S, Watch
 from tests.traffics import place
@@ -91,12 +91,13 @@ def test_an_entry_that_cannot_be_read_is_the_fault_of_its_model_alone(watching, 
 
 
 def test_a_follower_that_fails_does_not_stop_the_bandit(watching, follows, clock, monkeypatch):
-    rebalanced = []
+    rebalanced, tidied = [], []
+    monkeypatch.setattr(applications, "tidy", lambda audit, model: tidied.append(model))
     monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, held: rebalanced.append(model))
     follows.broken = dict.fromkeys("abc", UserError("no"))
     clock.now += REBALANCE_S + 1
     watching.round()
-    assert rebalanced == ["a", "b", "c"]
+    assert rebalanced == tidied == ["a", "b", "c"]
     watching.round()
     assert rebalanced == ["a", "b", "c"], "only every REBALANCE_S"
 
