@@ -5,9 +5,9 @@ import pytest
 from app.audit import Audit
 from app.errors import UserError
 from app.serving import known
-from app.serving import traffic as traffics
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from tests.traffics import place
 
 
 def traffic(version):
@@ -39,7 +39,7 @@ def test_it_is_for_its_owner_alone(home):
 
 def test_a_replica_starts_while_the_database_is_away_with_what_was_loaded_last(home, tmp_path, monkeypatch):
     with Audit() as audit:
-        traffics.change(audit, "income", traffic("1"))
+        place(audit, "income", traffic("1"))
         entry, wanted, fault = known.first(audit, "income")
     assert (wanted, fault) == (traffic("1"), None)
     known.remember("income", entry, wanted)
