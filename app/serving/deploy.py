@@ -3,6 +3,7 @@
 Ray Serve reads its flags when it is imported, so it is imported in here only when something is called.
 """
 
+import contextlib
 import json
 import socket
 import ssl
@@ -153,9 +154,14 @@ def _endpoints(serving: Serving, name: str) -> list[Serving]:
     """The settings of this endpoint and of those that are deployed already."""
     from ray import serve
 
+    found = [serving]
     with Audit() as audit:
-        others = [traffic.settings(audit, other) for other in serve.status().applications if other != name]
-    return [serving, *(other for other in others if other is not None)]
+        for other in models(serve.status().applications):
+            # An entry that cannot be read is the fault of its model alone.
+            with contextlib.suppress(UserError):
+                if other != name and (settings := traffic.settings(audit, other)) is not None:
+                    found.append(settings)
+    return found
 
 
 def _application(serving: Serving, name: str) -> Any:
