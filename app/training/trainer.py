@@ -211,8 +211,6 @@ def _fit_once(
     """
     training = project.training
     claimed, note = resources(project, training.min_workers)
-    if note:
-        on_note(note)
     trainer = ElasticTrainer(
         loop.train_loop,
         train_loop_config={
@@ -248,6 +246,8 @@ def _fit_once(
             future.set_exception(error)
 
     with passing_signals_on(listener.stop) as caught:
+        if note:
+            on_note(note)
         threading.Thread(target=fit, name="fit", daemon=True).start()
         said = False
         while not future.done():

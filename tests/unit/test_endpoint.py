@@ -1,0 +1,63 @@
+import asyncio
+import gc
+import sys
+
+import pytest
+
+from app.audit import Audit
+from app.config import Serving
+from app.serving import traffic
+from app.serving.endpoint import Endpoint
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+from tests.bundles import build
+from tests.unit.test_records import prediction
+
+SERVING = Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}})
+
+
+class Local(Endpoint):
+    """Serve awaits what `__del__` returns; Python would not."""
+
+    close = Endpoint.__del__
+
+    def __del__(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def process_settings():
+    """A replica sets them for its own process."""
+    before = sys.getswitchinterval()
+    yield
+    sys.setswitchinterval(before)
+    gc.unfreeze()
+
+
+def test_a_replica_starts_while_the_database_is_away_and_joins_it_later(home, tmp_path, monkeypatch):
+    deployed = Deployed(version="1", weight=1, path=build(tmp_path / "1", seed=1))
+    wanted = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
+    with Audit() as audit:
+        traffic.change(audit, "income", wanted)
+
+    async def run():
+        first = Local("income", SERVING, None)
+        assert first.state().fault is None
+        await first.close()
+        (home / "production.db").rename(tmp_path / "production.db")
+        monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path}/away/production.db")
+        second = Local("income", SERVING, None)
+        state = second.state()
+        assert (state.versions, state.entry) == ({"champion": "1"}, first.state().entry)
+        assert "the database does not answer" in state.fault
+        second._recorder.add(prediction("meanwhile"))
+        (tmp_path / "away").mkdir()
+        (tmp_path / "production.db").rename(tmp_path / "away" / "production.db")
+        state = await second.refresh()
+        assert state.fault is None
+        await second.close()
+        records = second._recorder._records
+        assert [p.request_id for p in records.predictions("income")] == ["meanwhile"]
+        records.close()
+
+    asyncio.run(run())
