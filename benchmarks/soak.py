@@ -3,7 +3,7 @@
     python benchmarks/soak.py [--only kills,rollouts,...] [--scale 1.0]
 
 Each proof has a cluster of its own, real processes and real HTTP. `--scale 0.1` makes all of them ten times
-as short. The last line is JSON; `holds` says whether what is promised was kept.
+as short; `everything` takes an hour. The last line is JSON; `holds` says whether the promises were kept.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
+from everything import everything
 from load import Target, closed_loop, hammer, open_loop
 
 from app import cluster, registry
@@ -610,7 +611,8 @@ def _plot(ours: Step, theirs: Step, calm: float) -> None:
 
 
 PROOFS: dict[str, Callable[[float], dict[str, Any]]] = {
-    proof.__name__: proof for proof in (kills, rollouts, overload, malformed, feedback, shadow, load_step)
+    proof.__name__: proof
+    for proof in (kills, rollouts, overload, malformed, feedback, shadow, load_step, everything)
 }
 
 if __name__ == "__main__":
