@@ -146,7 +146,7 @@ class Endpoint:
             try:
                 await self._take_in(again=False)
                 dropped = self._recorder.recording().dropped if self._recorder else {}
-                await self._meters.tell(sum(dropped.values()), self._live.weights)
+                self._meters.tell(sum(dropped.values()), self._live.weights)
             except Exception:
                 log.exception("%s cannot look for another traffic, or tell its metrics", self._name)
 

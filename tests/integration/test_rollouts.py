@@ -303,6 +303,13 @@ def test_status_says_what_happens_now(served, raylway):
     assert "challenger" in for_people
 
 
+def _latency(metrics: str, of: str, tag: str = "") -> float:
+    """The sum of a metric over the endpoint's predictions."""
+    lines = [line for line in metrics.splitlines() if line.startswith(f"ray_raylway_request_seconds{of}{{")]
+    tags = (f'model="{NAME}"', 'action="predict"', tag)
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(each in line for each in tags))
+
+
 def test_the_dashboard_asks_for_metrics_that_are_exported(served):
     import ray
 
@@ -316,6 +323,9 @@ def test_the_dashboard_asks_for_metrics_that_are_exported(served):
             text = prometheus.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
             missing = wanted - set(re.findall(r"^(\w+)\{", text, re.MULTILINE))
     assert not missing
+    assert _latency(text, "_bucket_total", 'le="+Inf"') == _latency(text, "_count_total") > 0
+    assert _latency(text, "_bucket_total", 'le="0.001"') < _latency(text, "_count_total")
+    assert 0 < _latency(text, "_sum_total") < 10 * _latency(text, "_count_total")
     (line,) = re.findall(
         rf'^ray_raylway_variant_share\{{.*model="{NAME}".*variant="champion".*\}} (.*)$', text, re.M
     )[:1]

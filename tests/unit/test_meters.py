@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from app.serving.meters import WINDOW_S, Asked, Recent, Tally, merged
+from app.serving.meters import WINDOW_S, Asked, Recent, Tally, at_most, merged
 
 
 class Clock:
@@ -57,3 +57,7 @@ def test_replicas_are_added_up():
         parts.append(recent.tallies())
     total = merged(parts)["champion"]
     assert (total.requests, total.errors, total.latencies.total()) == (4, 2, 4)
+
+
+def test_a_bucket_counts_all_that_does_not_exceed_its_bound():
+    assert at_most([1, 2, 5, math.inf], [7.0, 2.0, 0.5, 2.1]) == [1, 2, 3, 4]
