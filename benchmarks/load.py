@@ -136,10 +136,10 @@ async def hammer(target: Target, *, connections: int, seconds: float) -> Hammere
     url = urlsplit(target.url)
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
-    end = time.monotonic() + seconds
 
     async def ask(number: int) -> None:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
+        end = time.monotonic() + seconds  # to open thousands takes seconds, too
         while (now := time.monotonic()) < end:
             number += 1
             body = target.bodies[number % len(target.bodies)]

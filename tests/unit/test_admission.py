@@ -3,11 +3,13 @@ settings that it gets from us, in front of an HTTP server with our Guard, as a r
 
 import asyncio
 import contextlib
+import http.client
 import json
 import re
 import socket
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import uvicorn
@@ -58,16 +60,22 @@ class Door:
         text = re.sub(r"^    load-server-state.*\n", "", text, flags=re.M)
         file = folder / "door.cfg"
         file.write_text(text)
-        self._haproxy = subprocess.Popen([get_haproxy_binary(), "-q", "-db", "-f", file])
+        self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(file)]
+        self._haproxy = [subprocess.Popen(self._command)]
         while True:
             with contextlib.suppress(OSError), self.connect():
                 return
+
+    def reload(self):
+        """As Serve does: a new process, which has the old one finish what it has."""
+        self._haproxy.append(subprocess.Popen([*self._command, "-sf", str(self._haproxy[-1].pid)]))
+        self._haproxy[-2].wait(timeout=30)
 
     def _serve(self):
         async def serve():
             with socket.create_server(("127.0.0.1", 0)) as listening:
                 self._port = listening.getsockname()[1]
-                guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=5))
+                guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=1))
                 self._server = uvicorn.Server(uvicorn.Config(guard, lifespan="off", log_level="critical"))
                 self._loop = asyncio.get_running_loop()
                 self._ready.set()
@@ -76,8 +84,9 @@ class Door:
         asyncio.run(serve())
 
     def close(self):
-        self._haproxy.kill()
-        self._haproxy.wait()
+        for process in self._haproxy:
+            process.kill()
+            process.wait()
         self.let_answer()
         self._server.should_exit = True
 
@@ -180,3 +189,26 @@ def test_a_replicas_own_503_stays_one(door):
 def test_a_length_beyond_32_bits_is_too_large(door, length):
     status, _, document = answer(door().send(length, b""))
     assert (status, set(document)) == (413, {"error", "violations"})
+
+
+def test_a_reload_closes_no_connection_without_an_answer(door):
+    """What a client is told to close, it closes; each request is answered, by the old HAProxy or the new."""
+    here = door()
+    here.let_answer()
+
+    def ask_on(_):
+        connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
+        statuses = set()
+        for _ in range(100):
+            connection.request("POST", PATH, b"{}", {"authorization": "Bearer good"})
+            response = connection.getresponse()
+            response.read()
+            statuses.add(response.status)
+        connection.close()
+        return statuses
+
+    with ThreadPoolExecutor(4) as clients:
+        answers = [clients.submit(ask_on, number) for number in range(4)]
+        for _ in range(2):
+            here.reload()
+        assert [answer.result() for answer in answers] == [{200}] * 4
