@@ -6,7 +6,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import orjson
@@ -24,6 +26,8 @@ BATCH, BATCH_BYTES = 2_000, 8 * 2**20
 """Most that is written in one transaction."""
 RETRY_S, MAX_RETRY_S = 1.0, 30.0
 """First and longest pause after a write that failed."""
+NUM_FINDERS = 4
+"""Threads that look up predictions for feedback."""
 CLOSE_S = 12.0
 """How long `close` waits for what is left. Serve kills a replica that takes 20 s to stop."""
 
@@ -64,6 +68,8 @@ class Recorder:
         self._feedback_bytes = 0
         self._said = threading.Condition()
         self._closing = threading.Event()
+        # Threads of their own: in the event loop's, all else would wait behind a database that hangs.
+        self._finders = ThreadPoolExecutor(NUM_FINDERS, "find")
         self._threads = [
             threading.Thread(target=self._run, args=(step,), name=step.__name__, daemon=True)
             for step in (self._write_predictions, self._write_feedback)
@@ -104,8 +110,11 @@ class Recorder:
         """
         if (waiting := self._waiting.get((principal, request_id, ""))) is not None:
             return decode(waiting)
+        if (fault := self.recording().fault) is not None:
+            raise NotStored(fault)  # at once: nobody else waits behind those who ask a database that hangs
+        look = partial(self._records.predictions, model, [request_id], principal)
         try:
-            found = await asyncio.to_thread(self._records.predictions, model, [request_id], principal)
+            found = await asyncio.get_running_loop().run_in_executor(self._finders, look)
         except Exception as error:
             raise NotStored(_reason(error)) from error
         return next((prediction for prediction in found if not prediction.shadow), None)
@@ -149,6 +158,7 @@ class Recorder:
         self._drop(CLOSED, lost)
         if lost:
             log.error("%d predictions are lost: the database did not take them at the end", lost)
+        self._finders.shutdown(wait=False, cancel_futures=True)
         self._records.close()
 
     def _run(self, step: Callable[[], None]) -> None:

@@ -239,6 +239,15 @@ def test_feedback_is_not_acknowledged_while_the_database_is_away(database, write
     assert asyncio.run(writer.judge(feedback("a"))) == Verdict.STORED
 
 
+def test_while_the_database_fails_nobody_waits_for_its_answer(database, writer):
+    database.fault = AWAY
+    writer.add(prediction("a"))
+    until(lambda: writer.recording().fault)
+    database.predictions = lambda *_: time.sleep(60)
+    with pytest.raises(NotStored, match="away"):
+        asyncio.run(writer.find("income", "bob", "b"))
+
+
 def test_feedback_that_waits_is_bounded_in_bytes(writer, monkeypatch):
     monkeypatch.setattr(recorder, "MAX_WAITING_BYTES", OVERHEAD_BYTES)
     with pytest.raises(NotStored, match="too much"):
