@@ -403,7 +403,7 @@ def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     bundles = load(variants)
     monkeypatch.setattr(deploy, "load", lambda *_: bundles)  # what this process can read, a replica cannot
     gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
-    with pytest.raises(UserError, match=r"gone: is no bundle.*goes on"):
+    with pytest.raises(UserError, match=r"gone: is not a bundle.*goes on"):
         deploy.deploy(settings, "income", traffic(gone))
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
