@@ -1,6 +1,7 @@
 """From a candidate to a registered version: the gate's decision becomes part of its bundle."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,8 @@ from app import bundle, kept, registry
 from app.bundle import Bundle
 from app.config import Gate
 from app.console import Console
-from app.evaluation import gate
+from app.evaluation import gate, report
+from app.evaluation.champion import Comparison, NotComparable, compare
 from app.registry import CHAMPION, Run, Version
 from app.tasks import Task
 
@@ -64,21 +66,29 @@ def decision_of(path: Path) -> gate.Decision:
 
 
 def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], task: Task) -> Path:
-    """The folder of the candidate's bundle with the decision in it."""
-    champion = registry.find(name, CHAMPION)
-    scores = _champion_metrics(champion, task)
-    decision = gate.decide(rules, metrics["model"], metrics["baselines"], scores)
-    against = champion and {"version": champion.number, "identity": champion.identity, "metrics": scores}
+    """The folder of the candidate's bundle with the decision in it: in its manifest and on its card."""
+    version = registry.find(name, CHAMPION)
+    beside = _beside(candidate, version, task)
+    decision = gate.decide(rules, metrics["model"], metrics["baselines"], beside)
+    against = version and {
+        "version": version.number,
+        "identity": version.identity,
+        "comparison": beside and asdict(beside),
+    }
     facts = {**asdict(decision), "gate": rules.model_dump(mode="json"), "champion": against}
-    return kept.keep(candidate, {"candidate": bundle.identity(candidate), "decision": facts})
+    with tempfile.TemporaryDirectory() as scratch:
+        draft = Path(scratch)
+        bundle.copy(candidate, draft)
+        card = draft / "card.md"
+        card.write_text(f"{card.read_text()}\n{report.verdict(decision.passed, decision.reason)}")
+        known = {k: v for k, v in bundle.manifest_of(candidate).items() if k != "files"}
+        bundle.seal(draft, {**known, "candidate": bundle.identity(candidate), "decision": facts})
+        return kept.keep(draft)
 
 
-def _champion_metrics(champion: Version | None, task: Task) -> dict[str, float] | None:
-    """The champion's on the same test part; None without one, or if it takes columns that are gone."""
-    if champion is None:
+def _beside(candidate: Path, version: Version | None, task: Task) -> Comparison | NotComparable | None:
+    """The candidate's bundle beside the champion's; None if no version is registered."""
+    if version is None:
         return None
-    opened = Bundle(champion.path)
-    names = {i.name for i in opened.schema.inputs}
-    if not names <= set(task.prepared.frame("test").columns):
-        return None
-    return task.evaluate(opened)["model"]
+    opened = Bundle(candidate), Bundle(version.path)
+    return compare(task.prepared, *opened, lambda one, rows: task.evaluate(one, rows)["model"])

@@ -12,10 +12,11 @@ from app import bundle, capacity, judging, registry, store
 from app.bundle import Bundle
 from app.config import Project
 from app.console import Console
+from app.data import split
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate, metrics, report, slices
 from app.export import onnx, text
-from app.registry import Version
+from app.registry import CHAMPION, Version
 from app.tasks import Task, task_of
 from app.training import trainer
 from app.training.trainer import Trained
@@ -45,6 +46,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
     """
     store.require_shared()
+    project = with_key(project)
     # Ray Data's tasks take a CPU each.
     console.wait(capacity.now().wait(1, "preparing data"))
     with console.stage("prepare") as done:
@@ -78,6 +80,16 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     return Outcome(run.id, path, trained.history, evaluation, decision, version)
 
 
+def with_key(project: Project) -> Project:
+    """The project with the split key of its champion, if its file names none and columns were added since.
+
+    Rows then stay in their parts, and candidate and champion are compared on the whole test part.
+    """
+    version = registry.find(project.name, CHAMPION)
+    before = split.partition_at(version.path) if version else None
+    return project.model_copy(update={"data": split.carried(project.data, before)})
+
+
 def _described(prepared: Prepared) -> str:
     parts = prepared.summary["parts"]
     return ", ".join(f"{part['rows']:,} {name}" for name, part in parts.items()) + " rows"
@@ -108,6 +120,9 @@ def _candidate(
         shutil.copy(trained.weights, draft / "model.safetensors")
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
         (draft / "project.json").write_text(project.model_dump_json(indent=1))
+        for name in (split.PARTITION, split.SEEN):
+            if (prepared.path / name).exists():
+                shutil.copy(prepared.path / name, draft)
         train, test = prepared.frame("train"), prepared.frame("test")
         train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
             draft / "reference.parquet", index=False

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from app import registry
+from app import pipeline, registry
 from app.config import Project
 from app.console import Console, short
 from app.home import home, make_private
@@ -62,6 +62,7 @@ class Swept:
 
 def run(project: Project, console: Console) -> Swept:
     """Run a project's sweep to its end, or go on with it. Needs Ray. Raises as `tuner.run` does."""
+    project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name
     with registry.sweep(project, name) as runs, _watching(console) as watch:

@@ -65,8 +65,8 @@ def prepared(folder: Path, encoder: Path) -> Prepared:
         frame = rows(number, seed)
         (folder / part).mkdir()
         frame.drop(columns="mood").to_parquet(folder / part / "rows.parquet")
-        shares = [round(float((frame[LABEL] == i).mean()), 4) for i in range(3)]
-        summary["parts"][part] = {"rows": number, "shares": shares}
+        counts = [int((frame[LABEL] == i).sum()) for i in range(3)]
+        summary["parts"][part] = {"rows": number, "counts": counts}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "preprocessor.json").write_text('{"columns": []}')
     tokens.write(str(encoder), 16, folder / tokens.FILE)

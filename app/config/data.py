@@ -94,9 +94,17 @@ class Split(Section):
     """Shares of the rows by part. Neither the order of rows nor the layout of files matters."""
 
     by: Literal["content", "time"] = "content"
-    """content: a row's part is a hash of its content and the seed, so equal rows stay together. time: the
+    """content: a row's part is decided by a hash of `key` and `seed`, so equal rows stay together. time: the
     last rows are the test part, those before them the validation part: what a model that is to predict the
     future must be held against."""
+    key: list[str] | None = Field(None, min_length=1)
+    """Of `by: content`: the columns of the contract that say which rows belong together, such as a customer's
+    id. If left out: the columns by which the registered champion was split, if the contract still has them;
+    otherwise all columns of the contract. The label is never part of the key: rows with the same inputs
+    stay together whatever their label."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Of `by: content`: another seed gives other parts. Independent of the project's `seed`, so that models
+    trained with different seeds are judged on the same rows."""
     column: str | None = None
     """Of `by: time`: when a row's event was; timestamps, dates, ISO 8601 text or numbers. Rows of the same
     time stay together."""
@@ -119,6 +127,10 @@ class Split(Section):
                 raise ValueError(f"{k} folds of {self.validation:g} leave nothing before the first of them")
         if (self.by == "time") != (self.column is not None):
             raise ValueError("column: by time needs the column to go by, by content takes none")
+        if self.by == "time" and self.key is not None:
+            raise ValueError("key: by time takes none; leave it out")
+        if self.key and len(set(self.key)) < len(self.key):
+            raise ValueError("key: each column must stand once")
         return self
 
 
@@ -152,7 +164,15 @@ class Data(Section):
     def _one(self) -> "Data":
         if (self.label is None) == (self.interactions is None):
             raise ValueError("give exactly one of 'label' and 'interactions'")
+        for name in self.split.key or []:
+            if name not in self.columns:
+                raise ValueError(f"split.key: no column {name!r}; data.columns has {', '.join(self.columns)}")
         return self
+
+    @property
+    def split_key(self) -> list[str]:
+        """The columns that decide a row's part, where the split is by content."""
+        return sorted(self.split.key or self.columns)
 
     @property
     def target(self) -> Label:

@@ -77,6 +77,12 @@ def build(rows: "Dataset", data: Data, version: str, draft: Path) -> None:
         named = part.rename(columns={USER: of.user, ITEM: of.item})
         named.to_parquet(draft / name / "0.parquet", index=False)
     (draft / CATALOGUE).write_text(found.model_dump_json(indent=1))
+    of_pair = {of.user: "category", of.item: "category"}
+    divided = split.Partition(by="last", key=of_pair, missing=sorted(data.missing))
+    (draft / split.PARTITION).write_text(divided.model_dump_json(indent=1))
+    seen = pd.concat([parts["train"], parts["validation"]]).rename(columns={USER: of.user, ITEM: of.item})
+    hashes = np.unique(split.hashes(seen, list(of_pair)))
+    pd.DataFrame({"hash": hashes}).to_parquet(draft / split.SEEN, index=False)
     summary = {
         "data_version": version,
         "rows": sum(len(part) for part in parts.values()),

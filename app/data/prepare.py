@@ -43,8 +43,15 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Rows and share of positives (or of each class) by part, the label's values, the data version."""
+        """The data version, the label's values if they are few, and of each part `rows` and `counts`: rows with
+        each label, in the order of LABEL (of a recommender `users`)."""
         return json.loads((self.path / "summary.json").read_text())
+
+    def balanced_weights(self) -> np.ndarray:
+        """The weight of a training row by its label, float32 (labels,): all labels together weigh the same,
+        and a row weighs 1 on average."""
+        counts = np.array(self.summary["parts"]["train"]["counts"], dtype=np.float64)
+        return (counts.sum() / (len(counts) * counts)).astype(np.float32)
 
     def part(self, name: str) -> Path:
         """The folder of Parquet files with one part's rows: the contract's columns and LABEL."""
@@ -65,7 +72,6 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
         "data_version": version,
         "data": project.data.model_dump(exclude={"source": {"path", "sample"}}),
         "features": project.model_dump()["features"],
-        "seed": project.seed,
     }
     if isinstance(project.model, TextClassifier):
         inputs["encoder"] = tokens.version(project.model.encoder)
@@ -93,6 +99,7 @@ def _build(project: Project, version: str, draft: Path) -> None:
     if data.split.by == "time":
         found = raw.map_batches(_count_times, fn_args=(data,), **whole).to_pandas()
         starts = split.starts(found["time"].to_numpy(), found["rows"].to_numpy(), data.split)
+    (draft / split.PARTITION).write_text(split.partition(data, starts).model_dump_json(indent=1))
     rows = raw.map_batches(_label_and_part, fn_args=(project, starts), **whole).materialize()
     labels: Counter[str] = Counter()
     for count in rows.map_batches(_count_labels, fn_args=(data.target.column,), **whole).take_all():
@@ -101,7 +108,7 @@ def _build(project: Project, version: str, draft: Path) -> None:
 
     parts = {}
     for i, name in enumerate(split.PARTS):
-        parts[name] = rows.map_batches(_select, fn_args=(i, data.target.column), **whole).materialize()
+        parts[name] = rows.map_batches(_select, fn_args=(i, _dropped(name, data)), **whole).materialize()
         parts[name].write_parquet(str(draft / name))
     statistics = parts["train"].map_batches(_statistics, fn_args=(project.features,), **whole).take_all()
     preprocessor = features.fit([json.loads(row["statistics"]) for row in statistics], project.features)
@@ -117,15 +124,13 @@ def _build(project: Project, version: str, draft: Path) -> None:
         "parts": {},
     }
     for name, part in parts.items():
-        shares = _shares(part.map_batches(_count_labels, fn_args=(LABEL,), **whole).take_all(), data.target)
-        if not all(shares):
+        counts = _counts(part.map_batches(_count_labels, fn_args=(LABEL,), **whole).take_all(), data.target)
+        if not all(counts):
             raise UserError(
                 f"data.split: the {name} part has {part.count()} rows, and not every label among them; "
                 f"{num_rows} rows in all are too few for these shares"
             )
-        rounded = [round(share, 4) for share in shares]
-        of = {"positive": rounded[1]} if data.target.classes is None else {"shares": rounded}
-        summary["parts"][name] = {"rows": part.count(), **of}
+        summary["parts"][name] = {"rows": part.count(), "counts": counts}
     (draft / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
@@ -143,7 +148,7 @@ def _count_times(block: pa.Table, data: config.Data) -> pa.Table:
 def _label_and_part(block: pa.Table, project: Project, starts: tuple[float, ...] | None = None) -> pa.Table:
     frame = _labelled(block, project.data)
     label = project.data.target
-    part = split.assign(frame, project.data.split, project.seed, starts)
+    part = split.assign(frame, project.data.split, project.data.split_key, starts)
     if label.above is not None:
         beyond = frame[label.column] > label.above
         frame[label.column] = np.where(beyond, label.outcome, f"not {label.outcome}")
@@ -161,6 +166,7 @@ def _label_and_part(block: pa.Table, project: Project, starts: tuple[float, ...]
             (label.column, pa.string()),
             (LABEL, pa.int64() if label.classes else pa.float32()),
             ("__part__", pa.int8()),
+            *([(split.TIME, pa.float64())] if project.data.time else []),
         ]
     )
     return pa.Table.from_pandas(frame, schema=arrow, preserve_index=False)
@@ -183,16 +189,22 @@ def _refuse_labels(counts: Counter[str], label: config.Label) -> None:
             raise UserError(f"data.label.{key}: {value!r} does not occur in {label.column!r}; it has {found}")
 
 
-def _shares(counts: list[dict[str, Any]], label: config.Label) -> list[float]:
-    """The share of each label, in order; of a binary one, of 0 and 1."""
-    rows = Counter({int(count["value"]): 0 for count in counts})
-    for count in counts:
-        rows[int(count["value"])] += count["rows"]
-    return [rows[i] / max(1, rows.total()) for i in range(len(label.classes or "01"))]
+def _counts(blocks: list[dict[str, Any]], label: config.Label) -> list[int]:
+    """The rows with each label, in order; with a binary one, those of 0 and 1."""
+    rows: Counter[int] = Counter()
+    for block in blocks:
+        rows[int(block["value"])] += block["rows"]
+    return [rows[i] for i in range(len(label.classes or "01"))]
 
 
-def _select(block: pa.Table, part: int, label: str) -> pa.Table:
-    return block.filter(pa.compute.equal(block["__part__"], part)).drop_columns(["__part__", label])
+def _dropped(part: str, data: config.Data) -> list[str]:
+    """Columns that a part does not keep. The test part keeps the time: a champion's split may go by it."""
+    times = [split.TIME] if data.time and part != "test" else []
+    return ["__part__", data.target.column, *times]
+
+
+def _select(block: pa.Table, part: int, dropped: list[str]) -> pa.Table:
+    return block.filter(pa.compute.equal(block["__part__"], part)).drop_columns(dropped)
 
 
 def _statistics(block: pa.Table, wanted: dict[str, config.Encoding]) -> pa.Table:

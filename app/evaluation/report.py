@@ -78,6 +78,11 @@ def card(project: Project, summary: Mapping[str, Any], evaluation: Mapping[str, 
     return "\n".join([*lines, *_inputs(project), ""])
 
 
+def verdict(passed: bool, reason: str) -> str:
+    """The card's last section: what the gate decided, and why."""
+    return f"## Gate\n\n{'Passed' if passed else 'Not passed'}: {reason}.\n"
+
+
 def _inputs(project: Project) -> list[str]:
     if of := project.data.interactions:
         return [
@@ -115,12 +120,19 @@ def _predicts(project: Project) -> str:
 
 def _part(part: Mapping[str, Any], project: Project) -> str:
     rows = f"{part['rows']:,} rows"
-    if "positive" in part:
-        return f"{rows}, {part['positive']:.1%} positive"
     if "users" in part:
         return f"{rows} of {part['users']:,} users"
-    shares = zip(project.data.target.classes or [], part["shares"], strict=True)
-    return f"{rows}, {', '.join(f'{share:.1%} {name}' for name, share in shares)}"
+    classes = project.data.target.classes
+    if classes is None:
+        return f"{rows}, {_share(part['counts'][1], part['rows'])} positive"
+    shares = [f"{_share(n, part['rows'])} {name}" for name, n in zip(classes, part["counts"], strict=True)]
+    return f"{rows}, {', '.join(shares)}"
+
+
+def _share(count: int, of: int) -> str:
+    """A share in percent; small ones as counts, which would round to nothing."""
+    share = count / of
+    return f"{share:.1%}" if share >= 0.001 else f"{count:,} of {of:,}"
 
 
 def _compression(found: Mapping[str, Any]) -> list[str]:

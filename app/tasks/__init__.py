@@ -68,8 +68,11 @@ class Task(Protocol):
     def schema(self) -> Schema:
         """What the bundle takes and gives."""
 
-    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
-        """A bundle on the test part: `model` has the metrics by name, other keys are for the card."""
+    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
+        """A bundle on the test part, or on those of its rows where the mask `rows` is true.
+
+        `model` has the metrics by name, other keys are for the card.
+        """
 
     def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
         """The metrics of each baseline on the test part; done once for each prepared data set."""

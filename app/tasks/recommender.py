@@ -147,7 +147,7 @@ class Recommender:
             num_items=min(MAX_ITEMS, len(self.catalogue.items)),
         )
 
-    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         """The bundle's network, which `difference` holds its graph against, on the test part.
 
         What was learnt from other data is ranked by its own catalogue: a user whom it does not know gets the
@@ -155,17 +155,19 @@ class Recommender:
         """
         network, theirs = _open(bundle)
         test, seen = self._frame("test"), self._seen("train", "validation")
+        if rows is not None:
+            test = test[rows].reset_index(drop=True)
         columns = torch.from_numpy(theirs.item_places(self.catalogue.items))
         popularity = torch.tensor(theirs.popularity, dtype=torch.float32)
         found = []
         for start in range(0, len(test), USERS_AT_ONCE):
-            rows = test[start : start + USERS_AT_ONCE]
-            places = torch.from_numpy(theirs.user_places(rows[USER]))
+            some = test[start : start + USERS_AT_ONCE]
+            places = torch.from_numpy(theirs.user_places(some[USER]))
             with torch.no_grad():
                 scores = torch.where(places[:, None] > 0, network(places), popularity)[:, columns]
             scores[:, columns < 0] = torch.nan
-            ours = torch.from_numpy(self.catalogue.user_places(rows[USER]))
-            items = torch.from_numpy(self.catalogue.item_places(rows[ITEM]))
+            ours = torch.from_numpy(self.catalogue.user_places(some[USER]))
+            items = torch.from_numpy(self.catalogue.item_places(some[ITEM]))
             found.append(_ranked(scores, seen[ours], items))
         ranks, _, scores = (torch.cat(part).numpy().astype(np.float64) for part in zip(*found, strict=True))
         metrics = ranking.evaluate(ranks)

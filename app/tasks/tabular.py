@@ -45,8 +45,7 @@ class Tabular:
     def _weights(self, y: np.ndarray) -> np.ndarray:
         if self.project.training.class_weights == "none":
             return np.ones_like(y)
-        positive = self.prepared.summary["parts"]["train"]["positive"]
-        return np.where(y > 0, 0.5 / positive, 0.5 / (1 - positive)).astype(np.float32)
+        return self.prepared.balanced_weights()[y.astype(np.int64)]
 
     def network(self) -> nn.Module:
         model = self.project.model
@@ -83,8 +82,10 @@ class Tabular:
     def schema(self) -> Schema:
         return bundle.schema_of(self.project, self.preprocessor, self.prepared.summary["labels"])
 
-    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         test = self.prepared.frame("test")
+        if rows is not None:
+            test = test[rows].reset_index(drop=True)
         labels = test[LABEL].to_numpy()
         probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
         return {

@@ -55,9 +55,9 @@ class Text:
 
     def _weights(self) -> np.ndarray:
         """Of each class."""
-        shares = np.array(self.prepared.summary["parts"]["train"]["shares"], dtype=np.float32)
-        is_balanced = self.project.training.class_weights == "balanced"
-        return 1 / (len(shares) * shares) if is_balanced else np.ones_like(shares)
+        if self.project.training.class_weights == "none":
+            return np.ones(len(self.classes), dtype=np.float32)
+        return self.prepared.balanced_weights()
 
     def network(self) -> networks.TextClassifier:
         encoder = networks.load_encoder(tokens.encoder_folder(self.model.encoder))
@@ -107,8 +107,10 @@ class Text:
     def schema(self) -> Schema:
         return bundle.schema_of(self.project, self.prepared.preprocessor)
 
-    def evaluate(self, bundle: Bundle) -> dict[str, Any]:
+    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         test = self.prepared.frame("test")
+        if rows is not None:
+            test = test[rows].reset_index(drop=True)
         labels = test[LABEL].to_numpy()
         probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
         right = (probabilities.argmax(axis=1) == labels).astype(float)

@@ -206,9 +206,7 @@ def _remove(document: Any, path: Sequence[str]) -> None:
 
 def _prepare(space: Space) -> list[str]:
     """Prepare the data that all trials share, of each fold; empty if the space has them differ."""
-    if any(
-        key in WHOLE_MODEL or key.split(".")[0] in ("data", "features", "seed") for key in space.sweep.space
-    ):
+    if any(key in WHOLE_MODEL or key.split(".")[0] in ("data", "features") for key in space.sweep.space):
         return []
     base, folds = space.base, space.sweep.folds
     parts = [with_fold(base, i, folds) for i in range(folds)] if folds else [base]

@@ -1,5 +1,6 @@
 """A model's life through the commands, as a user gives them."""
 
+import io
 import json
 import os
 import re
@@ -156,6 +157,28 @@ def test_promote_moves_the_champion(trained, raylway):
     missing = raylway("promote", "smoke", "9")
     assert missing.returncode == 2
     assert "no version '9'" in missing.stderr
+
+
+def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(ray_cluster):
+    """Another seed and one more column leave the parts as they are; another label is not compared."""
+    from app import pipeline
+    from app.console import Console
+
+    def trained(*overrides: str) -> pipeline.Outcome:
+        small = ["name=judged", "model={kind: linear}", "training.num_workers=1", "training.epochs=1"]
+        project = projectfile.load("configs/smoke.yaml", [*small, "gate={tolerance: 1}", *overrides])
+        return pipeline.run(project, Console(io.StringIO()))
+
+    first = trained()
+    assert first.decision.reason.endswith("no champion yet")
+    another = trained("seed=1", "data.columns.race={type: category}", "features.race={encode: one_hot}")
+    assert another.decision.reason.endswith(f"champion {first.evaluation['model']['auc']:.4f}")
+    flipped = trained("data.label.positive='<=50K'")
+    assert flipped.decision.passed
+    assert flipped.decision.reason.endswith("data.label.positive was '>50K' and is '<=50K'")
+    assert "not compared with the champion" in flipped.decision.reason
+    assert flipped.version is not None
+    assert flipped.version.aliases == ("challenger",)
 
 
 BAD_DATA = {

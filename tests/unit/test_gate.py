@@ -1,6 +1,7 @@
 import pytest
 
 from app.config import Gate
+from app.evaluation.champion import Comparison, NotComparable
 from app.evaluation.gate import decide
 
 CANDIDATE = {"auc": 0.9, "accuracy": 0.8, "recall": 0.6}
@@ -9,7 +10,13 @@ BASELINES = {
     "logistic_regression": {"auc": 0.89, "accuracy": 0.79},
     "gradient_boosting": {"auc": 0.92, "accuracy": 0.85},
 }
-CHAMPION = {"auc": 0.9, "accuracy": 0.81}
+
+
+def beside(champion, candidate=CANDIDATE, num_rows=1000):
+    return Comparison(candidate, champion, num_rows, num_test_rows=1000)
+
+
+CHAMPION = beside({"auc": 0.9, "accuracy": 0.81})
 
 
 @pytest.mark.parametrize(
@@ -41,8 +48,12 @@ def test_passes_with_what_it_was_held_against(gate, champion, reason):
     [
         (Gate(minimum={"recall": 0.7}), None, "recall 0.6000 is below the minimum 0.7000"),
         (Gate(beat=["gradient_boosting"]), None, "auc 0.9000 does not exceed gradient boosting's 0.9200"),
-        (Gate(), {"auc": 0.91}, "auc 0.9000 is below the champion's 0.9100"),
-        (Gate(tolerance=0.005), {"auc": 0.91}, "auc 0.9000 is below the champion's 0.9100 (tolerance 0.005)"),
+        (Gate(), beside({"auc": 0.91}), "auc 0.9000 is below the champion's 0.9100"),
+        (
+            Gate(tolerance=0.005),
+            beside({"auc": 0.91}),
+            "auc 0.9000 is below the champion's 0.9100 (tolerance 0.005)",
+        ),
         (
             Gate(metric="accuracy", minimum={"auc": 0.95, "recall": 0.9}, beat=["gradient_boosting"]),
             CHAMPION,
@@ -61,15 +72,40 @@ def test_fails_with_every_reason(gate, champion, reason):
 def test_a_tie_with_a_baseline_fails_and_with_the_champion_or_a_minimum_passes():
     tied = {"auc": 0.5}
     assert not decide(Gate(beat=["constant"]), tied, BASELINES, None).passed
-    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, tied).passed
+    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, beside(tied, tied)).passed
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.75, True), (0.7500001, True), (0.7499, False)])
 def test_the_tolerance_is_how_far_below_the_champion(value, passed):
     gate = Gate(beat=[], tolerance=0.25)
-    assert decide(gate, {"auc": value}, {}, {"auc": 1.0}).passed is passed
+    assert decide(gate, {"auc": value}, {}, beside({"auc": 1.0}, {"auc": value})).passed is passed
 
 
 def test_a_metric_that_is_no_number_does_not_pass():
-    for gate, champion in ((Gate(beat=["constant"]), None), (Gate(beat=[]), CHAMPION)):
+    for gate, champion in ((Gate(beat=["constant"]), None), (Gate(beat=[]), CHAMPION), (Gate(beat=[]), None)):
         assert not decide(gate, {"auc": float("nan")}, BASELINES, champion).passed
+    nan = beside({"auc": 0.5}, {"auc": float("nan")}, num_rows=300)
+    assert not decide(Gate(beat=[]), CANDIDATE, {}, nan).passed
+
+
+def test_on_some_rows_both_are_judged_by_these():
+    some = beside({"auc": 0.84}, {"auc": 0.85}, num_rows=300)
+    among = "on the 300 of 1,000 test rows that neither was trained on"
+    decision = decide(Gate(beat=[]), CANDIDATE, {}, some)
+    assert decision.passed
+    assert decision.reason == f"auc 0.9000 against champion 0.8400 to 0.8500 {among}"
+    decision = decide(Gate(beat=[]), {"auc": 0.99}, {}, beside({"auc": 0.86}, {"auc": 0.85}, num_rows=300))
+    assert not decision.passed
+    assert decision.reason == f"auc 0.8500 is below the champion's 0.8600 {among}"
+
+
+def test_without_a_comparison_the_other_criteria_decide_and_the_reason_says_so():
+    none = NotComparable("its contract is another one")
+    decision = decide(Gate(), CANDIDATE, BASELINES, none)
+    assert decision.passed
+    assert decision.reason == (
+        "auc 0.9000 against constant 0.5000; not compared with the champion: its contract is another one"
+    )
+    decision = decide(Gate(minimum={"auc": 0.95}), CANDIDATE, BASELINES, none)
+    assert not decision.passed
+    assert decision.reason.endswith("0.9500; not compared with the champion: its contract is another one")

@@ -1,5 +1,6 @@
 """What prepare does with a block; the whole stage is tested on a cluster."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 
 from app.config import Label, Project
 from app.data import split
-from app.data.prepare import LABEL, _count_times, _label_and_part, _refuse_labels
+from app.data.prepare import (
+    LABEL,
+    Prepared,
+    _count_times,
+    _counts,
+    _dropped,
+    _label_and_part,
+    _refuse_labels,
+    _select,
+)
 from app.errors import UserError
 from tests.bundles import PROJECT
 
@@ -42,7 +52,13 @@ def test_by_time_and_threshold_the_late_rows_are_the_test_part():
     assert [rows[i][LABEL] for i in (0, 1, 2, 3)] == [1, 0, 1, 0], "15 is not above 15"
     assert [i for i in sorted(rows) if rows[i]["__part__"] == split.PARTS.index("test")] == [0, 1]
     assert [i for i in sorted(rows) if rows[i]["__part__"] == split.PARTS.index("validation")] == [2, 3]
-    assert set(table.column_names) == {"distance", "delay", LABEL, "__part__"}, "nor the time"
+    assert set(table.column_names) == {"distance", "delay", LABEL, "__part__", split.TIME}
+    kept = {part: _select(table, 0, _dropped(part, FLIGHTS.data)).column_names for part in split.PARTS}
+    assert kept == {
+        "train": ["distance", LABEL],
+        "validation": ["distance", LABEL],
+        "test": ["distance", LABEL, split.TIME],
+    }
 
 
 @pytest.mark.parametrize(
@@ -56,3 +72,18 @@ def test_a_label_that_cannot_be_learnt_is_refused(counts, says):
     with pytest.raises(UserError) as caught:
         _refuse_labels(Counter(counts), Label(column="delay", above=15))
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [[99_996, 4], [99_986, 14], [1, 10**9], [3, 5, 2]])
+def test_balanced_weights_are_exact_however_rare_a_label_is(counts, tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps({"parts": {"train": {"counts": counts}}}))
+    weights = Prepared(tmp_path, cached=True).balanced_weights()
+    total = sum(counts)
+    np.testing.assert_allclose(weights, [total / (len(counts) * count) for count in counts], rtol=1e-6)
+    np.testing.assert_allclose(weights * counts, total / len(counts), rtol=1e-6, err_msg="all weigh the same")
+
+
+def test_labels_are_counted_over_all_blocks():
+    blocks = [{"value": 1.0, "rows": 3}, {"value": 0.0, "rows": 2}, {"value": 1.0, "rows": 1}]
+    assert _counts(blocks, Label(column="delay", above=15)) == [2, 4]
+    assert _counts(blocks[:1], Label(column="delay", classes=["a", "b", "c"])) == [0, 3, 0]

@@ -12,9 +12,9 @@ MODEL, CONSTANT = np.array([0.1, 0.6, 0.55, 0.9, 0.2]), np.full(5, 0.4)
 SUMMARY = {
     "data_version": "c0ffee" * 8,
     "parts": {
-        "train": {"rows": 34_189, "positive": 0.2393},
-        "validation": {"rows": 4_884, "positive": 0.24},
-        "test": {"rows": 9_769, "positive": 0.2381},
+        "train": {"rows": 34_189, "counts": [26_008, 8_181]},
+        "validation": {"rows": 4_884, "counts": [3_712, 1_172]},
+        "test": {"rows": 9_769, "counts": [9_765, 4]},
     },
 }
 EVALUATION = {
@@ -43,7 +43,7 @@ def test_names_the_model_the_label_the_data_and_every_input():
     assert f"- version: `{SUMMARY['data_version']}`" in text
     assert "- train: 34,189 rows, 23.9% positive" in text
     assert "- validation: 4,884 rows, 24.0% positive" in text
-    assert "- test: 9,769 rows, 23.8% positive" in text
+    assert "- test: 9,769 rows, 4 of 9,769 positive" in text
     for name, encoding in PROJECT["features"].items():
         assert f"- `{name}`: {PROJECT['data']['columns'][name]['type']}, {encoding['encode']}\n" in text
 

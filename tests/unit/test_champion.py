@@ -1,0 +1,232 @@
+"""Which champion a candidate is compared with, and on which rows."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from app.config import Project
+from app.data import split
+from app.data.prepare import LABEL, Prepared
+from app.evaluation.champion import MIN_ROWS, Comparison, NotComparable, compare, differences
+from tests.bundles import PROJECT
+
+TABLE = pd.DataFrame(
+    {
+        "age": np.random.default_rng(0).uniform(0, 120, 10_000),
+        "hours-per-week": np.random.default_rng(1).uniform(0, 99, 10_000),
+        "education": np.random.default_rng(2).choice(["Bachelors", "HS-grad"], 10_000),
+        "workclass": np.random.default_rng(3).choice(["Private", None], 10_000),
+        "gender": np.random.default_rng(4).choice(["Female", "Male"], 10_000),
+        "new": np.random.default_rng(5).uniform(0, 1, 10_000),
+        LABEL: np.random.default_rng(6).integers(0, 2, 10_000).astype(np.float32),
+        split.TIME: np.arange(10_000.0),
+    }
+)
+MOVIES = {
+    **PROJECT,
+    "data": {
+        "source": {"path": "unused.parquet"},
+        "interactions": {"user": "who", "item": "what", "time": "when", "rating": "stars"},
+        "columns": {
+            n: {"type": t} for n, t in (("who", "category"), ("what", "category"), ("stars", "number"))
+        },
+    },
+    "features": {},
+    "model": {"kind": "mf", "width": 4},
+    "gate": {"metric": "hr@10", "beat": []},
+}
+
+
+def changed(base=PROJECT, **changes) -> Project:
+    """A project with other values, by dotted key; None takes the key away."""
+    document = copy.deepcopy(base)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = document
+        for part in path:
+            place = place.setdefault(part, {})
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+    return Project.model_validate(document)
+
+
+def parts_of(project: Project, table: pd.DataFrame):
+    """As `prepare` divides rows: a part for each, and where the later parts begin."""
+    data, starts = project.data, None
+    if data.split.by == "time":
+        times = table[split.TIME].to_numpy()
+        starts = split.starts(times, np.ones(len(times)), data.split)
+    return split.assign(table, data.split, data.split_key, starts), starts
+
+
+def champion(folder: Path, project: Project, table: pd.DataFrame = TABLE):
+    """A bundle's files, as far as a comparison reads them, and the rows that it was trained on."""
+    folder.mkdir()
+    (folder / "project.json").write_text(project.model_dump_json())
+    parts, starts = parts_of(project, table)
+    divided = split.partition(project.data, starts)
+    (folder / split.PARTITION).write_text(divided.model_dump_json())
+    return SimpleNamespace(path=folder), set(table.index[parts < 2])
+
+
+def compared(tmp_path, ours: Project, theirs: Project, table: pd.DataFrame = TABLE):
+    """The comparison, and the rows that both were evaluated on."""
+    parts, _ = parts_of(ours, table)
+    made = tmp_path / "prepared"
+    (made / "test").mkdir(parents=True)
+    test = table[parts == 2]
+    test.to_parquet(made / "test" / "0.parquet", index=False)
+    opened, seen = champion(tmp_path / "champion", theirs)
+    calls = []
+
+    def evaluate(bundle, rows):
+        calls.append((bundle, set(test.index[rows])))
+        return {"auc": 0.5}
+
+    (made / "project.json").write_text(ours.model_dump_json())
+    found = compare(Prepared(made, cached=True), SimpleNamespace(path=made), opened, evaluate)
+    for _, rows in calls:
+        assert not rows & seen, "judged on a row that it was trained on"
+    return found, calls
+
+
+COLUMNS = PROJECT["data"]["columns"]
+MORE = {"data__columns": {**COLUMNS, "new": {"type": "number"}}}
+BY_TIME = {"by": "time", "column": "day"}
+
+
+def test_another_seed_judges_on_the_same_rows(tmp_path):
+    found, calls = compared(tmp_path, changed(seed=7), changed())
+    assert isinstance(found, Comparison)
+    assert found.num_rows == found.num_test_rows == pytest.approx(2000, abs=150)
+    assert calls[0][1] == calls[1][1]
+
+
+def test_one_more_column_judges_on_the_same_rows(tmp_path):
+    theirs = changed()
+    before = split.partition(theirs.data, None)
+    ours = changed(**MORE)
+    ours = ours.model_copy(update={"data": split.carried(ours.data, before)})
+    found, _ = compared(tmp_path, ours, theirs)
+    assert isinstance(found, Comparison)
+    assert found.num_rows == found.num_test_rows
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "share"),
+    [
+        (changed(**MORE, data__split={"key": ["new"]}), changed(), 0.2),
+        (changed(data__split={"seed": 1}), changed(), 0.2),
+        (changed(data__split={"test": 0.4}), changed(), 0.5),
+        (changed(data__split={"test": 0.1}), changed(data__split={"test": 0.4}), 1),
+        (changed(data__split=BY_TIME), changed(), 0.2),
+        (changed(data__split={**BY_TIME, "test": 0.4}), changed(data__split=BY_TIME), 0.5),
+        (changed(), changed(data__split={"fold": [1, 3], "test": 0.2}), 1),
+    ],
+)
+def test_where_parts_differ_rows_that_the_champion_saw_are_left_out(tmp_path, ours, theirs, share):
+    found, _ = compared(tmp_path, ours, theirs)
+    assert isinstance(found, Comparison)
+    assert found.num_rows / found.num_test_rows == pytest.approx(share, abs=0.05)
+
+
+def test_too_few_unseen_rows_are_not_compared_on(tmp_path):
+    found, calls = compared(tmp_path, changed(data__split={"seed": 1}), changed(), TABLE.head(2000))
+    assert isinstance(found, NotComparable)
+    assert f"a comparison needs {MIN_ROWS}" in found.reason
+    assert "the champion was trained on 8" in found.reason
+    assert not calls
+
+
+def test_a_label_that_is_nearly_gone_is_not_compared_on(tmp_path):
+    rare = TABLE.assign(**{LABEL: (TABLE.index % 250 == 0).astype(np.float32)})
+    found, _ = compared(tmp_path, changed(data__split={"seed": 1}), changed(), rare)
+    assert isinstance(found, NotComparable)
+    assert "with some label are left" in found.reason
+
+
+def test_a_small_test_part_is_compared_on_whole(tmp_path):
+    found, _ = compared(tmp_path, changed(seed=1), changed(), TABLE.head(300))
+    assert isinstance(found, Comparison)
+    assert found.num_rows < MIN_ROWS
+
+
+def test_a_bundle_that_does_not_say_what_it_saw_is_not_compared(tmp_path):
+    opened, _ = champion(tmp_path / "old", changed())
+    ours, _ = champion(tmp_path / "new", changed())
+    (opened.path / split.PARTITION).unlink()
+    prepared = Prepared(tmp_path, cached=True)
+    (tmp_path / "test").mkdir()
+    TABLE.head(9).to_parquet(tmp_path / "test" / "0.parquet")
+    found = compare(prepared, ours, opened, lambda *_: {})
+    assert found == NotComparable("its bundle does not say which rows it was trained on")
+    (opened.path / "project.json").write_text('{"name": "of a later release"}')
+    found = compare(prepared, ours, opened, lambda *_: {})
+    assert found == NotComparable("this release cannot read the champion's project.json")
+
+
+WITHOUT_AGE = {n: c for n, c in COLUMNS.items() if n != "age"}
+FEATURES = PROJECT["features"]
+AS_CATEGORY = {**COLUMNS, "age": {"type": "category"}}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (changed(seed=3, **MORE), changed(), []),
+        (changed(model={"kind": "linear"}), changed(), []),
+        (changed(data__columns={**COLUMNS, "age": {"type": "number", "nullable": True}}), changed(), []),
+        (
+            changed(data__columns=AS_CATEGORY, features={**FEATURES, "age": {"encode": "one_hot"}}),
+            changed(),
+            ["its input 'age' was a number and is a category"],
+        ),
+        (
+            changed(data__columns=WITHOUT_AGE, features={"gender": {"encode": "one_hot"}}),
+            changed(),
+            ["its input 'age' is no longer in data.columns"],
+        ),
+        (changed(features={"age": {"encode": "min_max"}}), changed(), []),
+        (
+            changed(data__label={"column": "income", "positive": "<=50K"}),
+            changed(),
+            ["data.label.positive was '>50K' and is '<=50K'"],
+        ),
+        (
+            changed(data__label={"column": "wage", "positive": ">50K"}),
+            changed(),
+            ["data.label.column was 'income' and is 'wage'"],
+        ),
+        (
+            changed(data__label={"column": "income", "above": 15.0000001}),
+            changed(data__label={"column": "income", "above": 15}),
+            ["data.label.above was 15.0 and is 15.0000001"],
+        ),
+        (changed(data__missing=["?"]), changed(), ["data.missing was [] and is ['?']"]),
+        (changed(MOVIES), changed(), ["data.label was given"]),
+        (changed(), changed(MOVIES), ["data.label was not given"]),
+        (changed(MOVIES, model__width=8), changed(MOVIES), []),
+        (changed(MOVIES, model__feedback="explicit"), changed(MOVIES), []),
+        (
+            changed(MOVIES, model__feedback="explicit", gate__metric="r2"),
+            changed(MOVIES),
+            ["model.feedback was implicit, which has no r2"],
+        ),
+    ],
+)
+def test_the_contract_decides_whether_the_champion_is_comparable(ours, theirs, expected):
+    assert differences(ours, theirs) == expected
+
+
+def test_another_contract_is_not_evaluated(tmp_path):
+    flipped = changed(data__label={"column": "income", "positive": "<=50K"})
+    found, calls = compared(tmp_path, flipped, changed())
+    assert isinstance(found, NotComparable)
+    assert found.reason == "its contract is another one: data.label.positive was '>50K' and is '<=50K'"
+    assert not calls
