@@ -1,6 +1,9 @@
 """A search for better settings: what may vary, how it is searched, and when it ends."""
 
 import ast
+import json
+import math
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -14,6 +17,9 @@ EXPORTED = ("latency_ms", "size_mb")
 LOWER_IS_BETTER = ("loss", "rmse", *EXPORTED)
 FUNCTIONS = ("len", "min", "max", "sum", "abs")
 """What a constraint may call."""
+MAX_CONSTRAINT_CHARACTERS = 1000
+MAX_EXACT = 2**40
+"""Largest integer of a range, and most steps: searches compute with floats, and need digits to spare."""
 _ALLOWED = (
     *(ast.Expression, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop),
     *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
@@ -39,24 +45,52 @@ class Float(_Parameter):
     log: bool = False
     """Uniform in its logarithm: for what is felt in factors, such as a learning rate."""
     step: float | None = Field(None, gt=0)
-    """From `low` in such steps."""
+    """From `low` in such steps; what is left below `high` is not searched."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Float":
         _check_bounds(self.low, self.high, self.log)
         if self.log and self.step is not None:
             raise ValueError("step: log takes none")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"low and high are too far apart: {self.low:g} and {self.high:g}")
+        if self.step is not None:
+            if (self.high - self.low) / self.step >= MAX_EXACT:
+                raise ValueError(
+                    f"step: {self.step:g} is too small for a range from {self.low:g} to {self.high:g}"
+                )
+            if self.nth(self.num_values - 1) > self.high or self._rest(self.top):
+                raise ValueError(f"step: {self.step!r} from {self.low!r} has too many digits; round both")
         return self
+
+    def _rest(self, value: float) -> Decimal:
+        """How far a value is from a step."""
+        return (Decimal(repr(value)) - Decimal(repr(self.low))) % Decimal(repr(self.step))
+
+    @property
+    def num_values(self) -> int:
+        """How many values there are, with a step."""
+        return int((Decimal(repr(self.high)) - Decimal(repr(self.low))) // Decimal(repr(self.step))) + 1
+
+    def nth(self, n: int) -> float:
+        """The n-th value from 0, with a step; in decimals, so that 3 steps of 0.1 are 0.3."""
+        return float(Decimal(repr(self.low)) + n * Decimal(repr(self.step)))
+
+    @property
+    def top(self) -> float:
+        """The largest value."""
+        return self.high if self.step is None else self.nth(self.num_values - 1)
 
 
 class Int(_Parameter):
     """A whole number between two bounds, both included."""
 
     type: Literal["int"]
-    low: int
-    high: int
+    low: int = Field(ge=-MAX_EXACT, le=MAX_EXACT)
+    high: int = Field(ge=-MAX_EXACT, le=MAX_EXACT)
     log: bool = False
-    step: PositiveInt = 1
+    step: int = Field(1, ge=1, le=MAX_EXACT)
+    """From `low` in such steps; what is left below `high` is not searched."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Int":
@@ -64,6 +98,20 @@ class Int(_Parameter):
         if self.log and self.step != 1:
             raise ValueError("step: log takes none")
         return self
+
+    @property
+    def num_values(self) -> int:
+        """How many values there are."""
+        return (self.high - self.low) // self.step + 1
+
+    def nth(self, n: int) -> int:
+        """The n-th value, from 0."""
+        return self.low + n * self.step
+
+    @property
+    def top(self) -> int:
+        """The largest value."""
+        return self.nth(self.num_values - 1)
 
 
 class Choice(_Parameter):
@@ -74,10 +122,26 @@ class Choice(_Parameter):
 
     @model_validator(mode="after")
     def _distinct(self) -> "Choice":
-        for i, value in enumerate(self.values):
-            if value in self.values[:i]:
+        known: list[Any] = []
+        for value in self.values:
+            try:
+                stored = encode(value)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    "values: must be text, finite numbers, booleans, null, or lists and mappings of these; "
+                    f"one is {value!r}"
+                ) from None
+            if stored in known:
                 raise ValueError(f"values: {value!r} stands twice")
+            known.append(stored)
         return self
+
+
+def encode(value: Any) -> Any:
+    """A value as a study stores it: a list or a mapping as its JSON. Raises TypeError or ValueError for what
+    has none."""
+    text = json.dumps(value, allow_nan=False)
+    return text if isinstance(value, list | dict) else value
 
 
 Parameter = Annotated[Float | Int | Choice, Field(discriminator="type")]
@@ -250,10 +314,12 @@ def _check_bounds(low: float, high: float, log: bool) -> None:
 
 def _check_expression(text: str) -> None:
     """Raise ValueError if a constraint is anything but arithmetic and comparisons of keys."""
+    if len(text) > MAX_CONSTRAINT_CHARACTERS:
+        raise ValueError(f"must have at most {MAX_CONSTRAINT_CHARACTERS} characters; it has {len(text)}")
     try:
         tree = ast.parse(text, mode="eval")
-    except SyntaxError as error:
-        raise ValueError(f"{text!r} is no expression: {error.msg}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{text!r} is no expression: {getattr(error, 'msg', error)}") from None
     for node in ast.walk(tree):
         if not isinstance(node, _ALLOWED):
             raise ValueError(

@@ -7,13 +7,14 @@ from typing import Any
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import ValidationError
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from app.config import Sweep
 from app.errors import UserError
 from app.tuning.plan import Planned
-from app.tuning.space import Space
+from app.tuning.space import Point, Space
 from app.tuning.study import Study
 
 MOST_REJECTED = 10_000
@@ -69,12 +70,13 @@ class Search(OptunaSearch):
             if planned is not None:
                 self._ot_study.enqueue_trial(dict(planned.point))
             point = super().suggest(trial_id)
-            if self._search_space.admits(point):
+            if self._admits(point):
                 break
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         else:
             raise UserError(
-                f"sweep.constraints: {MOST_REJECTED:,} points in a row broke them; narrow the space instead"
+                f"sweep.constraints: {MOST_REJECTED:,} points in a row broke them or made no valid project; "
+                "narrow the space instead"
             )
         if planned is not None and planned.number is not None:
             self._stored.resume(planned.number)
@@ -83,6 +85,13 @@ class Search(OptunaSearch):
             distributions = self._search_space.distributions(point)
             self.numbers[trial_id] = self._stored.begin(point, distributions, trial_id)
         return point
+
+    def _admits(self, point: Point) -> bool:
+        """Whether a point meets the constraints and makes a valid project: `check` saw some of them alone."""
+        try:
+            return self._search_space.admits(point)
+        except ValidationError:
+            return False
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if isinstance(self.metric, list):  # of several objectives Optuna takes no steps

@@ -4,6 +4,7 @@ import ast
 import copy
 import itertools
 import json
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import optuna
 from pydantic import ValidationError
 
 from app.config import Choice, Float, Int, Parameter, Project, Sweep
+from app.config.sweep import encode
 from app.errors import UserError
 
 Point = Mapping[str, Any]
@@ -73,7 +75,7 @@ class Space:
 
     def encoded(self, values: Mapping[str, Any]) -> Point:
         """Values as a person writes them, as those of a point."""
-        return {key: _encode(value) for key, value in values.items()}
+        return {key: encode(value) for key, value in values.items()}
 
     def decoded(self, point: Point) -> dict[str, Any]:
         """Values of a point as a person writes them."""
@@ -85,9 +87,23 @@ class Space:
 
     def size(self) -> int | None:
         """How many points there are, at most MANY + 1; None if a parameter is continuous."""
-        if any(_continuous(parameter) for parameter in self.sweep.space.values()):
+        space = self.sweep.space
+        if any(_continuous(parameter) for parameter in space.values()):
             return None
-        return sum(1 for _ in itertools.islice(self.points(), MANY + 1))
+        # Only parameters on which a `when` depends need to be gone through value by value.
+        conditions = {key for parameter in space.values() for key in parameter.when}
+        deciding = [key for key in space if any(_overlap(key, condition) for condition in conditions)]
+        size = 0
+        for point in self._points({}, deciding):
+            document = self.document(point)
+            size += math.prod(
+                _count(parameter)
+                for key, parameter in space.items()
+                if key not in deciding and self._applies(parameter, document)
+            )
+            if size > MANY:
+                return MANY + 1
+        return size
 
     def contains(self, point: Point) -> bool:
         """Whether each value is one of its parameter's."""
@@ -139,19 +155,33 @@ class Space:
                 f"{' and '.join(self.sweep.constraints)}; the constraints contradict the space, or each other"
             )
         for i, values in enumerate(self.sweep.points):
-            self._check_point(i, self.encoded(values))
+            self._check_point(i, values)
 
-    def _check_point(self, i: int, point: Point) -> None:
-        for key, value in point.items():
-            if not _contains(self.sweep.space[key], value):
-                expected = _described(self.sweep.space[key])
-                raise UserError(f"sweep.points.{i}.{key}: must be within {expected}; it is {value!r}")
-        if set(self.document_keys(point)) != set(point) or not self.admits(point):
-            raise UserError(f"sweep.points.{i}: {self.decoded(point)} breaks a constraint or a `when`")
+    def _check_point(self, i: int, values: Mapping[str, Any]) -> None:
+        """Raise UserError unless the search can try a point, with random values for what it leaves out."""
+        for key, value in values.items():
+            parameter = self.sweep.space[key]
+            if not _contains(parameter, value):
+                raise UserError(f"sweep.points.{i}.{key}: must be {_described(parameter)}; it is {value!r}")
+        point = self.encoded(values)
+        fault = "breaks a `when`"
+        for completed in self._completed(point):
+            if not point.items() <= completed.items():
+                continue
+            try:
+                if self.admits(completed):
+                    return
+                fault = "breaks a constraint"
+            except ValidationError as error:
+                fault = f"makes no valid project: {_fault(error)}"
+        raise UserError(f"sweep.points.{i}: {dict(values)} {fault}, whatever the other parameters are")
 
-    def document_keys(self, point: Point) -> list[str]:
-        """Those keys of a point whose `when` holds."""
-        return list(self._walk(lambda key, parameter: point.get(key, _SKIP))[0])
+    def _completed(self, point: Point) -> Iterator[Point]:
+        """A point with random values for what it leaves out, NUM_DRAWN times; once if that is nothing."""
+        study = _random_study()
+        for _ in range(1 if set(point) == set(self.sweep.space) else NUM_DRAWN):
+            study.enqueue_trial(dict(point))
+            yield self.suggest(study.ask())
 
     def _walk(self, choose: Callable[[str, Parameter], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Go through the parameters that apply, in order: their values, and the document with them set."""
@@ -194,10 +224,14 @@ class Space:
                     yield self._walk(lambda k, _: value if k == key else edges[k][other])[0]  # noqa: B023
 
     def _drawn(self) -> Iterator[Point]:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        study = _random_study()
         for _ in range(NUM_DRAWN):
             yield self.suggest(study.ask())
+
+
+def _random_study() -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
 
 
 _SKIP = object()
@@ -208,55 +242,68 @@ def _suggest(trial: Any, key: str, parameter: Parameter) -> Any:
     match parameter:
         case Float():
             return trial.suggest_float(
-                key, parameter.low, parameter.high, log=parameter.log, step=parameter.step
+                key, parameter.low, parameter.top, log=parameter.log, step=parameter.step
             )
         case Int():
             return trial.suggest_int(
-                key, parameter.low, parameter.high, log=parameter.log, step=parameter.step
+                key, parameter.low, parameter.top, log=parameter.log, step=parameter.step
             )
         case Choice():
-            return trial.suggest_categorical(key, [_encode(value) for value in parameter.values])
+            return trial.suggest_categorical(key, [encode(value) for value in parameter.values])
 
 
 def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
     match parameter:
         case Float():
             return optuna.distributions.FloatDistribution(
-                parameter.low, parameter.high, log=parameter.log, step=parameter.step
+                parameter.low, parameter.top, log=parameter.log, step=parameter.step
             )
         case Int():
             return optuna.distributions.IntDistribution(
-                parameter.low, parameter.high, log=parameter.log, step=parameter.step
+                parameter.low, parameter.top, log=parameter.log, step=parameter.step
             )
         case Choice():
-            return optuna.distributions.CategoricalDistribution([_encode(v) for v in parameter.values])
+            return optuna.distributions.CategoricalDistribution([encode(v) for v in parameter.values])
 
 
 def _contains(parameter: Parameter, value: Any) -> bool:
-    """Whether a value, encoded, is one of the parameter's."""
+    """Whether a value is one of the parameter's, as Optuna sees it."""
+    try:
+        value = encode(value)
+    except (TypeError, ValueError):
+        return False
     if isinstance(parameter, Choice):
-        return value in [_encode(v) for v in parameter.values]
-    whole = isinstance(value, int) or (isinstance(parameter, Float) and isinstance(value, float))
-    return whole and not isinstance(value, bool) and parameter.low <= value <= parameter.high
+        return any(v == value and isinstance(v, bool) == isinstance(value, bool)
+                   for v in map(encode, parameter.values))  # fmt: skip
+    if isinstance(value, bool) or not isinstance(value, int if isinstance(parameter, Int) else int | float):
+        return False
+    try:
+        optuna.trial.create_trial(params={"": value}, distributions={"": _distribution(parameter)}, value=0.0)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
-def _values(parameter: Parameter) -> list[Any]:
+def _values(parameter: Parameter) -> Iterator[Any]:
     """All values, encoded."""
-    match parameter:
-        case Float():
-            assert parameter.step is not None
-            count = int((parameter.high - parameter.low) / parameter.step + 1e-9)
-            return [round(parameter.low + i * parameter.step, 12) for i in range(count + 1)]
-        case Int():
-            return list(range(parameter.low, parameter.high + 1, parameter.step))
-        case Choice():
-            return [_encode(value) for value in parameter.values]
+    if isinstance(parameter, Choice):
+        return map(encode, parameter.values)
+    return map(parameter.nth, range(parameter.num_values))
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether setting one of two keys can change the value of the other."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _count(parameter: Parameter) -> int:
+    return len(parameter.values) if isinstance(parameter, Choice) else parameter.num_values
 
 
 def _bounds(parameter: Parameter) -> list[Any]:
     if isinstance(parameter, Choice):
-        return [_encode(value) for value in parameter.values]
-    return [parameter.low, parameter.high]
+        return [encode(value) for value in parameter.values]
+    return [parameter.low, parameter.top]
 
 
 def _continuous(parameter: Parameter) -> bool:
@@ -274,13 +321,9 @@ def _described(parameter: Parameter) -> str:
     return f"{what}, when {when}" if when else what
 
 
-def _encode(value: Any) -> Any:
-    return json.dumps(value) if isinstance(value, list | dict) else value
-
-
 def _decode(parameter: Parameter, value: Any) -> Any:
     if isinstance(parameter, Choice):
-        return next((v for v in parameter.values if _encode(v) == value), value)
+        return next((v for v in parameter.values if encode(v) == value), value)
     return value
 
 
@@ -324,8 +367,8 @@ def _holds(constraint: str, project: Project) -> bool:
         return bool(_evaluate(ast.parse(constraint, mode="eval").body, project))
     except (_Absent, ZeroDivisionError):
         return True
-    except TypeError as error:
-        raise TypeError(f"{constraint!r} cannot be said of this space: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{constraint!r} cannot be evaluated: {error}") from None
 
 
 def _evaluate(node: ast.AST, project: Project) -> Any:
@@ -342,7 +385,12 @@ def _evaluate(node: ast.AST, project: Project) -> Any:
         case ast.UnaryOp():
             return _OPERATORS[type(node.op)](_evaluate(node.operand, project))
         case ast.BinOp():
-            return _OPERATORS[type(node.op)](_evaluate(node.left, project), _evaluate(node.right, project))
+            operands = [_evaluate(operand, project) for operand in (node.left, node.right)]
+            if not all(isinstance(operand, int | float) for operand in operands):
+                raise TypeError(
+                    f"{ast.unparse(node)!r} needs numbers, and has {operands[0]!r} and {operands[1]!r}"
+                )
+            return _OPERATORS[type(node.op)](*operands)
         case ast.BoolOp():
             parts = (_evaluate(value, project) for value in node.values)
             return all(parts) if isinstance(node.op, ast.And) else any(parts)

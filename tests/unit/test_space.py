@@ -1,7 +1,12 @@
 """Search spaces: what points there are, what project each makes, and what is refused."""
 
+import datetime
+import functools
+from random import Random
+
 import optuna
 import pytest
+from pydantic import ValidationError
 
 from app import projectfile
 from app.config import Project
@@ -12,9 +17,14 @@ RATE = {"type": "float", "low": 0.001, "high": 0.1, "log": True}
 HIDDEN = {"type": "choice", "values": [[8], [16, 16]]}
 
 
+@functools.cache
+def smoke() -> dict:
+    return projectfile.load("configs/smoke.yaml").model_dump(mode="json", exclude_unset=True)
+
+
 def project(space: dict, **sweep) -> Project:
     """The smoke project with a sweep."""
-    document = projectfile.load("configs/smoke.yaml").model_dump(mode="json", exclude_unset=True)
+    document = smoke()
     return Project.model_validate({**document, "sweep": {"space": space, **sweep}})
 
 
@@ -143,7 +153,7 @@ def test_the_description_names_ranges_conditions_and_constraints():
         ("features['marital-status'].encode == 'one_hot'", True),
         ("-training.epochs // 2 % 5 == 3", True),
         ("model.members == 3", True),  # an MLP has none
-        ("1 / seed > 0", True),  # cannot be said of seed 0
+        ("1 / seed > 0", True),  # cannot be evaluated of seed 0
     ],
 )
 def test_constraints(constraint, holds):
@@ -204,7 +214,7 @@ def test_a_sound_space_passes():
         ({"model.dropout": {"type": "float", "low": 0.1, "high": 2}}, {}, "makes no valid project"),
         ({"model.hidden": {"type": "choice", "values": [[8], "wide"]}}, {}, "'model.hidden': 'wide'"),
         ({"training.learning_rate": RATE}, {"constraints": ["training.learning_rate > 1"]}, "none of"),
-        ({"training.learning_rate": RATE}, {"constraints": ["model.kind > 1"]}, "cannot be said"),
+        ({"training.learning_rate": RATE}, {"constraints": ["model.kind > 1"]}, "cannot be evaluated"),
         ({"training.learning_rate": RATE}, {"points": [{"model.dropout": 0.1}]}, "no key of the space"),
         ({"training.learning_rate": RATE}, {"points": [{"training.learning_rate": 5}]}, "points.0"),
         ({"training.learning_rate": RATE}, {"set": {"training.epochs": 0}}, "sweep.set"),
@@ -227,3 +237,161 @@ def test_a_project_without_a_sweep_says_what_one_looks_like():
     plain = project({"training.learning_rate": RATE}).model_copy(update={"sweep": None})
     with pytest.raises(UserError, match="space"):
         Space(plain)
+
+
+# What `check` accepts can be searched
+
+
+STEPS = {"type": "float", "low": 0.1, "high": 1.0, "step": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("parameter", "values", "top"),
+    [
+        (STEPS, [0.1, 0.3, 0.5, 0.7, 0.9], 0.9),
+        ({"type": "float", "low": 0.0, "high": 0.3, "step": 0.1}, [0.0, 0.1, 0.2, 0.3], 0.3),
+        ({"type": "int", "low": 8, "high": 30, "step": 8}, [8, 16, 24], 24),
+    ],
+)
+def test_a_range_ends_at_its_last_step(parameter, values, top):
+    of = space({"training.learning_rate": parameter})
+    assert [p["training.learning_rate"] for p in of.points()] == values
+    assert of.sweep.space["training.learning_rate"].top == top
+    assert {round(p["training.learning_rate"], 6) for p in drawn(of)} <= set(values)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "value", "allowed"),
+    [
+        (STEPS, 0.5, True),
+        (STEPS, 0.4, False),
+        (STEPS, 1.0, False),
+        ({"type": "int", "low": 8, "high": 64, "step": 8}, 12, False),
+        ({"type": "int", "low": 8, "high": 64, "step": 8}, 64, True),
+        ({"type": "int", "low": 8, "high": 64}, 8.0, False),
+        ({"type": "int", "low": 0, "high": 64}, True, False),
+        (RATE, 0.2, False),
+        (RATE, "0.01", False),
+        (RATE, float("nan"), False),
+        (RATE, 10**400, False),
+        ({"type": "choice", "values": [1, 2]}, True, False),
+        ({"type": "choice", "values": [1, 2]}, 2, True),
+        ({"type": "choice", "values": [[8], [16]]}, [16], True),
+        ({"type": "choice", "values": ["a", "b"]}, {1, 2}, False),
+    ],
+)
+def test_a_point_must_be_one_of_the_ranges_values(parameter, value, allowed):
+    of = space({"training.batch_size": parameter}, points=[{"training.batch_size": value}])
+    of.project = lambda point: of.base  # whatever the values mean to a training
+    if allowed:
+        of.check()
+        return
+    with pytest.raises(UserError, match=r"sweep\.points\.0\.training\.batch_size: must be "):
+        of.check()
+
+
+def test_a_point_that_leaves_something_out_is_judged_by_what_can_be_drawn_for_it():
+    """Not by the project's own value, which the search never tries."""
+    sizes = {"type": "int", "low": 64, "high": 128}
+    parameters = {"training.batch_size": sizes, "training.epochs": {"type": "int", "low": 1, "high": 4}}
+    limit = ["training.batch_size * training.epochs <= 128"]
+    space(parameters, constraints=limit, points=[{"training.epochs": 1}]).check()
+    with pytest.raises(UserError, match=r"sweep\.points\.0: .*breaks a constraint, whatever"):
+        space(parameters, constraints=limit, points=[{"training.epochs": 4}]).check()
+
+
+@pytest.mark.parametrize(
+    ("parameter", "why"),
+    [
+        ({"type": "float", "low": -1e308, "high": 1e308}, "too far apart"),
+        ({"type": "float", "low": 0, "high": 1, "step": 1e-15}, "step: 1e-15 is too small"),
+        ({"type": "float", "low": 1e-5, "high": 2, "step": 1 / 3}, "too many digits"),
+        ({"type": "int", "low": 0, "high": 10**30}, "high"),
+        ({"type": "choice", "values": [[8], "[8]"]}, "stands twice"),
+        ({"type": "choice", "values": [1.0, float("inf")]}, "finite numbers"),
+        ({"type": "choice", "values": [datetime.date(2020, 1, 1)]}, "finite numbers"),
+    ],
+)
+def test_a_range_that_no_search_can_handle_is_refused(parameter, why):
+    with pytest.raises(ValidationError, match=why):
+        space({"training.learning_rate": parameter})
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        "max([]) < 1",
+        "'a' * 10000000000 == 'b'",
+        "[1] * 10000000000 == [1]",
+    ],
+)
+def test_a_constraint_that_cannot_be_evaluated_is_refused(constraint):
+    with pytest.raises(UserError, match=r"sweep\.constraints: .* cannot be evaluated"):
+        space({"training.learning_rate": RATE}, constraints=[constraint]).check()
+
+
+@pytest.mark.parametrize(
+    "constraint", ["+".join(["1"] * 100_000) + " > 1", "1" * 5000 + " > 1", "(" * 300, "\0"]
+)
+def test_a_constraint_that_keeps_the_parser_busy_is_refused(constraint):
+    with pytest.raises(ValidationError, match="constraints"):
+        space({"training.learning_rate": RATE}, constraints=[constraint])
+
+
+def random_parameter(random: Random) -> dict:
+    bounds = sorted(
+        random.choice([0, 1, 0.1, 0.3, 1e-5, 2, 7, 1e6, round(random.random(), 3)]) for _ in range(2)
+    )
+    match random.choice(["float", "int", "choice"]):
+        case "float":
+            step = {"step": random.choice([1, 0.1, 0.3, 7])} if random.random() < 0.5 else {}
+            log = {"log": True} if not step and bounds[0] > 0 else {}
+            return {"type": "float", "low": bounds[0], "high": bounds[1], **step, **log}
+        case "int":
+            low, high = int(bounds[0]), int(bounds[1])
+            return {"type": "int", "low": low, "high": high, "step": random.choice([1, 2, 3, 7])}
+    values = [1, 0.5, None, "a", [1], {"a": 1}]
+    return {"type": "choice", "values": random.sample(values, random.randint(1, 4))}
+
+
+def random_value(random: Random, parameter: dict):
+    if parameter["type"] == "choice":
+        return random.choice(parameter["values"])
+    steps = random.randint(0, 3) * parameter.get("step", 0.5)
+    return random.choice([parameter["low"] + steps, parameter["low"], parameter["high"], 1, 0.3])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_point_that_is_accepted_is_tried_as_it_is():
+    random, accepted = Random(0), 0
+    keys = ["training.learning_rate", "training.weight_decay", "model.dropout"]
+    for _ in range(60):
+        parameters = {key: random_parameter(random) for key in random.sample(keys, random.randint(1, 3))}
+        first, *others = parameters
+        if others and random.random() < 0.5:
+            parameters[others[0]]["when"] = {first: random_value(random, parameters[first])}
+        point = {k: random_value(random, p) for k, p in parameters.items() if random.random() < 0.8}
+        of = space(parameters, points=[point])
+        of.project = lambda point, of=of: of.base  # whatever the values mean to a training
+        try:
+            of.check()
+        except UserError:
+            continue
+        accepted += 1
+        study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=1))
+        wanted = of.encoded(point)
+        for number in range(3):
+            study.enqueue_trial(dict(wanted))
+            trial = study.ask()
+            tried = of.suggest(trial)
+            assert all(tried[key] == value for key, value in wanted.items() if key in tried)
+            optuna.trial.create_trial(params=dict(tried), distributions=of.distributions(tried), value=0.0)
+            study.tell(trial, float(number))
+    assert accepted > 20
+
+
+def test_a_large_space_with_conditions_is_counted_at_once():
+    numbers = {"type": "int", "low": 1, "high": 10**6}
+    many = {"training.epochs": numbers, "training.batch_size": {**numbers, "when": {"model.dropout": 0.1}}}
+    of = space({"model.dropout": {"type": "choice", "values": [0.0, 0.1]}, **many})
+    assert of.described()[-1] == "size: more than 100,000 points"
