@@ -29,7 +29,14 @@ def folder(model: str | Path) -> Path:
     name, at, version = str(model).partition("@")
     if at:
         return registry.resolve(name, version).path
-    return Path(model) if Path(model).is_dir() else registry.resolve(name, "champion").path
+    return Path(model) if _is_folder(Path(model)) else registry.resolve(name, "champion").path
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long a name, or one that no file can have
+        return False
 
 
 def source(name: str) -> Source:

@@ -20,6 +20,7 @@ from rich.console import RenderableType
 from typer.core import TyperGroup
 
 from app import projectfile
+from app.config.project import require_name
 from app.console import Console, chatter_to_log, short
 from app.errors import Interrupted, UserError
 from app.finish import Finish
@@ -253,6 +254,7 @@ def traffic(
 
     No replica is started anew, and no request is lost. What is not named keeps its weight.
     """
+    require_name(name)
     weights = _weights(context.args)
     if weights and at:
         raise UserError("--at only looks back; leave it out to change the weights")
@@ -416,6 +418,8 @@ def audit(
     from app.audit_head import Head
 
     expected = None if expect is None else Head.parse(expect)
+    if name is not None:
+        require_name(name)
     with _working("audit") as console:
         from app import audit_head
         from app.audit import Audit

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+from app.errors import UserError
+
 LIMITS = "connect_timeout=5&keepalives_idle=30&tcp_user_timeout=30000"
 """For PostgreSQL: seconds until it must have accepted a connection, seconds of silence after which it is
 asked whether it is there, and milliseconds until what was sent must have arrived."""
@@ -51,6 +53,8 @@ def database_url(file: str) -> str:
     """
     url = os.environ.get("RAYLWAY_DATABASE_URL")
     if url is None:
+        if "?" in str(home()):  # where a URL's parameters begin: another file would be opened
+            raise UserError(f"RAYLWAY_HOME: must not have a question mark in its path; it is {home()}")
         return f"sqlite:///{home() / file}"
     # SQLAlchemy would look for psycopg2.
     url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -50,7 +51,7 @@ class Up:
             "To send it jobs from a shell:",
             *unset,
             f"export RAY_API_SERVER_ADDRESS={cluster.dashboard_url}",
-            f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH='{cluster.token_path}'",
+            f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(cluster.token_path))}",
             "ray job submit --working-dir . -- python -m app train configs/income.yaml",
         ]
         return "\n".join(lines)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from mlflow.utils.uri import is_local_uri
 from app import bundle, database, files, kept, signature, store
 from app.audit import Audit, Entry
 from app.config import Project
+from app.config.project import NAME, require_name
 from app.errors import Interrupted, UserError
 from app.home import database_url, home, make_private, private_file
 
@@ -389,16 +391,20 @@ def resolve(name: str, version: str) -> Version:
 
     Raises UserError if there is none, saying which there are.
     """
+    require_name(name)
     found = find(name, version)
     if found is None:
         known = ", ".join(_described(v) for v in versions(name))
         hint = f"{name} has {known}" if known else f"{name} has no versions; train one with `raylway train`"
-        raise UserError(f"no version {version!r} of the model {name!r} is registered; {hint}")
+        shown = version if len(version) <= 40 else f"{version[:30]}..."
+        raise UserError(f"no version {shown!r} of the model {name!r} is registered; {hint}")
     return found
 
 
 def find(name: str, version: str) -> Version | None:
     """Like `resolve`, but None if there is none."""
+    if not re.fullmatch(NAME, name) or not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", version):
+        return None
     ours = client()
     try:
         if version.isdecimal():
@@ -461,7 +467,8 @@ def _stored_manifest(uri: str) -> bytes | None:
 
 
 def versions(name: str) -> Sequence[Any]:
-    """MLflow's entries of all versions of a model, the newest first."""
+    """MLflow's entries of all versions of a model, the newest first. Raises UserError for a name none has."""
+    require_name(name)
     ours = client()
     # Searching leaves the aliases out.
     return [ours.get_model_version(name, entry.version) for entry in _entries(name)]

@@ -1,5 +1,7 @@
 """A project file, whole: one YAML file that describes a model's whole life."""
 
+import re
+
 from pydantic import Field, model_validator
 
 from app.config.data import Category, Data, Embedding, Encoding, Number, NumberEncoding, OneHot, Split, Tokens
@@ -20,12 +22,26 @@ from app.config.section import Section
 from app.config.serving import Serving
 from app.config.sweep import EXPORTED, Sweep
 from app.config.training import Training
+from app.errors import UserError
+
+NAME = "[a-z][a-z0-9-]{0,62}"
+"""A model's name. It stands in URLs, paths, filters and tables, so nothing else may get there."""
+
+
+def require_name(name: str) -> None:
+    """Raise UserError if no model can have this name."""
+    if not re.fullmatch(NAME, name):
+        shown = name if len(name) <= 70 else f"{name[:60]}..."
+        raise UserError(
+            f"there is no model {shown!r}: a name has at most 63 small letters, digits and dashes, and "
+            "begins with a letter"
+        )
 
 
 class Project(Section):
     """A project file, whole."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")
+    name: str = Field(pattern=f"^{NAME}$")
     """The registered model's name and the endpoint's: small letters, digits and dashes."""
     seed: int = Field(0, ge=0, lt=2**31)
     data: Data

@@ -1,8 +1,11 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from app.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
@@ -96,3 +99,27 @@ def test_the_table_of_commands_needs_nothing_heavy():
     loaded = set(done.stdout.split())
     assert "app.projectfile" in loaded
     assert not {"ray", "torch", "mlflow", "pandas", "sklearn", "onnx"} & loaded
+
+
+@pytest.mark.parametrize("name", ["o'brien", "../x", "a/b", "%2e", "ünï", "a" * 5000, "a\udcffb", "Income"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["versions", "NAME"],
+        ["promote", "NAME", "1"],
+        ["sign", "NAME@1"],
+        ["traffic", "NAME"],
+        ["traffic", "NAME", "--champion", "1"],
+        ["audit", "NAME"],
+        ["predict", "NAME", "--input", "x.csv", "--output", "out"],
+        ["predict", "NAME@champion", "--input", "x.csv", "--output", "out"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name, home, monkeypatch):
+    from app import cli, cluster
+
+    monkeypatch.setattr(cluster, "session", contextlib.nullcontext)
+    monkeypatch.setenv("RAYLWAY_SIGNING_KEY", str(ROOT / "pyproject.toml"))
+    with pytest.raises(UserError, match="there is no model"):
+        cli.app([word.replace("NAME", name) for word in command], standalone_mode=False)

@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -119,7 +120,7 @@ def test_up_answers_when_it_is_up_already(state, bystander, monkeypatch):
     answer = local_cluster.up()
     assert not answer.started
     assert "already up: http://127.0.0.1:1" in str(answer)
-    assert f"RAY_AUTH_TOKEN_PATH='{state}/auth_token'" in str(answer)
+    assert f"RAY_AUTH_TOKEN_PATH={shlex.quote(f'{state}/auth_token')}" in str(answer)
     assert "unset" not in str(answer)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
     assert "unset RAY_AUTH_TOKEN" in str(answer)

@@ -14,7 +14,8 @@ NAMES = {
 
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "finish", "home", "horovod_patches"},
+    {"errors", "files", "finish", "horovod_patches"},
+    {"home"},
     {"capacity", "config", "store", "console", "flags", "install", "database", "signature"},
     {"audit_head", "issuer"},
     {"audit", "record_tables"},

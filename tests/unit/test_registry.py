@@ -311,3 +311,25 @@ def test_state_is_in_the_home_alone(home, bundles):
     registered("placed", bundles[0])
     assert (home / "mlflow.db").is_file()
     assert list((home / "artifacts" / "placed").rglob("model.onnx"))
+
+
+@pytest.mark.parametrize(
+    "name", ["o'brien", "../x", "a/b", "%2e", "", "a" * 5000, "ünï", "a\ud800b", "a\0b", 'a"b']
+)
+@pytest.mark.parametrize("version", ["champion", "1", "o'brien", ""])
+def test_a_name_that_no_model_can_have_finds_nothing(name, version):
+    assert registry.find(name, version) is None
+    with pytest.raises(UserError, match="there is no model"):
+        registry.resolve(name, version)
+    with pytest.raises(UserError, match="there is no model"):
+        registry.versions(name)
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["o'brien", "../x", "", "a" * 3000, "٣", "-1", "1.5", "99999999999999999999", "a\ud800b", "a\0b"],
+)
+def test_a_version_that_cannot_be_is_not_found(version):
+    assert registry.find("income", version) is None
+    with pytest.raises(UserError, match="no version"):
+        registry.resolve("income", version)
