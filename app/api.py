@@ -19,8 +19,9 @@ from app import batch, cluster, pipeline, projectfile
 from app import sweep as sweeping
 from app.bundle import Bundle
 from app.config import Project
+from app.config.faults import require_within
+from app.config.section import MAX_NUMBER
 from app.console import Console
-from app.errors import UserError
 from app.pipeline import Outcome
 from app.sweep import Swept
 
@@ -39,8 +40,7 @@ def sweep(project: Project, *, trials: int | None = None) -> Swept:
     `trials` is how many in all. Returns the best projects and trials, and where the page about them is.
     """
     if trials is not None and project.sweep is not None:
-        if trials < 1:
-            raise UserError(f"trials: must be at least 1; it is {trials}")
+        require_within("trials", trials, 1, MAX_NUMBER)
         project = project.model_copy(update={"sweep": project.sweep.model_copy(update={"trials": trials})})
     with cluster.session(log_to_driver=False):
         return sweeping.run(project, Console())

@@ -20,12 +20,15 @@ from rich.console import RenderableType
 from typer.core import TyperGroup
 
 from app import projectfile
+from app.config.faults import require_within
 from app.config.project import require_name
+from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
 from app.errors import Interrupted, UserError
 from app.finish import Finish
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
+MAX_TOKEN_HOURS = 10 * 365 * 24
 
 app = typer.Typer(
     help=__doc__.splitlines()[0] if __doc__ else None,
@@ -227,9 +230,10 @@ def predict(
         str, typer.Option("--input", help="A Parquet or CSV file, a folder of them, or a URI.")
     ],
     output: Annotated[Path, typer.Option(help="The folder of Parquet files to make.")],
-    k: Annotated[int, typer.Option(min=1, help="Of a recommender: how many items.")] = 10,
+    k: Annotated[int, typer.Option(help="Of a recommender: how many items, at most 100.")] = 10,
 ) -> None:
     """Answer every row of a table, as the endpoint would. Rows that break the contract are told why."""
+    require_within("--k", k, 1, 100)
     with _working("predict") as console:
         from app import batch, cluster
 
@@ -372,11 +376,14 @@ def _weights(arguments: list[str]) -> dict[str, float]:
     words = [word for argument in arguments for word in argument.split("=", 1)]
     names, values = words[::2], words[1::2]
     try:
-        return {n.removeprefix("--"): float(v) for n, v in zip(names, values, strict=True) if _option(n)}
+        weights = {n.removeprefix("--"): float(v) for n, v in zip(names, values, strict=True) if _option(n)}
     except ValueError:
         raise UserError(
             f"{' '.join(arguments)}: must be variants with their weights: --champion 90 --challenger 10"
         ) from None
+    for variant, weight in weights.items():
+        require_within(f"--{variant}", weight, 0, MAX_NUMBER)
+    return weights
 
 
 def _option(word: str) -> bool:
@@ -391,12 +398,13 @@ def token(
     scopes: Annotated[
         str, typer.Option(help="Of predict, feedback, explain and admin; predict:income is for one model.")
     ] = "predict,feedback,explain",
-    hours: Annotated[float, typer.Option(min=0.01, help="How long it is good.")] = 24,
+    hours: Annotated[float, typer.Option(help="How long it is good; at most ten years.")] = 24,
     new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
 ) -> None:
     """Issue a token for endpoints with `serving.auth: local`. Nothing else is printed."""
     from app import issuer
 
+    require_within("--hours", hours, 0.01, MAX_TOKEN_HOURS)
     if new_key:
         issuer.new_key()
     print(issuer.issue(subject, [scope for scope in scopes.replace(",", " ").split() if scope], hours))

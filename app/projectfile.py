@@ -1,16 +1,14 @@
 """Reading a project file, so that every fault is told with its line, its key, and what is allowed."""
 
 import difflib
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from app.config import Project, Section
+from app.config import Project, faults
 from app.errors import UserError
 
 MAX_BYTES = 1_000_000
@@ -48,8 +46,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Project:
     try:
         return Project.model_validate(document)
     except ValidationError as error:
-        faults = [_fault(path, lines, overridden, e) for e in error.errors()]
-        raise UserError("\n".join(faults)) from None
+        found = [_fault(path, lines, overridden, e) for e in error.errors()]
+        raise UserError("\n".join(found)) from None
 
 
 def _parsed(text: str, where: str) -> tuple[Any, dict[tuple[str, ...], int]]:
@@ -115,7 +113,7 @@ def _fault(
     path: Path, lines: dict[tuple[str, ...], int], overridden: list[tuple[str, ...]], error: Any
 ) -> str:
     """One line for one fault: where, which key, what is wrong, what is allowed."""
-    loc, allowed = _resolve(Project, tuple(str(part) for part in error["loc"]))
+    loc, allowed = faults.resolve(Project, error["loc"])
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), 1)
     where = "--set" if any(loc[: len(o)] == o for o in overridden) else f"{path}:{line}"
     match error["type"]:
@@ -125,8 +123,6 @@ def _fault(
             message = f"unknown key{meant}; allowed: {_listed(allowed)}"
         case "missing":
             message = f"is missing; the keys here are {_listed(allowed)}"
-        case "union_tag_not_found":
-            message = f"{error['ctx']['discriminator']} is missing"
         case "value_error":
             message = str(error["ctx"]["error"])
             key = loc or tuple(message.partition(":")[0].split("."))  # a check of the whole names its key
@@ -134,42 +130,8 @@ def _fault(
             # It is of several keys, so one that was set below may be at fault.
             where = "--set" if any(key[: len(o)] == o[: len(key)] for o in overridden) else f"{path}:{line}"
         case _:
-            message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
-            if not isinstance(error["input"], dict | list):
-                message += f"; it is {error['input']!r}"
+            message = faults.explained(error)
     return f"{where}: {'.'.join(loc)}: {message}" if loc else f"{where}: {message}"
-
-
-def _resolve(annotation: Any, loc: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """Pydantic's location without its union tags, and the keys allowed where its last part stands."""
-    clean: list[str] = []
-    allowed: list[str] = []
-    for part in loc:
-        while typing.get_origin(annotation) is Annotated:
-            annotation = typing.get_args(annotation)[0]
-        args = typing.get_args(annotation)
-        if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-            tagged = [a for a in args if part in _tags(a)]
-            if tagged:
-                annotation = tagged[0]
-                continue
-        clean.append(part)
-        if isinstance(annotation, type) and issubclass(annotation, Section):
-            allowed = list(annotation.model_fields)
-            field = annotation.model_fields.get(part)
-            annotation = field.annotation if field else None
-        elif args:
-            annotation = args[-1]
-            allowed = []
-    return tuple(clean), allowed
-
-
-def _tags(annotation: Any) -> tuple[str, ...]:
-    """The literals by which a section of a discriminated union is chosen."""
-    if not (isinstance(annotation, type) and issubclass(annotation, Section)):
-        return ()
-    field = next(iter(annotation.model_fields.values()))
-    return typing.get_args(field.annotation) if typing.get_origin(field.annotation) is Literal else ()
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -2,9 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from app.config.section import Section
+from app.config.section import PositiveInt, Section, Width
+
+MAX_FOLDS = 1000
 
 
 class Source(Section):
@@ -121,8 +123,10 @@ class Split(Section):
             raise ValueError("validation + test must be below 1, or nothing is left to train on")
         if self.fold is not None:
             i, k = self.fold
-            if not 0 <= i < k or k < 2:
-                raise ValueError(f"fold must be [i, k] with 0 <= i < k and k of 2 or more; it is {[i, k]}")
+            if not 0 <= i < k <= MAX_FOLDS or k < 2:
+                raise ValueError(
+                    f"fold must be [i, k] with 0 <= i < k and k of 2 to {MAX_FOLDS}; it is {[i, k]}"
+                )
             if self.by == "time" and k * self.validation + self.test >= 1:
                 raise ValueError(f"{k} folds of {self.validation:g} leave nothing before the first of them")
         if (self.by == "time") != (self.column is not None):
@@ -212,7 +216,7 @@ class Quantile(NumberEncoding):
     Linear between quantiles; clipped and missing as with min_max."""
 
     encode: Literal["quantile"]
-    bins: PositiveInt = 256
+    bins: Width = 256
     """Between that many quantiles at most; fewer where values repeat."""
 
 
@@ -221,7 +225,7 @@ class PiecewiseLinear(NumberEncoding):
     even a linear model bends at every edge (Gorishniy et al., 2022). Clipped and missing as with min_max."""
 
     encode: Literal["piecewise_linear"]
-    bins: PositiveInt = 32
+    bins: Width = 32
     """At most; fewer where values repeat."""
 
 
@@ -236,14 +240,14 @@ class Embedding(Section):
     """A learnt vector for each value of the training part; unseen is the zero vector."""
 
     encode: Literal["embedding"]
-    width: PositiveInt
+    width: Width
 
 
 class Tokens(Section):
     """The tokens of a text, by the tokenizer of the model's encoder."""
 
     encode: Literal["tokens"]
-    max_length: int = Field(128, ge=3)
+    max_length: int = Field(128, ge=3, le=65_536)
     """Tokens of a text, the two that mark its ends included; what is beyond is cut off."""
 
 

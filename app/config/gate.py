@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.config.section import Section
+from app.config.section import NonNegativeFloat, Section
 
 METRICS = ("auc", "accuracy", "precision", "recall", "f1")
 """The metrics of a binary outcome that a gate may name, each better when higher."""
@@ -54,7 +54,7 @@ class Gate(Section):
     minimum: dict[Metric, float] = Field({})
     beat: list[Baseline] = Field(["constant"])
     """Baselines that the candidate's metric must exceed."""
-    tolerance: float = Field(0.0, ge=0)
+    tolerance: NonNegativeFloat = 0.0
     """How far below the champion's metric the candidate may be."""
 
 
@@ -69,5 +69,5 @@ class Evaluation(Section):
 class Compression(Section):
     """`raylway compress`: an int8 version of a bundle."""
 
-    max_loss: float = Field(0.01, ge=0)
+    max_loss: NonNegativeFloat = 0.01
     """How much of `gate.metric` it may lose on the test part."""

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from app.config.section import Section
+from app.config.section import PositiveFloat, PositiveInt, Section, Width
 
 
 class Linear(Section):
@@ -24,7 +24,7 @@ class LinearNumbers(Section):
     `piecewise_linear`, the PLE-LR of Gorishniy et al. (2022)."""
 
     embed: Literal["linear"]
-    width: PositiveInt = 16
+    width: Width = 16
     """Of each number's vector."""
 
 
@@ -33,10 +33,10 @@ class PeriodicNumbers(Section):
     Gorishniy et al. (2022). For numbers of one column: `min_max` or `quantile`."""
 
     embed: Literal["periodic"]
-    width: PositiveInt = 16
+    width: Width = 16
     """Of each number's vector."""
-    frequencies: PositiveInt = 32
-    scale: float = Field(0.1, gt=0)
+    frequencies: Width = 32
+    scale: PositiveFloat = 0.1
     """Standard deviation of the frequencies at the start, in cycles per unit: decides how wiggly."""
 
 
@@ -47,7 +47,7 @@ class Mlp(Section):
     """A multi-layer perceptron with ReLU."""
 
     kind: Literal["mlp"]
-    hidden: list[PositiveInt] = Field(min_length=1)
+    hidden: list[Width] = Field(min_length=1)
     """Units of each hidden layer."""
     dropout: float = Field(0.0, ge=0, lt=1)
     numbers: NumberEmbedding = PlainNumbers(embed="none")
@@ -59,9 +59,9 @@ class TabM(Section):
     output (Gorishniy et al., 2024)."""
 
     kind: Literal["tabm"]
-    hidden: list[PositiveInt] = Field(min_length=1)
+    hidden: list[Width] = Field(min_length=1)
     """Units of each hidden layer."""
-    members: PositiveInt = 16
+    members: Width = 16
     dropout: float = Field(0.0, ge=0, lt=1)
     numbers: NumberEmbedding = PlainNumbers(embed="none")
     """How numbers enter the first layer."""
@@ -88,7 +88,7 @@ class Recommender(Section):
     """What the recommenders share."""
 
     kind: str
-    width: PositiveInt
+    width: Width
     """Of a user's and an item's vector."""
     feedback: Literal["implicit", "explicit"] = "implicit"
     """implicit: that an interaction took place is what is learnt, and items are ranked by how well they fit.
@@ -98,7 +98,7 @@ class Recommender(Section):
     negatives: PositiveInt = 512
     """Of implicit feedback: items drawn for each batch that its rows are held against, but for those that
     a row's user has had. With as many as there are items, all of them."""
-    recency: float | None = Field(None, gt=0)
+    recency: PositiveFloat | None = None
     """An interaction counts exp(-age / recency) in the loss, where age is the share of the user's
     interactions that came later. What a user takes next is more like what they took last."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -115,7 +115,7 @@ class NeuralCollaborativeFiltering(Recommender):
     """NeuMF (He et al., 2017): the dot product and a perceptron together."""
 
     kind: Literal["ncf"]
-    hidden: list[PositiveInt] = Field(min_length=1)
+    hidden: list[Width] = Field(min_length=1)
     """Units of the perceptron's layers."""
 
 

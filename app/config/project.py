@@ -1,10 +1,12 @@
 """A project file, whole: one YAML file that describes a model's whole life."""
 
 import re
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from app.config.data import Category, Data, Embedding, Encoding, Number, NumberEncoding, OneHot, Split, Tokens
+from app.config.faults import shown
 from app.config.gate import (
     BASELINES,
     CLASS_METRICS,
@@ -26,22 +28,25 @@ from app.errors import UserError
 
 NAME = "[a-z][a-z0-9-]{0,62}"
 """A model's name. It stands in URLs, paths, filters and tables, so nothing else may get there."""
+OF_NAMES = "at most 63 small letters, digits and dashes, and begin with a letter"
 
 
 def require_name(name: str) -> None:
     """Raise UserError if no model can have this name."""
     if not re.fullmatch(NAME, name):
-        shown = name if len(name) <= 70 else f"{name[:60]}..."
-        raise UserError(
-            f"there is no model {shown!r}: a name has at most 63 small letters, digits and dashes, and "
-            "begins with a letter"
-        )
+        raise UserError(f"there is no model {shown(name)}: a name must have {OF_NAMES}")
+
+
+def _name(name: str) -> str:
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"must have {OF_NAMES}; it is {shown(name)}")
+    return name
 
 
 class Project(Section):
     """A project file, whole."""
 
-    name: str = Field(pattern=f"^{NAME}$")
+    name: Annotated[str, AfterValidator(_name)]
     """The registered model's name and the endpoint's: small letters, digits and dashes."""
     seed: int = Field(0, ge=0, lt=2**31)
     data: Data

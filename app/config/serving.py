@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from app.config.section import Section
+from app.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 
 class Workers(Section):
@@ -14,14 +14,14 @@ class Workers(Section):
     min_replicas: NonNegativeInt = 1
     """At 0 there are none while nobody asks; the first request then waits until one has started."""
     max_replicas: PositiveInt = 1
-    num_cpus: float = Field(1, ge=0)
+    num_cpus: NonNegativeFloat = 1
     """Of each: what it reserves on the cluster."""
-    num_gpus: float = Field(0, ge=0)
+    num_gpus: NonNegativeFloat = 0
     max_batch_rows: PositiveInt = 64
     """Rows that are computed at once."""
     target_ongoing_requests: PositiveFloat = 4
     """Requests in progress per replica that the autoscaler aims at."""
-    idle_s: float = Field(300, ge=0)
+    idle_s: NonNegativeFloat = 300
     """How long nobody must ask before there are none."""
 
 
@@ -30,7 +30,7 @@ class Variant(Section):
 
     version: str
     """An alias such as `champion`, or a version number."""
-    weight: float = Field(0, ge=0)
+    weight: NonNegativeFloat = 0
     """Share of the units, relative to the other variants' weights. At 0 it is loaded and answers nobody."""
     shadow: bool = False
     """Gets a copy of every request, and nobody sees its answers. It has no weight."""
@@ -51,8 +51,8 @@ class Autoscaling(Section):
     max_replicas: PositiveInt = 1
     target_load: float = Field(0.6, gt=0, le=1)
     """The share of its time that a replica is busy, as the autoscaler aims at it."""
-    upscale_delay_s: float = Field(0.5, ge=0)
-    downscale_delay_s: float = Field(60, ge=0)
+    upscale_delay_s: NonNegativeFloat = 0.5
+    downscale_delay_s: NonNegativeFloat = 60
 
     @model_validator(mode="after")
     def _ordered(self) -> "Autoscaling":
@@ -88,6 +88,12 @@ class Issuer(Section):
     """The issuer's public keys, as a JSON Web Key Set: a URL, or a file."""
 
 
+Auth = Annotated[
+    Annotated[Literal["none", "local"], Tag("word")] | Annotated[Issuer, Tag("issuer")],
+    Discriminator(lambda value: "issuer" if isinstance(value, dict | Issuer) else "word"),
+]
+
+
 class Tls(Section):
     """HTTPS, with files in PEM format."""
 
@@ -113,10 +119,10 @@ class Serving(Section):
     follow: bool = False
     """Whether a version that gets an alias which `variants` names is taken in at once."""
     autoscaling: Autoscaling = Autoscaling()
-    num_cpus: float = Field(0.5, ge=0)
+    num_cpus: NonNegativeFloat = 0.5
     """CPUs that a replica reserves on the cluster."""
     limits: Limits = Limits()
-    auth: Annotated[Literal["none", "local"] | Issuer, Field(union_mode="left_to_right")] = "none"
+    auth: Auth = "none"
     """`none` on loopback only; `local` for the tokens of `raylway token`; or an issuer."""
     tls: Tls | None = None
     trusted_keys: list[str] = Field([])

@@ -3,12 +3,15 @@
 import ast
 import json
 import math
+import re
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from app.config.section import Section
+from app.config.data import MAX_FOLDS
+from app.config.faults import shown
+from app.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 SWEPT = ("data", "features", "model", "training", "seed")
 """The keys of a project, or what stands below them, that can vary: those on which a trained model depends."""
@@ -192,10 +195,19 @@ class NoScheduler(Section):
 Scheduler = Annotated[Asha | Median | Hyperband | PopulationBased | NoScheduler, Field(discriminator="kind")]
 
 
+def _study(name: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            "must have at most 100 letters, digits, dots, dashes and underscores, and begin with a letter or "
+            f"digit; it is {shown(name)}"
+        )
+    return name
+
+
 class Sweep(Section):
     """A search for better settings; `raylway sweep` runs it."""
 
-    study: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    study: Annotated[str, AfterValidator(_study)] | None = None
     """The name under which the trials are stored; the project's if left out."""
     space: dict[str, Parameter] = Field(min_length=1)
     """What may vary, by the dotted key of the project that it sets."""
@@ -219,7 +231,7 @@ class Sweep(Section):
     """When a trial is given up; if left out, asha, and none with several objectives."""
     trials: PositiveInt = 20
     """How many in all, with those that were stopped early and those that failed."""
-    folds: int | None = Field(None, ge=2)
+    folds: int | None = Field(None, ge=2, le=MAX_FOLDS)
     """What a trial optimises is then the mean over so many folds, each trained and validated in turn."""
     points: list[dict[str, Any]] = Field([])
     """Tried first: values by key, of all parameters or of some."""
@@ -227,11 +239,11 @@ class Sweep(Section):
     """Earlier studies of the same space and objectives, from which the search learns before it begins."""
     concurrent: PositiveInt | None = None
     """Trials at once; as many as the cluster has room for if left out."""
-    retries: int = Field(1, ge=0)
+    retries: NonNegativeInt = 1
     """How many times a trial that failed is tried again before it is stored as failed."""
-    max_hours: float | None = Field(None, gt=0)
+    max_hours: PositiveFloat | None = None
     """Of wall time, for each call of the command."""
-    max_core_hours: float | None = Field(None, gt=0)
+    max_core_hours: PositiveFloat | None = None
     """Of all trials of the study together."""
     target: float | None = None
     """The sweep ends when a trial is as good; of one objective."""

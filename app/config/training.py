@@ -2,18 +2,22 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator, PositiveInt, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
-from app.config.section import Section
+from app.config.faults import shown
+from app.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+MAX_WORKERS = 100_000
 
 
 def _workers(value: Any) -> int | tuple[int, int]:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS:
         return value
     is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int for v in value)
-    if is_pair and 1 <= value[0] <= value[1]:
+    if is_pair and 1 <= value[0] <= value[1] <= MAX_WORKERS:
         return value[0], value[1]
-    raise ValueError(f"must be at least 1, or [min, max] with 1 <= min <= max; it is {value!r}")
+    allowed = f"of 1 to {MAX_WORKERS:,}"
+    raise ValueError(f"must be a number {allowed}, or [min, max] {allowed}; it is {shown(value)}")
 
 
 class EarlyStopping(Section):
@@ -21,7 +25,7 @@ class EarlyStopping(Section):
 
     patience: PositiveInt
     """Epochs without a better score."""
-    min_delta: float = Field(0.0, ge=0)
+    min_delta: NonNegativeFloat = 0.0
     """What counts as better."""
 
 
@@ -33,17 +37,17 @@ class Checkpointing(Section):
     what was done since the last one."""
     keep_best: PositiveInt = 1
     """Epochs with the best validation score."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: PositiveInt = 2
     """Latest ones: should the last be damaged, the one before it serves."""
 
 
 class Horovod(Section):
     """Horovod's own settings. On small models none matters much; see each."""
 
-    fusion_threshold_mb: float = Field(8, ge=0)
+    fusion_threshold_mb: NonNegativeFloat = 8
     """Overlapped gradients of neighbouring layers are sent together, up to this size. Larger pays on slow
     links with many small layers, smaller where the last ones are long in coming; 0 sends each alone."""
-    cycle_time_ms: float = Field(10.0, gt=0)
+    cycle_time_ms: PositiveFloat = 10.0
     """How long a rank waits between rounds of messages about what is ready, unless the step waits for it
     already. Longer takes less from the backward pass; shorter sends the first gradients earlier."""
     adasum: bool = False
@@ -63,7 +67,7 @@ class Training(Section):
     num_workers: Annotated[int | tuple[int, int], PlainValidator(_workers), PlainSerializer(lambda n: n)]
     """Ranks, one process each. `[min, max]` is elastic: as many as the cluster has room for, more when nodes
     come, fewer when they go."""
-    num_cpus: float = Field(1.0, gt=0)
+    num_cpus: PositiveFloat = 1.0
     """Of each worker. Its loop uses one core; with a fraction, workers share one."""
     num_gpus: float = Field(1.0, gt=0, le=1)
     """Of each worker when it trains on GPUs; with 0.5, two workers share one."""
@@ -78,12 +82,12 @@ class Training(Section):
     scale_learning_rate: Literal["none", "sqrt", "linear"] = "none"
     """Times the number of workers (Goyal et al., 2017), or its square root, which suits Adam: the batch grows
     with the workers."""
-    warmup_epochs: float = Field(0.0, ge=0)
+    warmup_epochs: NonNegativeFloat = 0.0
     """The learning rate rises from 0 over so many epochs."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """After the warm-up: half a cosine or a line down to 0, or no change."""
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float | None = Field(None, gt=0)
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat | None = None
     """Gradients longer than this are shortened to it."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: a row counts in the loss by the inverse of its label's share, so that all labels together
@@ -104,9 +108,9 @@ class Training(Section):
     """Only algorithms that give the same bits each time, also on a GPU, where they are slower; on the CPU
     two runs with one seed are identical anyway."""
     checkpoints: Checkpointing = Checkpointing()
-    max_failures: int = Field(3, ge=0)
+    max_failures: NonNegativeInt = 3
     """How many times a lost or hung worker group is started again from its last checkpoint."""
-    hang_timeout_s: float = Field(45, gt=0)
+    hang_timeout_s: PositiveFloat = 45
     """A rank that makes no step for so long is given up, and the group started again. Must be longer than
     the longest step."""
     timeline: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from pydantic import ValidationError
 
-from app.config import Choice, Float, Int, Parameter, Project, Sweep
+from app.config import Choice, Float, Int, Parameter, Project, Sweep, faults
 from app.config.sweep import encode
 from app.errors import UserError
 
@@ -340,8 +340,9 @@ def _set(document: dict[str, Any], key: str, value: Any) -> None:
 def _fault(error: ValidationError) -> str:
     """The first fault in words."""
     fault = error.errors()[0]
-    at = ".".join(str(part) for part in fault["loc"])
-    return f"{at}: {fault['msg']}" if at else fault["msg"]
+    at = ".".join(faults.resolve(Project, fault["loc"])[0])
+    message = faults.explained(fault)
+    return f"{at}: {message}" if at else message
 
 
 class _Absent(Exception):

@@ -123,3 +123,23 @@ def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name
     monkeypatch.setenv("RAYLWAY_SIGNING_KEY", str(ROOT / "pyproject.toml"))
     with pytest.raises(UserError, match="there is no model"):
         cli.app([word.replace("NAME", name) for word in command], standalone_mode=False)
+
+
+@pytest.mark.parametrize("value", ["1e400", "nan", "-inf", "1e12", "-1"])
+@pytest.mark.parametrize(
+    "command", ["token x --hours={}", "traffic income --champion {}", "traffic a --b={}"]
+)
+def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
+    from app import cli
+
+    with pytest.raises(UserError, match=r"^--(hours|champion|b): must be a number from .*; it is \S+$"):
+        cli.app(command.format(value).split(), standalone_mode=False)
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("k", [0, 101, 10**30])
+def test_predict_takes_as_many_items_as_a_recommender_gives(k):
+    from app import cli
+
+    with pytest.raises(UserError, match=r"^--k: must be a number from 1 to 100; it is"):
+        cli.app(["predict", "movies", "--input", "a", "--output", "b", "--k", str(k)], standalone_mode=False)

@@ -207,7 +207,7 @@ def test_a_sound_space_passes():
         ({"gate.tolerance": RATE}, {}, "cannot vary"),
         ({"sweep.trials": RATE}, {}, "cannot vary"),
         ({"training.learning_rat": RATE}, {}, "training.learning_rat"),
-        ({"model.members": HIDDEN}, {}, "model.mlp.members"),
+        ({"model.members": HIDDEN}, {}, "model.members"),
         ({"training.epochs.x": RATE}, {}, "is a value, so it has no keys"),
         ({"training.learning_rate": {**RATE, "low": 0.001, "high": 0.1, "when": {"model.dropout": 0}},
           "model.dropout": HIDDEN}, {}, "must stand before it"),

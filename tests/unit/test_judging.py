@@ -1,0 +1,156 @@
+"""From raw rows to the gate's decision, with the stages' own code, in one process and without training."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from app import judging, pipeline, registry
+from app.config import Project
+from app.console import Console
+from app.data import sources
+from app.data.prepare import prepare
+from app.registry import CHALLENGER, CHAMPION
+from app.tasks import task_of
+from app.training.trainer import Trained
+
+
+class Rows:
+    """As much of Ray Data as `prepare` uses, in one block."""
+
+    def __init__(self, table: pa.Table):
+        self.table = table
+
+    def map_batches(self, function, fn_args=(), **_):
+        return Rows(function(self.table, *fn_args))
+
+    def materialize(self):
+        return self
+
+    def count(self) -> int:
+        return self.table.num_rows
+
+    def take_all(self) -> list[dict]:
+        return self.table.to_pylist()
+
+    def to_pandas(self) -> pd.DataFrame:
+        return self.table.to_pandas()
+
+    def write_parquet(self, folder: str) -> None:
+        Path(folder).mkdir()
+        pa.parquet.write_table(self.table, Path(folder) / "0.parquet")
+
+
+def table() -> pa.Table:
+    random = np.random.default_rng(0)
+    age = random.uniform(18, 90, 3000)
+    earns = np.where(age + random.normal(0, 20, 3000) > 60, ">50K", "<=50K")
+    return pa.table(
+        {"age": age, "zip": random.choice(["01234", "98765"], 3000), "new": random.random(3000), "pay": earns}
+    )
+
+
+def project(**changes) -> Project:
+    document = {
+        "name": "judged",
+        "data": {
+            "source": {"path": "rows.parquet"},
+            "label": {"column": "pay", "positive": ">50K"},
+            "columns": {"age": {"type": "number"}, "zip": {"type": "category"}},
+        },
+        "features": {"age": {"encode": "min_max"}, "zip": {"encode": "one_hot"}},
+        "model": {"kind": "linear"},
+        "training": {"num_workers": 1, "epochs": 1, "batch_size": 8, "learning_rate": 0.1},
+        "gate": {"beat": [], "tolerance": 1},
+        "serving": {"variants": {"champion": {"version": "champion", "weight": 1}}},
+    }
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = document
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return Project.model_validate(document)
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Judges and registers an untrained network of a project; returns its metrics and the decision."""
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sources, "read", lambda data: Rows(table().select(data.names)))
+    monkeypatch.setattr(sources, "version", lambda source: "c0ffee")
+    made = 0
+
+    def judge(given: Project):
+        nonlocal made
+        made += 1
+        settled = pipeline.with_key(given)
+        task = task_of(settled, prepare(settled))
+        torch.manual_seed(made)
+        folder = tmp_path / f"trained-{made}"
+        folder.mkdir()
+        save_file(task.network().state_dict(), folder / "model.safetensors")
+        candidate = pipeline._candidate(settled, task, Trained(folder, str(made), False), {}, fresh=True)
+        metrics = json.loads((candidate / "metrics.json").read_text())["model"]
+        with registry.run(settled, str(made)) as run:
+            path, decision, _ = judging.register(
+                settled.name, candidate, settled.gate, task, run, Console(io.StringIO())
+            )
+        return metrics, decision, path
+
+    return judge
+
+
+MORE = {
+    "data__columns": {"age": {"type": "number"}, "zip": {"type": "category"}, "new": {"type": "number"}},
+    "features": {"age": {"encode": "min_max"}, "new": {"encode": "min_max"}},
+}
+
+
+def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged):
+    """On its own test rows, it has its own score: that holds for another seed and for one more column."""
+    first, decision, _ = judged(project())
+    assert decision.reason == f"auc {first['auc']:.4f} against no champion yet"
+    second, decision, path = judged(project(seed=7, **MORE))
+    assert decision.reason == f"auc {second['auc']:.4f} against champion {first['auc']:.4f}"
+    assert (path / "card.md").read_text().endswith(f"## Gate\n\nPassed: {decision.reason}.\n")
+    assert registry.find("judged", CHALLENGER) is not None
+
+
+def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
+    judged(project())
+    _, decision, path = judged(project(data__split={"test": 0.6, "key": ["age"], "seed": 3}))
+    assert "test rows that neither was trained on" in decision.reason
+    sealed = judging.bundle.manifest_of(path)["decision"]["champion"]["comparison"]
+    assert 200 <= sealed["num_rows"] < sealed["num_test_rows"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"data__label": {"column": "pay", "positive": "<=50K"}},
+            "data.label.positive was '>50K' and is '<=50K'",
+        ),
+        (
+            {**MORE, "data__columns": {"age": {"type": "number"}, "new": {"type": "number"}}},
+            "'zip' is no longer in",
+        ),
+        ({"data__split": {"seed": 3}}, "and a comparison needs 200"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_and_becomes_the_challenger(judged, changes, reason):
+    judged(project())
+    _, decision, path = judged(project(**changes))
+    assert decision.passed
+    assert "; not compared with the champion: " in decision.reason
+    assert reason in decision.reason
+    assert reason in (path / "card.md").read_text()
+    assert registry.find("judged", CHALLENGER).path == path
+    assert registry.find("judged", CHAMPION).path != path
