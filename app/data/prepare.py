@@ -43,8 +43,8 @@ class Prepared:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The data version, the label's values if they are few, and of each part `rows` and `counts`: rows with
-        each label, in the order of LABEL (of a recommender `users`)."""
+        """The data version, the label's values if they are few, and for each part `rows` and `counts`: rows
+        with each label, in the order of LABEL (of a recommender `users`)."""
         return json.loads((self.path / "summary.json").read_text())
 
     def balanced_weights(self) -> np.ndarray:
