@@ -7,6 +7,8 @@ it returns at once and asks no network.
 
 from __future__ import annotations  # to say so, an older Python must get past the annotations
 
+import base64
+import csv
 import hashlib
 import os
 import platform
@@ -18,6 +20,8 @@ import tarfile
 import tempfile
 import time
 import venv
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +34,8 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".raylway-installed"
 TORCH = "torch==2.13.0"
 HOROVOD = "horovod==0.28.1"
+HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+"""The source archive's. It must be checked before pip asks for the metadata, which runs the archive's code."""
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake")
 CXX_STANDARD = 20
 """Horovod 0.28.1 asks for C++14, which PyTorch's headers no longer compile as."""
@@ -103,7 +109,9 @@ def _horovod_wheel(compiler: str) -> Path:
 
 
 def _install_wheel(wheel: Path) -> None:
-    """Also over one of the same version: with other patches it is another build."""
+    """Also over one of the same version: with other patches it is another build. Raises UserError for a wheel
+    that is damaged."""
+    _verify(wheel)
     _pip("install", "--no-deps", "--force-reinstall", str(wheel))
 
 
@@ -158,8 +166,7 @@ def _build_horovod(scratch: Path, compiler: str, nccl: Path | None) -> None:
 
 def _horovod_source(scratch: Path) -> Path:
     """Horovod's source, unpacked and patched."""
-    _pip("download", "--no-deps", "--no-binary=:all:", "--no-build-isolation", "-d", str(scratch), HOROVOD)
-    (archive,) = scratch.glob("horovod-*.tar.gz")
+    archive = _download(HOROVOD, HOROVOD_SHA256, scratch)
     with tarfile.open(archive) as packed:
         packed.extractall(scratch, filter="data")
     source = scratch / archive.name.removesuffix(".tar.gz")
@@ -169,6 +176,49 @@ def _horovod_source(scratch: Path) -> Path:
             raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{old}`")
         (source / name).write_text(before + new + after)
     return source
+
+
+def _download(requirement: str, sha256: str, folder: Path, *options: str) -> Path:
+    """Have pip fetch a source archive. Raises UserError if it cannot be had, or has another hash."""
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    fetch = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--no-cache-dir", "--require-hashes"]
+    try:
+        _pip("download", *fetch, *options, "-d", str(folder), "-r", str(pinned))
+    except UserError as error:
+        if found := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
+            raise UserError(
+                f"{requirement}: the source archive must have the SHA-256 {sha256}, but it has {found[1]}; "
+                "nothing of it was run. If it comes from a mirror, have the mirror mended"
+            ) from None
+        raise
+    (archive,) = folder.glob("*.tar.gz")
+    return archive
+
+
+def _verify(wheel: Path) -> None:
+    """Raise UserError unless each file of a wheel is as the wheel's own RECORD says."""
+    try:
+        with zipfile.ZipFile(wheel) as packed:
+            names = [name for name in packed.namelist() if not name.endswith("/")]
+            (record,) = (name for name in names if name.endswith(".dist-info/RECORD"))
+            rows = csv.reader(packed.read(record).decode().splitlines())
+            hashes = {row[0]: row[1] for row in rows}
+            wrong = [
+                name for name in names if name != record and _digest(packed.read(name)) != hashes.get(name)
+            ]
+            wrong += [name for name in hashes if name not in names]
+    except (OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        wrong = [str(error)]
+    if wrong:
+        raise UserError(
+            f"{wheel}: is damaged ({wrong[0]}); remove {wheel.parent} and run `make setup` again to build it"
+        )
+
+
+def _digest(content: bytes) -> str:
+    """As a RECORD has it."""
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
 def _nccl_home() -> Path | None:

@@ -1,12 +1,18 @@
 """Set-up, from a copy of the few files that it needs, by a Python that sees nothing else."""
 
+import hashlib
+import io
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from app.errors import UserError
+from app.install import _digest
 
 ROOT = Path(__file__).parents[2]
 NEEDED = (
@@ -111,6 +117,82 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
     assert not (copy / ".venv").exists()
 
 
+DOWNLOAD = """
+import pathlib, sys
+from app import install
+install.PYTHON = pathlib.Path(sys.argv[1])
+folder = pathlib.Path(sys.argv[2])
+options = ["--no-index", "--find-links", sys.argv[3], "--disable-pip-version-check"]
+try:
+    print(install._download("small==1.0", sys.argv[4], folder, *options))
+except install.UserError as error:
+    print("error:", error)
+"""
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy, tmp_path, right):
+    ran = tmp_path / "ran"
+    links, folder = tmp_path / "links", tmp_path / "fetched"
+    links.mkdir()
+    folder.mkdir()
+    setup = (
+        f"open({str(ran)!r}, 'w').close()\nfrom setuptools import setup\nsetup(name='small', version='1.0')\n"
+    )
+    with tarfile.open(links / "small-1.0.tar.gz", "w:gz") as archive:
+        for name, text in (
+            ("setup.py", setup),
+            ("PKG-INFO", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n"),
+        ):
+            info = tarfile.TarInfo(f"small-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    digest = hashlib.sha256((links / "small-1.0.tar.gz").read_bytes()).hexdigest()
+    pinned = digest if right else "0" * 64
+    done = python(copy, "/usr/bin:/bin", "-c", DOWNLOAD, sys.executable, str(folder), str(links), pinned)
+    if right:
+        assert done.stdout.strip() == str(folder / "small-1.0.tar.gz"), done.stdout + done.stderr
+        return
+    (line,) = done.stdout.strip().splitlines()
+    assert line.startswith(
+        f"error: small==1.0: the source archive must have the SHA-256 {pinned}, but it has {digest}"
+    )
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "other content", "a file more", "a file less", "no record"])
+def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
+    from app import install
+
+    files = {"small.py": b"BUILD = 1\n", "small-1.0.dist-info/METADATA": b"Name: small\n"}
+    record = "".join(f"{name},{install._digest(content)},{len(content)}\n" for name, content in files.items())
+    record += "small-1.0.dist-info/RECORD,,\n"
+    wheel = tmp_path / "small-1.0-py3-none-any.whl"
+
+    def write(contents: dict[str, bytes]) -> None:
+        with zipfile.ZipFile(wheel, "w") as packed:
+            for name, content in contents.items():
+                packed.writestr(name, content)
+
+    whole = {**files, "small-1.0.dist-info/RECORD": record.encode()}
+    write(whole)
+    install._verify(wheel)
+    match damage:
+        case "cut off":
+            wheel.write_bytes(wheel.read_bytes()[:-30])
+        case "other content":
+            write({**whole, "small.py": b"BUILD = 2\n"})
+        case "a file more":
+            write({**whole, "more.py": b""})
+        case "a file less":
+            write({name: content for name, content in whole.items() if name != "small.py"})
+        case "no record":
+            write(files)
+    with pytest.raises(UserError, match=r"is damaged .*run `make setup` again") as caught:
+        install._verify(wheel)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_wheel_replaces_one_of_the_same_version(copy):
     """As when Horovod is built again with other patches."""
     make = "import venv; from app import install; venv.create(install.VENV, with_pip=True)"
@@ -120,12 +202,15 @@ def test_a_wheel_replaces_one_of_the_same_version(copy):
         wheel = copy / build / "small-1.0-py3-none-any.whl"
         wheel.parent.mkdir()
         with zipfile.ZipFile(wheel, "w") as file:
-            file.writestr("small.py", f"BUILD = {build!r}\n")
-            file.writestr(
-                "small-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n"
-            )
-            file.writestr("small-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-            file.writestr("small-1.0.dist-info/RECORD", "")
+            contents = {
+                "small.py": f"BUILD = {build!r}\n",
+                "small-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n",
+                "small-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n",
+            }
+            for name, text in contents.items():
+                file.writestr(name, text)
+            record = [f"{name},{_digest(text.encode())},{len(text)}" for name, text in contents.items()]
+            file.writestr("small-1.0.dist-info/RECORD", "\n".join([*record, "small-1.0.dist-info/RECORD,,"]))
         done = python(copy, "/usr/bin:/bin", "-c", install, str(wheel))
         assert done.returncode == 0, done.stderr
         (installed,) = copy.glob(".venv/lib/*/site-packages/small.py")
