@@ -35,7 +35,7 @@ STAMP = VENV / ".raylway-installed"
 TORCH = "torch==2.13.0"
 HOROVOD = "horovod==0.28.1"
 HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-"""The source archive's. It must be checked before pip asks for the metadata, which runs the archive's code."""
+"""The source archive's. It is checked before pip asks for the metadata, which runs the archive's code."""
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake")
 CXX_STANDARD = 20
 """Horovod 0.28.1 asks for C++14, which PyTorch's headers no longer compile as."""
