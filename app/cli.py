@@ -291,6 +291,7 @@ def traffic(
 @app.command()
 def undeploy(name: Annotated[str, typer.Argument(help="The endpoint, such as income.")]) -> None:
     """Take one endpoint off the cluster. The others go on."""
+    require_name(name)
     with _working("undeploy", hint="the same command goes on") as console:
         from app import cluster
 

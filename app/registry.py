@@ -485,6 +485,7 @@ def promote(name: str, version: str, on_wait: Callable[[str], None] | None = Non
     `on_wait` is told who is waited for, if somebody else is changing the model's aliases. Raises UserError if
     there is no such version, or it did not pass the gate.
     """
+    require_name(name)
     with database.alone(f"registry-{name}", on_wait), Audit() as audit:
         _finish_promotion(audit, name)
         chosen, before = resolve(name, version), _aliases(name).get(CHAMPION)
@@ -534,6 +535,7 @@ def sign(name: str, version: str, key: Path) -> Version:
 
     Raises UserError if the bundle is broken, or the file holds no such key.
     """
+    require_name(name)
     chosen = resolve(name, version)
     bundle.verify(chosen.path)
     signed = signature.signed((chosen.path / bundle.MANIFEST).read_bytes(), key)

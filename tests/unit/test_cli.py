@@ -111,6 +111,7 @@ def test_the_table_of_commands_needs_nothing_heavy():
         ["traffic", "NAME"],
         ["traffic", "NAME", "--champion", "1"],
         ["audit", "NAME"],
+        ["undeploy", "NAME"],
         ["predict", "NAME", "--input", "x.csv", "--output", "out"],
         ["predict", "NAME@champion", "--input", "x.csv", "--output", "out"],
     ],
