@@ -535,7 +535,6 @@ def sign(name: str, version: str, key: Path) -> Version:
 
     Raises UserError if the bundle is broken, or the file holds no such key.
     """
-    require_name(name)
     chosen = resolve(name, version)
     bundle.verify(chosen.path)
     signed = signature.signed((chosen.path / bundle.MANIFEST).read_bytes(), key)
