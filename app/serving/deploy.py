@@ -228,13 +228,13 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
 
     with traffic.alone(name, on_wait), Audit() as audit:
         served = models(serve.status().applications)
-        if name not in served:
-            traffic.take_off(audit, name)
-            raise UserError(f"{name} is not served; these are: {', '.join(served) or 'none'}")
-        # The entry first: whoever is killed between the two gives the same command again.
+        # The entry first: what a kill leaves is then known to be unwanted, and the same command stops it.
         traffic.take_off(audit, name)
-        serve.delete(name)
+        if name in served:
+            serve.delete(name)
         stop_workers(audit, name)
+        if name not in served:
+            raise UserError(f"{name} is not served; these are: {', '.join(served) or 'none'}")
         if served == [name]:
             serve.shutdown()
 
