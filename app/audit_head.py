@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import sqlalchemy
+
 from app import files
 from app.errors import UserError
-from app.home import home
+from app.home import database_url, home, make_private
 
 KEY, FILE = "key", "head.json"
 
@@ -48,8 +50,10 @@ class Head:
 
 
 def folder() -> Path:
-    """Where the head and its key are."""
-    return home() / "audit"
+    """Where the head of this database's log and its key are."""
+    url = sqlalchemy.make_url(database_url("production.db")).set(password="")
+    name = hashlib.sha256(url.render_as_string(hide_password=False).encode()).hexdigest()[:16]
+    return home() / "audit" / name
 
 
 def load() -> Head | None:
@@ -75,8 +79,7 @@ def keep(head: Head) -> None:
     lags is good, for what comes after it is chained to it."""
     if not folder().exists():
         # The key and a first head appear together: a key without a head is one that was removed.
-        home().mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=home(), prefix=".audit-"))
+        draft = Path(tempfile.mkdtemp(dir=make_private(folder().parent), prefix=".draft-"))
         files.write(draft / KEY, secrets.token_bytes(32), mode=0o600)
         _write(draft, head)
         with contextlib.suppress(OSError):  # somebody else was first

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, NullPool, String, Table
 
 from app.errors import UserError
 from app.home import database_url, home, make_private, private_file
@@ -183,7 +183,8 @@ def _locked_by_file(name: str) -> Iterator[Attempt]:
 @contextlib.contextmanager
 def _locked_by_server(name: str) -> Iterator[Attempt]:
     """PostgreSQL frees an advisory lock when the holder's connection ends."""
-    engine = _engine(database_url("production.db")).execution_options(isolation_level="AUTOCOMMIT")
+    # Without a pool: a connection that goes back to one keeps its locks.
+    engine = _engine(database_url("production.db"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
     key = sqlalchemy.func.hashtextextended(f"alone: {name}", 0)
     try:
         with engine.connect() as connection:
@@ -212,10 +213,10 @@ def _latest(part: Part) -> int:
     return 1 + len(part.migrations)
 
 
-def _engine(url: str) -> Engine:
+def _engine(url: str, **options: Any) -> Engine:
     if url.startswith("sqlite"):
         return _sqlite(url)
-    engine = sqlalchemy.create_engine(url, pool_pre_ping=True)
+    engine = sqlalchemy.create_engine(url, pool_pre_ping=True, **options)
 
     @sqlalchemy.event.listens_for(engine, "do_connect")
     def open_connection(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:

@@ -187,6 +187,17 @@ def test_a_kill_between_an_entry_and_the_head_is_no_fault(audit, monkeypatch):
     assert len(audit.entries()) == 3
 
 
+def test_each_database_has_a_head_of_its_own(audit, tmp_path, monkeypatch):
+    audit.add("traffic", "income", {"n": 0})
+    audit.add("traffic", "income", {"n": 1})
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path / 'another.db'}")
+    with Audit() as another:
+        another.add("traffic", "income", {"n": 2})
+        assert len(another.entries()) == 1
+    monkeypatch.delenv("RAYLWAY_DATABASE_URL")
+    assert len(audit.entries()) == 2
+
+
 def test_several_machines_with_one_database_each_keep_a_head(audit, tmp_path, monkeypatch):
     """As with PostgreSQL: the log is one, the state directories are not."""
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path / 'production.db'}")
