@@ -11,9 +11,11 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +199,15 @@ def _replace_environ(values: dict[str, str]) -> None:
     os.environ.update(values)
 
 
+@contextlib.contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Keep the command's own handler: Ray's ends the process without a word, and with exit code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
     import ray
     from ray._private import ray_constants
@@ -214,7 +225,8 @@ def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
             # Ray itself would wait a minute and more for a cluster that is gone.
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=5).close()
-        ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local)
+        with _keeping_sigterm():
+            ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.WARNING, **local)
         if directory:
             gcs_address = ray.get_runtime_context().gcs_address
             ray._private.utils.write_ray_address(gcs_address, str(temp_dir(directory)))
