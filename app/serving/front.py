@@ -107,7 +107,8 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         # Nobody waits for a body that would be refused. (req.hdr_val would take it modulo 2^32.)
         f"    http-request return status 413 content-type application/json string '{large}'"
         f" if {{ req.body_size gt {MAX_BODY_BYTES} }}\n"
-        f"    http-request wait-for-body time {HEAD_S}s if {{ req.body_size gt 0 }}\n"
+        f"    http-request wait-for-body time {HEAD_S}s"
+        " if { req.body_size gt 0 } || { req.fhdr(transfer-encoding) -m found }\n"
     )
     text = _replaced(
         text,

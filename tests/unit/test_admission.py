@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -30,9 +31,10 @@ class Endpoint:
 
     def __init__(self):
         self.open = asyncio.Event()
-        self.held = 0
+        self.asked = self.held = 0
 
     async def respond(self, request):
+        self.asked += 1
         if request.header(b"authorization") != "Bearer good":
             raise Refused(401, "'%[no]' tökén", headers={"www-authenticate": "Bearer", "retry-after": "7"})
         await request.body.read(100_000)
@@ -93,6 +95,10 @@ class Door:
     def let_answer(self):
         self._loop.call_soon_threadsafe(self.endpoint.open.set)
 
+    def wait_for_places_to_fill(self):
+        while self.endpoint.held < front.IN_HAND:
+            time.sleep(0.001)
+
     def connect(self):
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
@@ -148,6 +154,21 @@ def test_who_has_no_token_holds_no_place(door):
         assert front.UNFINISHED_HEADER not in headers
 
 
+def test_a_chunked_body_that_does_not_come_holds_no_place(door):
+    """HAProxy waits for the part of it that fits its buffer, as for a body of declared length."""
+    here = door()
+    here.let_answer()
+    silent = []
+    for _ in range(front.IN_HAND + 6):
+        silent.append(here.connect())
+        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{GOOD}\r\ntransfer-encoding: chunked\r\n\r\n"
+        silent[-1].sendall(head.encode())
+    assert answer(here.send(2, b"{}", GOOD))[0] == 200
+    assert here.endpoint.asked == 1
+    for connection in silent:
+        connection.close()
+
+
 def test_a_good_token_with_bodies_that_never_come_leaves_places_for_others(door):
     here = door()
     here.let_answer()
@@ -160,8 +181,7 @@ def test_more_than_there_are_places_wait_and_are_answered(door):
     """As many as come in one stall, so long as it is shorter than they may wait."""
     here = door()
     waiting = [here.send(2, b"{}", GOOD) for _ in range(5 * front.IN_HAND)]
-    while here.endpoint.held < front.IN_HAND:
-        pass
+    here.wait_for_places_to_fill()
     here.let_answer()
     assert {answer(connection)[0] for connection in waiting} == {200}
 
@@ -169,8 +189,7 @@ def test_more_than_there_are_places_wait_and_are_answered(door):
 def test_who_would_wait_too_long_gets_429(door):
     here = door(max_wait_s=0.1)
     held = [here.send(2, b"{}", GOOD) for _ in range(front.IN_HAND)]
-    while here.endpoint.held < front.IN_HAND:
-        pass
+    here.wait_for_places_to_fill()
     for connection in [here.send(2, b"{}", GOOD) for _ in range(100)]:
         status, headers, document = answer(connection)
         assert (status, headers["retry-after"]) == (429, "1")
