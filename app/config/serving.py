@@ -65,15 +65,15 @@ class Limits(Section):
     """What a client may ask for."""
 
     max_body_bytes: PositiveInt = 1_048_576
-    max_rows: PositiveInt = 1024
+    max_rows: int = Field(1024, ge=1, le=1_000_000)
     """Rows in one request."""
-    requests_per_s: PositiveFloat | None = None
+    requests_per_s: Annotated[float, Field(ge=0.001, le=1_000_000)] | None = None
     """Of one principal, over all replicas; more get 429. None: no limit."""
     max_wait_s: float = Field(1.0, ge=0.01, le=60)
     """How long a request waits for a replica to take it in; one that would wait longer gets 429."""
-    feedback_per_hour: PositiveInt = 10_000
+    feedback_per_hour: int = Field(10_000, ge=1, le=1_000_000_000)
     """Of one principal; more is stored apart, and counts for nothing until somebody looks at it."""
-    feedback_days: PositiveFloat = 30
+    feedback_days: float = Field(30, gt=0, le=36_500)
     """How long after its prediction feedback is taken."""
 
 

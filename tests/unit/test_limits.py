@@ -1,7 +1,10 @@
 import asyncio
+import math
 
 import pytest
+from pydantic import ValidationError
 
+from app.config.serving import Limits
 from app.serving import limits
 from app.serving.limits import Buckets, Counter, Limiter
 
@@ -117,3 +120,23 @@ def test_it_is_asked_again(clock):
     clock.now += limits.ALONE_S
     asyncio.run(counter.borrow("bob", 10, 3))
     assert buckets._buckets["bob"].tokens == 7
+
+
+@pytest.mark.parametrize("per_s", [0.001, 1e6])
+def test_the_smallest_and_the_largest_limit_can_be_counted(clock, per_s):
+    (limiter,), _ = limiters(clock, Limits(requests_per_s=per_s).requests_per_s)
+    assert asyncio.run(limiter.wait_s("bob")) == 0
+    assert math.ceil(asyncio.run(limiter.wait_s("bob"))) in (0, 1000)
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        {"requests_per_s": 1e-310}, {"requests_per_s": 1e300}, {"max_wait_s": 0}, {"max_wait_s": 1e9},
+        {"feedback_per_hour": 2**63}, {"feedback_days": 1e300}, {"max_rows": 10**30},
+    ],
+)  # fmt: skip
+def test_a_limit_beyond_what_can_be_counted_is_refused(beyond):
+    """1 / 1e-310 is infinite, and 2^63 is no integer of a database."""
+    with pytest.raises(ValidationError):
+        Limits.model_validate(beyond)
