@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.console import RenderableType
 from typer.core import TyperGroup
 
 from app import projectfile
-from app.config.faults import require_within
+from app.config.faults import require_within, shown
 from app.config.project import require_name
 from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
@@ -36,6 +36,33 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _number(
+    name: str, low: float, high: float, kind: Callable[[Any], float] = float
+) -> Callable[[Any], float]:
+    """Reads an option that is a number between two bounds; raises UserError in one line if it is not."""
+
+    def read(text: Any) -> float:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            what = "a number" if kind is float else "a whole number"
+            raise UserError(f"{name}: must be {what}; it is {shown(text)}") from None
+        require_within(name, value, low, high)
+        return value
+
+    return read
+
+
+def _time(text: Any) -> datetime:
+    """Reads a time, in UTC if it names no zone; returns it in UTC without one."""
+    try:
+        time = datetime.fromisoformat(str(text))
+        return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
+    except (ValueError, OverflowError):
+        raise UserError(f"--at: must be a time such as 2026-11-01T12:00:00; it is {shown(text)}") from None
+
 
 File = Annotated[
     Path, typer.Argument(help="The project file, such as configs/income.yaml.", show_default=False)
@@ -108,7 +135,12 @@ def sweep(
     file: File,
     overrides: Set = None,
     trials: Annotated[
-        int | None, typer.Option(help="How many in all, instead of sweep.trials; more extend a sweep.")
+        int | None,
+        typer.Option(
+            parser=_number("--trials", 1, MAX_NUMBER, int),
+            metavar="NUMBER",
+            help="How many in all, instead of sweep.trials; more extend a sweep.",
+        ),
     ] = None,
     train_best: Annotated[
         bool, typer.Option("--train-best", help="Train the best project in full, and hand it to the gate.")
@@ -230,10 +262,16 @@ def predict(
         str, typer.Option("--input", help="A Parquet or CSV file, a folder of them, or a URI.")
     ],
     output: Annotated[Path, typer.Option(help="The folder of Parquet files to make.")],
-    k: Annotated[int, typer.Option(help="Of a recommender: how many items, at most 100.")] = 10,
+    k: Annotated[
+        int,
+        typer.Option(
+            parser=_number("--k", 1, 100, int),
+            metavar="NUMBER",
+            help="Of a recommender: how many items, at most 100.",
+        ),
+    ] = 10,
 ) -> None:
     """Answer every row of a table, as the endpoint would. Rows that break the contract are told why."""
-    require_within("--k", k, 1, 100)
     with _working("predict") as console:
         from app import batch, cluster
 
@@ -251,7 +289,13 @@ def traffic(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="The endpoint, such as income.")],
     at: Annotated[
-        datetime | None, typer.Option(help="Say who answered at this time (UTC) instead.", show_default=False)
+        datetime | None,
+        typer.Option(
+            parser=_time,
+            metavar="TIME",
+            help="Say who answered at this time (UTC) instead.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Say who answers, or change the weights: `raylway traffic income --champion 90 --challenger 10`.
@@ -399,13 +443,19 @@ def token(
     scopes: Annotated[
         str, typer.Option(help="Of predict, feedback, explain and admin; predict:income is for one model.")
     ] = "predict,feedback,explain",
-    hours: Annotated[float, typer.Option(help="How long it is good; at most ten years.")] = 24,
+    hours: Annotated[
+        float,
+        typer.Option(
+            parser=_number("--hours", 0.01, MAX_TOKEN_HOURS),
+            metavar="HOURS",
+            help="How long it is good; at most ten years.",
+        ),
+    ] = 24,
     new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
 ) -> None:
     """Issue a token for endpoints with `serving.auth: local`. Nothing else is printed."""
     from app import issuer
 
-    require_within("--hours", hours, 0.01, MAX_TOKEN_HOURS)
     if new_key:
         issuer.new_key()
     print(issuer.issue(subject, [scope for scope in scopes.replace(",", " ").split() if scope], hours))

@@ -98,7 +98,7 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
     for seed in range(arguments.seeds):
         settings = {
             **{"training.num_workers": 1, "training.batch_size": 128, "training.epochs": 9},
-            **{"data.source.limit": 10_000, "data.split.validation": 0.3},
+            **{"data.source.limit": 10_000, "data.split.validation": 0.3, "data.split.seed": seed},
         }
         plain = {"search": "random", "scheduler": {"kind": "none"}, "trials": RANDOM_TRIALS}
         drawn = _sweep(_project(f"random-{seed}", SPACE, set=settings, seed=2 * seed, **plain))

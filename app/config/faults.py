@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
 def require_within(name: str, value: float, low: float, high: float) -> None:
     """Raise UserError unless a number that a command was given is finite and between two bounds."""
     if not low <= value <= high:
-        raise UserError(f"{name}: must be a number from {low:g} to {high:,g}; it is {shown(value)}")
+        raise UserError(f"{name}: must be a number from {low:g} to {high:,.12g}; it is {shown(value)}")
 
 
 def _rounded(value: Any) -> Any:

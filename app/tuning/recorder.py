@@ -97,13 +97,13 @@ class Recorder(tune.Callback):
         number = self._numbers[trial.trial_id]
         state = state_of(result, bool(error))
         took = time.monotonic() - self._begun.get(trial.trial_id, time.monotonic())
-        facts: dict[str, Any] = {"core_seconds": round(took * self._cores, 3)}
+        facts: dict[str, Any] = {"core_seconds": took * self._cores}
         values = None
         result = result or {}
         if state == TrialState.COMPLETE:
             values = [float(result[name]) for name in self._sweep.objectives]
             facts |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
-            facts["core_seconds"] = round(result["core_seconds"], 3)
+            facts["core_seconds"] = result["core_seconds"]
             facts["made"] = result["made"]
             if self._sweep.pruned_by.kind == "pbt":
                 facts["point"] = dict(trial.config)

@@ -72,5 +72,5 @@ def test_what_is_wrong_with_a_project_is_a_user_error():
     with pytest.raises(UserError, match="no such project file"):
         api.load("configs/none.yaml")
     project = api.load(ROOT / "configs" / "smoke.yaml")
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="trials: must be a number from 1 to"):
         api.sweep(project, trials=0)

@@ -138,9 +138,38 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
     assert not home.exists()
 
 
-@pytest.mark.parametrize("k", [0, 101, 10**30])
-def test_predict_takes_as_many_items_as_a_recommender_gives(k):
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("predict m --input a --output b --k 0", "--k: must be a number from 1 to 100; it is 0"),
+        ("predict m --input a --output b --k 101", "--k: must be a number from 1 to 100; it is 101"),
+        (
+            f"predict m --input a --output b --k {10**30}",
+            f"--k: must be a number from 1 to 100; it is {10**30}",
+        ),
+        ("predict m --input a --output b --k many", "--k: must be a whole number; it is 'many'"),
+        (
+            "sweep configs/smoke.yaml --trials 0",
+            "--trials: must be a number from 1 to 1,000,000,000; it is 0",
+        ),
+        ("sweep configs/smoke.yaml --trials 1.5", "--trials: must be a whole number; it is '1.5'"),
+        ("token x --hours soon", "--hours: must be a number; it is 'soon'"),
+        ("traffic income --at soon", "--at: must be a time such as 2026-11-01T12:00:00; it is 'soon'"),
+        ("traffic income --champion=soon", "--champion=soon: must be variants with their weights: "),
+    ],
+)
+def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, says, home):
     from app import cli
 
-    with pytest.raises(UserError, match=r"^--k: must be a number from 1 to 100; it is"):
-        cli.app(["predict", "movies", "--input", "a", "--output", "b", "--k", str(k)], standalone_mode=False)
+    with pytest.raises(UserError) as caught:
+        cli.app(command.split(), standalone_mode=False)
+    assert str(caught.value).startswith(says)
+    assert not home.exists()
+
+
+def test_options_are_read_as_numbers_and_times():
+    from app import cli
+
+    assert cli._number("--k", 1, 100, int)("7") == 7
+    assert cli._number("--hours", 0.01, 100)("0.5") == 0.5
+    assert cli._time("2026-11-01T12:00:00") == cli._time("2026-11-01 14:00:00+02:00")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,23 @@ def project(**changes) -> Project:
     return Project.model_validate(document)
 
 
+@pytest.fixture(scope="module")
+def state(tmp_path_factory):
+    """One state directory for all tests: MLflow takes seconds to make its tables."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def judged(tmp_path, monkeypatch):
-    """Judges and registers an untrained network of a project; returns its metrics and the decision."""
-    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
+def name(request) -> str:
+    """A model of the test's own."""
+    return f"judged-{zlib.crc32(request.node.name.encode())}"
+
+
+@pytest.fixture
+def judged(name, state, tmp_path, monkeypatch):
+    """Judges and registers an untrained network of a project; returns its metrics, the decision and the
+    bundle."""
+    monkeypatch.setenv("RAYLWAY_HOME", str(state))
     monkeypatch.setattr(sources, "read", lambda data: Rows(table().select(data.names)))
     monkeypatch.setattr(sources, "version", lambda source: "c0ffee")
     made = 0
@@ -90,7 +104,7 @@ def judged(tmp_path, monkeypatch):
     def judge(given: Project):
         nonlocal made
         made += 1
-        settled = pipeline.with_key(given)
+        settled = pipeline.with_key(given.model_copy(update={"name": name}))
         task = task_of(settled, prepare(settled))
         torch.manual_seed(made)
         folder = tmp_path / f"trained-{made}"
@@ -113,14 +127,14 @@ MORE = {
 }
 
 
-def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged):
+def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged, name):
     """On its own test rows, it has its own score: that holds for another seed and for one more column."""
     first, decision, _ = judged(project())
     assert decision.reason == f"auc {first['auc']:.4f} against no champion yet"
     second, decision, path = judged(project(seed=7, **MORE))
     assert decision.reason == f"auc {second['auc']:.4f} against champion {first['auc']:.4f}"
     assert (path / "card.md").read_text().endswith(f"## Gate\n\nPassed: {decision.reason}.\n")
-    assert registry.find("judged", CHALLENGER) is not None
+    assert registry.find(name, CHALLENGER) is not None
 
 
 def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
@@ -145,12 +159,12 @@ def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
         ({"data__split": {"seed": 3}}, "and a comparison needs 200"),
     ],
 )
-def test_what_cannot_be_compared_is_not_and_becomes_the_challenger(judged, changes, reason):
+def test_what_cannot_be_compared_is_not_and_becomes_the_challenger(judged, name, changes, reason):
     judged(project())
     _, decision, path = judged(project(**changes))
     assert decision.passed
     assert "; not compared with the champion: " in decision.reason
     assert reason in decision.reason
     assert reason in (path / "card.md").read_text()
-    assert registry.find("judged", CHALLENGER).path == path
-    assert registry.find("judged", CHAMPION).path != path
+    assert registry.find(name, CHALLENGER).path == path
+    assert registry.find(name, CHAMPION).path != path
