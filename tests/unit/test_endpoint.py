@@ -37,8 +37,8 @@ def process_settings():
 def test_a_replica_starts_while_the_database_is_away_and_joins_it_later(home, tmp_path, monkeypatch):
     deployed = Deployed(version="1", weight=1, path=build(tmp_path / "1", seed=1))
     wanted = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
-    with Audit() as audit:
-        traffic.change(audit, "income", wanted)
+    with Audit() as audit, traffic.tried(audit, "income", wanted, SERVING):
+        pass
 
     async def run():
         first = Local("income", SERVING, None)
