@@ -8,6 +8,7 @@ together, and is only replaced by whoever has read it.
 import contextlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Self
@@ -81,9 +82,11 @@ def alone(
 def current(audit: Audit, model: str, at: float | None = None) -> Held | None:
     """What holds, or held at a time (seconds since the epoch); None if the endpoint was not served.
 
-    Raises UserError if the entry cannot be read.
+    The order of the entries decides, not their times: a clock may have been set back. Raises UserError if the
+    entry cannot be read.
     """
-    entry = audit.last(model, ACTIONS, at)
+    until = None if at is None or at >= time.time() else at
+    entry = audit.last(model, ACTIONS, until)
     return None if entry is None or entry.action == OFF else read(entry)
 
 

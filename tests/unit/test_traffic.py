@@ -1,4 +1,5 @@
 import math
+import time
 
 import pytest
 from pydantic import ValidationError
@@ -45,6 +46,18 @@ def test_what_holds_is_what_was_written_last_and_what_held_can_be_asked(audit):
     assert traffic.change(audit, "income", held, of(90, 10)) == second, "it holds already"
     assert place(audit, "income", of(90, 10), SERVING) == second
     assert traffic.current(audit, "income", at=between) == (first, of(), SERVING)
+
+
+def test_what_holds_now_holds_though_the_clock_was_set_back(audit, monkeypatch):
+    now = 1_000_000.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    place(audit, "income", of(), SERVING)
+    now += 7200
+    place(audit, "income", of(90, 10), SERVING)
+    now -= 3600
+    assert traffic.current(audit, "income").traffic == of(90, 10)
+    assert traffic.current(audit, "income", at=now).traffic == of(90, 10)
+    assert traffic.current(audit, "income", at=now - 60).traffic == of()
 
 
 def test_a_change_of_what_does_not_hold_any_more_is_refused(audit):
