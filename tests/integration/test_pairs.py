@@ -68,6 +68,8 @@ class Pairs:
         subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", self.key], check=True)
         self.rows = folder / "rows.parquet"
         pd.read_parquet(samples.path("adult")).head(300).to_parquet(self.rows)
+        self.bundle: Path | None = None
+        """Of the first version."""
         self.count, self.trials = itertools.count(1), itertools.count(1)
 
     def _project(self) -> dict:
@@ -89,7 +91,7 @@ class Pairs:
             "promote": ["promote", NAME, registry.CHALLENGER],
             "serve": ["serve", file],
             "traffic": ["traffic", NAME, "--champion", str(10 + number)],
-            "compress": ["compress", str(registry.resolve(NAME, "1").path), "--register"],
+            "compress": ["compress", str(self.bundle), "--register"],
             "sign": ["sign", f"{NAME}@champion"],
             "token": ["token", f"user-{number}", "--new-key"],
             "predict": [
@@ -120,6 +122,7 @@ class Pairs:
         """A champion, a challenger, and an endpoint that serves both."""
         while registry.find(NAME, registry.CHALLENGER) is None:
             self.must("train")
+            self.bundle = registry.resolve(NAME, "1").path
         self.must("serve")
 
 
