@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from app import database
 from app.audit import Audit, Changed, Entry
-from app.config import Serving
+from app.config import Serving, faults
 from app.errors import UserError
 from app.serving.variants import Deployed
 
@@ -98,7 +98,7 @@ def read(entry: Entry) -> Held:
         serving = None if settings is None else Serving.model_validate(settings)
         return Held(entry.number, Traffic.model_validate(details), serving)
     except (ValidationError, UserError) as error:
-        first = str(error.errors()[0]["msg"] if isinstance(error, ValidationError) else error)
+        first = faults.explained(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise UserError(
             f"entry {entry.number} of the audit log, the traffic of {entry.model}, cannot be read: {first}; "
             "deploy it again with `raylway serve`"

@@ -38,4 +38,4 @@ def test_a_job_trains_and_registers(reach, home):
 def test_a_job_that_fails_says_so(reach):
     failed = submit(reach, "python", "-m", "app", "train", "configs/smoke.yaml", "--set", "training.epochs=0")
     assert failed.returncode != 0
-    assert "training.epochs: input should be greater than 0" in failed.stdout
+    assert "training.epochs: must be at least 1" in failed.stdout
