@@ -43,8 +43,8 @@ FLAGS = {
     "RAY_SERVE_HAPROXY_RETRIES": "4",
     # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-    # HAProxy's manager imports Serve and starts HAProxy, which takes seconds on a busy machine. Serve kills it if
-    # it is not ready by then, and `serve` fails; 5 s by default.
+    # HAProxy's manager imports Serve and starts HAProxy, which takes seconds on a busy machine. If it is not
+    # ready by then, Serve kills it, and `serve` fails; 5 s by default.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # Strips the client headers that steer Serve and limits bodies, before Serve reads either.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
