@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from app import capacity, registry
+from app import capacity, registry, store
 from app.bundle import Bundle, Schema, columns_of
 from app.config import Source
 from app.data.sources import Files
@@ -119,8 +120,10 @@ def run(
     from ray.data import DataContext
     from ray.data.aggregate import Count
 
+    output = output.absolute()
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a folder that is not, or remove it")
+    store.require_shared(output.parent)
     path = folder(model)
     bundle = Bundle(path)
     on_wait(capacity.now().wait(1, "predict"))
@@ -134,11 +137,17 @@ def run(
         batch_size=ROWS_AT_ONCE,
         **_actors(capacity.now().room()),
     ).materialize()
-    # A folder that is there is whole.
-    draft = output.with_name(f".{output.name}.draft")
-    answered.write_parquet(str(draft.resolve()))
-    draft.rename(output)
+    if not store.place(output, lambda draft: _write(answered, draft)):
+        raise UserError(f"--output: {output} was made by another command meanwhile")
     return answered.count(), answered.aggregate(Count(VIOLATION, ignore_nulls=True))[f"count({VIOLATION})"]
+
+
+def _write(answered: "Dataset", draft: Path) -> None:
+    """Write a row for each row, and no other."""
+    answered.write_parquet(str(draft))
+    written = sum(pq.read_metadata(file).num_rows for file in draft.glob("*.parquet"))
+    if written != answered.count():
+        raise OSError(f"{written:,} of {answered.count():,} rows were written to {draft}")
 
 
 def _actors(room: float) -> dict[str, Any]:

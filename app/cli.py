@@ -199,8 +199,11 @@ def compress(
     gate did not let it be registered.
     """
     with _working("compress") as console:
-        from app import compression
+        from app import cluster, compression, store
 
+        if cluster.lasts():
+            with cluster.session():
+                store.require_shared()
         made = compression.compress(bundle)
         before, after = made.comparison["before"], made.comparison["after"]
         for name, unit, scale in (

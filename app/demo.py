@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from app import cluster, projectfile
+from app import cluster, files, projectfile
 from app.console import Console, short
 from app.home import home
 
@@ -31,7 +30,7 @@ def own_home() -> Iterator[None]:
     """A state directory of the demo's own, emptied: it starts from nothing and touches nothing else."""
     before = os.environ.get("RAYLWAY_HOME")
     folder = home() / "demo"
-    shutil.rmtree(folder, ignore_errors=True)
+    files.discard(folder)
     os.environ["RAYLWAY_HOME"] = str(folder)
     try:
         yield

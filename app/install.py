@@ -101,9 +101,9 @@ def _horovod_wheel(compiler: str) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             _build_horovod(Path(scratch), compiler, nccl)
-            if folder.exists():
-                shutil.rmtree(folder)
-            (Path(scratch) / "wheel").rename(folder)
+            folder.mkdir(exist_ok=True)
+            for wheel in (Path(scratch) / "wheel").glob("*.whl"):
+                wheel.replace(folder / wheel.name)
         found = list(folder.glob("*.whl"))
     return found[0]
 

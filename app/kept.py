@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app import bundle, store
+from app.bundle import BrokenBundle
 from app.home import home
 
 
@@ -17,6 +18,17 @@ def folder(identity: str) -> Path:
     """Where the bundle with an identity is kept, or would be: the same path on every machine that has this
     state directory."""
     return home() / "bundles" / identity
+
+
+def require(identity: str) -> Path:
+    """The folder of a bundle that is kept.
+
+    Raises BrokenBundle if its manifest has another identity: who changes a bundle can change that as well.
+    """
+    path = folder(identity)
+    if bundle.identity(path) != identity:
+        raise BrokenBundle(f"{path}: its {bundle.MANIFEST} was changed; {bundle.AGAIN}")
+    return path
 
 
 def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:

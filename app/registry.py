@@ -53,6 +53,7 @@ SIGNATURE_TAG = "raylway.signature"
 """On a version: the signature of its manifest, base64."""
 AUDIT_TAG = "raylway.audit"
 """On a version: the number of the audit log's last entry about the model when the version was created."""
+BUSY_TIMEOUT_S = 60
 ALIAS_ACTIONS = ("register", "promote")
 """In the audit log: what gives aliases."""
 
@@ -79,7 +80,9 @@ class Outdated(UserError):
 
 def uri() -> str:
     """Where MLflow keeps its tables."""
-    return database_url("mlflow.db")
+    url = database_url("mlflow.db")
+    # Several commands write at once; SQLite's driver would give up after 5 s.
+    return f"{url}?timeout={BUSY_TIMEOUT_S}" if url.startswith("sqlite") else url
 
 
 def client() -> MlflowClient:
@@ -89,7 +92,7 @@ def client() -> MlflowClient:
         private_file(home() / "mlflow.db")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     file = home() / "mlflow.db"
-    if uri() == f"sqlite:///{file}" and not file.exists():
+    if uri().startswith("sqlite") and not file.exists():
         _make_tables(file)
     return MlflowClient(tracking_uri=uri(), registry_uri=uri())
 
@@ -266,7 +269,12 @@ def _experiment(ours: MlflowClient, name: str) -> str:
     if experiment is not None:
         return experiment.experiment_id
     artifacts = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
-    return ours.create_experiment(name, artifact_location=f"{artifacts}/{name}")
+    try:
+        return ours.create_experiment(name, artifact_location=f"{artifacts}/{name}")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    return _experiment(ours, name)  # another process made it meanwhile
 
 
 @contextlib.contextmanager
@@ -431,8 +439,9 @@ def _kept(name: str, entry: Any) -> str:
                 "registered; restore it, or train and register another version"
             )
         identity = fetched
+    path = kept.require(identity)
     if signed := entry.tags.get(SIGNATURE_TAG):
-        signature.put(kept.folder(identity) / bundle.MANIFEST, base64.b64decode(signed))
+        signature.put(path / bundle.MANIFEST, base64.b64decode(signed))
     return identity
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from app import files
 from app.errors import UserError
-from app.home import home, make_private
+from app.home import database_url, home, make_private
 
 
 def key(stage: str, inputs: Mapping[str, Any], code: Iterable[ModuleType]) -> str:
@@ -118,21 +118,30 @@ def _collect(target: Path, keep: set[str | None]) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def require_shared(seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:
-    """Check that all nodes of the cluster see this state directory. Needs Ray.
+def require_shared(*folders: Path, seen_by: Callable[[Path], Mapping[str, bool]] | None = None) -> None:
+    """Check that all nodes of the cluster see the state directory and `folders`, and that they can share a
+    database. Needs Ray.
 
-    `seen_by` tells of each node's address whether it sees a file. Raises UserError that names the nodes
-    that do not: their tasks would write where nobody looks.
+    `seen_by` tells of each node's address whether it sees a file. Raises UserError that names the nodes that
+    do not: their tasks would write where nobody looks. SQLite is for a single node: its locks do not hold
+    between the machines of a shared file system.
     """
     make_private(home())
-    with tempfile.NamedTemporaryFile(dir=home(), prefix=".seen-") as marker:
-        nodes = (seen_by or _seen_by)(Path(marker.name))
-    blind = [address for address, sees in nodes.items() if not sees]
-    if blind:
-        raise UserError(
-            f"every node must see the state directory {home()}, but {', '.join(blind)} does not; put "
-            "RAYLWAY_HOME on a file system that all nodes mount (NFS, EFS, Lustre)"
-        )
+    for folder in (home(), *folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as marker:
+            nodes = (seen_by or _seen_by)(Path(marker.name))
+        if blind := [address for address, sees in nodes.items() if not sees]:
+            what, setting = ("the state directory ", "RAYLWAY_HOME") if folder == home() else ("", "it")
+            raise UserError(
+                f"every node must see {what}{folder}, but {', '.join(blind)} does not; put {setting} on a "
+                "file system that all nodes mount (NFS, EFS, Lustre)"
+            )
+        if len(nodes) > 1 and database_url("production.db").startswith("sqlite"):
+            raise UserError(
+                f"this cluster has {len(nodes)} nodes, which must share a database: set RAYLWAY_DATABASE_URL "
+                "to a PostgreSQL database; SQLite is for one node"
+            )
 
 
 def _seen_by(file: Path) -> dict[str, bool]:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from app import pipeline, registry
+from app import files, pipeline, registry, store
 from app.config import Project
 from app.console import Console, short
 from app.home import home, make_private
@@ -62,6 +62,7 @@ class Swept:
 
 def run(project: Project, console: Console) -> Swept:
     """Run a project's sweep to its end, or go on with it. Needs Ray. Raises as `tuner.run` does."""
+    store.require_shared()
     project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name
@@ -78,13 +79,13 @@ def run(project: Project, console: Console) -> Swept:
     if progress.reason:
         console.say(f"  ended: {progress.reason}")
     console.say(f"  {_summary(progress)}")
-    files = [_write(space, trial, name, progress.objectives) for trial in best]
+    written = [_write(space, trial, name, progress.objectives) for trial in best]
     page = report(project)
-    for trial, file in zip(best, files, strict=True):
+    for trial, file in zip(best, written, strict=True):
         console.say(f"  trial {trial.number}: {_values(trial, progress.objectives)}: {short(file)}")
     console.say(f"  report: {short(page)}")
     projects = [space.project(point_of(trial)) for trial in best]
-    return Swept(name, progress.objectives, progress.trials, best, projects, files, page)
+    return Swept(name, progress.objectives, progress.trials, best, projects, written, page)
 
 
 def report(project: Project, file: Path | None = None) -> Path:
@@ -92,8 +93,7 @@ def report(project: Project, file: Path | None = None) -> Path:
     space = Space(project)
     name = space.sweep.study or project.name
     file = file or make_private(folder(name)) / "report.html"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(reports.page(studies.load(name), space.sweep.objectives), encoding="utf-8")
+    files.write(file, reports.page(studies.load(name), space.sweep.objectives))
     return file
 
 
@@ -112,7 +112,7 @@ def _write(space: Space, trial: FrozenTrial, name: str, objectives: list[str]) -
     file = make_private(folder(name)) / ("best.yaml" if len(objectives) == 1 else f"best-{trial.number}.yaml")
     head = f"# Trial {trial.number} of the study {name}: {_values(trial, objectives)}.\n"
     document = yaml.safe_dump(space.document(point_of(trial)), sort_keys=False, allow_unicode=True)
-    file.write_text(head + document, encoding="utf-8")
+    files.write(file, head + document)
     return file
 
 
@@ -176,7 +176,7 @@ def _watching(console: Console) -> Iterator[Watch]:
 def _line(trial: FrozenTrial, progress: Progress) -> str:
     value = _values(trial, progress.objectives) if trial.state == TrialState.COMPLETE else ""
     if trial.state == TrialState.FAIL:
-        value = trial.user_attrs["error"]
+        value = trial.user_attrs.get("error", "ended by another program")
     done = f"{len(progress.trials)}/{progress.wanted}"
     return f"trial {trial.number} ({done}) {trial.state.name.lower():<8} {value}  {_point(trial.params)}"
 

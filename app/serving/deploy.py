@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from app import issuer
+from app import issuer, store
 from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Issuer
@@ -59,6 +59,7 @@ def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str]
     """
     from ray import serve
 
+    store.require_shared()
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:
         raise UserError(f"serving.limits.max_body_bytes must be at most {MAX_BODY_BYTES:,}")
     # Said here in one line; said by a replica it would be a traceback in Serve's log.

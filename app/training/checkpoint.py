@@ -3,9 +3,7 @@
 Written behind the training's back, whole or not at all, and trusted only if every file's hash is right.
 """
 
-import hashlib
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app import files
 from app.config.training import Checkpointing
 
 Tensors = Mapping[str, Tensor]
@@ -103,7 +102,7 @@ class Checkpoints:
             self._failure = error
 
     def _prune(self, newest: Path) -> None:
-        """Keep the last and the best; a deletion that is cut short leaves a damaged one, which is skipped.
+        """Keep the last and the best.
 
         What stands after the newest is damaged, or counts the steps of another number of ranks: it would be
         taken for the newest.
@@ -113,7 +112,7 @@ class Checkpoints:
         best = _best_first(scored)[: self._settings.keep_best]
         keep = {*last, *(folder for _, folder in best)}
         for folder in set(self._all()) - keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            files.discard(folder)
 
     def _all(self) -> list[Path]:
         return sorted(f for f in self._folder.glob("[0-9]*-[0-9]*") if f.is_dir())
@@ -143,15 +142,15 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     for group, tensors in snapshot.groups.items():
         save_file(dict(tensors), draft / f"{group}.safetensors")
     (draft / "state.json").write_text(json.dumps(snapshot.state))
-    manifest = {file.name: _sha256(file) for file in sorted(draft.iterdir())}
+    manifest = {file.name: files.sha256(file) for file in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(manifest))
     for file in draft.iterdir():
-        _sync(file)
-    _sync(draft)
+        files.sync(file)
+    files.sync(draft)
     target = folder / name
-    shutil.rmtree(target, ignore_errors=True)
+    files.discard(target)
     draft.rename(target)
-    _sync(folder)
+    files.sync(folder)
     return target
 
 
@@ -159,7 +158,7 @@ def damage(folder: Path) -> str:
     """What is wrong with a checkpoint; empty if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        faults = [name for name, digest in manifest.items() if _sha256(folder / name) != digest]
+        faults = [name for name, digest in manifest.items() if files.sha256(folder / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     if "state.json" not in manifest:
@@ -196,17 +195,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
 def _name(epoch: int, step: int) -> str:
     """Sorts by position."""
     return f"{epoch:06d}-{step:09d}"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before anything that comes after."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from app import capacity
+from app import capacity, files
 from app.config import Choice, Int, Project
 from app.config.sweep import SWEPT
 from app.data.prepare import prepare
@@ -252,4 +252,4 @@ def _clean(progress: Progress) -> None:
     """Checkpoints of trials that are over."""
     for trial in progress.trials:
         if run := trial.user_attrs.get("run"):
-            shutil.rmtree(home() / "runs" / run, ignore_errors=True)
+            files.discard(home() / "runs" / run)

@@ -1,20 +1,25 @@
 """Against MLflow itself, with SQLite and files in one state directory for the module: it takes seconds."""
 
 import contextlib
+import functools
+import json
 import shutil
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from app import bundle, registry, signature
+from app import bundle, kept, registry, signature
 from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.errors import Interrupted, UserError
+from app.serving import variants
+from tests import killer
 from tests.bundles import PASSED, ROWS, build
 from tests.versions import project, registered
 
@@ -333,3 +338,101 @@ def test_a_version_that_cannot_be_is_not_found(version):
     assert registry.find("income", version) is None
     with pytest.raises(UserError, match="no version"):
         registry.resolve("income", version)
+
+
+def test_the_same_graph_with_another_contract_is_another_version(bundles, tmp_path):
+    first = registered("contracts", bundles[0])
+    other = shutil.copytree(bundles[0], tmp_path / "other")
+    schema = json.loads((other / "schema.json").read_text())
+    schema["inputs"][0]["contract"]["max"] = 100
+    (other / "schema.json").write_text(json.dumps(schema))
+    bundle.seal(other, {"decision": PASSED})
+    second = registered("contracts", other, "other")
+    assert (first.number, second.number) == ("1", "2")
+    assert (
+        Bundle(second.path).manifest["files"]["model.onnx"]
+        == (Bundle(first.path).manifest["files"]["model.onnx"])
+    )
+
+
+def test_what_is_registered_is_not_written_again(bundles, home):
+    version = registered("written", bundles[0])
+    entry = registry.client().get_model_version("written", "1")
+    folders = (version.path, Path(entry.source.removeprefix("file://")))
+
+    def state():
+        return [(f, f.stat().st_ino, f.stat().st_mtime_ns) for of in folders for f in sorted(of.iterdir())]
+
+    before = state()
+    assert registered("written", bundles[0]) == version
+    assert registered("written", bundles[0], "another run") == version
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [(None, "holds no decision of it; train it again"), (False, "which refused it: not good enough")],
+)
+def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
+    bundles, tmp_path, decision, message
+):
+    registered("gated", bundles[0])
+    other = shutil.copytree(bundles[1], tmp_path / "other")
+    facts = {} if decision is None else {"decision": {"passed": decision, "reason": "not good enough"}}
+    bundle.seal(other, facts)
+    with registry.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
+        registry.register("gated", run.id, other, run.log_bundle(other))
+    # Somebody registers it with MLflow's own tools.
+    ours = registry.client()
+    number = str(ours.create_model_version("gated", run.log_bundle(other), run_id=run.id).version)
+    with pytest.raises(UserError, match=f"gated version {number} must have passed the gate.*{message}"):
+        registry.promote("gated", number)
+    ours.set_registered_model_alias("gated", registry.CHALLENGER, number)
+    with pytest.raises(UserError, match=f"must have passed the gate.*{message}"):
+        variants.opened(registry.resolve("gated", registry.CHALLENGER).path)
+    assert registry.resolve("gated", registry.CHAMPION).number == "1"
+    ours.delete_model_version("gated", number)
+
+
+def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
+    version = registered("forged", bundles[0])
+    manifest = bundle.verify(version.path)
+    before = (version.path / bundle.MANIFEST).read_bytes()
+    (version.path / bundle.MANIFEST).write_bytes(bundle.document({**manifest, "seed": 17}))
+    bundle.verify(version.path)
+    with pytest.raises(bundle.BrokenBundle, match=r"its MANIFEST\.json was changed"):
+        registry.resolve("forged", "1")
+    (version.path / bundle.MANIFEST).write_bytes(before)
+    assert registry.resolve("forged", "1") == version
+
+
+def test_a_champion_that_changes_after_the_decision_is_found_out(bundles):
+    """Two trainings at once: both were judged while there was no champion."""
+    judged = [kept.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
+    with registry.run(project("raced"), "key") as run:
+        uris = [run.log_bundle(path) for path in judged]
+        registry.register("raced", run.id, judged[0], uris[0])
+        with pytest.raises(registry.Outdated):
+            registry.register("raced", run.id, judged[1], uris[1])
+        assert registry.register("raced", run.id, judged[0], uris[0]).number == "1", "registered already"
+
+
+def test_registrations_at_once(bundles, tmp_path, monkeypatch):
+    """The first ever; of the same and of other bundles, in processes of their own: each bundle has one
+    version, and one is the champion."""
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
+
+    def register(number: int) -> str:
+        for _ in range(10):
+            with contextlib.suppress(registry.Outdated):
+                return registered("together", bundles[number % 2], f"run {number}").number
+        raise AssertionError("judged again and again")
+
+    def state() -> list[list[tuple[str, str]]]:
+        given = [(str(v.version), alias) for v in registry.versions("together") for alias in v.aliases]
+        entries = [(e.details["version"], e.details["alias"]) for e in Audit().entries("together")]
+        return [sorted(given), entries]
+
+    numbers = killer.fork_all([functools.partial(register, number) for number in range(4)])
+    assert sorted(numbers) == ["1", "1", "2", "2"]
+    assert killer.fork(state) == [[["1", "champion"], ["2", "challenger"]]] * 2

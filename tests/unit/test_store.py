@@ -1,4 +1,6 @@
+import functools
 import importlib.util
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from app import files, store
+from app.errors import UserError
+from tests import killer
 
 
 def module(folder: Path, text: str):
@@ -165,3 +169,80 @@ def test_a_lock_that_was_taken_away_while_waited_for_locks_nobody_out(home):
         built = list(pool.map(lambda _: store.produce(target, build, fresh=True), range(40)))
     assert built == [True] * 40
     assert len(list(target.parent.glob(".*"))) == 2, "the folder, and the one before"
+
+
+def test_all_nodes_must_see_the_state_and_share_a_database(home, tmp_path, monkeypatch):
+    output = tmp_path / "answers"
+
+    def require(*nodes: str, blind_to: Path | None = None) -> None:
+        def seen_by(file: Path) -> dict[str, bool]:
+            return {node: file.parent != blind_to or node == nodes[0] for node in nodes}
+
+        store.require_shared(output, seen_by=seen_by)
+
+    monkeypatch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+    require("10.0.0.1")
+    with pytest.raises(UserError, match="has 2 nodes, which must share a database: set RAYLWAY_DATABASE_URL"):
+        require("10.0.0.1", "10.0.0.2")
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", "postgresql://somewhere/raylway")
+    require("10.0.0.1", "10.0.0.2")
+    with pytest.raises(UserError, match=r"state directory .*10\.0\.0\.2 does not; put RAYLWAY_HOME on"):
+        require("10.0.0.1", "10.0.0.2", blind_to=home)
+    with pytest.raises(UserError, match=r"see .*answers, but 10\.0\.0\.2 does not; put it on"):
+        require("10.0.0.1", "10.0.0.2", blind_to=output)
+
+
+def test_a_file_is_written_by_one_rename_and_a_folder_is_gone_at_once(tmp_path):
+    file = tmp_path / "reports" / "page.html"
+    files.write(file, "first")
+    with file.open() as reader:
+        files.write(file, b"second")
+        assert reader.read() == "first", "who reads it goes on with what was there"
+    assert file.read_text() == "second"
+    assert (file.stat().st_mode & 0o777) == 0o666 & ~umask()
+    files.write(tmp_path / "secret", "x", mode=0o600)
+    assert ((tmp_path / "secret").stat().st_mode & 0o777) == 0o600
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["page.html", "reports", "secret"]
+    files.discard(tmp_path / "reports")
+    files.discard(tmp_path / "reports")
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_build_that_is_killed_leaves_the_folder_of_before_or_the_new_one(home, tmp_path, fresh):
+    """Before each of its writes, of a folder with many files."""
+    target = store.folder("train", "k")
+
+    def build(text: str, fresh: bool) -> None:
+        def fill(draft: Path) -> None:
+            for number in range(20):
+                (draft / f"{number}.txt").write_text(text)
+
+        store.produce(target, fill, fresh=fresh)
+
+    def content() -> list[str] | None:
+        return sorted(file.read_text() for file in target.iterdir()) if target.exists() else None
+
+    log = tmp_path / "writes"
+    if fresh:
+        build("first", fresh=False)
+    second = functools.partial(build, "second", fresh)
+    killer.fork(second, killer.Watcher([home], log=log, private=True))
+    assert content() == ["second"] * 20
+    count = len(killer.writes(log))
+    assert count > 20
+    for number in range(1, count + 1):
+        store.drop(target)
+        if fresh:
+            build("first", fresh=False)
+        assert killer.fork(second, killer.Watcher([home], number, private=True)) is None, "not killed"
+        assert content() in ([["first"] * 20, ["second"] * 20] if fresh else [None, ["second"] * 20])
+        build("third", fresh=True)
+        assert content() == ["third"] * 20
+        assert len(list(target.parent.glob(".k-*"))) <= 2, "what was left is removed"

@@ -1,0 +1,169 @@
+"""Whole commands on the cluster, killed before their writes in turn and given again: everything is whole.
+
+Every rename and every start of a file, and a sample of the commits, which MLflow and Optuna make many of;
+tests/unit/test_kill_points.py takes all of them of what registers, promotes and signs.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from app import bundle, registry
+from app.audit import Audit
+from app.bundle import Bundle
+from app.tuning import study as studies
+from tests import killer
+from tests.integration.conftest import ROOT
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+SMOKE = "configs/smoke.yaml"
+NUM_COMMITS = 8
+"""Commits of one command that are tried, spread over all of them."""
+
+
+@pytest.fixture
+def killed(reach, home, tmp_path):
+    """Runs a command that is killed before a write; 0 lets it end and returns its writes."""
+
+    def run(number: int, *command: str) -> list[tuple[str, str]]:
+        log = tmp_path / f"writes-{number}"
+        log.unlink(missing_ok=True)
+        arguments = [str(number), str(log), f"{home}:{tmp_path}", *command]
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.killer", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "RAYLWAY_HOME": str(home)},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == (-signal.SIGKILL if number else 0), done.stdout + done.stderr
+        return killer.writes(log)
+
+    return run
+
+
+def points(writes: list[tuple[str, str]]) -> list[int]:
+    """The numbers of the writes to be killed before."""
+    commits = [number for number, (event, _) in enumerate(writes, 1) if event == "commit"]
+    step = max(1, len(commits) // NUM_COMMITS)
+    others = [number for number, (event, _) in enumerate(writes, 1) if event != "commit"]
+    return sorted({*others, *commits[::step], *commits[-2:]})
+
+
+def check_registered(name: str, count: int) -> None:
+    """Each version once, whole, with one entry in the audit log; one of them is the champion."""
+    versions = [registry.resolve(name, str(entry.version)) for entry in registry.versions(name)]
+    assert len(versions) == len({version.identity for version in versions}) == count
+    for version in versions:
+        Bundle(version.path).check_example()
+        bundle.require_passed(bundle.verify(version.path), name)
+    assert Counter(alias for version in versions for alias in version.aliases)[registry.CHAMPION] == 1
+    with Audit() as audit:
+        registered = [entry.details["version"] for entry in audit.entries(name, "register")]
+    assert sorted(registered) == sorted(version.number for version in versions)
+
+
+def test_train(killed, raylway):
+    """The network is there; what is killed is everything after it."""
+
+    def command(name: str) -> tuple[str, ...]:
+        return ("train", SMOKE, "--set", f"name={name}")
+
+    assert raylway(*command("whole")).returncode == 0
+    writes = killed(0, *command("listed"))
+    for number in points(writes):
+        killed(number, *command(f"killed-{number}"))
+        again = raylway(*command(f"killed-{number}"))
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        check_registered(f"killed-{number}", 1)
+        client = registry.client()
+        experiment = client.get_experiment_by_name(f"killed-{number}")
+        assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
+
+
+def test_compress(killed, raylway):
+    def trained(name: str) -> str:
+        settings = ("--set", f"name={name}", "--set", "compression.max_loss=1")
+        done = raylway("train", SMOKE, *settings)
+        assert done.returncode == 0, done.stdout
+        return str(registry.resolve(name, registry.CHAMPION).path)
+
+    writes = killed(0, "compress", trained("small"), "--register")
+    check_registered("small", 2)
+    for number in points(writes):
+        path = trained(f"small-{number}")
+        killed(number, "compress", path, "--register")
+        again = raylway("compress", path, "--register")
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        check_registered(f"small-{number}", 2)
+
+
+def test_predict(killed, raylway, tmp_path):
+    raylway("train", SMOKE)
+    rows = pd.read_parquet(registry.resolve("smoke", registry.CHAMPION).path / "reference.parquet").head(3000)
+    rows.to_parquet(tmp_path / "rows.parquet")
+
+    def command(name: str) -> tuple[str, ...]:
+        return (
+            "predict",
+            "smoke",
+            "--input",
+            f"{tmp_path}/rows.parquet",
+            "--output",
+            f"{tmp_path}/out/{name}",
+        )
+
+    writes = killed(0, *command("whole"))
+    assert len(pd.read_parquet(tmp_path / "out" / "whole")) == len(rows)
+    for number in range(1, len(writes) + 1):
+        killed(number, *command(str(number)))
+        assert not (tmp_path / "out" / str(number)).exists()
+        again = raylway(*command(str(number)))
+        assert again.returncode == 0, again.stdout + again.stderr
+        assert f"{len(rows):,} rows answered" in again.stdout
+        assert len(pd.read_parquet(tmp_path / "out" / str(number))) == len(rows)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")], "nothing is left"
+
+
+def test_sweep(killed, raylway, home):
+    def command(name: str) -> tuple[str, ...]:
+        return ("sweep", SMOKE, "--trials", "2", "--set", f"sweep.study={name}")
+
+    writes = killed(0, *command("swept"))
+    for number in points(writes):
+        name = f"swept-{number}"
+        killed(number, *command(name))
+        again = raylway(*command(name), timeout=600)
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        trials = studies.load(name).trials
+        assert [(trial.number, trial.state.is_finished()) for trial in trials] == [(0, True), (1, True)]
+        assert {"best.yaml", "report.html"} <= {file.name for file in (home / "sweeps" / name).iterdir()}
+        client = registry.client()
+        runs = client.search_runs(
+            [client.get_experiment_by_name("smoke").experiment_id], f"tags.`{registry.STUDY_TAG}` = '{name}'"
+        )
+        assert len(runs) == 1
+
+
+def test_token(killed, raylway, home):
+    """A token is good under the published keys, whatever was killed before."""
+    from joserfc import jwt
+    from joserfc.jwk import KeySet
+
+    folder: Path = home / "issuer"
+    writes = killed(0, "token", "somebody", "--new-key")
+    for number in range(1, len(writes) + 1):
+        killed(number, "token", "somebody", "--new-key")
+        for options in ((), ("--new-key",)):
+            token = re.findall(r"^ey\S+", raylway("token", "somebody", *options).stdout, re.MULTILINE)
+            jwt.decode(
+                token[0], KeySet.import_key_set(pd.read_json(folder / "jwks.json", typ="series").to_dict())
+            )

@@ -1,0 +1,211 @@
+"""What other programs do to our state: MLflow's and Optuna's own tools, and those that copy files."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from app import bundle, cluster, kept, registry
+from app.bundle import Bundle
+from app.errors import UserError
+from app.tuning import study as studies
+from tests.bundles import PASSED, build
+from tests.versions import project, registered
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bundles")
+    paths = [build(folder / f"seed-{seed}", seed) for seed in range(2)]
+    for path in paths:
+        registry.write_flavor(path)
+        bundle.seal(path, {"decision": PASSED})
+    return paths
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """One for the module: MLflow takes seconds to make its tables."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLWAY_HOME", str(home))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+        patch.delenv("RAYLWAY_STORE", raising=False)
+        yield home
+
+
+def source(name: str) -> Path:
+    """Where MLflow's tools find a model's champion."""
+    entry = registry.client().get_model_version_by_alias(name, registry.CHAMPION)
+    return Path(entry.source.removeprefix("file://"))
+
+
+def works(name: str) -> registry.Version:
+    """The champion, which must be as it was registered."""
+    version = registry.resolve(name, registry.CHAMPION)
+    assert bundle.identity(version.path) == version.identity
+    Bundle(version.path).check_example()
+    return version
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
+    """The README's own line, and then the next candidate."""
+    registered("opened", bundles[0])
+    mlflow.set_tracking_uri(registry.uri())
+    mlflow.set_registry_uri(registry.uri())
+    mlflow.onnx.load_model("models:/opened@champion")
+    left = names(source("opened")) - names(bundles[0])
+    assert left, "MLflow no longer writes there; this test has lost its object"
+    works("opened")
+    shutil.rmtree(home / "bundles")  # as on another machine: it is fetched from there
+    assert names(works("opened").path) == names(bundles[0])
+    second = registered("opened", bundles[1], "second")
+    assert (second.number, second.aliases) == ("2", (registry.CHALLENGER,))
+
+
+def test_the_commands_of_mlflow(bundles, home, tmp_path):
+    registered("commanded", bundles[0])
+    run_id = registry.client().get_model_version("commanded", "1").run_id
+    path = source("commanded").name
+    run(BIN / "mlflow", "runs", "describe", "--run-id", run_id)
+    run(BIN / "mlflow", "artifacts", "list", "--run-id", run_id, "--artifact-path", path)
+    download = ("artifacts", "download", "--run-id", run_id, "--artifact-path", path)
+    run(BIN / "mlflow", *download, "--dst-path", tmp_path)
+    Bundle(tmp_path / path).check_example()
+    works("commanded")
+    # Runs that somebody has deleted are collected with their artifacts; a version that is kept goes on.
+    run(BIN / "mlflow", "runs", "delete", "--run-id", run_id)
+    run(BIN / "mlflow", "gc", "--backend-store-uri", registry.uri())
+    assert not source("commanded").exists()
+    assert registry.promote("commanded", "1") == works("commanded")
+    assert registered("commanded", bundles[0], "again").number == "1"
+    shutil.rmtree(home / "bundles")
+    with pytest.raises(UserError, match="commanded version 1: its bundle cannot be fetched from"):
+        registry.resolve("commanded", "1")
+
+
+def test_a_copy_of_the_state_directory_works_where_it_is_put(bundles, home, tmp_path, monkeypatch):
+    before = registered("copied", bundles[0])
+    for folder in (before.path, source("copied")):
+        for name in (".DS_Store", "model.onnx~", ".model.onnx.swp", "hook.py"):
+            (folder / name).write_text("raise SystemExit")
+        run("touch", *folder.iterdir())
+    run("cp", "-a", home, tmp_path / "restored")
+    works("copied")
+    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "restored"))
+    after = works("copied")
+    assert after == before
+    assert after.path == tmp_path / "restored" / "bundles" / before.identity
+
+
+def test_optuna_dashboard_beside_a_sweep(home):
+    rate = {"rate": FloatDistribution(0.0, 1.0)}
+
+    def opened():
+        return studies.opened("watched", ["maximize"], {"project": {}}, print)
+
+    with opened() as study:
+        study.finish(study.begin({"rate": 0.5}, rate, "a"), TrialState.COMPLETE, [0.8], {"epochs": 1})
+        study.begin({"rate": 0.6}, rate, "b")
+    port = cluster.free_ports(1)[0]
+    command = [BIN / "optuna-dashboard", studies.url(), "--port", str(port), "--host", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as dashboard:
+        try:
+            url = f"http://127.0.0.1:{port}/api"
+            answered(f"{url}/studies")
+            study_id = studies.load("watched")._study_id
+            answered(f"{url}/studies/{study_id}")
+            answered(f"{url}/studies/{study_id}/note", "PUT", b'{"body": "mine", "version": 1}')
+            trials = {trial.number: trial._trial_id for trial in studies.load("watched").trials}
+            answered(f"{url}/trials/{trials[0]}/user-attrs", "POST", b'{"user_attrs": {"mine": 1}}')
+            # Somebody ends a trial that waits to be gone on with.
+            answered(f"{url}/trials/{trials[1]}/tell", "POST", b'{"state": "Fail"}')
+            with opened() as study:
+                assert [t.state for t in study.trials()] == [TrialState.COMPLETE, TrialState.FAIL]
+                number = study.begin({"rate": 0.7}, rate, "c")
+                study.report(number, 1, 0.7)
+                study.finish(number, TrialState.COMPLETE, [0.9], {"epochs": 1})
+            assert [t.value for t in studies.load("watched").trials] == [0.8, None, 0.9]
+        finally:
+            dashboard.terminate()
+
+
+def answered(url: str, method: str = "GET", body: bytes | None = None) -> None:
+    """Ask the dashboard, which may still be starting."""
+    request = urllib.request.Request(url, body, {"content-type": "application/json"}, method=method)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for _ in range(300):
+        try:
+            with opener.open(request, timeout=30) as answer:
+                assert answer.status < 300
+                return
+        except ConnectionError:
+            pass
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionError):
+                raise
+        time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store that is not local: MLflow's server of artifacts."""
+    port = cluster.free_ports(1)[0]
+    folder = tmp_path_factory.mktemp("store")
+    options = ("--artifacts-only", "--artifacts-destination", folder, "--port", port, "--workers", "1")
+    command = [BIN / "mlflow", "server", "--host", "127.0.0.1", *options]
+    with subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            answered(f"http://127.0.0.1:{port}/health")
+            yield f"http://127.0.0.1:{port}/api/2.0/mlflow-artifacts/artifacts/raylway"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def test_a_store_elsewhere(bundles, home, store, monkeypatch):
+    monkeypatch.setenv("RAYLWAY_STORE", store)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    first = registered("elsewhere", bundles[0])
+    entry = registry.client().get_model_version("elsewhere", "1")
+    assert entry.source.startswith(store)
+    assert registry.resolve("elsewhere", "1") == first, "the same place at each call"
+    fetched = first.path.stat().st_ino
+    registry.resolve("elsewhere", "1")
+    assert first.path.stat().st_ino == fetched, "fetched once"
+    shutil.rmtree(home / "bundles")  # as on another machine
+    assert works("elsewhere") == first
+    # An upload that was cut short: the manifest, which comes last, is missing.
+    client, run_id = registry.client(), entry.run_id
+    with registry.run(project("elsewhere"), "second") as run:
+        judged = kept.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
+        name = f"bundle-{bundle.identity(judged)[:16]}"
+        client.log_artifact(run.id, str(judged / "schema.json"), name)
+        second = registry.register("elsewhere", run.id, judged, run.log_bundle(judged))
+    assert run_id != run.id
+    shutil.rmtree(home / "bundles")
+    Bundle(registry.resolve("elsewhere", second.number).path).check_example()
