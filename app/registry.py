@@ -88,8 +88,6 @@ def uri() -> str:
 def client() -> MlflowClient:
     """A client of our MLflow, whose tables are made at the first call."""
     make_private(home() / "artifacts")
-    if uri().startswith("sqlite"):
-        private_file(home() / "mlflow.db")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     file = home() / "mlflow.db"
     if uri().startswith("sqlite") and not file.exists():
@@ -102,7 +100,7 @@ def _make_tables(file: Path) -> None:
     with files.locked(file):
         if file.exists():
             return
-        draft = files.private(file)
+        draft = private_file(files.private(file))
         SqlAlchemyStore(f"sqlite:///{draft}", str(home() / "artifacts")).engine.dispose()
         draft.rename(file)
 
