@@ -1,11 +1,13 @@
 """What other programs do to our state: MLflow's and Optuna's own tools, and those that copy files."""
 
-import os
+import http.server
+import json
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -139,7 +141,7 @@ def test_optuna_dashboard_beside_a_sweep(home):
             answered(f"{url}/studies/{study_id}")
             answered(f"{url}/studies/{study_id}/note", "PUT", b'{"body": "mine", "version": 1}')
             trials = {trial.number: trial._trial_id for trial in studies.load("watched").trials}
-            answered(f"{url}/trials/{trials[0]}/user-attrs", "POST", b'{"user_attrs": {"mine": 1}}')
+            answered(f"{url}/trials/{trials[1]}/user-attrs", "POST", b'{"user_attrs": {"mine": 1}}')
             # Somebody ends a trial that waits to be gone on with.
             answered(f"{url}/trials/{trials[1]}/tell", "POST", b'{"state": "Fail"}')
             with opened() as study:
@@ -156,7 +158,7 @@ def answered(url: str, method: str = "GET", body: bytes | None = None) -> None:
     """Ask the dashboard, which may still be starting."""
     request = urllib.request.Request(url, body, {"content-type": "application/json"}, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(300):
+    for _ in range(900):
         try:
             with opener.open(request, timeout=30) as answer:
                 assert answer.status < 300
@@ -170,21 +172,53 @@ def answered(url: str, method: str = "GET", body: bytes | None = None) -> None:
     raise AssertionError(f"{url} does not answer")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store that is not local: MLflow's server of artifacts."""
-    port = cluster.free_ports(1)[0]
-    folder = tmp_path_factory.mktemp("store")
-    options = ("--artifacts-only", "--artifacts-destination", folder, "--port", port, "--workers", "1")
-    command = [BIN / "mlflow", "server", "--host", "127.0.0.1", *options]
-    with subprocess.Popen(
-        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    ) as server:
-        try:
-            answered(f"http://127.0.0.1:{port}/health")
-            yield f"http://127.0.0.1:{port}/api/2.0/mlflow-artifacts/artifacts/raylway"
-        finally:
-            os.killpg(server.pid, signal.SIGKILL)
+class Store(http.server.BaseHTTPRequestHandler):
+    """A store of artifacts as MLflow's server is one, in a folder."""
+
+    folder: Path
+    """Set in a class made for each server."""
+
+    def _file(self) -> Path:
+        return self.folder / self.path.removeprefix(f"{STORE}/")
+
+    def do_PUT(self) -> None:
+        self._file().parent.mkdir(parents=True, exist_ok=True)
+        self._file().write_bytes(self.rfile.read(int(self.headers["content-length"])))
+        self._answer(200, b"{}")
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        if url.query:
+            listed = self.folder / urllib.parse.parse_qs(url.query)["path"][0]
+            found = sorted(listed.iterdir()) if listed.is_dir() else []
+            listing = [{"path": f.name, "is_dir": f.is_dir(), "file_size": f.stat().st_size} for f in found]
+            self._answer(200, json.dumps({"files": listing}).encode())
+        elif self._file().is_file():
+            self._answer(200, self._file().read_bytes())
+        else:
+            self._answer(404, b"{}")
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+STORE = "/api/2.0/mlflow-artifacts/artifacts"
+
+
+@pytest.fixture
+def store(tmp_path):
+    """The URL of one that is not local."""
+    handler = type("Handler", (Store,), {"folder": tmp_path / "store"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}{STORE}/raylway"
+        server.shutdown()
 
 
 def test_a_store_elsewhere(bundles, home, store, monkeypatch):
