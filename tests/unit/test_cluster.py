@@ -1,6 +1,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -173,3 +174,16 @@ def test_cluster_yaml_holds_no_secret_and_no_account():
     assert "/home/ubuntu/.raylway/auth_token" in config["file_mounts"]
     assert "RAY_AUTH_TOKEN=" not in text
     assert not any(len(word) == 12 and word.isdigit() for word in text.replace(":", " ").split())
+
+
+def test_a_commands_own_sigterm_handler_outlives_the_start_of_ray():
+    def ours(*_):
+        pass
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with cluster._keeping_sigterm():
+            signal.signal(signal.SIGTERM, lambda *_: None)  # as ray.init does
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
