@@ -1,9 +1,11 @@
 """Predictions for whole tables: the bundle, contract and answers of an endpoint, on a cluster's CPUs."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -11,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app import capacity, registry, store
-from app.bundle import Bundle, Schema, columns_of
+from app.bundle import OUTPUT, Bundle, Schema
 from app.config import Source
-from app.data.sources import Files
-from app.errors import UserError
-from app.serving.protocol import Contract, Refused
+from app.data.cells import table_faults, told
+from app.data.reading import SUFFIXES, has_format
+from app.data.sources import Files, Kind
+from app.errors import UserError, unwrapped
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 VIOLATION = "violation"
 """The column that says why a row has no answer."""
 ROWS_AT_ONCE = 1024
+NUM_EXAMPLES = 3
+"""Number of broken rows that an error shows."""
 
 
 def folder(model: str | Path) -> Path:
@@ -41,58 +46,75 @@ def _is_folder(path: Path) -> bool:
 
 
 def source(name: str) -> Source:
-    """A file or folder; CSV if its name, or that of a file in it, says so."""
-    is_csv = name.endswith(".csv") or (Path(name).is_dir() and any(Path(name).glob("*.csv")))
-    return Source(path=name, format="csv" if is_csv else "parquet")
+    """A file or folder, of the format that its name, or those of the files in it, says.
+
+    Raises UserError if that is none or several.
+    """
+    formats: list[Literal["parquet", "csv"]] = ["parquet", "csv"]
+    names = [name]
+    if Path(name).is_dir():
+        names = [file.name for file in Path(name).rglob("*")]
+    found = [each for each in formats if any(has_format(file, each) for file in names)]
+    if len(found) > 1:
+        raise UserError(f"--input: {name} has CSV and Parquet files; give a folder with one of them")
+    if not found and Path(name).suffix:
+        allowed = ", ".join(suffix for each in formats for suffix in SUFFIXES[each])
+        raise UserError(f"--input: {name} must be a folder or a file whose name ends in {allowed}")
+    return Source(path=name, format=found[0] if found else "parquet")
 
 
 def predict(bundle: Bundle, rows: pd.DataFrame, k: int = 10) -> pd.DataFrame:
-    """A model's answers, a row for each of `rows` with their index; values are as training had them.
+    """A model's answers, a row for each of `rows` with their index.
 
     The columns are `probability` of a binary label; `label` and the probability of each class of several;
-    `items` and `scores`, the best `k`, of a recommender. Raises UserError for a column that is missing.
+    `items` and `scores`, the best `k`, of a recommender. Raises UserError for a column that is missing,
+    and for rows that break the contract.
     """
     schema = bundle.schema
     _require_columns(schema, list(rows.columns), "rows")
-    columns = {}
-    for item in schema.inputs:
-        number = item.contract.type == "number"
-        series = rows[item.name]
-        columns[item.name] = series.to_numpy(np.float64) if number else _strings(series)
-    return _answers(bundle, columns, k).set_index(rows.index)
+    read = {name: cells.read_series(rows[name]) for name, cells in schema.cells().items()}
+    broken = [
+        f"  row {rows.index[row]!r}: {_said(rows.iloc[row], rules)}"
+        for row, rules in enumerate(
+            table_faults({name: faults for name, (_, faults) in read.items()}, len(rows))
+        )
+        if rules
+    ]
+    if broken:
+        more = f"\n  and {len(broken) - NUM_EXAMPLES:,} more" if len(broken) > NUM_EXAMPLES else ""
+        raise UserError(
+            f"{len(broken):,} of {len(rows):,} rows break the contract of {schema.name}; mend them or leave "
+            "them out:\n" + "\n".join(broken[:NUM_EXAMPLES]) + more
+        )
+    return _answers(bundle, {name: values for name, (values, _) in read.items()}, k).set_index(rows.index)
 
 
 class Predictor:
     """Answers blocks of a table on a worker."""
 
-    def __init__(self, path: Path, k: int):
+    def __init__(self, path: Path, k: int, suffix: str = ""):
+        """`suffix` ends the names of the answers' columns."""
+        self._suffix = suffix
         self._bundle = Bundle(path)
-        self._contract = Contract(self._bundle.schema, ROWS_AT_ONCE)
+        self._cells = self._bundle.schema.cells()
         self._k = k
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """The block with its answers. A row that breaks the contract gets none, and VIOLATION says why."""
-        rows = _rows(block, self._bundle.schema)
-        violations = self._violations(rows)
-        kept = [row for row, violation in zip(rows, violations, strict=True) if violation is None]
-        answers = _answers(self._bundle, columns_of(self._bundle.schema, kept), self._k)
-        answers.index = pd.Index([n for n, violation in enumerate(violations) if violation is None])
-        answers = answers.reindex(range(len(rows)))
+        read = {name: cells.read_column(block.column(name), text=True) for name, cells in self._cells.items()}
+        faults = table_faults({name: found for name, (_, found) in read.items()}, block.num_rows)
+        violations = [self._violation(block, row, rules) for row, rules in enumerate(faults)]
+        kept = np.flatnonzero([violation is None for violation in violations])
+        answers = _answers(self._bundle, {name: values[kept] for name, (values, _) in read.items()}, self._k)
+        answers.index = pd.Index(kept)
+        answers = answers.reindex(range(block.num_rows))
         for name in answers.columns:
-            block = block.append_column(name, pa.Array.from_pandas(answers[name], type=self._type(name)))
-        return block.append_column(VIOLATION, pa.array(violations, pa.string()))
+            answer = pa.Array.from_pandas(answers[name], type=self._type(name))
+            block = block.append_column(f"{name}{self._suffix}", answer)
+        return block.append_column(f"{VIOLATION}{self._suffix}", pa.array(violations, pa.string()))
 
-    def _violations(self, rows: list[dict[str, Any]]) -> list[str | None]:
-        if not rows or self._violation(rows) is None:
-            return [None] * len(rows)
-        return [self._violation([row]) for row in rows]
-
-    def _violation(self, rows: list[dict[str, Any]]) -> str | None:
-        try:
-            self._contract.check(rows, None, None, lambda place: str(place[-1]))
-        except Refused as refused:
-            return "; ".join(f"{v['path']}: {v['message']}" for v in refused.violations) or str(refused)
-        return None
+    def _violation(self, block: pa.Table, row: int, rules: list[tuple[str, str]]) -> str | None:
+        return _said({name: block.column(name)[row].as_py() for name, _ in rules}, rules) if rules else None
 
     def _type(self, name: str) -> pa.DataType:
         """Of an answer's column: the same in each block, also in one that has no answer at all."""
@@ -103,21 +125,34 @@ class Predictor:
         return {"label": pa.string(), "known": pa.bool_()}.get(name, pa.float32())
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A table with its answers."""
+
+    num_rows: int
+    num_broken: int
+    """Rows that break the contract."""
+    suffix: str
+    """What the names of the answers' columns end in, so that they are none of the table's."""
+
+
 def run(
     model: str,
     source: Source,
     output: Path,
     k: int = 10,
     on_wait: Callable[[str | None], None] = lambda _: None,
-) -> tuple[int, int]:
+) -> Answered:
     """Answer all rows of a file or folder; `output` becomes a folder of Parquet files. Needs Ray.
 
-    `on_wait` hears what is waited for, if anything is.
-
-    :returns: how many rows there were, and how many of them broke the contract.
-    :raises UserError: there is no such model or input, a column is missing, or `output` is there already.
+    `on_wait` hears what is waited for, if anything is. Raises UserError if there is no such model or input, a
+    column is missing, a file cannot be read to its end, or `output` is there already.
     """
-    from ray.data import DataContext
+    with unwrapped():
+        return _run(model, source, output, k, on_wait)
+
+
+def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[str | None], None]) -> Answered:
     from ray.data.aggregate import Count
 
     output = output.absolute()
@@ -127,19 +162,29 @@ def run(
     path = folder(model)
     bundle = Bundle(path)
     on_wait(capacity.now().wait(1, "predict"))
-    rows = _read(source, bundle.schema)
-    # Answers stand in the order of their rows.
-    DataContext.get_current().execution_options.preserve_order = True
+    rows, names = _read(source, bundle.schema)
+    suffix = _suffix(bundle.schema, names)
     answered = rows.map_batches(
         Predictor,
-        fn_constructor_args=(path, k),
+        fn_constructor_args=(path, k, suffix),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
         **_actors(capacity.now().room()),
     ).materialize()
     if not store.place(output, lambda draft: _write(answered, draft)):
         raise UserError(f"--output: {output} was made by another command meanwhile")
-    return answered.count(), answered.aggregate(Count(VIOLATION, ignore_nulls=True))[f"count({VIOLATION})"]
+    violation = f"{VIOLATION}{suffix}"
+    broken = answered.aggregate(Count(violation, ignore_nulls=True))[f"count({violation})"]
+    return Answered(answered.count(), broken, suffix)
+
+
+def _suffix(schema: Schema, names: Sequence[str]) -> str:
+    """Nothing, or the first of _2, _3 ... with which no column of the answers is one of the table's."""
+    answers = {"ranking": ["items", "scores"], "binary": [OUTPUT]}.get(
+        schema.task, ["label", *schema.classes]
+    )
+    suffixes = itertools.chain([""], (f"_{number}" for number in itertools.count(2)))
+    return next(s for s in suffixes if not {f"{answer}{s}" for answer in [*answers, VIOLATION]} & {*names})
 
 
 def _write(answered: "Dataset", draft: Path) -> None:
@@ -161,20 +206,13 @@ def _actors(room: float) -> dict[str, Any]:
     return {"compute": ActorPoolStrategy(size=1), "num_cpus": share}
 
 
-def _read(source: Source, schema: Schema) -> "Dataset":
-    import ray.data
-
+def _read(source: Source, schema: Schema) -> tuple["Dataset", list[str]]:
+    """The input with all its columns, and their names."""
     files = Files(source, "--input")
-    if source.format == "csv":
-        # As text: `007` is a category's value, and which cell is no number is the contract's affair.
-        text = pa.csv.ConvertOptions(
-            column_types={item.name: pa.string() for item in schema.inputs}, strings_can_be_null=True
-        )
-        rows = ray.data.read_csv(files.paths, filesystem=files.filesystem, convert_options=text)
-    else:
-        rows = ray.data.read_parquet(files.paths, filesystem=files.filesystem)
-    _require_columns(schema, rows.columns() or [], files.name)
-    return rows
+    wanted: dict[str, Kind] = {item.name: item.contract.type for item in schema.inputs}
+    files.check(wanted)
+    carried = files.carried(wanted)
+    return files.read(carried), carried.names
 
 
 def _require_columns(schema: Schema, names: Sequence[str], where: str) -> None:
@@ -182,24 +220,9 @@ def _require_columns(schema: Schema, names: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: must have the columns {', '.join(missing)}")
 
 
-def _rows(block: pa.Table, schema: Schema) -> list[dict[str, Any]]:
-    """What a client would send of each row."""
-    columns = {}
-    for item in schema.inputs:
-        values = block.column(item.name).to_pylist()
-        number = item.contract.type == "number"
-        columns[item.name] = [_number(value) if number else value for value in values]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def _number(value: Any) -> Any:
-    """A CSV cell as a number if it is one; NaN is missing, as in training."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return value
-    return None if value != value else value
+def _said(row: Mapping[str, Any], rules: list[tuple[str, str]]) -> str:
+    """What is wrong with a row: its broken rules with the values that came."""
+    return "; ".join(f"{name}: {told(rule, row[name])}" for name, rule in rules)
 
 
 def _answers(bundle: Bundle, columns: dict[str, np.ndarray], k: int) -> pd.DataFrame:
@@ -213,10 +236,6 @@ def _answers(bundle: Bundle, columns: dict[str, np.ndarray], k: int) -> pd.DataF
     table = pd.DataFrame(probabilities, columns=schema.classes)
     table.insert(0, "label", np.array(schema.classes)[probabilities.argmax(axis=1)])
     return table
-
-
-def _strings(series: pd.Series) -> np.ndarray:
-    return series.astype(object).where(series.notna(), None).to_numpy()
 
 
 def _lists(matrix: np.ndarray, k: int) -> Sequence[list]:

@@ -14,8 +14,9 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from app import files
-from app.config import Column, Project
+from app.config import Category, Column, Project
 from app.data import tokens
+from app.data.cells import Cells
 from app.data.features import MISSING, Categories, Preprocessor
 from app.errors import UserError
 from app.signature import SIGNATURE
@@ -52,6 +53,13 @@ class Input(BaseModel):
     known: list[str] | None
     """Of a category: the values of the training part."""
 
+    @property
+    def allowed(self) -> list[str] | None:
+        """The values that a row to be predicted may have; None if any."""
+        if not isinstance(self.contract, Category):
+            return None
+        return self.known or [] if self.contract.unseen == "refuse" else self.contract.values
+
 
 class Schema(BaseModel):
     """What goes into the model and what comes out."""
@@ -61,6 +69,8 @@ class Schema(BaseModel):
     """The registered model's."""
     task: Literal["binary", "classes", "ranking"] = "binary"
     inputs: list[Input]
+    missing: list[str] = []
+    """Strings that stand for a missing value, beside null and the empty string."""
     label: str
     """The column that is predicted; of a ranking, the items'."""
     positive: str = ""
@@ -73,6 +83,10 @@ class Schema(BaseModel):
     """Of several classes: their names, in the order of the graph's output."""
     num_items: int = 0
     """Of a ranking: how many items the graph gives."""
+
+    def cells(self) -> dict[str, Cells]:
+        """The reader of each input's cells."""
+        return {i.name: Cells(i.contract, self.missing, i.allowed) for i in self.inputs}
 
 
 @dataclass(frozen=True)
@@ -151,7 +165,13 @@ class Bundle:
 
 def schema_at(path: Path) -> Schema:
     """What the bundle in a folder takes and gives."""
-    return Schema.model_validate_json((path / "schema.json").read_text())
+    schema = Schema.model_validate_json((path / "schema.json").read_text())
+    project = path / "project.json"
+    if "missing" not in schema.model_fields_set and project.exists():
+        # Older bundles have the markers in their project alone.
+        missing = json.loads(project.read_text())["data"]["missing"]
+        schema = schema.model_copy(update={"missing": missing})
+    return schema
 
 
 def session(model: Path) -> "onnxruntime.InferenceSession":
@@ -196,6 +216,7 @@ def schema_of(project: Project, preprocessor: Preprocessor, labels: Sequence[str
         inputs=[
             Input(name=n, contract=project.data.columns[n], known=known.get(n)) for n in project.features
         ],
+        missing=project.data.missing,
         label=label.column,
         positive=label.outcome if label.classes is None else "",
         negatives=[value for value in labels if value != label.outcome] if label.classes is None else [],
@@ -205,7 +226,10 @@ def schema_of(project: Project, preprocessor: Preprocessor, labels: Sequence[str
 
 
 def columns_of(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows by column, as `Bundle.predict` takes them; None or an absent key is missing."""
+    """Rows that were read before, by column, as `Bundle.predict` takes them.
+
+    None or an absent key is missing.
+    """
     columns = {}
     for item in schema.inputs:
         values = [row.get(item.name) for row in rows]

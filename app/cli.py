@@ -24,7 +24,7 @@ from app.config.faults import require_within, shown
 from app.config.project import require_name
 from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
-from app.errors import Interrupted, UserError
+from app.errors import Interrupted, UserError, described
 from app.finish import Finish
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
@@ -279,11 +279,14 @@ def predict(
         from app import batch, cluster
 
         with cluster.session():
-            rows, broken = batch.run(model, batch.source(input_), output, k, console.wait)
-        console.say(f"{rows:,} rows answered in {output}")
-        if broken:
+            answered = batch.run(model, batch.source(input_), output, k, console.wait)
+        console.say(f"{answered.num_rows:,} rows answered in {output}")
+        if answered.suffix:
+            console.say(f"the input has columns of these names, so the answers end in {answered.suffix}")
+        if answered.num_broken:
+            column = f"{batch.VIOLATION}{answered.suffix}"
             console.say(
-                f"{broken:,} of them break the contract: see the column {batch.VIOLATION}", style="yellow"
+                f"{answered.num_broken:,} of them break the contract: see the column {column}", style="yellow"
             )
 
 
@@ -610,8 +613,7 @@ def _working(command: str, hint: str = "") -> Iterator[Console]:
             raise typer.Exit(128 + stopped_by) from None
         except Exception as error:
             traceback.print_exc()
-            reason = str(error).strip().splitlines()[-1:] or [""]
-            console.say(f"failed: {type(error).__name__}: {reason[0]}", style="red")
+            console.say(f"failed: {described(error)}", style="red")
             console.say(f"the log has the whole story: {short(log)}")
             raise typer.Exit(EXIT_FAILED) from None
 

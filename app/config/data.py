@@ -1,5 +1,6 @@
 """The raw data, its contract, and how the model sees it."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -7,6 +8,9 @@ from pydantic import Field, model_validator
 from app.config.section import PositiveInt, Section, Width
 
 MAX_FOLDS = 1000
+
+RESERVED = re.compile(r"__.*__", re.DOTALL)
+"""Names of columns that Raylway adds to the parts of a prepared data set."""
 
 
 class Source(Section):
@@ -16,7 +20,7 @@ class Source(Section):
     """The name of a data set that set-up fetched, such as `adult`."""
     path: str | None = None
     """A Parquet or CSV file, or a folder of them; relative to where the command runs, or any URI that
-    Ray Data reads."""
+    pyarrow opens. CSV is UTF-8; its separator is that of `,` `;` tab `|` by which the columns are found."""
     format: Literal["parquet", "csv"] = "parquet"
     limit: PositiveInt | None = None
     """Only the first so many rows, for trying something out."""
@@ -48,6 +52,8 @@ class Label(Section):
             raise ValueError("give exactly one of 'positive', 'above' and 'classes'")
         if self.classes and len(set(self.classes)) < len(self.classes):
             raise ValueError("classes: each must stand once")
+        for name in set(self.classes or ()) & {"label", "violation"}:
+            raise ValueError(f"classes: {name!r} is a column of the answers; rename the value in the data")
         return self
 
     @property
@@ -161,7 +167,8 @@ class Data(Section):
     """What a recommender has instead of a label."""
     columns: dict[str, Column] = Field(min_length=1)
     missing: list[str] = Field([])
-    """Strings that stand for a missing value, beside null and the empty string."""
+    """Strings that stand for a missing value, beside null and the empty string, in the data and in requests.
+    One that spells a number, such as "-9", stands for that number too."""
     split: Split = Split()
 
     @model_validator(mode="after")
@@ -171,6 +178,16 @@ class Data(Section):
         for name in self.split.key or []:
             if name not in self.columns:
                 raise ValueError(f"split.key: no column {name!r}; data.columns has {', '.join(self.columns)}")
+        for name in self.names:
+            if not name or RESERVED.fullmatch(name):
+                kept = "names between double underscores are Raylway's own" if name else "it is empty"
+                raise ValueError(f"the column {name!r} cannot be used: {kept}; rename it in the data")
+        for name, column in self.columns.items():
+            for value in (isinstance(column, Category) and column.values) or ():
+                if value in ("", *self.missing):
+                    raise ValueError(
+                        f"columns.{name}.values: {value!r} stands for a missing value; leave it out"
+                    )
         return self
 
     @property

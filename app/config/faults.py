@@ -40,6 +40,7 @@ MUST = {
     "less_than_equal": "must be at most {le}",
     "too_short": "must have at least {min_length} entries",
     "too_long": "must have at most {max_length} entries",
+    "underscored": "must be a number without underscores",
     "missing": "is missing",
     "extra_forbidden": "unknown key",
 }

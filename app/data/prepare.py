@@ -14,11 +14,11 @@ import pyarrow as pa
 from app import store
 from app.config import Project, TextClassifier, Tokens
 from app.config import data as config
-from app.data import features, interactions, schema, sources, split, tokens
+from app.data import cells, features, interactions, reading, schema, sources, split, tokens
 from app.data.features import Preprocessor
-from app.errors import UserError
+from app.errors import UserError, unwrapped
 
-CODE = (config, features, interactions, schema, sources, split, tokens, sys.modules[__name__])
+CODE = (cells, config, features, interactions, reading, schema, sources, split, tokens, sys.modules[__name__])
 LABEL = "__label__"
 """The column of a prepared part that holds the label: 0 or 1, or its place among `label.classes`."""
 MAX_LABELS = 100
@@ -77,15 +77,12 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
         inputs["encoder"] = tokens.version(project.model.encoder)
     key = store.key("prepare", inputs, CODE)
     target = store.folder("prepare", key)
-    built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
+    with unwrapped():
+        built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
     return Prepared(store.current(target), cached=not built)
 
 
 def _build(project: Project, version: str, draft: Path) -> None:
-    import ray.data
-
-    # The order of rows decides the order of batches: without this it varies from run to run.
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
     data = project.data
     raw = sources.read(data).materialize()
     num_rows = raw.count()

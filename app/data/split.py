@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute
 from pydantic import BaseModel, ConfigDict
 
 from app.config import Data, Split
@@ -153,10 +154,11 @@ def starts(times: np.ndarray, counts: np.ndarray, split: Split) -> tuple[float, 
     return tuple(float(time) for time in np.append(times[order], np.inf)[first])
 
 
-def times(column: pa.ChunkedArray) -> pd.Series:
+def times(column: pa.ChunkedArray, missing: Sequence[str] = ()) -> pd.Series:
     """Timestamps, dates, ISO 8601 text and numbers as floats, of which later is larger.
 
-    None where a value is missing; text that is neither stays as it is.
+    Timestamps, dates and ISO 8601 text become seconds since 1970. None where a value is missing, which the
+    empty string and the texts in `missing` are too; text that is neither stays as it is.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -166,7 +168,7 @@ def times(column: pa.ChunkedArray) -> pd.Series:
     series = column.to_pandas()
     if series.dtype.kind in "iufb":
         return series.astype(object).where(series.notna(), None)
-    text = series.astype(object).where(~series.isin([""]) & series.notna(), None)
+    text = series.astype(object).where(~series.isin(["", *missing]) & series.notna(), None)
     numbers = pd.to_numeric(text, errors="coerce")
     moments = pd.to_datetime(text, errors="coerce", utc=True, format="ISO8601")
     seconds = (moments - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)

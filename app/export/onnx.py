@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,17 @@ def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     assert program is not None
     network = program.model_proto
     front = _preprocessing(preprocessor, network.ir_version)
-    # The exporter's inner names ("linear", say) could be a column's.
-    network = onnx.compose.add_prefix(network, "/network/", rename_inputs=False, rename_outputs=False)
-    whole = onnx.compose.merge_models(front, network, io_map=[("/encoded", "matrix")])
+    # The exporter's inner names ("linear", say) could be a column's. One slash more than the front's names.
+    inner = inner_prefix(c.column for c in preprocessor.columns)
+    network = onnx.compose.add_prefix(network, f"{inner}/", rename_outputs=False)
+    whole = onnx.compose.merge_models(front, network, io_map=[(f"{inner}encoded", f"{inner}/matrix")])
     onnx.checker.check_model(whole, full_check=True)
     path.write_bytes(whole.SerializeToString())
+
+
+def inner_prefix(columns: Iterable[str]) -> str:
+    """What inner names of a graph begin with and no column does: as many slashes as that takes."""
+    return "/" * (1 + max(len(name) - len(name.lstrip("/")) for name in columns))
 
 
 def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: pd.DataFrame) -> float:
@@ -79,23 +86,26 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:
     """The same arithmetic as `Preprocessor.transform`, as a graph with the output `encoded`."""
-    graph = _Graph()
+    graph = _Graph(inner_prefix(c.column for c in preprocessor.columns))
+    named = graph.named
     scaled = [c for c in preprocessor.columns if isinstance(c, Scaled)]
     binned = [c for c in preprocessor.columns if isinstance(c, Binned)]
     exact = [c for c in preprocessor.columns if isinstance(c, Exact)]
     categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
     graph.constant("axis", np.array([1]))
     for number in [*scaled, *binned]:
-        graph.add("Unsqueeze", [number.column, "/axis"], f"/{number.column}/raw")
+        graph.add("Unsqueeze", [number.column, named("axis")], f"{number.column}/raw")
     parts = [_scaled(graph, scaled)] if scaled else []
     parts += [_binned(graph, number) for number in binned]
     parts += [_exact(graph, number) for number in exact]
     parts += [_encoded(graph, column) for column in categories]
-    graph.add("Concat", parts, "/encoded", axis=1)
+    graph.add("Concat", parts, "encoded", axis=1)
 
     takes = [(c.column, TensorProto.DOUBLE) for c in [*scaled, *binned]]
     takes += [(c.column, TensorProto.STRING) for c in categories]
-    gives = helper.make_tensor_value_info("/encoded", TensorProto.FLOAT, ["rows", preprocessor.layout.width])
+    gives = helper.make_tensor_value_info(
+        named("encoded"), TensorProto.FLOAT, ["rows", preprocessor.layout.width]
+    )
     proto = helper.make_graph(
         graph.nodes,
         "preprocessing",
@@ -108,19 +118,25 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
 
 
 class _Graph:
-    """Nodes and constants as they are added; inner names begin with a slash, to stay clear of columns'."""
+    """Nodes and constants as they are added; inner names begin with `prefix`, as no column does."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
+    def named(self, name: str) -> str:
+        """An inner name, such as `age/raw`."""
+        return f"{self._prefix}{name}"
+
     def constant(self, name: str, value: np.ndarray) -> str:
-        self.constants.append(numpy_helper.from_array(value, f"/{name}"))
-        return f"/{name}"
+        self.constants.append(numpy_helper.from_array(value, self.named(name)))
+        return self.named(name)
 
     def add(self, operator: str, takes: list[str], gives: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, takes, [gives], **attributes))
-        return gives
+        """A node; `takes` are whole names, `gives` is an inner one. Returns its whole name."""
+        self.nodes.append(helper.make_node(operator, takes, [self.named(gives)], **attributes))
+        return self.named(gives)
 
 
 def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
@@ -129,43 +145,43 @@ def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
     fill = graph.constant("fill", np.array([c.fill for c in numbers]))
     zero, one = graph.constant("zero", np.array(0.0)), graph.constant("one", np.array(1.0))
-    raw = graph.add("Concat", [f"/{c.column}/raw" for c in numbers], "/numbers", axis=1)
-    shifted = graph.add("Sub", [raw, low], "/shifted")
-    divided = graph.add("Div", [shifted, span], "/divided")
-    clipped = graph.add("Clip", [divided, zero, one], "/clipped")
-    absent = graph.add("IsNaN", [raw], "/absent")
-    filled = graph.add("Where", [absent, fill, clipped], "/filled")
-    return graph.add("Cast", [filled], "/scaled", to=TensorProto.FLOAT)
+    raw = graph.add("Concat", [graph.named(f"{c.column}/raw") for c in numbers], "numbers", axis=1)
+    shifted = graph.add("Sub", [raw, low], "shifted")
+    divided = graph.add("Div", [shifted, span], "divided")
+    clipped = graph.add("Clip", [divided, zero, one], "clipped")
+    absent = graph.add("IsNaN", [raw], "absent")
+    filled = graph.add("Where", [absent, fill, clipped], "filled")
+    return graph.add("Cast", [filled], "scaled", to=TensorProto.FLOAT)
 
 
 def _binned(graph: _Graph, number: Binned) -> str:
     """One number among its edges: its share of each bin, or their weighted sum; in float64, as above."""
     name = number.column
-    raw = f"/{name}/raw"
+    raw = graph.named(f"{name}/raw")
     edges = graph.constant(f"{name}/edges", np.array(number.edges[:-1]))
     widths = graph.constant(f"{name}/widths", np.diff(number.edges))
     fill = graph.constant(f"{name}/fill", np.array(number.fill))
     zero = graph.constant(f"{name}/zero", np.array(0.0))
     one = graph.constant(f"{name}/one", np.array(1.0))
-    absent = graph.add("IsNaN", [raw], f"/{name}/absent")
-    filled = graph.add("Where", [absent, fill, raw], f"/{name}/filled")
-    above = graph.add("Sub", [filled, edges], f"/{name}/above")
-    divided = graph.add("Div", [above, widths], f"/{name}/divided")
-    value = graph.add("Clip", [divided, zero, one], f"/{name}/shares")
+    absent = graph.add("IsNaN", [raw], f"{name}/absent")
+    filled = graph.add("Where", [absent, fill, raw], f"{name}/filled")
+    above = graph.add("Sub", [filled, edges], f"{name}/above")
+    divided = graph.add("Div", [above, widths], f"{name}/divided")
+    value = graph.add("Clip", [divided, zero, one], f"{name}/shares")
     if number.scores:
         steps = graph.constant(f"{name}/steps", np.diff(number.scores)[:, None])
         lowest = graph.constant(f"{name}/lowest", np.array(number.scores[0]))
-        climbed = graph.add("MatMul", [value, steps], f"/{name}/climbed")
-        value = graph.add("Add", [climbed, lowest], f"/{name}/score")
-    return graph.add("Cast", [value], f"/{name}/binned", to=TensorProto.FLOAT)
+        climbed = graph.add("MatMul", [value, steps], f"{name}/climbed")
+        value = graph.add("Add", [climbed, lowest], f"{name}/score")
+    return graph.add("Cast", [value], f"{name}/binned", to=TensorProto.FLOAT)
 
 
 def _exact(graph: _Graph, number: Exact) -> str:
     """Indicators of one number's frequent values."""
     name = number.column
     values = graph.constant(f"{name}/values", np.array(number.values, dtype=np.float64))
-    same = graph.add("Equal", [f"/{name}/raw", values], f"/{name}/same")
-    return graph.add("Cast", [same], f"/{name}/exact", to=TensorProto.FLOAT)
+    same = graph.add("Equal", [graph.named(f"{name}/raw"), values], f"{name}/same")
+    return graph.add("Cast", [same], f"{name}/exact", to=TensorProto.FLOAT)
 
 
 def _encoded(graph: _Graph, column: Categories) -> str:
@@ -174,7 +190,7 @@ def _encoded(graph: _Graph, column: Categories) -> str:
     place = graph.add(
         "LabelEncoder",
         [name],
-        f"/{name}/place",
+        f"{name}/place",
         domain="ai.onnx.ml",
         keys_strings=column.values,
         values_int64s=list(range(1, len(column.values) + 1)),
@@ -182,6 +198,6 @@ def _encoded(graph: _Graph, column: Categories) -> str:
     )
     if column.encode == "one_hot":
         table = graph.constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
-        return graph.add("Gather", [table, place], f"/{name}/encoded", axis=0)
-    number = graph.add("Cast", [place], f"/{name}/number", to=TensorProto.FLOAT)
-    return graph.add("Unsqueeze", [number, "/axis"], f"/{name}/encoded")
+        return graph.add("Gather", [table, place], f"{name}/encoded", axis=0)
+    number = graph.add("Cast", [place], f"{name}/number", to=TensorProto.FLOAT)
+    return graph.add("Unsqueeze", [number, graph.named("axis")], f"{name}/encoded")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.bundle import ITEMS, KNOWN, MAX_ITEMS, SCORES, session
 from app.data.interactions import Catalogue
-from app.export.onnx import MAX_DIFFERENCE, OPSET
+from app.export.onnx import MAX_DIFFERENCE, OPSET, inner_prefix
 
 USERS_AT_ONCE = 64
 LOWEST = torch.finfo(torch.float32).min
@@ -60,10 +60,14 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
             verbose=False,
         )
     assert program is not None
+    inner = inner_prefix([user])
     middle = onnx.compose.add_prefix(
-        program.model_proto, "/network/", rename_inputs=False, rename_outputs=False
+        program.model_proto, f"{inner}/", rename_inputs=False, rename_outputs=False
     )
-    names = {"users": "/users", "places": "/places", SCORES: SCORES, KNOWN: KNOWN}
+    users, places, items, nothing, lowest, named, left = (
+        f"{inner}{name}" for name in ("users", "places", "items", "nothing", "lowest", "named", "left")
+    )
+    names = {"users": users, "places": places}
     for node in middle.graph.node:
         node.input[:] = [names.get(name, name) for name in node.input]
         node.output[:] = [names.get(name, name) for name in node.output]
@@ -71,7 +75,7 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
     lookup = helper.make_node(
         "LabelEncoder",
         [user],
-        ["/users"],
+        [users],
         domain="ai.onnx.ml",
         keys_strings=catalogue.users,
         values_int64s=list(range(1, len(catalogue.users) + 1)),
@@ -79,16 +83,16 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
     )
     middle.graph.node.insert(0, lookup)
     for name, value in (
-        ("/items", np.array(catalogue.items, dtype=object)),
-        ("/nothing", np.array("", dtype=object)),
-        ("/lowest", np.array(LOWEST, dtype=np.float32)),
+        (items, np.array(catalogue.items, dtype=object)),
+        (nothing, np.array("", dtype=object)),
+        (lowest, np.array(LOWEST, dtype=np.float32)),
     ):
         middle.graph.initializer.append(numpy_helper.from_array(value, name))
     middle.graph.node.extend(
         [
-            helper.make_node("Gather", ["/items", "/places"], ["/named"]),
-            helper.make_node("Greater", [SCORES, "/lowest"], ["/left"]),
-            helper.make_node("Where", ["/left", "/named", "/nothing"], [ITEMS]),
+            helper.make_node("Gather", [items, places], [named]),
+            helper.make_node("Greater", [SCORES, lowest], [left]),
+            helper.make_node("Where", [left, named, nothing], [ITEMS]),
         ]
     )
     middle.graph.input.append(helper.make_tensor_value_info(user, TensorProto.STRING, ["rows"]))

@@ -14,7 +14,7 @@ from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Workers
 from app.database import Busy
-from app.errors import UserError
+from app.errors import UserError, described_in
 from app.serving import traffic
 from app.serving.remote import Worker
 from app.serving.status import APART, broadcast, models
@@ -44,7 +44,7 @@ def run(bound: Any, application: str, deployment: str, route: str | None) -> Non
         # Serve's own error names no reason; the status ends in the replica's.
         message = serve.status().applications[application].deployments[deployment].message
         raise UserError(
-            f"Ray Serve could not start {application}: {message.strip().splitlines()[-1]}. "
+            f"Ray Serve could not start {application}: {described_in(message)}. "
             "What was served before goes on."
         ) from error
 

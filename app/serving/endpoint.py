@@ -15,7 +15,7 @@ import starlette.responses
 from ray.exceptions import RayError
 
 from app.audit import Audit
-from app.bundle import Ranking, columns_of
+from app.bundle import Ranking
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
@@ -347,8 +347,8 @@ class Endpoint:
         """The answer of the variant asked for, or of the one that the request's unit falls to."""
         at, begun = time.time(), time.perf_counter()
         unit = question.unit or _header_unit(request) or request.request_id
-        note.variant, note.rows = forced or live.choose(unit), len(question.rows)
-        columns = columns_of(live.schema, question.rows)
+        note.variant, note.rows = forced or live.choose(unit), question.num_rows
+        columns = question.columns
         answer = self._said(live, note.variant, request, await self._predict(live, note.variant, columns))
         if self._recorder is not None:
             prediction = Prediction(
@@ -375,8 +375,8 @@ class Endpoint:
         """Of the variant that would answer."""
         explain.check(question, live.schema)
         unit = question.unit or _header_unit(request) or request.request_id
-        note.variant, note.rows = forced or live.choose(unit), len(question.rows)
-        columns = columns_of(live.schema, question.rows)
+        note.variant, note.rows = forced or live.choose(unit), question.num_rows
+        columns = question.columns
         walks = await asyncio.to_thread(live.walks, note.variant)
         given = await self._predict(live, note.variant, columns)
         bundle = live.bundles.get(note.variant)

@@ -116,7 +116,7 @@ def max_rows(num_columns: int) -> int:
 def check(question: Question, schema: Schema) -> None:
     """Raises Refused if there are too many rows."""
     most = max_rows(len(schema.inputs))
-    if len(question.rows) > most:
+    if question.num_rows > most:
         raise Refused(413, f"too many rows to explain in one request: at most {most}")
 
 

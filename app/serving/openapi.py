@@ -12,7 +12,7 @@ from app.bundle import Input, Schema
 from app.config import Category, Number, Text
 from app.config.serving import Limits
 from app.serving import explain
-from app.serving.protocol import MAX_UNIT_LENGTH, UNIT, allowed
+from app.serving.protocol import MAX_UNIT_LENGTH, UNIT
 
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 """What the page needs besides itself, of Swagger UI."""
@@ -254,7 +254,7 @@ def _value(item: Input) -> dict[str, Any]:
         found = {"type": "string", "minLength": 1, "maxLength": contract.max_characters}
     else:
         assert isinstance(contract, Category)
-        values = allowed(item)
+        values = item.allowed
         nothing = [None] if contract.nullable else []
         found = {"type": "string", "minLength": 1, "enum": None if values is None else [*values, *nothing]}
     found["nullable"] = contract.nullable or None

@@ -28,7 +28,7 @@ A refusal is a 4xx with
 `{"error": "...", "violations": [{"path": "rows.3.age", "message": "..."}]}`.
 """
 
-import reprlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +36,10 @@ from typing import Any
 import numpy as np
 import orjson
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, SchemaValidator, core_schema
+from pydantic_core import from_json
 
-from app.bundle import Input, Ranking, Schema
-from app.config import Category
+from app.bundle import Ranking, Schema
+from app.data.cells import told
 from app.errors import UserError
 
 MAX_UNIT_LENGTH = 256
@@ -52,10 +52,17 @@ NUM_VIOLATIONS = 100
 """How many violations a refusal lists; it counts them all."""
 MAX_ERRORS = 10_000
 """Violations beyond which none is listed: to describe a million of them takes seconds and a gigabyte."""
-NUM_VALUES = 20
-"""How many of the values allowed a violation names."""
+ABSENT, GENERAL = object(), object()
 
 Location = tuple[int | str, ...]
+Violations = list[tuple[Location, str, Any]]
+"""Places in a request, the rule that is broken there, and what came: ABSENT for nothing, GENERAL if the rule
+says all. They become messages only when they are listed."""
+
+
+def dotted(place: Location) -> str:
+    """A place in a request, such as `rows.3.age`; `body` for all of it."""
+    return ".".join(str(part)[:MAX_UNIT_LENGTH] for part in place) or "body"
 
 
 class Refused(UserError):
@@ -79,12 +86,23 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Question:
-    """A request that keeps the contract."""
+    """A request that keeps the contract, read."""
 
-    rows: list[dict[str, Any]]
+    columns: dict[str, np.ndarray]
+    """An array (rows,) for each input, as `Bundle.predict` takes them."""
+    num_rows: int
     unit: str | None
     k: int | None = None
     """Of a recommender: how many items; None if the request does not say."""
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows as they were read, None for what is missing."""
+        values = []
+        for array in self.columns.values():
+            column = array.tolist()
+            values.append([None if v != v else v for v in column] if array.dtype.kind == "f" else column)
+        return [dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,62 +120,113 @@ class Answer:
 
 
 class Contract:
-    """What the rows of a request must keep: the bundle's schema, compiled."""
+    """What the rows of a request must keep: the bundle's schema, ready to read them."""
 
     def __init__(self, schema: Schema, max_rows: int):
         self.schema = schema
         self.max_rows = max_rows
-        self._columns = {item.name: allowed(item) for item in schema.inputs}
-        field = core_schema.typed_dict_field
-        row = core_schema.typed_dict_schema(
-            {item.name: field(_value(item), required=not item.contract.nullable) for item in schema.inputs},
-            extra_behavior="forbid",
-        )
-        unit = core_schema.str_schema(pattern=UNIT, min_length=1, max_length=MAX_UNIT_LENGTH, strict=True)
-        request = {
-            "rows": field(core_schema.list_schema(row, min_length=1, max_length=max_rows, strict=True)),
-            "unit": field(core_schema.nullable_schema(unit), required=False),
-        }
-        if schema.task == "ranking":
-            k = core_schema.int_schema(ge=1, le=schema.num_items, strict=True)
-            request["k"] = field(core_schema.nullable_schema(k), required=False)
-        self._fields = list(request)
-        self._validator = SchemaValidator(core_schema.typed_dict_schema(request, extra_behavior="forbid"))
+        self._cells = schema.cells()
+        self._optional = {item.name for item in schema.inputs if item.contract.nullable}
+        self._fields = ["rows", "unit", *(["k"] if schema.task == "ranking" else [])]
 
     def parse(self, body: bytes) -> Question:
         """A request in JSON. Raises Refused with all its violations."""
         try:
-            request = self._validator.validate_json(body)
-        except ValidationError as error:
-            raise refusal(error, self._message) from None
-        return Question(request["rows"], request.get("unit"), request.get("k"))
+            document = from_json(body)
+        except ValueError as error:
+            raise Refused(400, f"the body must be JSON: {error}") from None
+        if type(document) is not dict:
+            raise _refused([((), f"must be an object with {', '.join(self._fields)}", GENERAL)])
+        found: Violations = [
+            ((name,), f"is unknown; allowed: {', '.join(self._fields)}", GENERAL)
+            for name in document
+            if name not in self._fields
+        ]
+        rows = document.get("rows")
+        if type(rows) is not list or not rows:
+            found.append((("rows",), "must be a list of at least one row", GENERAL))
+            rows = []
+        self._limit(len(rows))
+        return self.check(
+            self._columns(rows, found), len(rows), document.get("unit"), document.get("k"), found
+        )
+
+    def _columns(self, rows: list[Any], found: Violations) -> dict[str, list[Any]]:
+        """The values of each column; what is wrong with a row as a whole is added to `found`."""
+        known = self._cells.keys()
+        for number, row in enumerate(rows):
+            if type(row) is not dict:
+                found.append((("rows", number), "must be an object", row))
+            elif not row.keys() <= known:
+                message = f"is unknown; allowed: {', '.join(known)}"
+                found += [(("rows", number, name), message, GENERAL) for name in row if name not in known]
+        if not rows or any(type(row) is not dict for row in rows):
+            return {}
+        absent = {name: None if name in self._optional else ABSENT for name in known}
+        return {name: [row.get(name, absent[name]) for row in rows] for name in known}
 
     def check(
-        self, rows: list[dict[str, Any]], unit: str | None, k: int | None, path: Callable[[Location], str]
+        self,
+        columns: Mapping[str, Sequence[Any]],
+        num_rows: int,
+        unit: Any,
+        k: Any,
+        found: Violations | None = None,
+        path: Callable[[Location], str] = dotted,
     ) -> Question:
-        """Rows of any origin. Raises Refused with all their violations; `path` names their places."""
-        given = {"rows": rows, "unit": unit, "k": k}
-        try:
-            request = self._validator.validate_python({name: given[name] for name in self._fields})
-        except ValidationError as error:
-            raise refusal(error, self._message, path) from None
-        return Question(request["rows"], unit, k)
+        """Read columns of any origin, that of a missing nullable column left out.
 
-    def _message(self, error: ErrorDetails) -> str:
-        place, came = error["loc"], _short(error["input"])
-        match error["type"]:
-            case "extra_forbidden":
-                return f"is unknown; allowed: {', '.join(self._columns if len(place) > 1 else self._fields)}"
-            case "missing":
-                return "must be given"
-            case "literal_error":
-                values = self._columns[str(place[-1])] or []
-                more = f" and {len(values) - NUM_VALUES} more" if len(values) > NUM_VALUES else ""
-                return f"must be one of {', '.join(values[:NUM_VALUES])}{more}, not {came}"
-            case "too_long" | "too_short":
-                return error["msg"]
-            case _:
-                return f"{error['msg']}, not {came}"
+        Raises Refused with all their violations and those in `found`; `path` names their places.
+        """
+        beside = found or []
+        found, read = [], {}
+        if columns or not beside:
+            for name, cells in self._cells.items():
+                values = columns.get(name)
+                read[name], broken = cells.read_all([None] * num_rows if values is None else values)
+                for row, rule in broken.items():
+                    assert values is not None
+                    found.append((("rows", row, name), rule, values[row]))
+        found += beside
+        if unit is not None and not _is_unit(unit):
+            rule = f"must be a text of 1 to {MAX_UNIT_LENGTH} characters without NUL"
+            found.append((("unit",), rule, unit))
+        if k is not None and "k" in self._fields and not (type(k) is int and 1 <= k <= self.schema.num_items):
+            found.append((("k",), f"must be an integer from 1 to {self.schema.num_items}", k))
+        if found:
+            raise _refused(found, path)
+        return Question(read, num_rows, unit, k)
+
+    def _limit(self, num_rows: int) -> None:
+        if num_rows > self.max_rows:
+            raise Refused(
+                413,
+                "too many rows in one request; send several requests",
+                [{"path": "rows", "message": f"must have at most {self.max_rows} rows, not {num_rows}"}],
+            )
+
+
+def _refused(found: Violations, path: Callable[[Location], str] = dotted) -> Refused:
+    def row(violation: tuple[Location, str, Any]) -> float:
+        match violation[0]:
+            case ("rows", int(number), *_):
+                return number
+        return math.inf
+
+    # Row by row, whatever was checked first; what is wrong with the request as a whole comes last.
+    ordered = sorted(found, key=row)[:NUM_VIOLATIONS]
+    violations = [{"path": path(place), "message": _told(rule, came)} for place, rule, came in ordered]
+    return Refused(422, f"the request breaks the contract in {len(found)} places", violations)
+
+
+def _told(rule: str, value: Any) -> str:
+    if value is GENERAL:
+        return rule
+    return "must be given" if value is ABSENT else told(rule, value)
+
+
+def _is_unit(unit: Any) -> bool:
+    return type(unit) is str and 1 <= len(unit) <= MAX_UNIT_LENGTH and "\0" not in unit
 
 
 def answer(given: Answer, schema: Schema, k: int | None = None) -> bytes:
@@ -210,51 +279,12 @@ def _of_classes(probabilities: np.ndarray, schema: Schema) -> dict[str, Any]:
     }
 
 
-def dotted(place: Location) -> str:
-    """A place in a request, such as `rows.3.age`; `body` for all of it."""
-    return ".".join(str(part)[:MAX_UNIT_LENGTH] for part in place) or "body"
-
-
-def refusal(
-    error: ValidationError,
-    message: Callable[[ErrorDetails], str] = lambda error: error["msg"],
-    path: Callable[[Location], str] = dotted,
-) -> Refused:
-    """What a client is told of an error in validation: 400 for no JSON, 413 for too many rows, else 422."""
+def refusal(error: ValidationError) -> Refused:
+    """What a client is told of an error in validation: 400 for no JSON, else 422."""
     if (count := error.error_count()) > MAX_ERRORS:
         return Refused(422, f"the request breaks the contract in {count} places, too many to list")
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         return Refused(400, f"the body must be JSON: {errors[0]['ctx']['error']}")
-    violations = [{"path": path(e["loc"]), "message": message(e)} for e in errors[:NUM_VIOLATIONS]]
-    if any(e["type"] == "too_long" and e["loc"] == ("rows",) for e in errors):
-        return Refused(413, "too many rows in one request; send several requests", violations)
+    violations = [{"path": dotted(e["loc"]), "message": e["msg"]} for e in errors[:NUM_VIOLATIONS]]
     return Refused(422, f"the request breaks the contract in {len(errors)} places", violations)
-
-
-def allowed(item: Input) -> list[str] | None:
-    """The values that a request may have in a column; None if any."""
-    if not isinstance(item.contract, Category):
-        return None
-    return item.known or [] if item.contract.unseen == "refuse" else item.contract.values
-
-
-def _value(item: Input) -> core_schema.CoreSchema:
-    """The check of one value; strict, so that neither true nor "39" is a number."""
-    contract, values = item.contract, allowed(item)
-    value: core_schema.CoreSchema
-    if contract.type == "number":
-        value = core_schema.float_schema(ge=contract.min, le=contract.max, allow_inf_nan=False, strict=True)
-    elif contract.type == "text":
-        value = core_schema.str_schema(min_length=1, max_length=contract.max_characters, strict=True)
-    elif values is None:
-        # The empty string is how the graph spells a missing value; here that is null.
-        value = core_schema.str_schema(min_length=1, strict=True)
-    else:
-        # A column that was empty in all of the training part can only be missing.
-        value = core_schema.literal_schema(values) if values else core_schema.none_schema()
-    return core_schema.nullable_schema(value) if contract.nullable else value
-
-
-def _short(value: Any) -> str:
-    return "null" if value is None else reprlib.repr(value)

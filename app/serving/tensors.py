@@ -1,8 +1,9 @@
 """Requests and answers of the Open Inference Protocol v2 over HTTP, with its binary tensor extension.
 
-A column is an input of its name, of shape [rows] or [rows, 1]: FP64, FP32 or an integer type for a number and
-BYTES for a category or text. NaN and the empty string stand for a missing value, and an input for a nullable
-column may be left out. The only output is `probability`, FP32: [rows, 1], or a column for each class, whose
+A column is an input of its name, of shape [rows] or [rows, 1]: FP64, FP32, BOOL or an integer type for a
+number and BYTES for a category or text. What stands for a missing value is as everywhere (`app.data.cells`):
+NaN and the empty string among it. An input for a nullable column may be left out, and an optional member of
+the request may be null. The only output is `probability`, FP32: [rows, 1], or a column for each class, whose
 names are in the metadata. `parameters.unit` is the unit. A recommender has the outputs `items`, BYTES, and
 `scores`, FP32, both [rows, k], and `known`, BOOL [rows]; k is `parameters.k`, or 10. Where fewer than k items
 are left to recommend, the last are empty strings.
@@ -34,7 +35,7 @@ from app.serving.protocol import (
 )
 
 NUMBERS = {
-    "FP64": "<f8", "FP32": "<f4",
+    "FP64": "<f8", "FP32": "<f4", "BOOL": "?",
     "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
     "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
 }  # fmt: skip
@@ -58,7 +59,7 @@ class _Parameters(_Part):
     model_config = ConfigDict(extra="allow")  # the protocol lets clients send their own
     unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH, pattern=UNIT)] | None = None
     k: int | None = None
-    binary_data_output: bool = False
+    binary_data_output: bool | None = None
 
 
 class _TensorParameters(_Part):
@@ -74,19 +75,24 @@ class _Input(_Part):
     datatype: str
     shape: Annotated[list[int], Field(max_length=MAX_RANK)]
     data: list[Any] | None = None
-    parameters: _TensorParameters = _TensorParameters()
+    parameters: _TensorParameters | None = None
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of it in the binary part; None if it is in `data`."""
+        return self.parameters.binary_data_size if self.parameters else None
 
 
 class _Output(_Part):
     name: str
-    parameters: _TensorParameters = _TensorParameters()
+    parameters: _TensorParameters | None = None
 
 
 class _Request(_Part):
     id: str | None = None
     inputs: Annotated[list[_Input], Field(max_length=MAX_TENSORS)]
-    outputs: Annotated[list[_Output], Field(max_length=MAX_TENSORS)] = []
-    parameters: _Parameters = _Parameters()
+    outputs: Annotated[list[_Output], Field(max_length=MAX_TENSORS)] | None = None
+    parameters: _Parameters | None = None
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,12 @@ def parse(body: bytes, header_length: str | None, contract: Contract) -> Inferen
         request = _Request.model_validate_json(body[:end])
     except ValidationError as error:
         raise refusal(error) from None
-    columns = _columns(request, memoryview(body)[end:], contract)
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    question = contract.check(rows, request.parameters.unit, request.parameters.k, _path)
-    default = request.parameters.binary_data_output
-    wanted = {each.name: each.parameters.binary_data for each in request.outputs}
+    columns, num_rows = _columns(request, memoryview(body)[end:], contract)
+    parameters = request.parameters or _Parameters()
+    question = contract.check(columns, num_rows, parameters.unit, parameters.k, path=_path)
+    wanted = {each.name: each.parameters and each.parameters.binary_data for each in request.outputs or ()}
     outputs = {
-        name: default if wanted.get(name) is None else bool(wanted[name])
+        name: bool(parameters.binary_data_output if wanted.get(name) is None else wanted[name])
         for name in wanted or _outputs(contract.schema)
     }
     return Inference(question, request.id, outputs)
@@ -213,8 +218,8 @@ def _length(text: str, limit: int) -> int:
     return int(text)
 
 
-def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[str, list[Any]]:
-    """The values of each input by name; None for what is missing."""
+def _columns(request: _Request, binary: memoryview, contract: Contract) -> tuple[dict[str, list[Any]], int]:
+    """The values of each input by name, as they came, and the number of rows."""
     kinds = {item.name: item.contract.type for item in contract.schema.inputs}
     columns: dict[str, list[Any]] = {}
     wrong: dict[str, str] = {}
@@ -222,15 +227,19 @@ def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[
     if num_rows > contract.max_rows:
         raise Refused(413, f"too many rows in one request: at most {contract.max_rows}, not {num_rows}")
     for tensor in request.inputs:
-        size = tensor.parameters.binary_data_size
+        size = tensor.size
         raw, binary = binary[: size or 0], binary[size or 0 :]
         try:
             if tensor.name not in kinds:
                 raise ValueError(f"is unknown; allowed: {', '.join(kinds)}")
             if tensor.name in columns:
                 raise ValueError("is given twice")
-            if tensor.datatype not in (NUMBERS if kinds[tensor.name] == "number" else ("BYTES",)):
-                raise ValueError(f"a {kinds[tensor.name]} cannot have the data type {tensor.datatype[:20]}")
+            allowed = list(NUMBERS) if kinds[tensor.name] == "number" else ["BYTES"]
+            if tensor.datatype not in allowed:
+                raise ValueError(
+                    f"a {kinds[tensor.name]} cannot have the data type {tensor.datatype[:20]}; it takes "
+                    f"{', '.join(allowed)}"
+                )
             if tensor.shape not in ([num_rows], [num_rows, 1]) or num_rows < 1:
                 raise ValueError("the shape must be [rows, 1] or [rows], with the same rows in all inputs")
             if (size is None) == (tensor.data is None):
@@ -238,7 +247,7 @@ def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[
             values = _unpack(raw, tensor.datatype, num_rows) if tensor.data is None else _flat(tensor.data)
             if len(values) != num_rows or len(raw) != (size or 0):
                 raise ValueError(f"must hold {num_rows} values, as its shape says")
-            columns[tensor.name] = [None if value == "" or value != value else value for value in values]
+            columns[tensor.name] = values
         except ValueError as error:
             wrong[tensor.name] = str(error)
     if binary:
@@ -247,14 +256,14 @@ def _columns(request: _Request, binary: memoryview, contract: Contract) -> dict[
         if not item.contract.nullable and item.name not in columns:
             wrong.setdefault(item.name, "must be given")
     violations = [{"path": dotted(("inputs", name)), "message": why} for name, why in wrong.items()]
-    allowed = _outputs(contract.schema)
-    for output in request.outputs:
-        if output.name not in allowed:
-            message = f"is unknown; allowed: {', '.join(allowed)}"
+    outputs = _outputs(contract.schema)
+    for output in request.outputs or ():
+        if output.name not in outputs:
+            message = f"is unknown; allowed: {', '.join(outputs)}"
             violations.append({"path": dotted(("outputs", output.name)), "message": message})
     if violations:
         raise Refused(422, f"the request breaks the contract in {len(violations)} places", violations)
-    return columns
+    return columns, num_rows
 
 
 def _flat(data: list[Any]) -> list[Any]:
@@ -265,6 +274,8 @@ def _flat(data: list[Any]) -> list[Any]:
 def _unpack(raw: memoryview, datatype: str, num_rows: int) -> list[Any]:
     """Little endian numbers, or strings each after its length in 4 bytes. Raises ValueError."""
     if datatype in NUMBERS:
+        if datatype == "BOOL":
+            return (np.frombuffer(raw, np.uint8) != 0).tolist()
         return np.frombuffer(raw, NUMBERS[datatype]).astype(np.float64).tolist()
     values: list[Any] = []
     at = 0

@@ -99,6 +99,8 @@ def _differences(one: Schema, other: Schema) -> list[str]:
     left_label, right_label = _label(one), _label(other)
     if left_label != right_label:
         found.append(f"label ({left_label}, {right_label})")
+    if one.missing != other.missing:
+        found.append(f"data.missing ({one.missing}, {other.missing})")
     left, right = _contracts(one), _contracts(other)
     for name in dict.fromkeys([*left, *right]):
         if left.get(name) != right.get(name):

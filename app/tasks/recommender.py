@@ -143,6 +143,7 @@ class Recommender:
             name=self.project.name,
             task="ranking",
             inputs=[user],
+            missing=self.project.data.missing,
             label=self.columns.item,
             num_items=min(MAX_ITEMS, len(self.catalogue.items)),
         )

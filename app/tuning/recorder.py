@@ -11,6 +11,7 @@ from ray import tune
 
 from app import store
 from app.config import Sweep
+from app.errors import described_in
 from app.tuning.progress import Progress, Watch
 from app.tuning.search import state_of
 from app.tuning.study import Study
@@ -91,7 +92,8 @@ class Recorder(tune.Callback):
         self._finish(trial, trial.last_result, "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._finish(trial, None, str(trial.get_error() or "its process died").strip().splitlines()[-1])
+        error = trial.get_error()
+        self._finish(trial, None, described_in(str(error)) if error else "its process died")
 
     def _finish(self, trial: Any, result: dict[str, Any] | None, error: str) -> None:
         number = self._numbers[trial.trial_id]

@@ -23,7 +23,7 @@ def outcome(reach):
 @pytest.fixture
 def rows() -> pd.DataFrame:
     columns = {
-        "age": [39, 52, np.nan],
+        "age": [39, 52, 61],
         "workclass": ["Private", None, "no such class"],
         "educational-num": [13, 9, 10],
         "marital-status": ["Never-married", "Married-civ-spouse", "Divorced"],
@@ -61,6 +61,13 @@ def test_a_registered_version_is_named_by_alias_or_number(outcome, rows):
     pd.testing.assert_frame_equal(by_number, api.predict(outcome, rows))
     with pytest.raises(UserError, match="no version 'nobody'"):
         api.predict("api@nobody", rows)
+
+
+def test_rows_that_break_the_contract_are_named(outcome, rows):
+    with pytest.raises(
+        UserError, match=r"1 of 3 rows break the contract.*\n  row 'c': age: must not be missing"
+    ):
+        api.predict(outcome, rows.assign(age=[39, 52, np.nan]))
 
 
 def test_a_missing_column_is_named(outcome, rows):

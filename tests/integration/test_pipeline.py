@@ -309,6 +309,8 @@ def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_p
     rows = json.loads((opened.path / "example.json").read_text())["rows"]
     frame = pd.DataFrame(rows * 300)
     frame.loc[1, "age"] = -5
+    frame["id"] = [f"{number:05d}" for number in range(len(frame))]
+    frame["note"] = ["1"] * (len(frame) - 1) + ["NA"]
     for name, write in (("rows.parquet", frame.to_parquet), ("rows.csv", frame.to_csv)):
         write(tmp_path / name, index=False)
         output = tmp_path / f"{name}-answers"
@@ -318,9 +320,22 @@ def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_p
         assert "1 of them break the contract" in done.stdout
         answered = pd.read_parquet(output)
         assert answered.loc[1, "violation"].startswith("age: ")
+        assert answered[["id", "note"]].equals(frame[["id", "note"]])
         kept = answered["violation"].isna()
         expected = opened.predict(columns_of(opened.schema, rows * 300))
         np.testing.assert_allclose(answered.loc[kept, "probability"], expected[kept], rtol=1e-6)
+    twice = tmp_path / "twice"
+    done = raylway("predict", "smoke", "--input", str(output), "--output", str(twice))
+    assert "the answers end in _2" in done.stdout
+    both = pd.read_parquet(twice)
+    assert both["probability"].equals(both["probability_2"])
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text((tmp_path / "rows.csv").read_text() + "1,2,3\n")
+    broken = raylway("predict", "smoke", "--input", str(ragged), "--output", str(tmp_path / "never"))
+    assert broken.returncode == 2
+    assert broken.stderr.startswith(
+        f"error: --input: {ragged}: row {len(frame) + 2:,}: has 3 cells, the header 8"
+    )
     again = raylway("predict", "smoke", "--input", str(tmp_path / "rows.csv"), "--output", str(output))
     assert (again.returncode, "is there already" in again.stderr) == (2, True)
     gone = raylway("predict", "smoke", "--input", "gone.csv", "--output", str(tmp_path / "new"))

@@ -238,7 +238,7 @@ def test_the_grpc_client_works_unchanged(grpc, expected):
     np.testing.assert_array_equal(answered.as_numpy("probability")[:, 0], expected[variant])
     by_header = infer(ROWS, headers={"x-raylway-unit": "user-17"})
     assert by_header.get_response().parameters["variant"].string_param == variant
-    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*age.*less than or equal to 120"):
+    with pytest.raises(InferenceServerException, match=r"INVALID_ARGUMENT.*age.*at most 120"):
         infer([{**ROWS[0], "age": 999}])
     with pytest.raises(InferenceServerException, match="NOT_FOUND"):
         infer(ROWS, model_version="9")

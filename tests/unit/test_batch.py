@@ -1,10 +1,12 @@
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
 from app import batch
 from app.batch import VIOLATION, Predictor
 from app.bundle import Bundle, columns_of
+from app.errors import UserError
 from tests.bundles import ROWS, build
 
 
@@ -27,6 +29,26 @@ def test_text_of_a_csv_is_read_as_the_contract_says(path):
     answered = Predictor(path, k=10)(pa.Table.from_pylist(rows))
     expected = Predictor(path, k=10)(pa.Table.from_pylist(ROWS))
     assert answered["probability"] == expected["probability"]
+
+
+def test_booleans_stand_for_numbers_as_in_training(path):
+    rows = [{**ROWS[0], "age": age} for age in (1, 0)]
+    as_booleans = pa.Table.from_pylist([{**row, "age": bool(row["age"])} for row in rows])
+    predictor = Predictor(path, k=10)
+    assert predictor(as_booleans)["probability"] == predictor(pa.Table.from_pylist(rows))["probability"]
+
+
+def test_a_data_frame_is_answered_or_refused_with_its_rows(path):
+    frame = pd.DataFrame(ROWS, index=["x", "y", "z"])
+    answers = batch.predict(Bundle(path), frame)
+    assert answers.index.tolist() == ["x", "y", "z"]
+    with pytest.raises(UserError) as caught:
+        batch.predict(Bundle(path), frame.assign(age=[39, None, 200]))
+    assert str(caught.value) == (
+        "2 of 3 rows break the contract of income; mend them or leave them out:\n"
+        "  row 'y': age: must not be missing\n"
+        "  row 'z': age: must be at most 120, not 200.0"
+    )
 
 
 def test_a_row_that_breaks_the_contract_is_told_why_and_the_others_are_answered(path):

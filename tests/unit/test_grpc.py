@@ -24,9 +24,10 @@ TYPED = [
     tensor("education", "BYTES", [2, 1], bytes_contents=[b"Bachelors", b"HS-grad"]),
     tensor("gender", "BYTES", [2], bytes_contents=[b"Male", b"Female"]),
 ]
+ABSENT = {"hours-per-week": None, "workclass": None}
 ROWS = [
-    {"age": 39.0, "education": "Bachelors", "gender": "Male"},
-    {"age": 52.5, "education": "HS-grad", "gender": "Female"},
+    {"age": 39.0, "education": "Bachelors", "gender": "Male", **ABSENT},
+    {"age": 52.5, "education": "HS-grad", "gender": "Female", **ABSENT},
 ]
 
 

@@ -47,6 +47,14 @@ LAYOUTS = {
     ],
     "bins": [number("x"), binned("y"), binned("z", "quantile"), exact("x"), exact("z"), exact("y", ())],
     "bins alone": [binned("y", "quantile")],
+    "awkward names": [
+        *(number(name) for name in ("/low", "low", "matrix", "a.b", "//matrix", "größe\n✓")),
+        binned("/low/raw"),
+        binned("numbers/raw"),
+        exact("low"),
+        *(one_hot(name) for name in ("encoded", "/encoded", "a/place")),
+        embedding("network/linear"),
+    ],
 }
 
 
@@ -117,6 +125,7 @@ def made(folder, columns, seed: int = 0, kind: str = "mlp"):
         ("mixed", "mlp"),
         ("bins", "tabm"),
         ("bins alone", "linear"),
+        ("awkward names", "linear"),
     ],
     ids="-".join,
 )

@@ -453,3 +453,86 @@ def test_a_tabular_model_takes_no_text(file):
     edit(file, "town: {encode: one_hot}", "town: {encode: tokens}")
     (line,) = faults(file)
     assert line.startswith("small.yaml:10: features.town: a mlp takes no text")
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        *((each, each) for each in ("no", "YES", "on", "1:30", "010", "1", "1.50", "1e3", "true", "0x1F")),
+        *((each, each) for each in ("2013-01-01", "18_0")),
+        ("'1'", "1"),
+        ('">50K"', ">50K"),
+    ],
+)
+def test_a_text_is_taken_as_it_is_written(file, written, read):
+    edit(file, '"yes"', written)
+    assert projectfile.load(file).data.label.positive == read
+    assert projectfile.load(file, [f"data.label.positive={written}"]).data.label.positive == read
+
+
+def test_a_text_that_needs_quotes_is_told_so(file):
+    edit(file, '"yes"', ">50K")
+    assert faults(file)[-1].endswith("a text that begins with such a character goes in quotes")
+
+
+def test_texts_in_lists_and_keys_are_taken_as_they_are_written(file):
+    edit(file, "town: {type: category}", "2013: {type: category, values: [no, 1, 02, 3.10, off]}")
+    edit(file, "town: {encode", "2013: {encode")
+    edit(file, "version: champion", "version: 1")
+    edit(file, "features:", "  missing: [-9, n/a, .5]\nfeatures:")
+    project = projectfile.load(file)
+    assert project.data.columns["2013"].values == ["no", "1", "02", "3.10", "off"]
+    assert project.serving.variants["champion"].version == "1"
+    assert project.data.missing == ["-9", "n/a", ".5"]
+
+
+def test_numbers_are_decimal(file):
+    project = projectfile.load(file, ["training.epochs=010", "training.learning_rate=1e-3", "seed=0"])
+    assert (project.training.epochs, project.training.learning_rate) == (10, 0.001)
+
+
+@pytest.mark.parametrize("written", ["18_0", "'18_0'"])
+def test_an_underscore_is_no_part_of_a_number(file, written):
+    assert faults(file, f"training.epochs={written}") == [
+        "--set: training.epochs: must be a number without underscores; it is '18_0'"
+    ]
+    edit(file, "epochs: 2", f"epochs: {written}")
+    (line,) = faults(file)
+    assert line.startswith("small.yaml:14: training.epochs: must be a number without underscores")
+
+
+@pytest.mark.parametrize("written", ["null", "~"])
+def test_what_is_no_text_is_told_how_to_write_it(tweets, written):
+    edit(tweets, "[bad, good]", f"[{written}, good]")
+    (line,) = faults(tweets)
+    advice = f'"{written}"'
+    assert line.endswith(f"if a text is meant, put it in quotes: {advice}")
+    edit(tweets, f"[{written}, good]", f"[{advice}, good]")
+    assert projectfile.load(tweets).data.label.classes == [written, "good"]
+
+
+def test_the_classes_that_a_message_names_can_be_written_so(tweets):
+    edit(tweets, "classes: [bad, good]", "positive: good")
+    (line,) = faults(tweets)
+    edit(tweets, "positive: good", line.partition("such as ")[2])
+    assert projectfile.load(tweets).data.label.classes == ["no", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("column: bought", "column: __label__", "the column '__label__' cannot be used: names between"),
+        ("town: {type", "'': {type: category}\n    town: {type", "the column '' cannot be used: it is empty"),
+        ("{type: category}", "{type: category, values: [a, '']}", "columns.town.values: '' stands for"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_refused(file, old, new, says):
+    edit(file, old, new)
+    (line,) = faults(file)
+    assert says in line
+
+
+def test_classes_must_not_be_columns_of_the_answers(tweets):
+    edit(tweets, "[bad, good]", "[label, good]")
+    (line,) = faults(tweets)
+    assert "'label' is a column of the answers; rename" in line

@@ -34,22 +34,26 @@ def test_rows_and_unit_are_taken(contract):
 @pytest.mark.parametrize(
     ("change", "path", "message"),
     [
-        ({"age": "39"}, "age", "Input should be a valid number, not '39'"),
-        ({"age": True}, "age", "Input should be a valid number, not True"),
-        ({"age": None}, "age", "Input should be a valid number, not null"),
-        ({"age": [39]}, "age", "Input should be a valid number, not [39]"),
-        ({"age": float("nan")}, "age", "Input should be a finite number, not nan"),
-        ({"age": float("-inf")}, "age", "Input should be a finite number, not -inf"),
-        ({"age": 10**400}, "age", "Input should be a finite number"),
-        ({"age": -0.5}, "age", "Input should be greater than or equal to 0, not -0.5"),
-        ({"age": 121}, "age", "Input should be less than or equal to 120, not 121"),
-        ({"hours-per-week": False}, "hours-per-week", "Input should be a valid number, not False"),
+        ({"age": "39"}, "age", "must be a number, not '39'"),
+        ({"age": None}, "age", "must not be missing"),
+        ({"age": [39]}, "age", "must be a number, not [39]"),
+        ({"age": float("nan")}, "age", "must not be missing"),
+        ({"age": float("-inf")}, "age", "must be finite, not -inf"),
+        ({"age": 10**400}, "age", "must be between -1e+100 and 1e+100, not 1000"),
+        (
+            {"hours-per-week": 1.797e308},
+            "hours-per-week",
+            "must be between -1e+100 and 1e+100, not 1.797e+308",
+        ),
+        ({"age": -0.5}, "age", "must be at least 0, not -0.5"),
+        ({"age": 121}, "age", "must be at most 120, not 121"),
         ({"education": "11th"}, "education", "must be one of Bachelors, Doctorate, HS-grad, not '11th'"),
-        ({"education": None}, "education", "must be one of Bachelors, Doctorate, HS-grad, not null"),
-        ({"education": {}}, "education", "must be one of Bachelors, Doctorate, HS-grad, not {}"),
+        ({"education": None}, "education", "must not be missing"),
+        ({"education": {}}, "education", "must be a string, not {}"),
         ({"gender": "male"}, "gender", "must be one of Female, Male, not 'male'"),
-        ({"workclass": ""}, "workclass", "String should have at least 1 character, not ''"),
-        ({"workclass": 7}, "workclass", "Input should be a valid string, not 7"),
+        ({"gender": ""}, "gender", "must not be missing"),
+        ({"workclass": 7}, "workclass", "must be a string, not 7"),
+        ({"workclass": True}, "workclass", "must be a string, not True"),
         (
             {"colour": "red"},
             "colour",
@@ -68,7 +72,7 @@ def test_each_violation_is_named_with_its_place(contract, change, path, message)
 def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
     refusal = refused(contract, {"rows": [{"age": -1}, {"shoe": 1}], "user": "me"})
     assert [(v["path"], v["message"]) for v in refusal.violations] == [
-        ("rows.0.age", "Input should be greater than or equal to 0, not -1"),
+        ("rows.0.age", "must be at least 0, not -1"),
         ("rows.0.education", "must be given"),
         ("rows.0.gender", "must be given"),
         ("rows.1.age", "must be given"),
@@ -101,6 +105,8 @@ def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
         (422, b"{}"),
         (422, b'{"rows": {}}'),
         (422, b'{"rows": []}'),
+        (422, b'{"rows": 5}'),
+        (422, b'{"rows": "row"}'),
         (422, b'{"rows": [null]}'),
         (422, b'{"rows": [[39]]}'),
         (422, {"rows": [GOOD | {"age": 1e308 * 10}]}),
@@ -116,8 +122,8 @@ def test_each_bad_body_has_its_status(contract, status, body):
 
 
 def test_a_value_never_seen_is_ignored_where_the_contract_says_so(contract):
-    rows = [GOOD | {"workclass": "Astronaut"}]
-    assert contract.parse(json.dumps({"rows": rows}).encode()).rows == rows
+    (row,) = contract.parse(json.dumps({"rows": [GOOD | {"workclass": "Astronaut"}]}).encode()).rows
+    assert row == GOOD | {"workclass": "Astronaut", "hours-per-week": None}
 
 
 def test_a_column_that_training_never_saw_filled_can_only_be_missing():

@@ -161,10 +161,10 @@ class TestServing:
     @pytest.mark.parametrize(
         ("text", "says"),
         [
-            ("", "at least 1 character"),
+            ("", "must not be missing"),
             ("x" * 201, "at most 200 characters"),
-            (7, "valid string"),
-            (None, "valid string"),
+            (7, "must be a string"),
+            (None, "must not be missing"),
         ],
     )
     def test_a_text_that_breaks_the_contract_is_refused(self, opened, text, says):

@@ -1,0 +1,122 @@
+"""Tables as people have them, trained on by a real training and asked about in every way there is."""
+
+import httpx
+import numpy as np
+import orjson
+import pandas as pd
+import pytest
+
+from app import api, batch, cluster
+from app.bundle import Bundle
+from app.config import Project, Serving
+from app.serving import deploy
+from app.serving.protocol import Contract
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+from tests import tables
+from tests.tables import TRAINED
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
+]
+SERVED = ["question marks", "booleans for numbers", "awkward names"]
+
+
+def project(table: tables.Table, folder) -> Project:
+    data = table.data(table.write(folder))
+    number, category = data["columns"]
+    return Project.model_validate(
+        {
+            "name": "table",
+            "data": data,
+            "features": {number: {"encode": "min_max"}, category: {"encode": "one_hot"}},
+            "model": {"kind": "linear"},
+            "training": {"num_workers": 1, "epochs": 1, "batch_size": 32, "learning_rate": 0.1},
+            "gate": {"beat": []},
+            "serving": {"variants": {"champion": {"version": "champion", "weight": 1}}},
+        }
+    )
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp_path):
+    table = TRAINED[name]
+    outcome = api.train(project(table, tmp_path / "rows"))
+    bundle = Bundle(outcome.bundle)
+    data, rows, frame = tables.read(table, tmp_path / "rows")
+    expected = bundle.predict({name: frame[name].to_numpy() for name in data.columns})
+
+    source = batch.source(str(data.source.path))
+    with cluster.session(log_to_driver=False):
+        answered = batch.run(str(outcome.bundle), source, tmp_path / "answers")
+    assert (answered.num_rows, answered.num_broken) == (len(frame), 0)
+    answers = pd.read_parquet(tmp_path / "answers")
+    np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)
+
+    asked = tables.asked(data, rows)
+    question = Contract(bundle.schema, len(frame)).parse(orjson.dumps({"rows": as_rows(asked)}))
+    np.testing.assert_allclose(bundle.predict(question.columns), expected, atol=1e-6)
+    given = api.predict(outcome, pd.DataFrame(asked, dtype=object))
+    np.testing.assert_allclose(given["probability"], expected, atol=1e-6)
+    if name in SERVED:
+        serve_and_ask(outcome.bundle, asked, expected)
+
+
+def as_rows(asked: dict[str, list]) -> list[dict]:
+    return [dict(zip(asked, row, strict=True)) for row in zip(*asked.values(), strict=True)]
+
+
+def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
+    ports = cluster.free_ports(2)
+    settings = Serving.model_validate(
+        {
+            "port": ports[0],
+            "grpc_port": ports[1],
+            "variants": {"champion": {"version": "1", "weight": 1}},
+        }
+    )
+    variants = {"champion": Deployed(version="1", weight=1, path=path)}
+    with cluster.session(log_to_driver=False):
+        url = deploy.deploy(settings, "table", Traffic(salt="1", policy="weighted", variants=variants))
+        try:
+            for answers in (by_predict(url, asked), *by_tensors(url, ports[1], asked)):
+                np.testing.assert_allclose(answers, expected, atol=1e-6)
+        finally:
+            deploy.undeploy()
+
+
+def by_predict(url: str, asked: dict[str, list]) -> list[float]:
+    response = httpx.post(
+        f"{url}/v2/models/table/predict", json={"rows": as_rows(asked)}, trust_env=False, timeout=20
+    )
+    assert response.status_code == 200, response.text
+    return [each["probability"] for each in response.json()["predictions"]]
+
+
+def by_tensors(url: str, grpc_port: int, asked: dict[str, list]) -> list[np.ndarray]:
+    """Over HTTP and over gRPC, by Triton's clients."""
+    import tritonclient.grpc
+    import tritonclient.http
+
+    answers = []
+    for kind, address in (
+        (tritonclient.http, url.removeprefix("http://")),
+        (tritonclient.grpc, f"127.0.0.1:{grpc_port}"),
+    ):
+        with kind.InferenceServerClient(address) as client:
+            inputs = []
+            number, category = asked
+            numbers = [v if isinstance(v, float | bool) else np.nan for v in asked[number]]
+            strings = ["" if v is None else v for v in asked[category]]
+            for name, datatype, values in (
+                (number, "FP64", np.array(numbers, dtype=np.float64)),
+                (category, "BYTES", np.array(strings, dtype=np.object_)),
+            ):
+                inputs.append(kind.InferInput(name, [len(values)], datatype))
+                inputs[-1].set_data_from_numpy(values)
+            answers.append(client.infer("table", inputs).as_numpy("probability")[:, 0])
+    return answers

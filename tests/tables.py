@@ -1,0 +1,303 @@
+"""Small tables as people have them: what each is called, what is in it, and what becomes of it.
+
+The contract of all is AGE, a number that may be missing, TOWN, a category that may be missing, and the label
+BOUGHT, which is yes or no. `python -m tests.tables FOLDER` writes them all.
+"""
+
+import gzip
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
+
+from app.config import Data
+from app.data import schema
+from app.data.cells import NUMBER
+from app.data.sources import Files, kinds
+
+AGE, TOWN, BOUGHT = "age", "town", "bought"
+NUM_ROWS = 120
+TOWNS = ["Bonn", "Köln", "Aachen, Stadt", 'the "old" town']
+
+
+def ages() -> list[float]:
+    return [18 + (number * 7) % 60 for number in range(NUM_ROWS)]
+
+
+def towns() -> list[str]:
+    return [TOWNS[number % 4] for number in range(NUM_ROWS)]
+
+
+def bought() -> list[str]:
+    return ["yes" if number % 3 else "no" for number in range(NUM_ROWS)]
+
+
+def columns(**changed: list[Any]) -> dict[str, list[Any]]:
+    return {AGE: ages(), TOWN: towns(), BOUGHT: bought(), **changed}
+
+
+def some(values: list[Any], *others: Any) -> list[Any]:
+    """The values, every seventh of them one of the others in turn."""
+    return [others[n // 7 % len(others)] if n % 7 == 3 else value for n, value in enumerate(values)]
+
+
+def csv(
+    table: Mapping[str, list[Any]] | None = None, separator: str = ",", end: str = "\n", quote: bool = True
+) -> str:
+    """The table as CSV; None is an empty cell."""
+
+    def cell(value: Any) -> str:
+        text = "" if value is None else str(value)
+        needs = quote and any(mark in text for mark in (separator, '"', "\n"))
+        return '"' + text.replace('"', '""') + '"' if needs else text
+
+    table = columns() if table is None else table
+    lines = [list(table), *zip(*table.values(), strict=True)]
+    return "".join(separator.join(cell(value) for value in line) + end for line in lines)
+
+
+def parquet(**changed: Any) -> bytes:
+    """The table as Parquet; values may be Arrow arrays."""
+    sink = io.BytesIO()
+    pa.parquet.write_table(pa.table(columns(**changed)), sink)
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A file, or a folder of them."""
+
+    files: dict[str, bytes]
+    """By name."""
+    says: str = ""
+    """What the refusal says; empty: it is trained on."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Keys of `data` that differ: `missing`, `label`, and `columns`, the names of AGE and TOWN."""
+
+    @property
+    def format(self) -> str:
+        return "parquet" if next(iter(self.files)).endswith(".parquet") else "csv"
+
+    def write(self, folder: Path) -> Path:
+        """The file, or the folder if there are several."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        return folder / name if len(self.files) == 1 else folder
+
+    def data(self, path: Path) -> dict[str, Any]:
+        """The section `data` of a project file."""
+        age, town = self.settings.get("columns", (AGE, TOWN))
+        return {
+            "source": {"path": str(path), "format": self.format},
+            "label": self.settings.get("label", {"column": BOUGHT, "positive": "yes"}),
+            "missing": self.settings.get("missing", []),
+            "columns": {
+                age: {"type": "number", "nullable": True},
+                town: {"type": "category", "nullable": True, "unseen": "ignore"},
+            },
+        }
+
+
+def text(name: str, content: str, says: str = "", encoding: str = "utf-8", **settings: Any) -> Table:
+    return Table({name: content.encode(encoding)}, says, settings)
+
+
+def arrow(says: str = "", *, settings: dict[str, Any] | None = None, **changed: Any) -> Table:
+    return Table({"rows.parquet": parquet(**changed)}, says, settings or {})
+
+
+def two(first: dict[str, Any], second: dict[str, Any], says: str = "") -> Table:
+    return Table({"a.parquet": parquet(**first), "b.parquet": parquet(**second)}, says)
+
+
+def _trained() -> dict[str, Table]:
+    integers = pa.array([int(age) for age in ages()])
+    halves = pa.array([None if n % 5 == 0 else age for n, age in enumerate(ages())], pa.float32())
+    names = {"/low": ages(), "größe.cm\n(1)": towns(), BOUGHT: bought()}
+    return {
+        "plain": text("rows.csv", csv()),
+        "byte order mark and CRLF": text("rows.csv", csv(end="\r\n"), encoding="utf-8-sig"),
+        "carriage returns": text("rows.csv", csv(end="\r")),
+        "semicolons": text("rows.csv", csv(separator=";")),
+        "bars": text("rows.csv", csv(separator="|")),
+        "tabs": text("rows.tsv", csv(separator="\t")),
+        "capitals": text("ROWS.CSV", csv()),
+        "packed": Table({"rows.csv.gz": gzip.compress(csv().encode())}),
+        "blank lines": text("rows.csv", csv().replace("\n", "\n\n")),
+        "trailing separators": text("rows.csv", csv(end=",\n")),
+        "no newline at the end": text("rows.csv", csv().rstrip("\n")),
+        "newlines in quotes": text("rows.csv", csv(columns(town=some(towns(), "Bad\nEms")))),
+        "inches": text(
+            "rows.csv",
+            csv(columns(pipe=['5" pipe'] * NUM_ROWS), quote=False).replace("Aachen, Stadt", "Aachen"),
+        ),
+        "index of pandas": text("rows.csv", csv({"": list(range(NUM_ROWS)), **columns()})),
+        "NA of R": text("rows.csv", csv(columns(age=some(ages(), "NA")))),
+        "NaN of pandas": text("rows.csv", csv(columns(age=some(ages(), "NaN", None, "nan")))),
+        "towns called NA and null": text(
+            "rows.csv", csv(columns(town=some(towns(), "NA", "nan", "null", "None")))
+        ),
+        "question marks": text(
+            "rows.csv", csv(columns(age=some(ages(), "?"), town=some(towns(), "?"))), missing=["?"]
+        ),
+        "a number that stands for missing": text(
+            "rows.csv", csv(columns(age=some(ages(), -9, "-9.0"))), missing=["-9"]
+        ),
+        "the same in Parquet": arrow(age=some(ages(), -9.0), settings={"missing": ["-9"]}),
+        "leading zeros": text("rows.csv", csv(columns(town=some(towns(), "007", "7", "01234")))),
+        "spaces around numbers": text("rows.csv", csv(columns(age=[f" {age} " for age in ages()]))),
+        "numbers as programs write them": text(
+            "rows.csv", csv(columns(age=some(ages(), "+5", ".5", "5.", "1e1", "1E+02")))
+        ),
+        "latin-1 in a column that nobody asks for": text(
+            "rows.csv", csv(columns(note=["café"] * NUM_ROWS)).replace("Köln", "Koeln"), encoding="latin-1"
+        ),
+        "files with separators and an order of their own": Table(
+            {
+                "a.csv": csv().encode(),
+                "b.TSV": csv(dict(reversed(columns().items())), separator="\t").encode(),
+            }
+        ),
+        "answers of another model": text(
+            "rows.csv", csv(columns(probability=[0.5] * NUM_ROWS, violation=[None] * NUM_ROWS))
+        ),
+        "whole numbers": arrow(age=integers, town=pa.array(towns()).dictionary_encode()),
+        "booleans for numbers": arrow(age=[n % 5 > 1 for n in range(NUM_ROWS)]),
+        "decimals": arrow(age=[Decimal(age) / 4 for age in ages()]),
+        "nothing but nulls": arrow(town=pa.nulls(NUM_ROWS)),
+        "NaN and null": arrow(
+            age=some([float(age) for age in ages()], float("nan"), None), town=some(towns(), "", None)
+        ),
+        "a label of integers": arrow(
+            bought=[n % 3 // 2 for n in range(NUM_ROWS)],
+            settings={"label": {"column": BOUGHT, "positive": "1"}},
+        ),
+        "awkward names": text("rows.csv", csv(names), columns=("/low", "größe.cm\n(1)")),
+        "a dictionary here, strings there": two(
+            {"town": pa.array(towns()).dictionary_encode()}, {"town": pa.array(towns(), pa.large_string())}
+        ),
+        "integers here, floats there": two({"age": integers}, {"age": halves}),
+        "booleans here, integers there": two(
+            {"age": [n % 2 == 0 for n in range(NUM_ROWS)]}, {"age": integers}
+        ),
+        "another column of other types": two({"id": integers}, {"id": [str(n) for n in range(NUM_ROWS)]}),
+        "nothing here, towns there": two({"town": pa.nulls(NUM_ROWS)}, {}),
+    }
+
+
+def _refused() -> dict[str, Table]:
+    lines = csv().splitlines(keepends=True)
+    whole = parquet()
+    number = "age: must be a number: "
+    return {
+        "latin-1": text("rows.csv", csv(), "row 3: is no UTF-8; save the file as UTF-8", "latin-1"),
+        "UTF-16": text("rows.csv", csv(), "it is UTF-16; save it as UTF-8", "utf-16"),
+        "a spreadsheet": Table({"rows.csv": b"PK\3\4\0\0\0\0" * 9}, "it is binary"),
+        "ragged": text("rows.csv", csv() + "1,Bonn\n", "row 122: has 2 cells, the header 3"),
+        "separators not quoted": text(
+            "rows.csv", csv(quote=False), "row 4: has 4 cells, the header 3 (separator ','); quote"
+        ),
+        "a quote not closed": text(
+            "rows.csv",
+            csv(columns(town=["Bonn"] * NUM_ROWS)).replace("39,Bonn", '39,"Bonn', 1),
+            "row 5: has 2 cells, the header 3 (separator ','); is a quote (\") not closed?",
+        ),
+        "a quote not closed in the last column": text(
+            "rows.csv",
+            csv(columns(town=["Bonn"] * NUM_ROWS)).replace(",no\n", ',"no\n', 1),
+            'line 2: opens a quote (") that is never closed',
+        ),
+        "empty": text("rows.csv", "", "empty (0 bytes); give a csv file with rows"),
+        "no rows": text("rows.csv", lines[0], "has columns but no rows"),
+        "no header": text(
+            "rows.csv",
+            "".join(lines[1:]),
+            "are missing; the file has '18', 'Bonn', 'no'; is its first row a header?",
+        ),
+        "spaces in the header": text(
+            "rows.csv",
+            csv().replace(",town,", ", town,", 1),
+            "column 'town' is missing; the file has 'age', ' town'",
+        ),
+        "a column twice": text(
+            "rows.csv", csv(columns(old=ages())).replace("old", "age", 1), "column 'age' stands 2 times"
+        ),
+        "decimal commas": text(
+            "rows.csv",
+            csv(columns(age=[f"{age},5" for age in ages()]), separator=";"),
+            f"{number}120 of 120 rows, such as '18,5'",
+        ),
+        "underscores": text(
+            "rows.csv", csv(columns(age=some(ages(), "18_0"))), f"{number}17 of 120 rows, such as '18_0'"
+        ),
+        "NULL of SQL": text(
+            "rows.csv", csv(columns(age=some(ages(), "NULL"))), f"{number}17 of 120 rows, such as 'NULL'"
+        ),
+        "beyond every number": text(
+            "rows.csv",
+            csv(columns(age=some(ages(), "1.797e308"))),
+            "age: must be between -1e+100 and 1e+100: 17",
+        ),
+        "infinite": arrow(
+            "age: must be finite: 17 of 120 rows, such as inf",
+            age=some([float(age) for age in ages()], float("inf")),
+        ),
+        "numbers as text": arrow(
+            "column 'age' must hold numbers, but its type is string", age=[str(age) for age in ages()]
+        ),
+        "lists": arrow("column 'age' must hold numbers, but its type is list", age=[[age] for age in ages()]),
+        "towns as numbers": arrow(
+            "column 'town' must hold strings, but its type is int64", town=list(range(NUM_ROWS))
+        ),
+        "a label of several types": two(
+            {"bought": [n % 2 for n in range(NUM_ROWS)]},
+            {"bought": [n % 2 == 0 for n in range(NUM_ROWS)]},
+            "write it with one type in all files",
+        ),
+        "cut off": Table({"rows.parquet": whole[:-40]}, "is no readable parquet file"),
+        "CSV under another name": Table({"rows.parquet": csv().encode()}, "is no readable parquet file"),
+    }
+
+
+def read(table: Table, folder: Path) -> tuple[Data, pa.Table, pd.DataFrame]:
+    """The contract, the rows as they stand in the files, and as training reads them; without Ray."""
+    data = Data.model_validate(table.data(table.write(folder)))
+    files = Files(data.source)
+    wanted = kinds(data)
+    types = files.check(wanted)
+    reader = files.reader(pa.schema([(name, types[name]) for name in wanted]))
+    rows = pa.concat_tables(block for file in reader.files for block in reader.blocks(file))
+    schema.refuse(schema.violations(rows, data).to_pylist(), rows.num_rows)
+    return data, rows, schema.conform(rows, data)[0]
+
+
+def asked(data: Data, rows: pa.Table) -> dict[str, list[Any]]:
+    """What a client sends of each column: numbers as numbers, all else as it stands in the file."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, str):
+            return float(value) if NUMBER.fullmatch(value.strip()) else value
+        return value if value is None or isinstance(value, bool) else float(value)
+
+    values = {name: rows[name].to_pylist() for name in data.columns}
+    return {
+        name: [number(value) for value in column] if data.columns[name].type == "number" else column
+        for name, column in values.items()
+    }
+
+
+TRAINED = _trained()
+REFUSED = _refused()
+
+
+if __name__ == "__main__":
+    for name, table in {**TRAINED, **REFUSED}.items():
+        print(table.write(Path(sys.argv[1]) / name.replace(" ", "_")))

@@ -1,0 +1,53 @@
+import pickle
+
+import pytest
+from ray.exceptions import RayTaskError
+
+from app.errors import UserError, described, described_in, root, unwrapped
+
+TRACE = """The deployment failed to start 3 times in a row. Error:
+ray::ServeReplica:income:endpoint.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
+  File "app/serving/endpoint.py", line 1, in __init__
+    raise UserError("x")
+app.errors.UserError: the variants differ in
+  column age
+
+Some advice of Ray's: see https://docs.ray.io
+"""
+
+
+def wrapped() -> Exception:
+    """As Ray raises what was raised in a task."""
+    error = RayTaskError(
+        "read",
+        "Traceback ...\napp.errors.UserError: row 7: is ragged\nTo retry, set max_retries",
+        UserError("row 7: is ragged"),
+    )
+    return pickle.loads(pickle.dumps(error)).as_instanceof_cause()
+
+
+def test_the_root_of_an_error_is_what_was_raised_first():
+    assert str(root(wrapped())) == "row 7: is ragged"
+    inner = ValueError("no\nmore")
+    outer = RuntimeError("outer")
+    outer.__cause__ = inner
+    assert root(outer) is inner
+    assert described(outer) == "ValueError: no"
+    assert described(KeyError()) == "KeyError: no message"
+
+
+def test_a_user_error_of_a_worker_is_raised_as_itself():
+    with pytest.raises(UserError) as caught, unwrapped():
+        raise wrapped() from RuntimeError("Ray Data's own")
+    assert type(caught.value) is UserError
+    assert str(caught.value) == "row 7: is ragged"
+    with pytest.raises(ValueError, match="ours"), unwrapped():
+        raise ValueError("ours")
+
+
+def test_the_reason_in_a_text_is_the_last_exception_and_not_the_last_line():
+    assert described_in(TRACE) == "the variants differ in\n  column age"
+    other = TRACE.replace("app.errors.UserError: the variants differ in\n  column age", "ValueError: bad")
+    assert described_in(other) == "ValueError: bad"
+    assert described_in("it just said this") == "it just said this"
+    assert described_in("") == "no message"
