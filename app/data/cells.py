@@ -55,6 +55,7 @@ class Cells:
         self.contract = contract
         self._nullable = contract.nullable
         self._markers = {"", *missing}
+        self._dtype: Any = np.float64 if contract.type == "number" else object
         self.read: Callable[[Any], float | str | None]
         """Reads one typed value. Raises Broken."""
         if isinstance(contract, Number):
@@ -129,17 +130,20 @@ class Cells:
             together = self._numbers_at_once(values) if is_number else self._strings_at_once(values)
             if together is not None:
                 return together, {}
+        read = self.read
+        try:
+            return np.array([read(value) for value in values], dtype=self._dtype), {}
+        except Broken:
+            pass
         found: list[float | str | None] = []
         broken: dict[int, str] = {}
-        read = self.read
         for row, value in enumerate(values):
             try:
                 found.append(read(value))
             except Broken as rule:
                 found.append(None)
                 broken[row] = str(rule)
-        kind: Any = np.float64 if self.contract.type == "number" else object
-        return np.array(found, dtype=kind), broken
+        return np.array(found, dtype=self._dtype), broken
 
     def _numbers_at_once(self, values: Sequence[Any]) -> np.ndarray | None:
         """The numbers if all are plain ones within the range or null, else None."""

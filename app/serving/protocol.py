@@ -98,10 +98,10 @@ class Question:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """The rows as they were read, None for what is missing."""
-        values = []
-        for array in self.columns.values():
-            column = array.tolist()
-            values.append([None if v != v else v for v in column] if array.dtype.kind == "f" else column)
+        values = [array.tolist() for array in self.columns.values()]
+        for column, array in zip(values, self.columns.values(), strict=True):
+            if array.dtype == np.float64:
+                column[:] = [None if value != value else value for value in column]
         return [dict(zip(self.columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
