@@ -32,7 +32,8 @@ def ages() -> list[float]:
 
 
 def towns() -> list[str]:
-    return [TOWNS[number % 4] for number in range(NUM_ROWS)]
+    """Different ones, so that rows are: equal rows are in the same part of a split."""
+    return [f"{TOWNS[number % 4]} {number}" for number in range(NUM_ROWS)]
 
 
 def bought() -> list[str]:
@@ -220,7 +221,7 @@ def _refused() -> dict[str, Table]:
         "no header": text(
             "rows.csv",
             "".join(lines[1:]),
-            "are missing; the file has '18', 'Bonn', 'no'; is its first row a header?",
+            "are missing; the file has '18', 'Bonn 0', 'no'; is its first row a header?",
         ),
         "spaces in the header": text(
             "rows.csv",

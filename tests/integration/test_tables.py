@@ -26,7 +26,7 @@ SERVED = ["question marks", "booleans for numbers", "awkward names"]
 
 
 def project(table: tables.Table, folder) -> Project:
-    data = table.data(table.write(folder))
+    data = table.data(table.write(folder)) | {"split": {"validation": 0.3, "test": 0.3}}
     number, category = data["columns"]
     return Project.model_validate(
         {
