@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from app import capacity, registry, store
 from app.bundle import OUTPUT, Bundle, Schema
 from app.config import Source
-from app.data.cells import table_faults, told
+from app.data.cells import is_string, table_faults, told
 from app.data.reading import SUFFIXES, has_format
 from app.data.sources import Files, Kind
 from app.errors import UserError, unwrapped
@@ -108,6 +108,11 @@ class Predictor:
         answers = _answers(self._bundle, {name: values[kept] for name, (values, _) in read.items()}, self._k)
         answers.index = pd.Index(kept)
         answers = answers.reindex(range(block.num_rows))
+        for name, (values, _) in read.items():
+            if values.dtype == np.float64 and is_string(block.column(name).type):
+                # Numbers of CSV are written as numbers, so that the output is a table for `predict` again.
+                numbers = pa.array(values, from_pandas=True)
+                block = block.set_column(block.column_names.index(name), name, numbers)
         for name in answers.columns:
             answer = pa.Array.from_pandas(answers[name], type=self._type(name))
             block = block.append_column(f"{name}{self._suffix}", answer)

@@ -29,6 +29,8 @@ def test_text_of_a_csv_is_read_as_the_contract_says(path):
     answered = Predictor(path, k=10)(pa.Table.from_pylist(rows))
     expected = Predictor(path, k=10)(pa.Table.from_pylist(ROWS))
     assert answered["probability"] == expected["probability"]
+    assert answered["age"].to_pylist() == [row["age"] for row in ROWS]
+    assert Predictor(path, k=10, suffix="_2")(answered)["probability_2"] == answered["probability"]
 
 
 def test_booleans_stand_for_numbers_as_in_training(path):
