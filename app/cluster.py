@@ -10,7 +10,6 @@ import logging
 import os
 import random
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -23,11 +22,12 @@ from pathlib import Path
 import psutil
 
 from app.errors import UserError
-from app.flags import FLAGS, LOCAL_FLAGS, environment
-from app.home import home, make_private
+from app.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
+from app.guardian import MARK, hold
+from app.home import FRONT, SECRET, home, make_private
 
-MARK = "RAYLWAY_CLUSTER"
-"""Names a local cluster's directory in the environment of each of its processes."""
+NUM_REPLICA_PORTS = 500
+"""Ports for the replicas of one local cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +68,12 @@ def local_environment(directory: Path) -> dict[str, str]:
     """`environment()` for a one-node cluster of its own, whose files are below `directory`.
 
     HAProxy's admin socket is open to everyone by its own mode, so it goes where only we can enter; its ports
-    are free ones, because HAProxy shares a taken port with whoever has it instead of failing.
+    are free ones, because HAProxy shares a taken port with whoever has it instead of failing. Replicas have
+    ports of this cluster alone, so that two clusters on a machine do not meet.
     """
-    stats_port, metrics_port = free_ports(2)
-    haproxy = {
+    stats_port, metrics_port, fallback_port = free_ports(3)
+    replica_port = free_block(NUM_REPLICA_PORTS)
+    serve = {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
@@ -79,14 +81,17 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + NUM_REPLICA_PORTS - 1),
+        SECRET: secrets.token_hex(32),
     }
-    return LOCAL_FLAGS | haproxy | environment() | {MARK: str(directory), "RAY_TMPDIR": str(directory)}
+    return LOCAL_FLAGS | environment() | serve | _places(directory) | {MARK: str(directory)}
 
 
-def new_directory() -> Path:
-    """A fresh directory that only we can enter, for a local cluster. Directly in /tmp and short: the paths of
-    the sockets below it must fit 107 bytes, and $TMPDIR can be long."""
-    return Path(tempfile.mkdtemp(prefix="raylway-", dir="/tmp"))
+def _places(directory: Path) -> dict[str, str]:
+    """Where a local cluster's processes and the commands that join it find what is the cluster's alone."""
+    return {"RAY_TMPDIR": str(directory), FRONT: str(directory)}
 
 
 def temp_dir(directory: Path) -> Path:
@@ -103,14 +108,36 @@ def free_ports(count: int) -> list[int]:
 
     What is started minutes from now still finds them free: the ports of Ray's workers come from the kernel.
     """
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     ports: list[int] = []
     while len(ports) < count:
-        port = random.SystemRandom().randrange(max(1024, lowest - 20_000), lowest)
+        port = random.SystemRandom().randrange(*_never_given())
         with socket.socket() as probe:
             if port not in ports and probe.connect_ex(("127.0.0.1", port)):
                 ports.append(port)
     return ports
+
+
+def free_block(size: int) -> int:
+    """The first of `size` ports in a row, as `free_ports`: nobody uses one of them now. Two blocks are equal
+    or have no port in common."""
+    lowest, beyond = _never_given()
+    blocks = list(range(lowest, beyond - size + 1, size))
+    random.SystemRandom().shuffle(blocks)
+    used = {port for table in ("tcp", "tcp6") for port in _local_ports(Path("/proc/net") / table)}
+    # If all are in use: Serve goes on to the next port where one is taken.
+    return next((first for first in blocks if used.isdisjoint(range(first, first + size))), blocks[0])
+
+
+def _never_given() -> tuple[int, int]:
+    """Bounds of the ports below those that the kernel gives to whoever asks for any port."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return max(1024, lowest - 20_000), lowest
+
+
+def _local_ports(table: Path) -> Iterator[int]:
+    if table.exists():
+        for line in table.read_text().splitlines()[1:]:
+            yield int(line.split()[1].rpartition(":")[2], 16)
 
 
 def ensure_token() -> Path:
@@ -128,21 +155,6 @@ def ensure_token() -> Path:
         Path(name).unlink()
     path.chmod(0o600)
     return path
-
-
-def reap(directory: Path) -> None:
-    """Kill what is left of the cluster in `directory`, by its mark, and remove the directory.
-
-    HAProxy and Ray's agents outlive a head that was killed, and go on holding their ports.
-    """
-    killed = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.pid != os.getpid() and process.environ().get(MARK) == str(directory):
-                process.kill()
-                killed.append(process)
-    psutil.wait_procs(killed, timeout=5)
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def lasts() -> bool:
@@ -169,17 +181,18 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
     before = dict(os.environ)
     address = os.environ.get("RAY_ADDRESS", "local")
     cluster = recorded()
-    directory = None
+    held = directory = None
     try:
         if address != "local":
             # Someone else's cluster: its own authentication, read from the user's environment.
             os.environ.update(FLAGS | before | {"RAYLWAY_HOME": str(home())})
         elif cluster and cluster.alive():
             address = cluster.address
-            _replace_environ(LOCAL_FLAGS | environment() | {"RAY_TMPDIR": cluster.directory})
+            _replace_environ(LOCAL_FLAGS | environment() | _places(Path(cluster.directory)))
         else:
             ensure_token()
-            directory = new_directory()
+            held = hold()
+            directory = held.directory
             _replace_environ(local_environment(directory))
         _connect(address, directory, log_to_driver)
         if directory:
@@ -189,8 +202,8 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
     finally:
         if "ray" in sys.modules:
             sys.modules["ray"].shutdown()
-        if directory:
-            reap(directory)
+        if held:
+            held.end()
         _replace_environ(before)
 
 
@@ -238,5 +251,5 @@ def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
 
 
 if __name__ == "__main__":
-    _environment = environment()
+    _environment = node_environment()
     os.execvpe(sys.argv[1], sys.argv[1:], _environment)

@@ -1,10 +1,14 @@
 """Every environment flag that Ray is started with, each with its reason."""
 
+import hashlib
+import hmac
 import os
 import sys
 from pathlib import Path
 
-from app.home import home
+from app.home import SECRET, home
+
+SQLITE = "sqlite:///"
 
 FLAGS = {
     # Ray runs its workers at nice 15, so anything else on the machine starves training and serving.
@@ -61,9 +65,14 @@ LOCAL_FLAGS = {
 
 def environment() -> dict[str, str]:
     """The environment for Ray's processes: ours, completed by FLAGS. What the user has set wins, except that
-    authentication is always by the token in the state directory, and paths are made absolute."""
+    authentication is always by the token in the state directory, and paths are made absolute: the processes
+    have other working directories."""
     # RAY_AUTH_TOKEN would shadow the file.
     ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    if (store := ours.get("RAYLWAY_STORE")) and "://" not in store:
+        ours["RAYLWAY_STORE"] = _absolute(store)
+    if (url := ours.get("RAYLWAY_DATABASE_URL", "")).startswith(SQLITE):
+        ours["RAYLWAY_DATABASE_URL"] = SQLITE + _absolute(url.removeprefix(SQLITE))
     root = str(Path(__file__).resolve().parents[1])
     fixed = {
         "RAY_AUTH_MODE": "token",
@@ -77,3 +86,15 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
     return FLAGS | ours | fixed
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def node_environment() -> dict[str, str]:
+    """`environment()` for a node of a cluster of several: all of them have the same SECRET, because they have
+    the same token. Raises FileNotFoundError if there is none."""
+    values = environment()
+    token = Path(values["RAY_AUTH_TOKEN_PATH"]).read_bytes().strip()
+    return {SECRET: hmac.new(token, SECRET.encode(), hashlib.sha256).hexdigest()} | values

@@ -9,6 +9,10 @@ from app.errors import UserError
 LIMITS = "connect_timeout=5&keepalives_idle=30&tcp_user_timeout=30000"
 """For PostgreSQL: seconds until it must have accepted a connection, seconds of silence after which it is
 asked whether it is there, and milliseconds until what was sent must have arrived."""
+FRONT = "RAYLWAY_FRONT"
+"""Environment variable: the folder with the settings of a local cluster's front (HAProxy)."""
+SECRET = "RAYLWAY_FRONT_SECRET"
+"""Environment variable: what HAProxy shows the replicas of its own cluster; they answer nobody else."""
 
 
 def home() -> Path:
@@ -44,6 +48,12 @@ def private_file(file: Path) -> Path:
     make_private(file.parent)
     os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     return file
+
+
+def front_folder() -> Path:
+    """Where the settings of a cluster's front are: the local cluster's own folder, or the state directory,
+    which all nodes of another cluster share."""
+    return Path(os.environ[FRONT]) if FRONT in os.environ else home()
 
 
 def database_url(file: str) -> str:

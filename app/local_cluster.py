@@ -20,12 +20,11 @@ from app.cluster import (
     ensure_token,
     free_ports,
     local_environment,
-    new_directory,
-    reap,
     recorded,
     temp_dir,
 )
 from app.errors import UserError
+from app.guardian import Held, hold, reap
 from app.home import home, make_private
 
 START_TIMEOUT_S = 90.0
@@ -68,12 +67,14 @@ def up() -> Up:
             return Up(cluster, started=False)
         if cluster:
             _forget(cluster)
-        directory = new_directory()
+        held = hold()
         try:
-            return Up(_start(directory), started=True)
+            cluster = _start(held)
         except BaseException:
-            reap(directory)
+            held.end()
             raise
+        held.hand_over()
+        return Up(cluster, started=True)
 
 
 def down() -> Cluster | None:
@@ -94,7 +95,9 @@ def down() -> Cluster | None:
         return cluster if alive else None
 
 
-def _start(directory: Path) -> Cluster:
+def _start(held: Held) -> Cluster:
+    """A head that holds the cluster beside this process."""
+    directory = held.directory
     log = home() / "logs" / "cluster.log"
     make_private(log.parent)
     token_path = ensure_token()
@@ -117,6 +120,7 @@ def _start(directory: Path) -> Cluster:
         *("--port=0", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"),
         f"--ray-client-server-port={client_port}",
     ]
+    os.set_inheritable(held.lock, True)
     # Not subprocess: its objects expect to see the end of what they started.
     pid = os.posix_spawn(
         ray,

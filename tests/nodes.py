@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import ray
 
-from app import cluster
+from app import cluster, guardian
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -54,7 +54,8 @@ class Nodes:
 
     def __init__(self, host: Host = HERE):
         self.host = host
-        self._directory = cluster.new_directory()
+        self._held = guardian.hold()
+        self._directory = self._held.directory
         self._started: list[subprocess.Popen] = []
         cluster.ensure_token()
         self._environment = cluster.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
@@ -84,7 +85,7 @@ class Nodes:
 
     def stop(self) -> None:
         """All nodes of this cluster, and no other."""
-        cluster.reap(self._directory)
+        self._held.end()
         for process in self._started:
             process.wait()
 

@@ -1,10 +1,25 @@
 """How the registered versions are served."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from app.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+def _absolute(file: str) -> str:
+    """A file that other processes read, whose working directory is another one."""
+    # Not resolved: a link that leads to another file after a renewal is followed when the file is read.
+    return str(Path(file).expanduser().absolute())
+
+
+def _absolute_unless_url(place: str) -> str:
+    return place if place.startswith(("http://", "https://")) else _absolute(place)
+
+
+File = Annotated[str, AfterValidator(_absolute)]
+"""A file, relative to where the command runs. It becomes absolute when the project file is read."""
 
 
 class Workers(Section):
@@ -84,7 +99,7 @@ class Issuer(Section):
     """The claim `iss`."""
     audience: str = "raylway"
     """The claim `aud`."""
-    jwks: str
+    jwks: Annotated[str, AfterValidator(_absolute_unless_url)]
     """The issuer's public keys, as a JSON Web Key Set: a URL, or a file."""
 
 
@@ -97,16 +112,17 @@ Auth = Annotated[
 class Tls(Section):
     """HTTPS, with files in PEM format."""
 
-    certificate: str
+    certificate: File
     """The certificate and those that certify it."""
-    key: str
+    key: File
 
 
 class Serving(Section):
     """The endpoint under /v2/models/<name>."""
 
     host: str = "127.0.0.1"
-    """The interface that is listened on. Beyond loopback it needs `auth`."""
+    """The interface that is listened on: an address of this machine, or a name for one. Beyond loopback it
+    needs `auth`. All endpoints of a cluster have the same `host`, `port`, `grpc_port` and `tls`."""
     port: int = Field(8000, ge=1, le=65535)
     grpc_port: int | None = Field(None, ge=1, le=65535)
     """Where the Open Inference Protocol is also answered over gRPC; None: nowhere."""
@@ -125,7 +141,7 @@ class Serving(Section):
     auth: Auth = "none"
     """`none` on loopback only; `local` for the tokens of `raylway token`; or an issuer."""
     tls: Tls | None = None
-    trusted_keys: list[str] = Field([])
+    trusted_keys: list[File] = Field([])
     """PEM files of Ed25519 public keys. If there are any, only bundles that one of them has signed (`raylway
     sign`) are served."""
     record: bool = True

@@ -3,23 +3,19 @@
 Ray Serve reads its flags when it is imported, so it is imported in here only when something is called.
 """
 
-import contextlib
 import json
-import socket
-import ssl
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
 
-from app import issuer, store
+from app import database, issuer, store
 from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving import front, traffic
+from app.serving import server, shared, traffic
 from app.serving.applications import (
     HEALTH_CHECK_PERIOD_S,
     MAX_ONGOING_REQUESTS,
@@ -33,16 +29,11 @@ from app.serving.applications import (
 )
 from app.serving.endpoint import Endpoint
 from app.serving.front import MAX_BODY_BYTES
-from app.serving.grpc import Grpc
-from app.serving.limits import ROOT
-from app.serving.root import Root
+from app.serving.shared import Behind, Front, Shared
 from app.serving.status import models
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed, common_schema, load
 
-HOST = "127.0.0.1"
-GRPC = "Grpc"
-"""The application of the server for gRPC; a model's name has no capital."""
 READY_TIMEOUT_S = 60.0
 """For HAProxy to learn of replicas that run; about 1 s when idle."""
 
@@ -54,33 +45,53 @@ def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str]
 
     :param on_wait: told who is waited for, if somebody else is changing this endpoint.
     :returns: the server's URL; the endpoint is below it at `/v2/models/<name>`.
-    :raises UserError: the port is taken, a bundle is broken, the variants take different inputs, or Serve
-        could not start the replicas.
+    :raises UserError: another endpoint of the cluster has another front, the port is taken, a bundle is
+        broken, the variants take different inputs, or Serve could not start the replicas.
     """
-    from ray import serve
-
     store.require_shared()
+    asked = shared.front_of(serving)
+    shared.check_files(serving)
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:
         raise UserError(f"serving.limits.max_body_bytes must be at most {MAX_BODY_BYTES:,}")
     # Said here in one line; said by a replica it would be a traceback in Serve's log.
     common_schema(
         {variant: bundle.schema for variant, bundle in load(wanted.variants, serving.trusted_keys).items()}
     )
-    _set_front(serving, name)
-    _start(serving)
-    secured = serving.auth != "none"
-    root = serve.deployment(Root).options(
-        name=ROOT,
-        version=digest([secured, code()]),
-        _internal=True,  # see `_application`
-        ray_actor_options={"num_cpus": 0},
+    # Whoever puts endpoints behind the front, or takes them off, is alone at it.
+    with database.alone("front", on_wait), traffic.alone(name, on_wait):
+        _behind_front(serving, name, wanted, asked)
+    return asked.url
+
+
+def _behind_front(serving: Serving, name: str, wanted: Traffic, asked: Front) -> None:
+    """Serve it behind the cluster's front, which is changed if nobody else is behind it."""
+    from ray import serve
+
+    ours = Behind(_issuer(serving), serving.limits.max_wait_s, serving.limits.max_body_bytes)
+    secured = ours.secured
+    deployed = set(models(serve.status().applications))
+    held = shared.read() if deployed else None
+    shared.check(held, name, asked, secured, server.num_nodes(), deployed)
+    if not deployed and server.runs():
+        undeploy()  # what a command that was killed has left
+    before = {other: it for other, it in held.endpoints.items() if other in deployed} if held else {}
+    # Closed before requests without a token are let in, opened after they are not.
+    first = Shared(
+        held.front if held and secured else asked, before | {name: ours.beside(before.get(name, ours))}
     )
-    run(root.bind(secured), ROOT, ROOT, "/")
-    _start_grpc(serving, name)
-    url = address(serving)
-    with traffic.alone(name, on_wait):
-        _replace(serving, name, wanted, url)
-    return url
+    last = Shared(asked, before | {name: ours})
+    try:
+        server.open_front(first)
+        server.start_root(secured or any(each.secured for each in before.values()))
+        _replace(serving, name, wanted, first.front.url)
+        if last != first:
+            server.open_front(last)
+            server.start_root(any(each.secured for each in last.endpoints.values()))
+            _wait(asked.url, name)
+    except BaseException:
+        if not deployed:
+            undeploy()
+        raise
 
 
 def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
@@ -103,75 +114,14 @@ def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
             stop_workers(audit, name)
 
 
-def address(serving: Serving) -> str:
-    """The server's URL, from this machine."""
-    host = HOST if serving.host in ("0.0.0.0", "::", "localhost") else serving.host
-    return f"{'https' if serving.tls else 'http'}://{host}:{serving.port}"
-
-
-def _set_front(serving: Serving, name: str) -> None:
-    """Raises UserError if a file for TLS is not there, or is none."""
-    tls = serving.tls
-    if tls:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.certificate, tls.key)
-        except (OSError, ssl.SSLError) as error:
-            raise UserError(
-                f"serving.tls must name a certificate and its key, in PEM format; {tls.certificate} and "
-                f"{tls.key}: {error}"
-            ) from None
-    certificate, key = (Path(tls.certificate), Path(tls.key)) if tls else (None, None)
-    front.write(serving.host, certificate, key, {name: serving.limits.max_wait_s})
-
-
-def _start_grpc(serving: Serving, name: str) -> None:
-    """The server for gRPC, where the project asks for one."""
-    from ray import serve
-
-    if serving.grpc_port is None:
-        return
-    tls = serving.tls
-    tls_files = [Path(file).read_text() for file in (tls.certificate, tls.key)] if tls else []
-    if GRPC not in serve.status().applications:
-        _require_free(serving.grpc_port, "serving.grpc_port")
-    endpoints = _endpoints(serving, name)
-    issuers = {_issuer(each) for each in endpoints}
-    taken = [] if None in issuers else sorted((each for each in issuers if each), key=repr)
-    max_message_bytes = max(each.limits.max_body_bytes for each in endpoints)
-    made_of = [[each.model_dump() for each in taken], max_message_bytes, tls_files, code()]
-    server = serve.deployment(Grpc).options(
-        name=GRPC,
-        version=digest([serving.host, serving.grpc_port, address(serving), *made_of]),
-        _internal=True,  # see `_application`
-        ray_actor_options={"num_cpus": 0},
-        # The one before must have left the port.
-        max_surge_percent=0,
-    )
-    bound = server.bind(serving.host, serving.grpc_port, address(serving), tls, taken, max_message_bytes)
-    run(bound, GRPC, GRPC, None)
-
-
-def _endpoints(serving: Serving, name: str) -> list[Serving]:
-    """The settings of this endpoint and of those that are deployed already."""
-    from ray import serve
-
-    found = [serving]
-    with Audit() as audit:
-        for other in models(serve.status().applications):
-            # An entry that cannot be read is the fault of its model alone.
-            with contextlib.suppress(UserError):
-                if other != name and (settings := traffic.settings(audit, other)) is not None:
-                    found.append(settings)
-    return found
-
-
 def _application(serving: Serving, name: str) -> Any:
     """What Serve runs: replicas are started anew only if what they are made of is another, or their code."""
     from ray import serve
 
     autoscaling = serving.autoscaling
     fixed = serving.model_copy(update={"variants": {}, "salt": "", "policy": "weighted"})
-    made_of = [fixed.model_dump(exclude={"autoscaling"}), code()]
+    elsewhere = {"autoscaling", "host", "port", "grpc_port", "tls"}  # see `app.serving.server`
+    made_of = [fixed.model_dump(exclude=elsewhere), code()]
     endpoint = serve.deployment(Endpoint).options(
         name=name,
         version=digest(made_of),
@@ -215,9 +165,8 @@ def curl(server: str, name: str, variant: Deployed) -> str:
 
 def undeploy() -> None:
     """Take all endpoints off the cluster, and Serve with them. Nothing happens if there are none."""
-    from ray import serve
-
-    serve.shutdown()
+    server.stop()
+    shared.forget()
 
 
 def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
@@ -227,7 +176,7 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
     """
     from ray import serve
 
-    with traffic.alone(name, on_wait), Audit() as audit:
+    with database.alone("front", on_wait), traffic.alone(name, on_wait), Audit() as audit:
         served = models(serve.status().applications)
         # The entry first: what a kill leaves is then known to be unwanted, and the same command stops it.
         traffic.take_off(audit, name)
@@ -237,54 +186,7 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
         if name not in served:
             raise UserError(f"{name} is not served; these are: {', '.join(served) or 'none'}")
         if served == [name]:
-            serve.shutdown()
-
-
-def _start(serving: Serving) -> None:
-    """Serve's controller and HAProxy. Serve may already run, on the same port."""
-    from ray import serve
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        _require_free(serving.port)
-        serve.start(http_options={"host": _replicas_host(serving), "port": serving.port})
-    elif client.http_config.port != serving.port:
-        raise UserError(
-            f"serving.port is {serving.port}, but this cluster already serves on port "
-            f"{client.http_config.port}, and can on one only. Change serving.port, or take the other "
-            "endpoints off first."
-        )
-
-
-def _replicas_host(serving: Serving) -> str:
-    """The interface on which replicas listen for HAProxy: loopback, or all where it may be on another node.
-
-    Raises UserError if they would answer anybody there.
-    """
-    import ray
-
-    if len([node for node in ray.nodes() if node["Alive"]]) == 1:
-        return HOST
-    if serving.auth == "none":
-        raise UserError(
-            "serving.auth must be local or an issuer: this cluster has several nodes, so the replicas can be "
-            "asked over its network"
-        )
-    return "0.0.0.0"
-
-
-def _require_free(port: int, setting: str = "serving.port") -> None:
-    """HAProxy would share a taken port with whoever has it instead of failing."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise UserError(
-                f"port {port} must be free on {HOST} for the endpoint ({error.strerror}). Stop what uses it, "
-                f"or choose another with {setting}."
-            ) from error
+            undeploy()
 
 
 def _wait(url: str, name: str) -> None:

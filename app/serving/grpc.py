@@ -25,6 +25,7 @@ from app.serving.auth import Authenticator
 from app.serving.body import BODY_S, Room
 from app.serving.front import ANSWER_S, HEAD_S, IDLE_S, IN_HAND, MAX_BODY_BYTES
 from app.serving.protocol import Refused
+from app.serving.shared import bracketed
 from app.serving.tensors import HEADER_LENGTH, NUMBERS
 
 FORWARDED = (
@@ -250,7 +251,7 @@ class Grpc:
     ):
         """`issuers` are those of all endpoints, none if one of them asks for no token; `max_message_bytes` is
         the largest `limits.max_body_bytes` among them."""
-        self._address = f"{host}:{port}"
+        self._address = f"{bracketed(host)}:{port}"
         self._url = url
         self._tls = tls
         self._issuers = issuers

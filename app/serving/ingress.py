@@ -7,6 +7,7 @@ HTTP server straight to the deployment: Serve's own way to it (three tasks, two 
 for each request) takes several times as long as a small model does.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,12 @@ from dataclasses import replace
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.home import SECRET
 from app.serving.body import GONE, Body, Room
 from app.serving.front import MAX_BODY_BYTES, UNFINISHED_HEADER
 from app.serving.http import Request, Responder, Response, new_request_id
 from app.serving.logs import log
+from app.serving.own_front import OwnFront
 from app.serving.protocol import Refused
 
 STEERING = {
@@ -41,8 +44,8 @@ HEALTH = "/-/healthz"
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray Serve: the outermost first."""
-    return [Middleware(Guard, _deployment)]
+    """For Ray Serve, which wraps each in the next: the outermost is the last."""
+    return [Middleware(Guard, _deployment), Middleware(OwnFront, os.environ.get(SECRET, ""))]
 
 
 class Guard:

@@ -77,10 +77,12 @@ class Root:
         return _json(200, {"live": True})
 
     async def _ready(self) -> Response:
-        """200 only if every model's endpoint runs with all the replicas it wants."""
+        """200 only if there is a model, and every model's endpoint runs with all the replicas it wants."""
         models = await _models()
-        ready = all(status == "RUNNING" for status in models.values())
-        more = {} if self._secured else {"models": models}
+        ready = bool(models) and all(status == "RUNNING" for status in models.values())
+        more: dict[str, object] = {} if self._secured else {"models": models}
+        if not ready:
+            more["error"] = "a model is not ready; try again" if models else "no model is served; try again"
         return _json(200 if ready else 503, {"ready": ready, **more})
 
 

@@ -1,10 +1,13 @@
 """Real clusters, started and stopped. Each has a state directory of its own."""
 
+import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,9 +15,11 @@ import httpx
 import psutil
 import pytest
 
-from app import cluster
+from app import cluster, guardian
 from app.errors import UserError
 from app.local_cluster import Up, down, up
+from tests.bundles import build
+from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.integration
 
@@ -68,10 +73,13 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def answers(url: str) -> bool:
+def listens(url: str) -> bool:
     parts = urlsplit(url)
-    with socket.socket() as client:
-        return client.connect_ex((parts.hostname, parts.port)) == 0
+    try:
+        socket.create_connection((parts.hostname, parts.port), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_a_job_runs_with_our_python_and_home_and_joins_its_cluster(running, tmp_path):
@@ -134,8 +142,8 @@ def test_session_joins_it_and_leaves_it_running(running):
 
 def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp_path, monkeypatch):
     _, answer = running
-    new_directory, made = cluster.new_directory, []
-    monkeypatch.setattr(cluster, "new_directory", lambda: made.append(new_directory()) or made[0])
+    hold, held = cluster.hold, []
+    monkeypatch.setattr(cluster, "hold", lambda: held.append(hold()) or held[0])
     children = set(psutil.Process().children(recursive=True))
 
     def start():
@@ -146,7 +154,7 @@ def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp
             assert ray.get(ray.remote(lambda: os.nice(0)).remote()) == 0
 
     at(tmp_path, start)
-    assert [directory.exists() for directory in made] == [False]
+    assert [each.directory.exists() for each in held] == [False]
     assert all(gone(each) for each in set(psutil.Process().children(recursive=True)) - children)
 
 
@@ -180,18 +188,18 @@ def test_down_ends_an_application_with_its_cluster_and_no_other_cluster(running,
         processes = members(answer)
         assert any(each.name() == "haproxy" for each in processes)
         # What `down` finds stragglers by.
-        assert {each.environ().get(cluster.MARK) for each in processes} == {answer.cluster.directory}
+        assert {each.environ().get(guardian.MARK) for each in processes} == {answer.cluster.directory}
     finally:
         stopped = at(home, down)
     assert stopped == answer.cluster
     assert [each for each in processes if not gone(each)] == []
-    assert not answers(answer.cluster.dashboard_url)
-    assert not answers(f"http://127.0.0.1:{port}")
+    assert not listens(answer.cluster.dashboard_url)
+    assert not listens(f"http://127.0.0.1:{port}")
     assert not Path(answer.cluster.directory).exists()
     assert sorted(each.name for each in home.iterdir()) == ["auth_token", "cluster.lock", "logs"]
     assert at(home, down) is None
     assert other.cluster.alive()
-    assert answers(other.cluster.dashboard_url)
+    assert listens(other.cluster.dashboard_url)
 
 
 def test_a_head_that_was_killed_is_found_dead_and_replaced(tmp_path):
@@ -200,11 +208,85 @@ def test_a_head_that_was_killed_is_found_dead_and_replaced(tmp_path):
     os.kill(first.cluster.pid, signal.SIGKILL)
     psutil.wait_procs(processes[:1], timeout=30)
     assert not first.cluster.alive()
+    # By its guardian.
+    wait_until(lambda: not Path(first.cluster.directory).exists() and all(map(gone, processes)))
     second = at(tmp_path, up)
     try:
         assert second.started
         assert second.cluster.pid != first.cluster.pid
-        assert [each for each in processes if not gone(each)] == []
-        assert not Path(first.cluster.directory).exists()
     finally:
         at(tmp_path, down)
+
+
+def wait_until(true, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+def marked(directory: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(guardian.MARK) == directory:
+                found.append(process)
+    return found
+
+
+def test_what_a_killed_command_served_ends_and_no_replica_answered_a_stranger(tmp_path):
+    """From the first moment that the port listens to seconds after the command was killed."""
+    (port,) = cluster.free_ports(1)
+    variants = {"champion": {"version": "1", "weight": 1}}
+    serving = {"host": "::1", "port": port, "num_cpus": 0.1, "variants": variants}
+    command = [
+        sys.executable,
+        "-m",
+        "tests.endpoint",
+        build(tmp_path / "bundle", seed=1),
+        json.dumps(serving),
+    ]
+    environment = {**os.environ, "RAYLWAY_HOME": str(tmp_path / "home")}
+    served = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    answers, url = [], f"http://[::1]:{port}"
+    try:
+        with httpx.Client(trust_env=False, timeout=30) as client:
+
+            def ready() -> bool:
+                assert served.poll() is None
+                with contextlib.suppress(httpx.TransportError):  # nobody listens yet
+                    answers.append(client.get(f"{url}/v2/health/ready"))
+                return bool(answers) and answers[-1].status_code == 200
+
+            wait_until(ready)
+            statuses = [answer.status_code for answer in answers]
+            assert set(statuses[:-1]) == {503}
+            assert all(answer.json()["error"] for answer in answers[:-1])
+            assert served.stdout.readline().strip() == url
+            (directory,) = {
+                mark
+                for process in psutil.Process(served.pid).children(recursive=True)
+                if (mark := process.environ().get(guardian.MARK))
+            }
+            members = marked(directory)
+            assert any(each.name() == "haproxy" for each in members)
+            replicas = [each for each in members if "ServeReplica" in each.name() or "Proxy" in each.name()]
+            ports = [
+                each.laddr.port
+                for process in replicas
+                for each in process.net_connections("tcp")
+                if each.status == psutil.CONN_LISTEN and each.laddr.ip == "127.0.0.1"
+            ]
+            assert len(ports) >= 3, "both replicas and Serve's own proxy"
+            for path in ("/v2/models/smoke", "/-/healthz", "/-/routes", "/"):
+                assert client.get(url + path).status_code != 403
+                for stranger in ({}, {"x-raylway-front": "x"}):
+                    for each in ports:
+                        answered = client.get(f"http://127.0.0.1:{each}{path}", headers=stranger)
+                        assert answered.json() == {"error": "forbidden", "violations": []}
+    finally:
+        served.kill()
+        served.communicate()
+    wait_until(lambda: not Path(directory).exists() and not marked(directory))
+    assert all(map(gone, members))
+    assert not listens(url)

@@ -40,13 +40,17 @@ PER_S = 20.0
 def certificate(tmp_path_factory):
     """For 127.0.0.1, with its key."""
     folder = tmp_path_factory.mktemp("tls")
+    sign(folder)
+    return folder
+
+
+def sign(folder) -> None:
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
          "-subj", "/CN=raylway", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1",
          "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
         check=True, capture_output=True,
     )  # fmt: skip
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +71,16 @@ def serving(certificate):
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster, serving, tmp_path_factory):
+def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
-    variants = {
+    return {
         name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
         for number, (name, weight) in enumerate({"champion": 1, "other": 0}.items(), start=1)
     }
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster, serving, variants):
     yield deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
     deploy.undeploy()
 
@@ -268,6 +276,18 @@ def test_grpc_asks_for_a_token_too(url, serving, certificate):
         token = issuer.issue("ann", ["predict"], 1)
         metadata = triton.get_model_metadata(NAME, headers={"authorization": f"Bearer {token}"})
         assert metadata.name == NAME
+
+
+def test_a_renewed_certificate_is_served_after_the_next_deployment(url, serving, certificate, variants):
+    def presented(port: int) -> str:
+        return ssl.get_server_certificate(("127.0.0.1", port), timeout=20)
+
+    before = (certificate / "cert.pem").read_text()
+    assert presented(serving.port) == presented(serving.grpc_port) == before
+    sign(certificate)
+    deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
+    renewed = (certificate / "cert.pem").read_text()
+    assert presented(serving.port) == presented(serving.grpc_port) == renewed != before
 
 
 READABLE = {"/v2/health/live", "/v2/health/ready", f"{BASE}/ready", "/-/healthz", "/metrics"}

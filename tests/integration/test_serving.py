@@ -18,7 +18,7 @@ from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.config import Serving
 from app.errors import UserError
-from app.serving import deploy, routing
+from app.serving import deploy, routing, shared
 from app.serving.traffic import Traffic
 from app.serving.traffic import current as traffic_that_holds
 from app.serving.variants import Deployed, load
@@ -121,6 +121,24 @@ def test_a_taken_port_is_named(ray_cluster, variants, settings):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"{port}.*serving\.port"):
             deploy.deploy(settings.model_copy(update={"port": port}), "income", traffic(variants))
+
+
+def test_a_first_deployment_that_fails_leaves_nothing_open(
+    ray_cluster, variants, settings, tmp_path, monkeypatch
+):
+    bundles = load(variants)
+    monkeypatch.setattr(deploy, "load", lambda *_: bundles)  # what this process can read, a replica cannot
+    gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
+    with pytest.raises(UserError, match="is not a bundle"):
+        deploy.deploy(settings, "income", traffic(gone))
+    assert shared.read() is None
+    assert not listens(settings.port)
+    assert not listens(settings.grpc_port)
+
+
+def listens(port: int, host: str = "127.0.0.1") -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((host, port)) == 0
 
 
 def test_rows_are_answered_as_the_bundle_predicts(client, expected):
@@ -381,6 +399,8 @@ def test_a_replica_that_was_killed_is_replaced(client, replicas):
     with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as patient:
         while not answered and time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):  # the one that the replica had in hand
+                told = patient.get("/v2/models/income/ready")
+                assert (told.status_code, told.json().get("ready")) in ((200, True), (503, None))
                 answered = patient.post(PREDICT, json={"rows": ROWS}).status_code == 200
             time.sleep(0.1)
     assert answered
@@ -408,3 +428,51 @@ def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
     assert traffic_that_holds(Audit(), "income")[1].variants["champion"].version == "1", "for new replicas"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"host": "127.0.0.2"},
+        {"grpc_port": None},
+        {"port": 1},
+        {"grpc_port": 1},
+        {"auth": "local", "host": "0.0.0.0"},
+    ],
+)
+def test_a_second_project_does_not_change_the_front_of_the_first(client, variants, settings, changed):
+    other = Serving.model_validate({**settings.model_dump(), "auth": "local", **changed})
+    with pytest.raises(UserError, match=r"guarded and income .* serving\.(host|port|grpc_port) is"):
+        deploy.deploy(other, "guarded", traffic(variants))
+    assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
+    assert not listens(settings.port, "127.0.0.2")
+    assert client.get("/v2/models/guarded/ready").status_code == 404
+
+
+def test_a_change_of_the_grpc_port_that_fails_changes_nothing(client, grpc, variants, settings):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        changed = settings.model_copy(update={"grpc_port": taken.getsockname()[1]})
+        with pytest.raises(UserError, match=r"must be free.*serving\.grpc_port"):
+            deploy.deploy(changed, "income", traffic(variants))
+    assert grpc.is_model_ready("income")
+    assert shared.read().front.grpc_port == settings.grpc_port
+    try:
+        deploy.deploy(settings.model_copy(update={"grpc_port": None}), "income", traffic(variants))
+        assert not listens(settings.grpc_port)
+    finally:
+        deploy.deploy(settings, "income", traffic(variants))
+    assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
+    assert listens(settings.grpc_port)
+
+
+def test_beside_an_endpoint_that_asks_for_a_token_no_model_is_named(client, variants, settings):
+    """It is last: the endpoint stays until the others go."""
+    guarded = settings.model_copy(update={"auth": "local"})
+    deploy.deploy(guarded, "guarded", traffic({"champion": variants["champion"]}))
+    assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
+    assert client.post("/v2/models/guarded/predict", json={"rows": ROWS}).status_code == 401
+    for path in ("/", "/v2/health/ready"):
+        assert "income" not in client.get(path).text
+        assert "guarded" not in client.get(path).text
+    deploy.deploy(settings, "income", traffic(variants))
+    assert "guarded" not in client.get("/").text, "whoever is deployed last"

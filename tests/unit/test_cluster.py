@@ -1,7 +1,9 @@
+import hmac
 import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import asdict
@@ -11,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from app import cluster, local_cluster
+from app import cluster, guardian, home, local_cluster
 
 CONFIG = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -46,6 +48,25 @@ def test_flags_complete_the_environment_and_what_the_user_set_wins(monkeypatch):
     assert cluster.environment().items() >= (cluster.FLAGS | {"RAY_worker_niceness": "7"}).items()
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "absolute"),
+    [
+        ("RAYLWAY_STORE", "artifacts", "{here}/artifacts"),
+        ("RAYLWAY_STORE", "/srv/artifacts", "/srv/artifacts"),
+        ("RAYLWAY_STORE", "s3://bucket/a", "s3://bucket/a"),
+        ("RAYLWAY_STORE", "file:///srv/a", "file:///srv/a"),
+        ("RAYLWAY_DATABASE_URL", "sqlite:///a.db", "sqlite:///{here}/a.db"),
+        ("RAYLWAY_DATABASE_URL", "sqlite:////srv/a.db", "sqlite:////srv/a.db"),
+        ("RAYLWAY_DATABASE_URL", "postgresql:///a", "postgresql:///a"),
+        ("RAYLWAY_DATABASE_URL", "postgresql://host/a", "postgresql://host/a"),
+    ],
+)
+def test_places_in_the_environment_are_absolute(monkeypatch, tmp_path, name, given, absolute):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, given)
+    assert cluster.environment()[name] == absolute.format(here=tmp_path)
+
+
 def test_environment_has_absolute_paths_this_python_and_the_token_of_the_home(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYLWAY_HOME", "state")
@@ -60,15 +81,34 @@ def test_environment_has_absolute_paths_this_python_and_the_token_of_the_home(mo
 
 
 def test_sockets_of_a_local_cluster_fit_the_kernels_limit():
-    directory = cluster.new_directory()
+    held = guardian.hold()
+    directory = held.directory
     try:
-        assert directory.stat().st_mode & 0o777 == 0o700
         # Serve puts the node's id, 56 digits, before the name; HAProxy binds to a name with its pid first.
         path = Path(cluster.local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         assert len(f"{path.parent}/{'0' * 56}/{path.name}.4194304.tmp") <= 107
     finally:
-        cluster.reap(directory)
-    assert not directory.exists()
+        held.end()
+
+
+def test_each_local_cluster_has_ports_and_a_secret_of_its_own(tmp_path):
+    names = [
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", home.SECRET,
+    ]  # fmt: skip
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        blocks = {cluster.free_block(500) for _ in range(200)}
+        assert not any(first <= server.getsockname()[1] < first + 500 for first in blocks)
+    assert len(blocks) > 10
+    one, other = (cluster.local_environment(tmp_path / name) for name in ("one", "other"))
+    assert all(one[name] for name in names)
+    assert one[home.SECRET] != other[home.SECRET]
+    assert (one[home.FRONT], other[home.FRONT]) == (str(tmp_path / "one"), str(tmp_path / "other"))
+
+
+def test_ports_that_are_in_use_are_in_no_block(monkeypatch):
+    first = cluster.free_block(500)
+    with socket.create_server(("127.0.0.1", first + 7)):
+        assert first not in {cluster.free_block(500) for _ in range(300)}
 
 
 def test_token_is_made_once_for_the_owner_only(state):
@@ -101,18 +141,6 @@ def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
     assert not recycled.alive()
     assert local_cluster.down() is None
     assert cluster.recorded() is None
-    assert bystander.poll() is None
-
-
-def test_reap_kills_what_bears_the_mark_and_nothing_else(tmp_path, bystander):
-    orphan = subprocess.Popen(
-        [sys.executable, "-c", "input()"],
-        stdin=subprocess.PIPE,
-        env=os.environ | {cluster.MARK: str(tmp_path / "ours")},
-    )
-    cluster.reap(tmp_path / "ours")
-    assert not psutil.pid_exists(orphan.pid)
-    orphan.communicate()
     assert bystander.poll() is None
 
 
@@ -149,6 +177,7 @@ def test_nodes_start_with_exactly_our_flags(commands, tmp_path):
         (stub.parents[1] / name).symlink_to(Path(sys.prefix) / name)
     (tmp_path / "raylway" / "app").symlink_to(CONFIG.parent / "app")
     (tmp_path / ".raylway").mkdir()
+    (tmp_path / ".raylway" / "auth_token").write_text("of all nodes\n")
     (tmp_path / ".raylway" / "cluster.env").write_text("RAYLWAY_DATABASE_URL=db\nRAYLWAY_STORE=s3://bucket\n")
     command = yaml.safe_load(CONFIG.read_text())[commands][-1]
     ran = subprocess.run(
@@ -165,6 +194,8 @@ def test_nodes_start_with_exactly_our_flags(commands, tmp_path):
     assert environment.items() >= cluster.FLAGS.items()
     assert environment["RAYLWAY_HOME"] == f"{tmp_path}/.raylway"
     assert environment["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.raylway/auth_token"
+    secret = hmac.new(b"of all nodes", home.SECRET.encode(), "sha256").hexdigest()
+    assert environment[home.SECRET] == secret, "the same on all nodes"
     assert (environment["RAYLWAY_DATABASE_URL"], environment["RAYLWAY_STORE"]) == ("db", "s3://bucket")
 
 

