@@ -189,7 +189,9 @@ def _check_log_and_registry() -> None:
 def _check_endpoint(pairs: Pairs) -> None:
     """It serves what the log says, or is off; no worker runs that nobody needs."""
     from ray import serve
+    from ray.serve.context import _set_global_client
 
+    _set_global_client(None)  # another process may have ended the controller that this one knows
     # The watch takes in what was promoted; then everything rests.
     deadline = time.monotonic() + 120
     while True:
