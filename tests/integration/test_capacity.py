@@ -70,26 +70,7 @@ def table(tmp_path):
     return tmp_path / "rows.parquet"
 
 
-def test_who_holds_cpus_is_known(endpoint):
-    assert capacity.now().endpoints == {NAME: endpoint}
-
-
-def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
-    done = raylway("predict", str(bundle), "--input", str(table), "--output", str(tmp_path / "answers"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3,000 rows answered" in done.stdout
-
-
-def test_train_beside_an_endpoint(endpoint, raylway):
-    done = raylway("train", "configs/smoke.yaml", "--set", "name=beside", *SMALL, timeout=400)
-    assert done.returncode in (0, 3), done.stdout + done.stderr  # whatever the gate says
-    assert f"endpoint {NAME} {endpoint:g}): each of 2 workers claims 0.5 instead of 1" in done.stdout
-
-
-@pytest.mark.slow
-def test_sweep_beside_an_endpoint(endpoint, raylway):
-    done = raylway("sweep", "configs/smoke.yaml", "--trials", "2", "--set", "name=beside", timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+# First, while no endpoint holds a CPU: `greedy` takes all of them.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -134,3 +115,25 @@ def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, m
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert client.get_job_status(job) in (JobStatus.STOPPED, JobStatus.FAILED)
+
+
+def test_who_holds_cpus_is_known(endpoint):
+    assert capacity.now().endpoints == {NAME: endpoint}
+
+
+def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
+    done = raylway("predict", str(bundle), "--input", str(table), "--output", str(tmp_path / "answers"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3,000 rows answered" in done.stdout
+
+
+def test_train_beside_an_endpoint(endpoint, raylway):
+    done = raylway("train", "configs/smoke.yaml", "--set", "name=beside", *SMALL, timeout=400)
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # whatever the gate says
+    assert f"endpoint {NAME} {endpoint:g}): each of 2 workers claims 0.5 instead of 1" in done.stdout
+
+
+@pytest.mark.slow
+def test_sweep_beside_an_endpoint(endpoint, raylway):
+    done = raylway("sweep", "configs/smoke.yaml", "--trials", "2", "--set", "name=beside", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
