@@ -163,8 +163,8 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
     output = output.absolute()
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a folder that is not, or remove it")
-    store.require_shared(output.parent)
     path = folder(model)
+    store.require_shared(output.parent)
     bundle = Bundle(path)
     on_wait(capacity.now().wait(1, "predict"))
     rows, names = _read(source, bundle.schema)

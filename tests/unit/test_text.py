@@ -271,4 +271,4 @@ class TestContract:
         pa.parquet.write_table(pa.table({"text": [1], "mood": ["bad"]}), tmp_path / "rows.parquet")
         data = self.DATA.model_copy(update={"source": Source(path=str(tmp_path / "rows.parquet"))})
         with pytest.raises(UserError, match="column 'text' must hold strings, but its type is int64"):
-            sources.Files(data.source).check(data)
+            sources.Files(data.source).check(sources.kinds(data))
