@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
+import ray
 
 from app import cluster, guardian
 from app.errors import UserError
@@ -38,6 +39,7 @@ def at(home: Path, do):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
+    assert not ray.is_initialized(), "these tests come before those that join a cluster in this process"
     home = tmp_path_factory.mktemp("home")
     answer = at(home, up)
     yield home, answer
