@@ -138,7 +138,7 @@ class Answered:
     num_broken: int
     """Rows that break the contract."""
     suffix: str
-    """What the names of the answers' columns end in, so that they are none of the table's."""
+    """Suffix of the answer columns, such as `_2`; empty unless the table has columns of their names."""
 
 
 def run(
@@ -184,7 +184,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
 
 
 def _suffix(schema: Schema, names: Sequence[str]) -> str:
-    """Nothing, or the first of _2, _3 ... with which no column of the answers is one of the table's."""
+    """The first of "", "_2", "_3" and so on with which no answer column has the name of a table column."""
     answers = {"ranking": ["items", "scores"], "binary": [OUTPUT]}.get(
         schema.task, ["label", *schema.classes]
     )

@@ -124,7 +124,7 @@ def free_block(size: int) -> int:
     blocks = list(range(lowest, beyond - size + 1, size))
     random.SystemRandom().shuffle(blocks)
     used = {port for table in ("tcp", "tcp6") for port in _local_ports(Path("/proc/net") / table)}
-    # If all are in use: Serve goes on to the next port where one is taken.
+    # Used if all are taken: Serve tries the next port when one is in use.
     return next((first for first in blocks if used.isdisjoint(range(first, first + size))), blocks[0])
 
 

@@ -75,7 +75,7 @@ def _behind_front(serving: Serving, name: str, wanted: Traffic, asked: Front) ->
     if not deployed and server.runs():
         undeploy()  # what a command that was killed has left
     before = {other: it for other, it in held.endpoints.items() if other in deployed} if held else {}
-    # Closed before requests without a token are let in, opened after they are not.
+    # The front narrows before requests without a token are admitted, and widens after they no longer are.
     first = Shared(
         held.front if held and secured else asked, before | {name: ours.beside(before.get(name, ours))}
     )
@@ -192,7 +192,7 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
 def _wait(url: str, name: str) -> None:
     paths = ("/v2/health/live", f"/v2/models/{name}/ready")
     deadline = time.monotonic() + READY_TIMEOUT_S
-    # Only whether it answers: that it is ours is known, and its certificate names another host.
+    # Only readiness is checked: the server is ours, and its certificate may name another host.
     with httpx.Client(base_url=url, trust_env=False, timeout=5, verify=False) as client:
         while time.monotonic() < deadline:
             try:

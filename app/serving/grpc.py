@@ -84,7 +84,7 @@ class Admission(grpc.aio.ServerInterceptor):
     of unfinished ones that `app.serving.body` allows."""
 
     def __init__(self, issuers: Sequence[Issuer], room: Callable[[], Room] = Room):
-        """Of no issuer: tokens are left to the endpoints."""
+        """Has no issuer: each endpoint checks the token itself."""
         self._authenticators = [Authenticator(issuer) for issuer in issuers]
         # Who shows no token must not take the places of those who do.
         self._open, self._closed = room(), room()

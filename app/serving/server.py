@@ -24,7 +24,7 @@ GRPC = "Grpc"
 STOP_TIMEOUT_S = 180.0
 """For Ray Serve to shut down; a few seconds when idle."""
 RELOAD_TIMEOUT_S = 60.0
-"""For HAProxy to start anew with changed settings; under 1 s when idle."""
+"""Limit for HAProxy to reload with changed settings; takes under 1 s on an idle machine."""
 
 
 def open_front(wanted: Shared) -> None:
