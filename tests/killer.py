@@ -68,7 +68,7 @@ class Watcher:
             return False
         parts = path.relative_to(folder).parts
         is_private = any(part.startswith(".") for part in parts)
-        return parts[:1] != ("logs",) and (self._private or not is_private)
+        return parts[:1] not in (("logs",), ("ray",)) and (self._private or not is_private)
 
     def _commit(self, connection: Any) -> None:
         database = connection.connection.dbapi_connection

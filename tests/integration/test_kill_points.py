@@ -15,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from app import bundle, registry
+from app import bundle, cluster, registry
 from app.audit import Audit
 from app.bundle import Bundle
 from app.tuning import study as studies
 from tests import killer
+from tests.integration import whole
 from tests.integration.conftest import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -35,7 +36,7 @@ def killed(reach, home, tmp_path):
     def run(number: int, *command: str) -> list[tuple[str, str]]:
         log = tmp_path / f"writes-{number}"
         log.unlink(missing_ok=True)
-        arguments = [str(number), str(log), f"{home}:{tmp_path}", *command]
+        arguments = [str(number), str(log), f"{home}:{tmp_path}:{reach.cluster.directory}", *command]
         done = subprocess.run(
             [sys.executable, "-m", "tests.killer", *arguments],
             cwd=ROOT,
@@ -167,3 +168,68 @@ def test_token(killed, raylway, home):
             jwt.decode(
                 token[0], KeySet.import_key_set(pd.read_json(folder / "jwks.json", typ="series").to_dict())
             )
+
+
+@pytest.fixture(scope="module")
+def project(ray_cluster, home):
+    """Settings of an endpoint with a champion and a challenger; nothing is served at the end."""
+    from app.serving import deploy
+
+    settings = [
+        "name=served", f"serving.port={cluster.free_ports(1)[0]}", "serving.num_cpus=0.1",
+        "training.epochs=1", "training.num_workers=1",
+    ]  # fmt: skip
+    arguments = [SMOKE, *(part for setting in settings for part in ("--set", setting))]
+    for seed in (0, 1):
+        trained = [sys.executable, "-m", "app", "train", *arguments, "--set", f"seed={seed}"]
+        subprocess.run(trained, cwd=ROOT, check=True, capture_output=True)
+    yield arguments
+    deploy.undeploy()
+
+
+def test_a_first_serve(killed, raylway, project):
+    writes = killed(0, "serve", *project)
+    for number in range(1, len(writes) + 1):
+        assert raylway("undeploy", "served").returncode == 0
+        killed(number, "serve", *project)
+        again = raylway("serve", *project)
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served")
+
+
+def test_a_serve_that_replaces(killed, raylway, project):
+    """With other settings, with which the replicas start anew, and a variant in workers of its own."""
+    assert raylway("serve", *project).returncode == 0
+
+    def command(number: int) -> list[str]:
+        apart = "serving.variants.champion.workers=" + ("{num_cpus: 0.1}" if number % 2 else "null")
+        return ["serve", *project, "--set", f"serving.limits.max_rows={100 + number}", "--set", apart]
+
+    writes = killed(0, *command(0))
+    for number in range(1, len(writes) + 1):
+        killed(number, *command(number))
+        again = raylway(*command(number))
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        held = whole.check_endpoint("served")
+        assert held.serving.limits.max_rows == 100 + number
+
+
+def test_traffic(killed, raylway, project):
+    assert raylway("serve", *project).returncode == 0
+    writes = killed(0, "traffic", "served", "--champion", "50")
+    for number in range(1, len(writes) + 1):
+        killed(number, "traffic", "served", "--champion", str(number))
+        again = raylway("traffic", "served", "--champion", str(number))
+        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served").traffic.variants["champion"].weight == number
+
+
+def test_undeploy(killed, raylway, project):
+    assert raylway("serve", *project).returncode == 0
+    writes = killed(0, "undeploy", "served")
+    for number in range(1, len(writes) + 1):
+        assert raylway("serve", *project).returncode == 0
+        killed(number, "undeploy", "served")
+        again = raylway("undeploy", "served")
+        assert again.returncode in (0, 2), f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served") is None

@@ -6,21 +6,18 @@ import json
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
 import pandas as pd
 import pytest
 import yaml
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from app import bundle, cluster, issuer, projectfile, registry
-from app.audit import Audit
+from app import cluster, issuer, projectfile, registry
 from app.data import samples
-from app.serving import status, traffic
+from tests.integration import whole
 from tests.integration.conftest import ROOT
 
 pytestmark = [
@@ -157,8 +154,8 @@ def test_two_commands_at_once_leave_everything_whole(pairs, one, other):
             assert "Traceback" not in done.stderr, said
             if done.returncode == USER:
                 assert done.stderr.strip().splitlines()[-1].startswith("error: "), said
-        _check_log_and_registry()
-        _check_endpoint(pairs)
+        whole.check_log_and_registry(NAME)
+        whole.check_endpoint(NAME)
         for command, done in zip((one, other), ended.values(), strict=True):
             if command == "token":
                 public = KeySet.import_key_set(json.loads(issuer.jwks().read_text()))
@@ -166,55 +163,3 @@ def test_two_commands_at_once_leave_everything_whole(pairs, one, other):
             elif command == "predict" and done.returncode == DONE:
                 newest = max(pairs.folder.glob("out-*"), key=lambda path: path.stat().st_mtime)
                 assert len(pd.read_parquet(newest)) == 300
-
-
-def _check_log_and_registry() -> None:
-    with Audit() as audit:
-        entries = audit.entries()
-        assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-        registry.finish_promotion(audit, NAME)
-        promoted = audit.last(NAME, (registry.PROMOTED,))
-    found = registry.versions(NAME)
-    champions = [str(v.version) for v in found if registry.CHAMPION in v.aliases]
-    challengers = [str(v.version) for v in found if registry.CHALLENGER in v.aliases]
-    assert champions == [promoted.details["version"] if promoted else "1"]
-    assert len(challengers) <= 1
-    assert champions != challengers
-    registered = [e.details["version"] for e in entries if (e.model, e.action) == (NAME, "register")]
-    assert sorted(registered, key=int) == sorted((str(v.version) for v in found), key=int), "each once"
-    for version in found:
-        bundle.verify(registry.resolve(NAME, str(version.version)).path)
-
-
-def _check_endpoint(pairs: Pairs) -> None:
-    """It serves what the log says, or is off; no worker runs that nobody needs."""
-    from ray import serve
-    from ray.serve.context import _set_global_client
-
-    _set_global_client(None)  # another process may have ended the controller that this one knows
-    # The watch takes in what was promoted; then everything rests.
-    deadline = time.monotonic() + 120
-    while True:
-        applications = serve.status().applications
-        with Audit() as audit:
-            held = traffic.current(audit, NAME)
-        if held is None:
-            assert NAME not in applications
-            return
-        states = status.broadcast(NAME, NAME, "state")
-        champion = registry.resolve(NAME, registry.CHAMPION).number
-        settled = held.traffic.variants["champion"].version == champion
-        settled = settled and all(state.entry == held.number for state in states)
-        if settled or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    faults = [endpoint.faults for endpoint in status.endpoints() if endpoint.name == NAME]
-    assert settled, (held, states, faults)
-    assert sum(held.traffic.weights.values()) > 0
-    needed = {v.workers for v in held.traffic.variants.values()} - {None}
-    assert {name for name in applications if name.startswith(f"{NAME}@")} == needed
-    port = held.serving.port
-    row = json.loads((registry.resolve(NAME, "champion").path / "example.json").read_text())["rows"][0]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
-        response = client.post(f"/v2/models/{NAME}/predict", json={"rows": [row]})
-    assert response.status_code == 200, response.text
