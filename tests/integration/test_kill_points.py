@@ -177,7 +177,7 @@ def project(ray_cluster, home):
 
     settings = [
         "name=served", f"serving.port={cluster.free_ports(1)[0]}", "serving.num_cpus=0.1",
-        "training.epochs=1", "training.num_workers=1",
+        "training.epochs=1", "training.num_workers=1", "gate={beat: [], tolerance: 1}",
     ]  # fmt: skip
     arguments = [SMOKE, *(part for setting in settings for part in ("--set", setting))]
     for seed in (0, 1):
