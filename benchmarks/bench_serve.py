@@ -40,7 +40,11 @@ PACKAGES = {
     "mlserver": ["mlserver==1.7.1", "onnxruntime", "numpy"],
 }
 PROJECT = "configs/income.yaml"
-QUICK = ("model={kind: mlp, hidden: [128, 64]}", "training.epochs=1", "gate.minimum.auc=0.5")
+QUICK = (
+    "model={kind: mlp, hidden: [128, 64]}",
+    "training.epochs=1",
+    "gate={minimum: {auc: 0.5}, tolerance: 1}",
+)
 TEXTS = "configs/tweets.yaml"
 FEW_TEXTS = 600
 """To train on: how fast the graph is does not depend on what it has learnt."""
