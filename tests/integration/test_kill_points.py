@@ -4,12 +4,15 @@ Every rename and every start of a file, and a sample of the commits, which MLflo
 tests/unit/test_kill_points.py takes all of them of what registers, promotes and signs.
 """
 
+import functools
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -30,10 +33,13 @@ NUM_COMMITS = 8
 
 
 @pytest.fixture
-def killed(reach, home, tmp_path):
-    """Runs a command that is killed before a write; 0 lets it end and returns its writes."""
+def writes(reach, home, tmp_path):
+    """Runs a command that is killed before the write of this number, or never if it is 0.
 
-    def run(number: int, *command: str) -> list[tuple[str, str]]:
+    Returns its writes; the last is the one it was killed before. None if it ended before.
+    """
+
+    def run(number: int, *command: str) -> list[tuple[str, str]] | None:
         log = tmp_path / f"writes-{number}"
         log.unlink(missing_ok=True)
         arguments = [str(number), str(log), f"{home}:{tmp_path}:{reach.cluster.directory}", *command]
@@ -45,10 +51,31 @@ def killed(reach, home, tmp_path):
             text=True,
             timeout=600,
         )
-        assert done.returncode == (-signal.SIGKILL if number else 0), done.stdout + done.stderr
-        return killer.writes(log)
+        assert done.returncode in (0, -signal.SIGKILL), done.stdout + done.stderr
+        return None if number and done.returncode == 0 else killer.writes(log)
 
     return run
+
+
+@pytest.fixture
+def killed(writes):
+    """Kills a command, which may depend on the number, before each of its writes in turn, or before those with
+    a number in `at`; yields the number and the write.
+
+    It ends when the command does: that has a few writes more or fewer from one time to the next.
+    """
+
+    def each(command: Callable[[int], Sequence[str]], at: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
+        killed = 0
+        for number in at or itertools.count(1):
+            made = writes(number, *command(number))
+            if made is None:
+                break
+            killed += 1
+            yield number, " ".join(made[-1])
+        assert killed > max(2, len(at) - 3)
+
+    return each
 
 
 def points(writes: list[tuple[str, str]]) -> list[int]:
@@ -72,38 +99,39 @@ def check_registered(name: str, count: int) -> None:
     assert sorted(registered) == sorted(version.number for version in versions)
 
 
-def test_train(killed, raylway):
+def test_train(writes, killed, raylway):
     """The network is there; what is killed is everything after it."""
 
     def command(name: str) -> tuple[str, ...]:
         return ("train", SMOKE, "--set", f"name={name}")
 
     assert raylway(*command("whole")).returncode == 0
-    writes = killed(0, *command("listed"))
-    for number in points(writes):
-        killed(number, *command(f"killed-{number}"))
+    at = points(writes(0, *command("listed")))
+    for number, write in killed(lambda number: command(f"killed-{number}"), at):
         again = raylway(*command(f"killed-{number}"))
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         check_registered(f"killed-{number}", 1)
         client = registry.client()
         experiment = client.get_experiment_by_name(f"killed-{number}")
         assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
 
 
-def test_compress(killed, raylway):
+def test_compress(writes, killed, raylway):
+    @functools.cache
     def trained(name: str) -> str:
         settings = ("--set", f"name={name}", "--set", "compression.max_loss=1")
         done = raylway("train", SMOKE, *settings)
         assert done.returncode == 0, done.stdout
         return str(registry.resolve(name, registry.CHAMPION).path)
 
-    writes = killed(0, "compress", trained("small"), "--register")
+    def command(name: str) -> tuple[str, ...]:
+        return ("compress", trained(name), "--register")
+
+    at = points(writes(0, *command("small")))
     check_registered("small", 2)
-    for number in points(writes):
-        path = trained(f"small-{number}")
-        killed(number, "compress", path, "--register")
-        again = raylway("compress", path, "--register")
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+    for number, write in killed(lambda number: command(f"small-{number}"), at):
+        again = raylway(*command(f"small-{number}"))
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         check_registered(f"small-{number}", 2)
 
 
@@ -122,28 +150,24 @@ def test_predict(killed, raylway, tmp_path):
             f"{tmp_path}/out/{name}",
         )
 
-    writes = killed(0, *command("whole"))
-    assert len(pd.read_parquet(tmp_path / "out" / "whole")) == len(rows)
-    for number in range(1, len(writes) + 1):
-        killed(number, *command(str(number)))
+    for number, write in killed(lambda number: command(str(number))):
         assert not (tmp_path / "out" / str(number)).exists()
         again = raylway(*command(str(number)))
-        assert again.returncode == 0, again.stdout + again.stderr
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         assert f"{len(rows):,} rows answered" in again.stdout
         assert len(pd.read_parquet(tmp_path / "out" / str(number))) == len(rows)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")], "nothing is left"
 
 
-def test_sweep(killed, raylway, home):
+def test_sweep(writes, killed, raylway, home):
     def command(name: str) -> tuple[str, ...]:
         return ("sweep", SMOKE, "--trials", "2", "--set", f"sweep.study={name}")
 
-    writes = killed(0, *command("swept"))
-    for number in points(writes):
+    at = points(writes(0, *command("swept")))
+    for number, write in killed(lambda number: command(f"swept-{number}"), at):
         name = f"swept-{number}"
-        killed(number, *command(name))
         again = raylway(*command(name), timeout=600)
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         trials = studies.load(name).trials
         assert [(trial.number, trial.state.is_finished()) for trial in trials] == [(0, True), (1, True)]
         assert {"best.yaml", "report.html"} <= {file.name for file in (home / "sweeps" / name).iterdir()}
@@ -160,9 +184,7 @@ def test_token(killed, raylway, home):
     from joserfc.jwk import KeySet
 
     folder: Path = home / "issuer"
-    writes = killed(0, "token", "somebody", "--new-key")
-    for number in range(1, len(writes) + 1):
-        killed(number, "token", "somebody", "--new-key")
+    for _ in killed(lambda number: ("token", "somebody", "--new-key")):
         for options in ((), ("--new-key",)):
             token = re.findall(r"^ey\S+", raylway("token", "somebody", *options).stdout, re.MULTILINE)
             jwt.decode(
@@ -188,13 +210,14 @@ def project(ray_cluster, home):
 
 
 def test_a_first_serve(killed, raylway, project):
-    writes = killed(0, "serve", *project)
-    for number in range(1, len(writes) + 1):
-        assert raylway("undeploy", "served").returncode == 0
-        killed(number, "serve", *project)
+    def command(number: int) -> list[str]:
+        raylway("undeploy", "served")
+        return ["serve", *project]
+
+    for number, write in killed(command):
         again = raylway("serve", *project)
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served")
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served"), (number, write)
 
 
 def test_a_serve_that_replaces(killed, raylway, project):
@@ -205,31 +228,30 @@ def test_a_serve_that_replaces(killed, raylway, project):
         apart = "serving.variants.champion.workers=" + ("{num_cpus: 0.1}" if number % 2 else "null")
         return ["serve", *project, "--set", f"serving.limits.max_rows={100 + number}", "--set", apart]
 
-    writes = killed(0, *command(0))
-    for number in range(1, len(writes) + 1):
-        killed(number, *command(number))
+    for number, write in killed(command):
         again = raylway(*command(number))
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
-        held = whole.check_endpoint("served")
-        assert held.serving.limits.max_rows == 100 + number
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served").serving.limits.max_rows == 100 + number, write
 
 
 def test_traffic(killed, raylway, project):
     assert raylway("serve", *project).returncode == 0
-    writes = killed(0, "traffic", "served", "--champion", "50")
-    for number in range(1, len(writes) + 1):
-        killed(number, "traffic", "served", "--champion", str(number))
-        again = raylway("traffic", "served", "--champion", str(number))
-        assert again.returncode == 0, f"{writes[number - 1]}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served").traffic.variants["champion"].weight == number
+
+    def command(number: int) -> tuple[str, ...]:
+        return ("traffic", "served", "--champion", str(number))
+
+    for number, write in killed(command):
+        again = raylway(*command(number))
+        assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
+        assert whole.check_endpoint("served").traffic.variants["champion"].weight == number, write
 
 
 def test_undeploy(killed, raylway, project):
-    assert raylway("serve", *project).returncode == 0
-    writes = killed(0, "undeploy", "served")
-    for number in range(1, len(writes) + 1):
+    def command(number: int) -> tuple[str, ...]:
         assert raylway("serve", *project).returncode == 0
-        killed(number, "undeploy", "served")
+        return ("undeploy", "served")
+
+    for _, write in killed(command):
         again = raylway("undeploy", "served")
-        assert again.returncode in (0, 2), f"{writes[number - 1]}: {again.stdout}{again.stderr}"
+        assert again.returncode in (0, 2), f"{write}: {again.stdout}{again.stderr}"
         assert whole.check_endpoint("served") is None
