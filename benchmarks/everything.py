@@ -76,6 +76,7 @@ def everything(scale: float) -> dict[str, Any]:
     """All actors at once for an hour times `scale`."""
     with tempfile.TemporaryDirectory(prefix="raylway-everything-") as folder:
         run = _start(Path(folder))
+        mark = _environment(run.head)[cluster.MARK]
         try:
             actors = [threading.Thread(target=_repeated, args=(run, actor, s)) for actor, s in ACTORS.items()]
             growth = Growth(run)
@@ -92,7 +93,7 @@ def everything(scale: float) -> dict[str, Any]:
         finally:
             run.ended.set()
             _raylway("down")
-        _check_remains(run)
+        _check_remains(run, mark)
     grown = growth.grown()
     return {
         "counts": dict(sorted(run.counts.items())),
@@ -121,6 +122,9 @@ def _start(folder: Path) -> Run:
     _raylway("serve", PROJECT, *settings)
     token = _raylway("token", "soak", "--scopes", "predict feedback explain admin").stdout.strip()
     url = f"http://127.0.0.1:{port}"
+    key = folder / "key.pem"
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
+    os.environ["RAYLWAY_SIGNING_KEY"] = str(key)
     return Run(url, token, psutil.Process(recorded.pid), settings, folder)
 
 
@@ -292,6 +296,11 @@ def _compress(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ..
     return [str(registry.resolve(NAME, "champion").path), "--register"], (0, 2)
 
 
+def _sweep(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
+    study = f"sweep.study=soak-{chance.randrange(10**9)}"
+    return [PROJECT, *run.settings, "--trials", "2", "--set", study], (0,)
+
+
 def _predict(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
     table = run.folder / "rows.parquet"
     if not table.exists():
@@ -309,6 +318,8 @@ COMMANDS: dict[str, Callable[[Run, random.Random], tuple[list[str], tuple[int, .
     "promote": lambda run, chance: ([NAME, "challenger"], (0, 2)),
     "compress": _compress,
     "predict": _predict,
+    "sweep": _sweep,
+    "sign": lambda run, chance: ([f"{NAME}@champion"], (0,)),
     "token": lambda run, chance: (["somebody"], (0,)),
     "status": lambda run, chance: (["--json"], (0,)),
     "audit": lambda run, chance: ([], (0,)),
@@ -330,17 +341,18 @@ def _check_state(run: Run) -> None:
     for version in registry.versions(NAME):
         bundle.verify(registry.resolve(NAME, str(version.version)).path)
     state = Path(os.environ["RAYLWAY_HOME"])
-    drafts = [p for p in state.rglob(".*") if p.name not in (".", "..")]
+    linked = {path.resolve() for path in state.rglob("*") if path.is_symlink()}
+    drafts = sorted(str(path) for path in state.rglob(".*") if path not in linked)
     if drafts:
-        run.fault(f"left behind in the state directory: {sorted(str(p) for p in drafts)[:10]}")
+        run.fault(f"left behind in the state directory: {len(drafts)}, such as {drafts[:5]}")
     counted = Counter(p.request_id for p in Records().predictions(NAME) if p.role == "served")
     run.counts["recorded"] = len(counted)
 
 
-def _check_remains(run: Run) -> None:
+def _check_remains(run: Run, mark: str) -> None:
     """After `down`, no process and no folder of the cluster is left."""
     time.sleep(5)
-    left = [_title(p) for p in psutil.process_iter() if cluster.MARK in _environment(p)]
+    left = [_title(p) for p in psutil.process_iter() if _environment(p).get(cluster.MARK) == mark]
     if left:
         run.fault(f"processes left after down: {left[:10]}")
 
@@ -367,7 +379,7 @@ def _processes(run: Run) -> list[psutil.Process]:
 
 def _title(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
 

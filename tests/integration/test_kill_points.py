@@ -59,8 +59,8 @@ def writes(reach, home, tmp_path):
 
 @pytest.fixture
 def killed(writes):
-    """Kills a command, which may depend on the number, before each of its writes in turn, or before those with
-    a number in `at`; yields the number and the write.
+    """Kills a command, which may depend on the number, before each of its writes in turn, or before
+    those whose numbers are in `at`; yields the number and the write.
 
     It ends when the command does: that has a few writes more or fewer from one time to the next.
     """
