@@ -26,7 +26,7 @@ from tests import killer
 from tests.integration import whole
 from tests.integration.conftest import ROOT
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
 SMOKE = "configs/smoke.yaml"
 NUM_COMMITS = 8
 """Commits of one command that are tried, spread over all of them."""
