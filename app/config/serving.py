@@ -1,5 +1,6 @@
 """How the registered versions are served."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +17,14 @@ def _absolute(file: str) -> str:
 
 def _absolute_unless_url(place: str) -> str:
     return place if place.startswith(("http://", "https://")) else _absolute(place)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it; of names that is known of localhost alone, without asking."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 File = Annotated[str, AfterValidator(_absolute)]
@@ -153,7 +162,7 @@ class Serving(Section):
     def _consistent(self) -> "Serving":
         if not any(variant.weight for variant in self.variants.values()):
             raise ValueError("variants: at least one must have a weight above 0")
-        if self.auth == "none" and self.host not in ("127.0.0.1", "localhost", "::1"):
+        if self.auth == "none" and not _is_loopback(self.host):
             raise ValueError(
                 f"host: {self.host} can be reached from other machines, so `auth` must be local or an issuer"
             )

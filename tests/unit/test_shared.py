@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 from joserfc.jwk import ECKey, KeySet
+from pydantic import ValidationError
 
 from app.config import Serving
 from app.config.serving import Issuer
@@ -120,6 +121,17 @@ def test_the_url_that_this_machine_reaches_it_by(host, url):
 def test_a_host_becomes_an_address(host, address):
     serving = Serving.model_validate({**SERVING, "host": host, "auth": "local"})
     assert shared.front_of(serving).host == address
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
+def test_a_host_that_only_this_machine_reaches_needs_no_tokens(host):
+    assert Serving.model_validate({**SERVING, "host": host}).auth == "none"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "localhost.example", "1", "127.0.0.1:80"])
+def test_any_other_host_does(host):
+    with pytest.raises(ValidationError, match="can be reached from other machines, so `auth` must be local"):
+        Serving.model_validate({**SERVING, "host": host})
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid", "2001:db8::1", "127.0.0.1:80", "a b"])
