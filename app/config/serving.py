@@ -92,7 +92,7 @@ class Limits(Section):
     max_rows: int = Field(1024, ge=1, le=1_000_000)
     """Rows in one request."""
     requests_per_s: Annotated[float, Field(ge=0.001, le=1_000_000)] | None = None
-    """Of one principal, over all replicas; more get 429. None: no limit."""
+    """Of one principal to this model, over all replicas; more get 429. None: no limit."""
     max_wait_s: float = Field(1.0, ge=0.01, le=60)
     """How long a request waits for a replica to take it in; one that would wait longer gets 429."""
     feedback_per_hour: int = Field(10_000, ge=1, le=1_000_000_000)

@@ -6,6 +6,7 @@ token expires or the issuer's keys change.
 """
 
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from app.serving.protocol import Refused
 ALGORITHMS = ["RS256", "ES256"]
 LEEWAY_S = 30
 """By which clocks may differ."""
-MOST = 10_000
-"""Tokens that are remembered."""
+MAX_KNOWN_BYTES = 16 * 2**20
+"""Memory for tokens that are remembered: about 15,000 of usual length. Beyond it all are forgotten."""
+ENTRY_BYTES = 300
+"""What a remembered token takes besides its header, name and scopes."""
 SUBJECT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
 MAX_LENGTH = 8_192
 """Characters of a token."""
@@ -64,14 +67,14 @@ class Authenticator:
         )
         self.keys = Keys(issuer.jwks, fetch_s, clock)
         self._known: dict[str, Principal] = {}
+        self._known_bytes = 0
         self._generation = self.keys.generation
         """Of the keys that `_known` was found with."""
 
     def known(self, authorization: str) -> Principal | None:
         """Whose header this is, if that is known already."""
         if self._generation != self.keys.generation:
-            self._known.clear()
-            self._generation = self.keys.generation
+            self._forget()
         principal = self._known.get(authorization)
         if principal is None or principal.until <= time.time() or not self.keys.hold():
             return None
@@ -89,11 +92,22 @@ class Authenticator:
                 principal = self._check(token, await self.keys.newer())
             except InvalidKeyIdError:
                 raise _refusal("the token's key is none of the issuer's") from None
-        if len(self._known) >= MOST or self._generation != self.keys.generation:
-            self._known.clear()
-            self._generation = self.keys.generation
-        self._known[authorization] = principal
+        self._remember(authorization, principal)
         return principal
+
+    def _remember(self, authorization: str, principal: Principal) -> None:
+        texts = (authorization, principal.name, principal.scopes, *principal.scopes)
+        size = ENTRY_BYTES + sum(map(sys.getsizeof, texts))
+        if self._known_bytes + size > MAX_KNOWN_BYTES or self._generation != self.keys.generation:
+            self._forget()
+        if authorization not in self._known:
+            self._known_bytes += size
+        self._known[authorization] = principal
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._known_bytes = 0
+        self._generation = self.keys.generation
 
     def _check(self, token: str, keys: KeySet) -> Principal:
         try:

@@ -77,7 +77,8 @@ class Endpoint:
             self._auth.keys.start()
         self._limiter: Limiter | None = None
         if serving.limits.requests_per_s is not None:
-            self._limiter = Limiter(serving.limits.requests_per_s, limits.Counter(limits.ask_root).borrow)
+            borrow = limits.Counter(limits.ask_root).borrow
+            self._limiter = Limiter(name, serving.limits.requests_per_s, borrow)
         self._audit = Audit()
         self._fault: str | None
         self._entry, wanted, self._fault = known.first(self._audit, name)
@@ -311,7 +312,7 @@ class Endpoint:
         if self._limiter is not None and (wait_s := await self._limiter.wait_s(principal.name)):
             raise Refused(
                 429,
-                f"{principal.name} may ask {self._limits.requests_per_s:g} times a second "
+                f"{principal.name} may ask {self._name} {self._limits.requests_per_s:g} times a second "
                 "(serving.limits.requests_per_s)",
                 headers={"retry-after": str(math.ceil(wait_s))},
             )

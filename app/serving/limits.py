@@ -1,4 +1,4 @@
-"""How many requests a principal has had, over all replicas of an endpoint.
+"""How many requests a principal has sent to a model, over all replicas of its endpoint.
 
 A replica borrows a few requests of a principal at a time from the one process that counts them all, so the
 limit holds exactly however the requests are spread, and a request seldom waits for the count.
@@ -31,35 +31,37 @@ class _Bucket:
 
 
 class Buckets:
-    """The count: a token bucket for each principal (Turner, "New directions in communications", 1986)."""
+    """The count: a token bucket for each model and principal (Turner, "New directions in
+    communications", 1986)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[tuple[str, str], _Bucket] = {}
         self._swept = clock()
 
-    def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+    def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
         """Up to `wanted` requests, and if there are none: in how many seconds there is one."""
         now, most = self._clock(), max(1.0, per_s * BURST_S)
-        bucket = self._buckets.setdefault(principal, _Bucket(most, now))
+        bucket = self._buckets.setdefault((model, principal), _Bucket(most, now))
         bucket.tokens = min(most, bucket.tokens + (now - bucket.at) * per_s)
         bucket.at = now
         given = min(wanted, math.floor(bucket.tokens))
         bucket.tokens -= given
         if now - self._swept > FORGET_S:
-            self._buckets = {name: b for name, b in self._buckets.items() if now - b.at < FORGET_S}
+            self._buckets = {key: b for key, b in self._buckets.items() if now - b.at < FORGET_S}
             self._swept = now
         return given, 0.0 if given else (1 - bucket.tokens) / per_s
 
 
-Borrow = Callable[[str, float, int], Awaitable[tuple[int, float]]]
+Borrow = Callable[[str, str, float, int], Awaitable[tuple[int, float]]]
 
 
 class Limiter:
     """A replica's part: what it has borrowed and not used."""
 
-    def __init__(self, per_s: float, borrow: Borrow, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, model: str, per_s: float, borrow: Borrow, clock: Callable[[], float] = time.monotonic):
         """`borrow` asks the one that counts, as `Buckets.borrow` answers."""
+        self._model = model
         self._per_s = per_s
         self._borrow = borrow
         self._clock = clock
@@ -76,7 +78,8 @@ class Limiter:
             return 0.0
         if now < (soonest := self._none_until.get(principal, 0.0)):
             return soonest - now  # told without asking: those who ask too much are not to cost much
-        given, wait_s = await self._borrow(principal, self._per_s, max(1, round(self._per_s * LEASE_S)))
+        lease = max(1, round(self._per_s * LEASE_S))
+        given, wait_s = await self._borrow(self._model, principal, self._per_s, lease)
         now = self._clock()
         if len(self._borrowed) + len(self._none_until) > 100_000:
             self._borrowed.clear()
@@ -101,23 +104,23 @@ class Counter:
         self._alone = Buckets(clock)
         self._ask_again = float("-inf")
 
-    async def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+    async def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
         """As `Buckets.borrow`."""
         from ray.exceptions import RayError
 
         if self._clock() >= self._ask_again:
             try:
-                return await self._ask(principal, per_s, wanted)
+                return await self._ask(model, principal, per_s, wanted)
             except (TimeoutError, RayError) as error:
                 self._ask_again = self._clock() + ALONE_S
                 log.warning("requests are counted by each replica, for %g s: %r", ALONE_S, error)
-        return self._alone.borrow(principal, per_s, wanted)
+        return self._alone.borrow(model, principal, per_s, wanted)
 
 
-async def ask_root(principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+async def ask_root(model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
     """Raises TimeoutError or RayError if it does not answer within a second."""
     from ray import serve
 
     async with asyncio.timeout(1):
         handle: Any = serve.get_deployment_handle(ROOT, app_name=ROOT)
-        return await handle.borrow.remote(principal, per_s, wanted)
+        return await handle.borrow.remote(model, principal, per_s, wanted)

@@ -39,9 +39,9 @@ class Root:
         """For `raylway status`."""
         return self._watch.watched()
 
-    async def borrow(self, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+    async def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
         """As `Buckets.borrow`, for the replicas of all endpoints."""
-        return self._buckets.borrow(principal, per_s, wanted)
+        return self._buckets.borrow(model, principal, per_s, wanted)
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
         """A request by way of Serve's proxy."""

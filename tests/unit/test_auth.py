@@ -1,7 +1,9 @@
 import asyncio
 import base64
+import gc
 import json
 import time
+import tracemalloc
 
 import pytest
 from joserfc import jws, jwt
@@ -136,6 +138,25 @@ def test_a_token_that_is_known_expires_all_the_same(keys, monkeypatch):
     now = time.time() + 60 + auth.LEEWAY_S + 1
     monkeypatch.setattr(auth.time, "time", lambda: now)
     assert checked.known(header) is None
+
+
+def test_remembered_tokens_take_bounded_memory(keys, monkeypatch):
+    """Each of these takes 20 times its own length: its scopes are small and many."""
+    monkeypatch.setattr(auth, "MAX_KNOWN_BYTES", 500_000)
+    made, path = keys
+    checked = authenticator(path)
+    scopes = " ".join(f"{number:x}" for number in range(256, 1256))
+    headers = [bearer(signed(made["EC"], sub=f"bob-{number}", scope=scopes)) for number in range(40)]
+    ask(checked, headers[0])
+    tracemalloc.start()
+    try:
+        for header in headers:
+            ask(checked, header)
+            assert checked.known(header) is not None
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 2 * 500_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_json_that_is_nested_too_deeply_is_no_token(keys):

@@ -30,7 +30,7 @@ def limiters(clock, per_s, count=1):
         asked.append(arguments)
         return buckets.borrow(*arguments)
 
-    return [Limiter(per_s, borrow, clock) for _ in range(count)], asked
+    return [Limiter("income", per_s, borrow, clock) for _ in range(count)], asked
 
 
 def admitted(clock, limiters, seconds, every_s, principal="bob"):
@@ -67,6 +67,17 @@ def test_one_principal_does_not_pay_for_another(clock):
     assert asyncio.run(limiter.wait_s("modest")) == 0
 
 
+def test_what_one_model_was_asked_leaves_another_its_own_limit(clock):
+    buckets = Buckets(clock)
+
+    async def borrow(*arguments):
+        return buckets.borrow(*arguments)
+
+    income, flights = (Limiter(model, 10, borrow, clock) for model in ("income", "flights"))
+    assert 10 <= admitted(clock, [income], 0.1, 0.001) < 100
+    assert admitted(clock, [flights], 0.01, 0.001) == 10
+
+
 def test_the_count_is_asked_seldom_also_by_those_who_ask_too_much(clock):
     (limiter,), asked = limiters(clock, 100)
     admitted(clock, [limiter], 10, 0.0005)
@@ -85,10 +96,10 @@ def test_it_says_when_there_is_another(clock):
 def test_who_has_not_come_for_long_is_forgotten(clock):
     buckets = Buckets(clock)
     for number in range(100):
-        buckets.borrow(str(number), 1, 1)
+        buckets.borrow("income", str(number), 1, 1)
     clock.now += 100
-    buckets.borrow("late", 1, 1)
-    assert set(buckets._buckets) == {"late"}
+    buckets.borrow("income", "late", 1, 1)
+    assert set(buckets._buckets) == {("income", "late")}
 
 
 def test_while_nobody_counts_each_replica_does_and_few_wait(clock):
@@ -99,7 +110,7 @@ def test_while_nobody_counts_each_replica_does_and_few_wait(clock):
         asked.append(clock.now)
         raise TimeoutError
 
-    limiter = Limiter(10, Counter(hang, clock).borrow, clock)
+    limiter = Limiter("income", 10, Counter(hang, clock).borrow, clock)
     passed = admitted(clock, [limiter], 20, 0.02)
     assert 0.9 * 10 * 20 <= passed <= 10 * 21 + 1
     assert len(asked) <= 20 / limits.ALONE_S + 1
@@ -115,11 +126,11 @@ def test_it_is_asked_again(clock):
         return buckets.borrow(*arguments)
 
     counter = Counter(ask, clock)
-    asyncio.run(counter.borrow("bob", 10, 1))
+    asyncio.run(counter.borrow("income", "bob", 10, 1))
     away[0] = False
     clock.now += limits.ALONE_S
-    asyncio.run(counter.borrow("bob", 10, 3))
-    assert buckets._buckets["bob"].tokens == 7
+    asyncio.run(counter.borrow("income", "bob", 10, 3))
+    assert buckets._buckets["income", "bob"].tokens == 7
 
 
 @pytest.mark.parametrize("per_s", [0.001, 1e6])
