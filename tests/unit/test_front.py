@@ -19,6 +19,8 @@ from app.serving.shared import Behind, Front, Shared
 @pytest.fixture(autouse=True)
 def secret(monkeypatch):
     monkeypatch.setenv(SECRET, "0123")
+    for name, value in front.proofs("0123").items():
+        monkeypatch.setenv(name, value)
 
 
 def written(folder, ports, away=None):
@@ -83,13 +85,21 @@ def test_editing_twice_is_editing_once(configuration):
     assert front.edited(once, {}) == once
 
 
-def test_every_request_and_health_check_shows_the_secret_and_no_client_sets_it(configuration):
+def test_every_request_and_health_check_shows_the_secret_and_wants_a_proof(configuration):
     text = front.edited(configuration.read_text(), {})
-    shown = f'{front.SECRET_HEADER} "${{{SECRET}}}"'
+    shown = f'{front.SECRET_HEADER} "${{{front.SHOWN}}}"'
     _, _, frontend = text.partition("frontend http_frontend")
     assert f"http-request set-header {shown}" in frontend.partition("backend ")[0]
     assert text.count("option httpchk") == text.count(f"http-check send hdr {shown}") == 1
-    assert "0123" not in text
+    assert f'http-check expect hdr name {front.PROOF_HEADER} value "${{{front.PROOF}}}"' in text
+    assert not any(value in text for value in ("0123", *front.proofs("0123").values()))
+
+
+def test_neither_proof_tells_the_other_or_the_secret():
+    shown, proof = front.proofs("0123").values()
+    assert shown != proof
+    assert "0123" not in (shown, proof)
+    assert proof not in front.proofs(shown).values()
 
 
 def test_a_model_is_ready_only_while_a_replica_is_up(tmp_path):
@@ -136,6 +146,10 @@ def test_refusals_are_json(configuration):
     text = front.edited(configuration.read_text(), {})
     bodies = [line.split("'")[1] for line in text.splitlines() if "json string" in line]
     assert len(bodies) > 5
+    refusing = [line for line in text.splitlines() if re.search(r"return status [45]", line)]
+    served = [line for line in refusing if line != "    http-request return status 404"]  # the statistics'
+    assert len(refusing) == len(served) + 1
+    assert all("content-type application/json" in line for line in served)
     assert all(set(json.loads(body)) == {"error", "violations"} for body in bodies)
 
 

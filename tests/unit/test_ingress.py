@@ -7,11 +7,12 @@ import pytest
 from app.home import SECRET
 from app.serving import front, ingress
 from app.serving.body import Whole
-from app.serving.front import SECRET_HEADER
+from app.serving.front import PROOF_HEADER, SECRET_HEADER, proofs
 from app.serving.http import Request, Response
 from app.serving.ingress import Guard
 from app.serving.protocol import Refused
 
+SHOWN_VALUE, PROOF_VALUE = (value.encode() for value in proofs("0123").values())
 SILENT = "silent"
 """A chunk that never comes."""
 
@@ -65,7 +66,9 @@ def test_outside_of_a_replica_there_is_no_deployment():
 
 
 @pytest.mark.parametrize("secret", ["0123", ""])
-@pytest.mark.parametrize("shown", [[], [b""], [b"0123"], [b"0124"], [b"0123", b"0123"], [b"0123", b"x"]])
+@pytest.mark.parametrize(
+    "shown", [[], [b""], [b"0123"], [SHOWN_VALUE], [SHOWN_VALUE] * 2, [SHOWN_VALUE, b"x"], [PROOF_VALUE]]
+)
 @pytest.mark.parametrize("path", ["/", "/-/healthz", "/v2/models/income/predict"])
 def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, shown, path):
     from ray.serve._private.http_util import _apply_middlewares
@@ -75,6 +78,7 @@ def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, 
 
     async def serve(scope, receive, send):
         seen.append(scope)
+        await Response(b"{}").send(send, "r")
 
     async def receive():
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -85,10 +89,13 @@ def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, 
     headers = [(SECRET_HEADER.encode(), value) for value in shown]
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
     asyncio.run(_apply_middlewares(serve, ingress.middlewares())(scope, receive, send))
-    if secret and shown == [secret.encode()]:
+    proved = dict(sent[0]["headers"]).get(PROOF_HEADER.encode())
+    if secret and shown == [SHOWN_VALUE]:
         assert SECRET_HEADER.encode() not in dict(seen[0]["headers"])
+        assert proved == PROOF_VALUE
     else:
         assert not seen
+        assert proved is None
         assert sent[0]["status"] == 403
 
 
