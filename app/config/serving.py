@@ -131,10 +131,16 @@ class Serving(Section):
 
     host: str = "127.0.0.1"
     """The interface that is listened on: an address of this machine, or a name for one. Beyond loopback it
-    needs `auth`. All endpoints of a cluster have the same `host`, `port`, `grpc_port` and `tls`."""
+    needs `auth`. All endpoints of a cluster have the same `host`, `port`, `grpc_port`, `tls` and
+    `connections_per_address`."""
     port: int = Field(8000, ge=1, le=65535)
     grpc_port: int | None = Field(None, ge=1, le=65535)
     """Where the Open Inference Protocol is also answered over gRPC; None: nowhere."""
+    connections_per_address: int | None = Field(1024, ge=1)
+    """Connections that one client address may have open at once (of IPv6, one /64 network); more are closed
+    before they are read. Behind a load balancer, or where addresses are translated, all clients have one
+    address: then limit them there, and set null here, which is no limit. The server for gRPC counts as a
+    client."""
     salt: str = "1"
     """Changes which units fall to which variant; change it to begin a new experiment."""
     policy: Literal["weighted", "bandit"] = "weighted"

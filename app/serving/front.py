@@ -93,8 +93,8 @@ def proofs(secret: str) -> dict[str, str]:
 
 
 def settings() -> dict[str, Any]:
-    """`host`, the interface to listen on; `pem`, the file with certificate and key, if it speaks TLS; and
-    `max_wait_s`, how long requests wait, by endpoint."""
+    """`host`, the interface to listen on; `pem`, the file with certificate and key, if it speaks TLS;
+    `connections_per_address`, if they are limited; and `max_wait_s`, how long requests wait, by endpoint."""
     try:
         return json.loads((front_folder() / SETTINGS).read_text())
     except FileNotFoundError:
@@ -113,9 +113,10 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     host = _bound(settings.get("host", "127.0.0.1"))
     large = _refusal(f"the body must not exceed {MAX_BODY_BYTES} bytes")
     method = _refusal(f"the method must be {', '.join(ALLOWED)}")
+    missing = _refusal("no such path")
     frontend = (
         # The names of the applications are nobody's business.
-        f"    http-request return status 404 content-type application/json string '{_refusal('no such path')}'"
+        f"    http-request return status 404 content-type application/json string '{missing}'"
         " if { path_beg /-/ } !{ path /-/healthz }\n"
         # Replicas' HTTP server answers others itself, in plain text; CONNECT would make a tunnel.
         f"    http-request return status 405 content-type application/json string '{method}'"
@@ -131,7 +132,7 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     text = _replaced(
         text,
         r"^(frontend http_frontend\n *bind) [^ :\n]+:(\d+)$",
-        rf"\1 {host}:\2{secured}\n{frontend}",
+        rf"\1 {host}:\2{secured}\n{_admission(settings.get('connections_per_address'))}{frontend}",
     )
     # Until the deployment for all other paths runs, nobody is told that there is nothing.
     starting = f"content-type application/json string '{_refusal('the server is starting; try again')}'"
@@ -167,6 +168,18 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     proof = f'    http-check expect hdr name {PROOF_HEADER} value "${{{PROOF}}}"'
     text = re.sub(r"^ *http-check expect .*$", lambda found: f"{found[0]}\n{proof}", text, flags=re.MULTILINE)
     return re.sub(r"^( *default-server .*)$", rf"\1 maxconn {IN_HAND}", text, flags=re.MULTILINE)
+
+
+def _admission(connections_per_address: int | None) -> str:
+    """Closes what one client opens beyond its share of HAProxy's connections, before TLS costs anything."""
+    if connections_per_address is None:
+        return ""
+    return (
+        "    stick-table type ipv6 size 10k expire 1m store conn_cur\n"
+        # An IPv6 client has a whole /64 to choose addresses from.
+        "    tcp-request connection track-sc0 src,ipmask(32,64)\n"
+        f"    tcp-request connection reject if {{ sc0_conn_cur gt {connections_per_address} }}\n"
+    )
 
 
 def _defaults() -> list[str]:

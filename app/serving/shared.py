@@ -40,6 +40,8 @@ class Front:
     certificate: str | None
     key: str | None
     grpc_port: int | None
+    connections_per_address: int | None = None
+    """None: no limit."""
 
     @property
     def url(self) -> str:
@@ -87,6 +89,7 @@ def front_of(serving: Serving) -> Front:
         certificate=tls.certificate if tls else None,
         key=tls.key if tls else None,
         grpc_port=serving.grpc_port,
+        connections_per_address=serving.connections_per_address,
     )
 
 
@@ -135,8 +138,8 @@ def check(
 
 
 def _differences(asked: Front, held: Front) -> list[str]:
-    keys = {"host": "host", "port": "port", "certificate": "tls", "key": "tls.key", "grpc_port": "grpc_port"}
-    pairs = {keys[name]: (value, getattr(held, name)) for name, value in asdict(asked).items()}
+    keys = {"certificate": "tls", "key": "tls.key"}
+    pairs = {keys.get(name, name): (value, getattr(held, name)) for name, value in asdict(asked).items()}
     return [
         f"serving.{key} is {'none' if ours is None else ours}, theirs is {'none' if held is None else held}"
         for key, (ours, held) in pairs.items()
@@ -182,6 +185,7 @@ def tried(shared: Shared) -> Iterator[None]:
     document = {
         "host": front.host,
         "pem": pem and str(pem),
+        "connections_per_address": front.connections_per_address,
         "front": asdict(front),
         "endpoints": {
             name: {**vars(behind), "issuer": behind.issuer and behind.issuer.model_dump()}

@@ -48,7 +48,7 @@ class Endpoint:
 class Door:
     """HAProxy before a replica."""
 
-    def __init__(self, folder, max_wait_s, replica):
+    def __init__(self, folder, max_wait_s, replica, connections_per_address):
         self.endpoint = Endpoint()
         guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=1))
         self._replica = replica or OwnFront(guard, "0123")
@@ -58,7 +58,10 @@ class Door:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        text = front.edited(written(folder, [self._port]).read_text(), {"max_wait_s": {"income": max_wait_s}})
+        text = front.edited(
+            written(folder, [self._port]).read_text(),
+            {"max_wait_s": {"income": max_wait_s}, "connections_per_address": connections_per_address},
+        )
         # Only the port of the endpoints: tests run side by side.
         text = text.replace("bind 127.0.0.1:8000", f"bind 127.0.0.1:{self.port}")
         text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
@@ -106,8 +109,10 @@ class Door:
         while self.endpoint.held < front.IN_HAND:
             time.sleep(0.001)
 
-    def connect(self):
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+    def connect(self, source=None):
+        """`source` is an address of the client, where it matters."""
+        bound = source and (source, 0)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30, source_address=bound)
 
     def send(self, length=2, body=b"{}", *headers):
         """A request of which `body` is sent; its connection."""
@@ -141,8 +146,8 @@ def door(tmp_path, monkeypatch):
 
     opened = []
 
-    def make(max_wait_s=30.0, replica=None):
-        opened.append(Door(tmp_path, max_wait_s, replica))
+    def make(max_wait_s=30.0, replica=None, connections_per_address=None):
+        opened.append(Door(tmp_path, max_wait_s, replica, connections_per_address))
         return opened[-1]
 
     yield make
@@ -309,3 +314,37 @@ def test_bytes_that_are_no_http_get_400_and_reach_no_replica(door, sent):
         connection.sendall(sent)
         assert stream.read().startswith(b"HTTP/1.1 400 ")
     assert here.endpoint.asked == 0
+
+
+def is_open(connection):
+    connection.sendall(b"GET /-/routes HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n")
+    return connection.recv(1000).startswith(b"HTTP/1.1 404")
+
+
+def test_one_address_cannot_have_all_connections(door):
+    here = door(connections_per_address=5)
+    with contextlib.ExitStack() as opened:
+
+        def admitted(source):
+            """A connection from this address, or None if it is closed without an answer."""
+            try:
+                connection = opened.enter_context(here.connect(source))
+                return connection if is_open(connection) else None
+            except ConnectionError:
+                return None
+
+        held = [admitted("127.0.0.3") for _ in range(5)]
+        assert all(held)
+        assert admitted("127.0.0.3") is None
+        assert admitted("127.0.0.2"), "another address has its own"
+        assert all(map(is_open, held)), "those that are open stay"
+        held[0].close()
+        while not admitted("127.0.0.3"):  # until HAProxy has seen that the other is closed
+            pass
+
+
+def test_without_a_limit_one_address_can_have_as_many_as_it_opens(door):
+    here = door()
+    with contextlib.ExitStack() as opened:
+        connections = [opened.enter_context(here.connect()) for _ in range(20)]
+        assert all(map(is_open, connections))

@@ -126,13 +126,21 @@ def test_tls(configuration, tmp_path, monkeypatch):
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate, "-days", "1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    wanted = Front(host="127.0.0.1", port=8000, certificate=str(certificate), key=str(key), grpc_port=None)
+    wanted = Front(
+        host="127.0.0.1",
+        port=8000,
+        certificate=str(certificate),
+        key=str(key),
+        grpc_port=None,
+        connections_per_address=7,
+    )
     issuer = Issuer(issuer="i", jwks="https://issuer.example/keys")
     held = Shared(wanted, {"income": Behind(None, 2.0, 1), "flights": Behind(issuer, 3.0, 1)})
     with shared.tried(held):
         pass
     assert shared.read() == held
     settings = front.settings()
+    assert settings["connections_per_address"] == 7
     assert settings["max_wait_s"] == {"income": 2.0, "flights": 3.0}
     pem = Path(settings["pem"])
     assert pem.stat().st_mode & 0o777 == 0o600

@@ -35,6 +35,7 @@ FRONTS = [
     front(certificate="/cert.pem", key="/key.pem"),
     front(certificate="/cert.pem", key="/other.pem"),
     front(grpc_port=9000),
+    front(connections_per_address=10),
 ]
 
 
