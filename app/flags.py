@@ -43,6 +43,8 @@ FLAGS = {
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A replica that dies with a request in hand closes the connection without an answer; ask another one.
     # A request may then run twice, so what an endpoint writes has to be idempotent.
+    # One that does not fit HAProxy's buffer (16 KB) is not repeated: the client gets 502 or, if it is not the
+    # first of its connection, has the connection closed.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "4",
     # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
