@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, NullPool, String, Table
+from sqlalchemy import Column, Connection, Dialect, Engine, Integer, MetaData, NullPool, String, Table
 
 from app.errors import UserError
 from app.home import database_url, home, make_private, private_file
@@ -56,7 +56,7 @@ class Database:
 
     def __init__(self, parts: Sequence[Part]):
         self._parts = parts
-        self._engine = _engine(database_url("production.db"))
+        self._engine = engine(database_url("production.db"))
         self._is_current = False
         self._preparing = threading.Lock()
 
@@ -184,10 +184,10 @@ def _locked_by_file(name: str) -> Iterator[Attempt]:
 def _locked_by_server(name: str) -> Iterator[Attempt]:
     """PostgreSQL frees an advisory lock when the holder's connection ends."""
     # Without a pool: a connection that goes back to one keeps its locks.
-    engine = _engine(database_url("production.db"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    server = engine(database_url("production.db"), poolclass=NullPool, isolation_level="AUTOCOMMIT")
     key = sqlalchemy.func.hashtextextended(f"alone: {name}", 0)
     try:
-        with engine.connect() as connection:
+        with server.connect() as connection:
 
             def attempt() -> str | None:
                 ours = connection.scalar(sqlalchemy.select(sqlalchemy.func.pg_try_advisory_lock(key)))
@@ -195,7 +195,7 @@ def _locked_by_server(name: str) -> Iterator[Attempt]:
 
             yield attempt
     finally:
-        engine.dispose()
+        server.dispose()
 
 
 def _described() -> str:
@@ -213,16 +213,19 @@ def _latest(part: Part) -> int:
     return 1 + len(part.migrations)
 
 
-def _engine(url: str, **options: Any) -> Engine:
+def engine(url: str, **options: Any) -> Engine:
+    """What opens connections to a database, SQLite or PostgreSQL."""
     if url.startswith("sqlite"):
         return _sqlite(url)
-    engine = sqlalchemy.create_engine(url, pool_pre_ping=True, **options)
+    return sqlalchemy.create_engine(url, pool_pre_ping=True, **options)
 
-    @sqlalchemy.event.listens_for(engine, "do_connect")
-    def open_connection(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
-        return _bounded_connection(*arguments, **options)
 
-    return engine
+@sqlalchemy.event.listens_for(Engine, "do_connect")
+def _open(dialect: Dialect, _record: Any, arguments: Any, options: Any) -> Any:
+    """Of all engines of this process: MLflow and Optuna make theirs, and would wait for ever."""
+    if dialect.driver != "psycopg":
+        return None  # SQLAlchemy opens it
+    return _bounded_connection(*arguments, **options)
 
 
 def _bounded_connection(*arguments: Any, **options: Any) -> Any:
@@ -260,12 +263,12 @@ def _first_to_open(file: str | None) -> Iterator[None]:
 
 
 def _sqlite(url: str) -> Engine:
-    engine = sqlalchemy.create_engine(url, connect_args={"timeout": STATEMENT_TIMEOUT_S})
+    file = sqlalchemy.create_engine(url, connect_args={"timeout": STATEMENT_TIMEOUT_S})
 
-    @sqlalchemy.event.listens_for(engine, "connect")
+    @sqlalchemy.event.listens_for(file, "connect")
     def prepare(connection: Any, _: Any) -> None:
         # Readers do not stop writers, and what is committed survives a loss of power.
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
 
-    return engine
+    return file

@@ -47,6 +47,8 @@ FLAGS = {
     # first of its connection, has the connection closed.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "4",
+    # HAProxy that has died is replaced after three failed checks, with one every 10 s by default.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
     # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # HAProxy's manager imports Serve and starts HAProxy, which takes seconds on a busy machine. If it is not

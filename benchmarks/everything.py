@@ -2,7 +2,8 @@
 
 Clients predict and give feedback while replicas and HAProxy are killed, slow and malformed requests arrive,
 load bursts to ten times, and operators train, promote, shift traffic, sign, compress, predict and deploy.
-Promised: no request is lost after one retry, commands end as documented, and nothing grows.
+Promised: no request is lost after one retry, or after a kill of HAProxy once another listens; commands end as
+documented; and nothing grows.
 
 Growth is judged on processes that live through the last three quarters of the time: the median of the last
 quarter against the median of the second. The first quarter is warm-up.
@@ -40,6 +41,8 @@ BASE = f"/v2/models/{NAME}"
 HOUR_S = 3600.0
 RETRY_S = 1.0
 """A client waits this long before its one retry."""
+AWAY_S = 20.0
+"""How long nobody may listen after a kill of HAProxy."""
 REQUESTS_PER_S = 20
 BURST_CONNECTIONS = 640
 SAMPLE_S = 10.0
@@ -62,6 +65,8 @@ class Run:
     bursting: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    away_s: float = 0.0
+    """Longest time until a client that found nobody listening was answered."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -97,6 +102,7 @@ def everything(scale: float) -> dict[str, Any]:
     grown = growth.grown()
     return {
         "counts": dict(sorted(run.counts.items())),
+        "longest_away_s": round(run.away_s, 1),
         "growth": growth.figures(),
         "grown": grown,
         "faults": run.faults[:20],
@@ -180,21 +186,26 @@ async def _ask(run: Run, client: httpx.AsyncClient, draw: float, number: int) ->
 async def _answered(
     run: Run, client: httpx.AsyncClient, action: str, body: Any, headers: dict[str, str]
 ) -> bool:
-    """Whether the request was answered with 2xx, on the first try or the second."""
-    burst = run.bursting.is_set()
-    for wait_s in (RETRY_S, 0):
+    """Whether the request was answered with 2xx, on the first try or the second; while HAProxy is being
+    replaced, on a later one."""
+    burst, begun, tries, away = run.bursting.is_set(), time.monotonic(), 0, False
+    while tries < 2 or (away and time.monotonic() - begun < AWAY_S):
+        tries += 1
         run.counts[f"{action} tries"] += 1
         try:
             response = await client.post(BASE + action, json=body, headers=headers)
         except httpx.TransportError as error:
             run.counts[f"{action} {type(error).__name__}"] += 1
+            away = away or isinstance(error, httpx.ConnectError)  # nobody listens
         else:
             run.counts[f"{action} {response.status_code}"] += 1
             if response.is_success:
+                if away:
+                    run.away_s = max(run.away_s, time.monotonic() - begun)
                 return True
             if response.status_code not in (429, 503):
                 run.fault(f"{action}: {response.status_code} {response.text[:300]}")
-        await asyncio.sleep(wait_s)
+        await asyncio.sleep(RETRY_S)
     run.counts["lost in a burst" if burst or run.bursting.is_set() else "lost"] += 1
     return False
 

@@ -5,6 +5,7 @@ Ray Serve reads its flags when it is imported, so it is imported in here only wh
 """
 
 import contextlib
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ STOP_TIMEOUT_S = 180.0
 """For Ray Serve to shut down; a few seconds when idle."""
 RELOAD_TIMEOUT_S = 60.0
 """Limit for HAProxy to reload with changed settings; takes under 1 s on an idle machine."""
+RETRY_S = 0.5
+"""Pause before HAProxy, which has died, is asked again."""
 
 
 def open_front(wanted: Shared) -> None:
@@ -108,17 +111,24 @@ def _reload() -> None:
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return
-    proxies = ray.get(client._controller.get_proxies.remote())
-    managers = [proxy for node, proxy in proxies.items() if not node.startswith("fallback-")]
-    try:
-        ray.get([manager._reload_haproxy.remote() for manager in managers], timeout=RELOAD_TIMEOUT_S)
-    except (RayError, GetTimeoutError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"HAProxy does not take in serving.host, serving.port or serving.tls: {reason}"
-        ) from None
+    deadline = time.monotonic() + RELOAD_TIMEOUT_S
+    while client is not None:
+        proxies = ray.get(client._controller.get_proxies.remote())
+        managers = [proxy for node, proxy in proxies.items() if not node.startswith("fallback-")]
+        left_s = max(0.0, deadline - time.monotonic())
+        try:
+            ray.get([manager._reload_haproxy.remote() for manager in managers], timeout=left_s)
+            return
+        except (RayError, GetTimeoutError) as error:
+            # It says so what is wrong with its settings. Without, it has died, and Serve starts another.
+            refused = re.search(r"\[ALERT\].*", str(error))
+            if refused is None and time.monotonic() < deadline:
+                time.sleep(RETRY_S)
+                continue
+            reason = refused[0] if refused else "it does not run; see Ray Serve's logs"
+            raise UserError(
+                f"HAProxy does not take in serving.host, serving.port or serving.tls: {reason}"
+            ) from None
 
 
 def _start_grpc(wanted: Shared, before: Shared | None) -> None:

@@ -17,6 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
+from app import database
 from app.errors import UserError
 from app.home import database_url, home, make_private, private_file
 
@@ -177,7 +178,7 @@ def _storage(**arguments: Any) -> RDBStorage:
     if target.startswith("sqlite"):
         arguments["connect_args"] = {"timeout": 20}
     else:
-        with sqlalchemy.create_engine(target, poolclass=sqlalchemy.NullPool).begin() as connection:
+        with database.engine(target, poolclass=sqlalchemy.NullPool).begin() as connection:
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS optuna"))
     return RDBStorage(target, engine_kwargs=arguments)
 

@@ -33,7 +33,7 @@ NUM_STARTS, NUM_ROUNDS = 10, 5
 """Kills of the command in one training, and such trainings."""
 
 EVERY = 20
-STEPS = 67
+STEPS = 65
 SLOW_S = 0.02
 """A step takes a good millisecond; this leaves room to hit one."""
 
@@ -79,7 +79,7 @@ def note_positions(folder):
             if rank == 0:
                 made = max(file.stat().st_size for file in folder.glob("steps-*"))
                 with (folder / "positions").open("a") as file:
-                    file.write(json.dumps([start.epoch * 67 + start.step, made]) + "\n")
+                    file.write(json.dumps([start.epoch * STEPS + start.step, made]) + "\n")
             return start
 
         loop._resume = noted

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import sqlalchemy
+from mlflow.exceptions import MlflowException
+from optuna.exceptions import StorageInternalError
 
 from app import registry
 from app.audit import Audit
@@ -271,7 +273,14 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
     records = Records()
     add(records, prediction("hangs", model="hang"))
     recorder = Recorder(records, 10)
+    versions, storage = registry.client(), studies._storage()
+    versions.search_registered_models()
     with server.frozen():
+        # Each makes an engine of its own: MLflow, then Optuna.
+        with pytest.raises(MlflowException, match=r"timeout expired|does not answer"):
+            versions.search_registered_models()
+        with pytest.raises(StorageInternalError):
+            storage.get_all_studies()
         with pytest.raises(sqlalchemy.exc.OperationalError):  # on a connection that is open
             records.predictions("hang")
         with pytest.raises(sqlalchemy.exc.OperationalError):  # on a new one
@@ -280,6 +289,7 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
         with pytest.raises(NotStored):
             asyncio.run(recorder.judge(feedback("hangs")))
     recorder.close()
+    storage.engine.dispose()
     records = Records()
     assert {p.request_id for p in records.predictions("hang")} == {"hangs", "waits"}
     records.close()
