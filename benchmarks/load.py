@@ -42,6 +42,17 @@ class Target:
     """JSON, each on one line."""
     headers: tuple[tuple[str, str], ...] = ()
 
+    def requests(self) -> list[bytes]:
+        """As they are sent, one for each body."""
+        url = urlsplit(self.url)
+        headers = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
+        return [
+            f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
+            f"{headers}content-length: {len(body)}\r\n\r\n".encode()
+            + body
+            for body in self.bodies
+        ]
+
 
 class NotAnswered(Exception):
     """Some requests got no 2xx."""
@@ -133,7 +144,7 @@ class Hammered:
 async def hammer(target: Target, *, connections: int, seconds: float) -> Hammered:
     """Each connection asks again as soon as it is answered; who is told 429 waits for a quarter of a second,
     which is less than it was asked to."""
-    url = urlsplit(target.url)
+    url, requests = urlsplit(target.url), target.requests()
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
 
@@ -142,12 +153,7 @@ async def hammer(target: Target, *, connections: int, seconds: float) -> Hammere
         end = time.monotonic() + seconds  # to open thousands takes seconds, too
         while (now := time.monotonic()) < end:
             number += 1
-            body = target.bodies[number % len(target.bodies)]
-            writer.write(
-                f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\n\r\n".encode()
-                + body
-            )
+            writer.write(requests[number % len(requests)])
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = re.search(rb"content-length: *(\d+)", head)
             await reader.readexactly(int(length[1]) if length else 0)
@@ -170,13 +176,7 @@ class _Client:
     def __init__(self, target: Target):
         url = urlsplit(target.url)
         self._address = (url.hostname or "", url.port or 80)
-        headers = "".join(f"{name}: {value}\r\n" for name, value in target.headers)
-        self._requests = [
-            f"POST {url.path} HTTP/1.1\r\nhost: {url.netloc}\r\ncontent-type: application/json\r\n"
-            f"{headers}content-length: {len(body)}\r\n\r\n".encode()
-            + body
-            for body in target.bodies
-        ]
+        self._requests = target.requests()
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._tasks: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()

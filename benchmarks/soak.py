@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import psutil
 from everything import everything
-from load import Target, closed_loop, hammer, open_loop
+from load import NotAnswered, Target, closed_loop, hammer, open_loop
 
 from app import cluster, registry
 from app.config import Serving
@@ -275,6 +275,20 @@ def overload(scale: float) -> dict[str, Any]:
         and much.p99_s <= MAX_WAIT_S + 2 * usual.p99_s
         and after - before < 50,
     }
+
+
+def half_load(scale: float) -> dict[str, Any]:
+    """Ten minutes of Poisson arrivals at half of what a replica answers: nobody is refused."""
+    seconds = 600 * scale
+    with served(replicas=1) as endpoint:
+        asked = target(endpoint)
+        per_s = closed_loop(asked, seconds=max(4, 10 * scale)).requests_per_s / 2
+        found = {"per_s": round(per_s), "requests": round(per_s * seconds)}
+        try:
+            given = open_loop(asked, per_s=per_s, seconds=seconds)
+        except NotAnswered as error:
+            return {**found, "refused": str(error), "holds": False}
+    return {**found, "p50_ms": given.p50_s * 1e3, "p99_ms": given.p99_s * 1e3, "holds": True}
 
 
 def malformed(scale: float) -> dict[str, Any]:
@@ -612,7 +626,7 @@ def _plot(ours: Step, theirs: Step, calm: float) -> None:
 
 PROOFS: dict[str, Callable[[float], dict[str, Any]]] = {
     proof.__name__: proof
-    for proof in (kills, rollouts, overload, malformed, feedback, shadow, load_step, everything)
+    for proof in (kills, rollouts, overload, half_load, malformed, feedback, shadow, load_step, everything)
 }
 
 if __name__ == "__main__":
