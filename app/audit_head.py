@@ -43,7 +43,7 @@ class Head:
     @classmethod
     def parse(cls, text: str) -> Self:
         """From NUMBER:SEAL, as `raylway audit` prints it. Raises UserError for anything else."""
-        found = re.fullmatch(r"([1-9]\d{0,17}):([0-9a-f]{64})", text.strip())
+        found = re.fullmatch(r"([1-9][0-9]{0,17}):([0-9a-f]{64})", text.strip())
         if found is None:
             raise UserError(f"{text}: must be NUMBER:SEAL, as `raylway audit` prints it last")
         return cls(int(found[1]), found[2])

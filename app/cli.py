@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +19,7 @@ import typer
 from rich.console import RenderableType
 from typer.core import TyperGroup
 
-from app import projectfile
-from app.config.faults import require_within, shown
+from app import options, projectfile
 from app.config.project import require_name
 from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
@@ -36,32 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def _number(
-    name: str, low: float, high: float, kind: Callable[[Any], float] = float
-) -> Callable[[Any], float]:
-    """Reads an option that is a number between two bounds; raises UserError in one line if it is not."""
-
-    def read(text: Any) -> float:
-        try:
-            value = kind(text)
-        except (ValueError, OverflowError):
-            what = "a number" if kind is float else "a whole number"
-            raise UserError(f"{name}: must be {what}; it is {shown(text)}") from None
-        require_within(name, value, low, high)
-        return value
-
-    return read
-
-
-def _time(text: Any) -> datetime:
-    """Reads a time, in UTC if it names no zone; returns it in UTC without one."""
-    try:
-        time = datetime.fromisoformat(str(text))
-        return time.astimezone(UTC).replace(tzinfo=None) if time.tzinfo else time
-    except (ValueError, OverflowError):
-        raise UserError(f"--at: must be a time such as 2026-11-01T12:00:00; it is {shown(text)}") from None
 
 
 File = Annotated[
@@ -137,7 +110,7 @@ def sweep(
     trials: Annotated[
         int | None,
         typer.Option(
-            parser=_number("--trials", 1, MAX_NUMBER, int),
+            parser=options.number("--trials", 1, MAX_NUMBER, whole=True),
             metavar="NUMBER",
             help="How many in all, instead of sweep.trials; more extend a sweep.",
         ),
@@ -268,7 +241,7 @@ def predict(
     k: Annotated[
         int,
         typer.Option(
-            parser=_number("--k", 1, 100, int),
+            parser=options.number("--k", 1, 100, whole=True),
             metavar="NUMBER",
             help="Of a recommender: how many items, at most 100.",
         ),
@@ -297,7 +270,7 @@ def traffic(
     at: Annotated[
         datetime | None,
         typer.Option(
-            parser=_time,
+            parser=options.time,
             metavar="TIME",
             help="Say who answered at this time (UTC) instead.",
             show_default=False,
@@ -309,7 +282,7 @@ def traffic(
     No replica is started anew, and no request is lost. What is not named keeps its weight.
     """
     require_name(name)
-    weights = _weights(context.args)
+    weights = options.weights(context.args)
     if weights and at:
         raise UserError("--at only looks back; leave it out to change the weights")
     with _working("traffic") as console:
@@ -422,27 +395,6 @@ def _endpoint(document: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _weights(arguments: list[str]) -> dict[str, float]:
-    """Of `--champion 90 --challenger=10`."""
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    names, values = words[::2], words[1::2]
-    try:
-        weights = {n.removeprefix("--"): float(v) for n, v in zip(names, values, strict=True) if _option(n)}
-    except ValueError:
-        raise UserError(
-            f"{' '.join(arguments)}: must be variants with their weights: --champion 90 --challenger 10"
-        ) from None
-    for variant, weight in weights.items():
-        require_within(f"--{variant}", weight, 0, MAX_NUMBER)
-    return weights
-
-
-def _option(word: str) -> bool:
-    if not word.startswith("--"):
-        raise ValueError(word)
-    return True
-
-
 @app.command()
 def token(
     subject: Annotated[str, typer.Argument(help="Whose it is: the name that records and logs will have.")],
@@ -452,7 +404,7 @@ def token(
     hours: Annotated[
         float,
         typer.Option(
-            parser=_number("--hours", 0.01, MAX_TOKEN_HOURS),
+            parser=options.number("--hours", 0.01, MAX_TOKEN_HOURS),
             metavar="HOURS",
             help="How long it is good; at most ten years.",
         ),
@@ -630,11 +582,13 @@ def main() -> None:
     """The entry point: a user's mistake is one message and exit code 2."""
     finish = Finish()
     try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        finish.status = app(standalone_mode=False) or 0
+    except (UserError, typer.TyperException) as error:
+        message = options.mistake(error) if isinstance(error, typer.TyperException) else str(error)
+        if message:
+            print(f"error: {message}", file=sys.stderr)
         finish.status = EXIT_USER
-        sys.exit(EXIT_USER)
-    except SystemExit as ending:
+    except SystemExit as ending:  # Typer's, when nobody reads what is printed
         finish.status = ending.code if isinstance(ending.code, int) else None
         raise
+    sys.exit(finish.status)

@@ -153,8 +153,9 @@ def test_a_head_that_was_kept_elsewhere_is_held_against_the_log(audit):
     audit.add("traffic", "income", {"n": 7})
     with pytest.raises(Broken, match=r"entry 3$"):
         audit.entries(expected=kept)
-    with pytest.raises(UserError, match="must be NUMBER:SEAL"):
-        Head.parse("3:no")
+    for text in ("3:no", f"\uff13:{entries[2].seal}"):
+        with pytest.raises(UserError, match="must be NUMBER:SEAL"):
+            Head.parse(text)
 
 
 @pytest.mark.parametrize("damage", ["forged", "removed", "emptied", "another key"])

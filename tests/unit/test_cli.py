@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from app import options
 from app.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 COMMANDS = ("check", "train", "sweep", "compress", "serve", "versions", "promote", "up", "down", "demo")
+MUST = "must be a whole number from"
 
 
 def raylway(*arguments: str) -> subprocess.CompletedProcess:
@@ -84,13 +86,32 @@ def test_help_lists_every_command():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["nonsense"], ["check"], ["check", "--nonsense"], ["promote", "income"]]
+    ("arguments", "says"),
+    [
+        ("chek", "no such command 'chek'. Did you mean 'check'?; it takes audit, check, "),
+        ("check", "check: missing argument 'file'; it takes file, --set, --help (see `"),
+        ("check x y", "check: got unexpected extra argument(s) (y); it takes "),
+        ("check x --sett a=1", "check: no such option: --sett (Possible options: --set); it takes "),
+        ("sweep x --nonsense", "sweep run: no such option: --nonsense; it takes file, --set, --trials, "),
+        ("promote income", "promote: missing argument 'version'; it takes name, version, "),
+        ("predict income --input x", "predict: missing option '--output'; it takes "),
+        ("predict income --input", "error: option '--input' requires an argument; see --help"),
+        ("train x --fresh=1", "error: option '--fresh' does not take a value; see --help"),
+    ],
 )
-def test_a_command_that_there_is_not_is_exit_code_2(arguments):
-    done = raylway(*arguments)
-    assert done.returncode == 2
-    assert "Usage:" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_command_line_that_cannot_be_is_one_line_and_exit_code_2(arguments, says):
+    done = raylway(*arguments.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [[], ["sweep"]])
+def test_a_command_without_arguments_shows_its_help(command):
+    done = raylway(*command)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "Usage:" in done.stdout
 
 
 def test_the_table_of_commands_needs_nothing_heavy():
@@ -126,50 +147,60 @@ def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name
         cli.app([word.replace("NAME", name) for word in command], standalone_mode=False)
 
 
-@pytest.mark.parametrize("value", ["1e400", "nan", "-inf", "1e12", "-1"])
+@pytest.mark.parametrize(
+    "value", ["1e400", "nan", "-inf", "inf", "1e12", "-1", "soon", "1_0", "५", "\uff15", "0x1F", "1,5", ""]
+)
 @pytest.mark.parametrize(
     "command", ["token x --hours={}", "traffic income --champion {}", "traffic a --b={}"]
 )
 def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
     from app import cli
 
-    with pytest.raises(UserError, match=r"^--(hours|champion|b): must be a number from .*; it is \S+$"):
-        cli.app(command.format(value).split(), standalone_mode=False)
+    with pytest.raises(
+        UserError, match=rf"^--(hours|champion|b): must be a number from .*; it is '{value}'$"
+    ):
+        cli.app([word.format(value) for word in command.split()], standalone_mode=False)
     assert not home.exists()
 
 
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("predict m --input a --output b --k 0", "--k: must be a number from 1 to 100; it is 0"),
-        ("predict m --input a --output b --k 101", "--k: must be a number from 1 to 100; it is 101"),
-        (
-            f"predict m --input a --output b --k {10**30}",
-            f"--k: must be a number from 1 to 100; it is {10**30}",
+        *(
+            (
+                ["predict", "m", "--input", "a", "--output", "b", "--k", k],
+                f"--k: {MUST} 1 to 100; it is {k!r}",
+            )
+            for k in ("0", "101", str(10**30), "many", "1_0", "1.0", " 5 ", "\uff15", "nan", "")
         ),
-        ("predict m --input a --output b --k many", "--k: must be a whole number; it is 'many'"),
-        (
-            "sweep configs/smoke.yaml --trials 0",
-            "--trials: must be a number from 1 to 1,000,000,000; it is 0",
+        *(
+            (["sweep", "configs/smoke.yaml", "--trials", n], f"--trials: {MUST} 1 to 1,000,000,000; it is ")
+            for n in ("0", "1.5", "1_0", "9" * 5000)
         ),
-        ("sweep configs/smoke.yaml --trials 1.5", "--trials: must be a whole number; it is '1.5'"),
-        ("token x --hours soon", "--hours: must be a number; it is 'soon'"),
-        ("traffic income --at soon", "--at: must be a time such as 2026-11-01T12:00:00; it is 'soon'"),
-        ("traffic income --champion=soon", "--champion=soon: must be variants with their weights: "),
+        (
+            ["traffic", "income", "--champion", " 5 "],
+            "--champion: must be a number from 0 to 1,000,000,000; it",
+        ),
+        (["traffic", "income", "champion", "5"], "champion 5: must be variants with their weights: "),
+        (["traffic", "income", "--champion"], "--champion: must be variants with their weights: "),
+        (
+            ["traffic", "income", "--at", "soon"],
+            "--at: must be a time such as 2026-11-01T12:00:00; it is 'soon'",
+        ),
     ],
 )
 def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, says, home):
     from app import cli
 
     with pytest.raises(UserError) as caught:
-        cli.app(command.split(), standalone_mode=False)
+        cli.app(command, standalone_mode=False)
     assert str(caught.value).startswith(says)
     assert not home.exists()
 
 
-def test_options_are_read_as_numbers_and_times():
-    from app import cli
-
-    assert cli._number("--k", 1, 100, int)("7") == 7
-    assert cli._number("--hours", 0.01, 100)("0.5") == 0.5
-    assert cli._time("2026-11-01T12:00:00") == cli._time("2026-11-01 14:00:00+02:00")
+def test_options_are_read_as_numbers_times_and_weights():
+    assert options.number("--k", 1, 100, whole=True)("7") == 7
+    assert options.number("--hours", 0.01, 100)("0.5") == 0.5
+    assert options.number("--hours", 0.01, 100)("1e+1") == 10
+    assert options.time("2026-11-01T12:00:00") == options.time("2026-11-01 14:00:00+02:00")
+    assert options.weights(["--champion", "90", "--b=.5"]) == {"champion": 90, "b": 0.5}

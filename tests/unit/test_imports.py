@@ -21,7 +21,7 @@ LAYERS: tuple[set[str], ...] = (
     {"audit", "record_tables"},
     {"records"},
     {"cluster"},
-    {"local_cluster", "projectfile"},
+    {"local_cluster", "options", "projectfile"},
     {"data"},
     {"models"},
     {"bundle"},
@@ -40,7 +40,16 @@ LAYERS: tuple[set[str], ...] = (
 )
 HEIGHT = {unit: height for height, layer in enumerate(LAYERS) for unit in layer}
 # What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
-FOR_COMMANDS = {"projectfile", "console", "flags", "guardian", "cluster", "local_cluster", "install"}
+FOR_COMMANDS = {
+    "projectfile",
+    "console",
+    "flags",
+    "guardian",
+    "cluster",
+    "local_cluster",
+    "install",
+    "options",
+}
 COMMANDS = {
     "compression",
     "judging",

@@ -1,0 +1,70 @@
+"""Reading the command line: numbers, times and weights, and what is wrong with it."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import typer
+
+from app.config.faults import shown
+from app.config.section import MAX_NUMBER
+from app.errors import UserError
+
+WHOLE = re.compile(r"[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+"""As in project files and tables. Python's `int` and `float` take 1_0 for 10, spaces, and other digits."""
+
+
+def number(name: str, low: float, high: float, *, whole: bool = False) -> Callable[[Any], float]:
+    """A reader of an option that is a number between two bounds; it raises UserError in one line."""
+
+    def read(text: Any) -> float:
+        text = str(text)
+        value = float(text) if (WHOLE if whole else NUMBER).fullmatch(text) else math.nan
+        if not low <= value <= high:
+            kind = "a whole number" if whole else "a number"
+            raise UserError(f"{name}: must be {kind} from {low:g} to {high:,.12g}; it is {shown(text)}")
+        return int(text) if whole else value
+
+    return read
+
+
+def time(text: Any) -> datetime:
+    """Reads a time, in UTC if it names no zone; returns it in UTC without one."""
+    try:
+        read = datetime.fromisoformat(str(text))
+        return read.astimezone(UTC).replace(tzinfo=None) if read.tzinfo else read
+    except (ValueError, OverflowError):
+        raise UserError(f"--at: must be a time such as 2026-11-01T12:00:00; it is {shown(text)}") from None
+
+
+def weights(arguments: Sequence[str]) -> dict[str, float]:
+    """The weights by variant, of `--champion 90 --challenger=10`. Raises UserError."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    names, values = words[::2], words[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise UserError(
+            f"{' '.join(arguments)}: must be variants with their weights: --champion 90 --challenger 10"
+        )
+    return {
+        name.removeprefix("--"): number(name, 0, MAX_NUMBER)(value)
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def mistake(error: typer.TyperException) -> str:
+    """A command line that Typer refuses, in the words of all our errors; empty if help was shown instead."""
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)  # of a usage error; without it nothing says which command it was
+    if context is None or not text:
+        return text and f"{_lower(text)}; see --help"
+    command = context.command
+    takes = sorted(getattr(command, "commands", ())) or [p.opts[0] for p in command.get_params(context)]
+    path = context.command_path
+    return f"{path}: {_lower(text)}; it takes {', '.join(takes)} (see `{path} --help`)"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
