@@ -48,6 +48,8 @@ Set = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Do all stages again, also those done before.")]
 
+Json = Annotated[bool, typer.Option("--json", help="For programs: one document, and nothing else.")]
+
 
 @app.command()
 def check(file: File, overrides: Set = None) -> None:
@@ -328,11 +330,9 @@ def undeploy(name: Annotated[str, typer.Argument(help="The endpoint, such as inc
 
 
 @app.command()
-def status(
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: one document.")] = False,
-) -> None:
+def status(as_json: Json = False) -> None:
     """Show the endpoints: variants, weights, replicas, and the last minute's latencies and errors."""
-    with _working("status") as console:
+    with _working("status", quiet=as_json) as console:
         from app import cluster
 
         if not cluster.lasts():
@@ -426,8 +426,9 @@ def audit(
         str | None,
         typer.Option(metavar="NUMBER:SEAL", help="What this command printed last, at some time before."),
     ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check the log of what was deployed, promoted and changed, and by whom; and show it.
+    """Check the log of what was deployed, promoted and changed, and by whom; and show it, in UTC.
 
     The last line is the log's head. Kept where nobody can change it, it proves with --expect that nothing up
     to there was changed or removed.
@@ -437,16 +438,16 @@ def audit(
     expected = None if expect is None else Head.parse(expect)
     if name is not None:
         require_name(name)
-    with _working("audit") as console:
-        from app import audit_head
+    with _working("audit", quiet=as_json) as console:
+        from app import audit_head, audit_lines
         from app.audit import Audit
 
         with Audit() as audit:
             entries = audit.entries(name, expected=expected)
-        for entry in entries:
-            at = datetime.fromtimestamp(entry.at, UTC).isoformat(sep=" ", timespec="seconds")
-            console.say(f"{entry.number:>5}  {at[:19]}  {entry.who:<12} {entry.action:<8} {entry.model}")
-            console.say(f"       {json.dumps(entry.details)}", style="dim")
+        if as_json:
+            console.say(json.dumps(audit_lines.document(entries, audit_head.load())))
+            return
+        console.say(audit_lines.table(entries))
         console.say(f"head: {audit_head.load() or 'the log is empty'}")
 
 
@@ -538,8 +539,9 @@ def preflight(
 
 
 @contextmanager
-def _working(command: str, hint: str = "") -> Iterator[Console]:
-    """A command's console, the chatter in a log file; a defect of ours ends in one line that names it.
+def _working(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[Console]:
+    """A command's console, the chatter in a log file, which is named unless `quiet`; a defect of ours ends in
+    one line that names it.
 
     SIGTERM ends it as Ctrl-C does, in order.
     """
@@ -552,7 +554,8 @@ def _working(command: str, hint: str = "") -> Iterator[Console]:
 
     signal.signal(signal.SIGTERM, interrupt)
     with chatter_to_log(command) as (console, log):
-        console.say(f"log: {short(log)}", style="dim")
+        if not quiet:
+            console.say(f"log: {short(log)}", style="dim")
         try:
             yield console
         except (UserError, typer.Exit):

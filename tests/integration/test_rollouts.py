@@ -290,7 +290,7 @@ def test_status_says_what_happens_now(served, raylway):
         time.sleep(2.5)
         done = raylway("status", "--json")
     assert done.returncode == 0, done.stderr
-    (endpoint,) = json.loads(done.stdout.splitlines()[-1])
+    (endpoint,) = json.loads(done.stdout)
     assert (endpoint["name"], endpoint["status"], endpoint["faults"]) == (NAME, "RUNNING", [])
     assert endpoint["replicas"] == {"running": 2, "target": 2}
     champion = endpoint["variants"]["champion"]

@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"capacity", "config", "store", "console", "flags", "install", "database", "signature"},
     {"audit_head", "issuer"},
     {"audit", "record_tables"},
-    {"records"},
+    {"audit_lines", "records"},
     {"cluster"},
     {"local_cluster", "options", "projectfile"},
     {"data"},

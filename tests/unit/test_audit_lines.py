@@ -1,0 +1,159 @@
+"""What a person reads of the audit log, and what a program does."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from app import audit_lines, registry
+from app.audit import Audit
+from app.config import Serving
+from app.serving import traffic
+from app.serving.traffic import Traffic
+from tests.traffics import place
+
+ROOT = Path(__file__).parents[2]
+MODEL = "income"
+
+
+def served(**variants: dict[str, Any]) -> Traffic:
+    """A traffic of variants; each is version 1 unless it says so."""
+    located = {"version": "1", "path": "/bundles/1", "identity": "f" * 64}
+    return Traffic.model_validate(
+        {"salt": "1", "policy": "weighted", "variants": {n: {**located, **v} for n, v in variants.items()}}
+    )
+
+
+def settings(**values: Any) -> Serving:
+    variants = {name: {"version": name, "weight": 1} for name in ("champion", "challenger")}
+    return Serving.model_validate({"variants": variants, **values})
+
+
+def said(audit: Audit) -> list[str]:
+    return list(audit_lines.sentences(audit.entries()))
+
+
+@pytest.fixture
+def audit():
+    with Audit() as audit:
+        yield audit
+
+
+BOTH = served(champion={"weight": 90}, challenger={"weight": 10})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "serving", "sentence"),
+    [
+        (
+            served(champion={"weight": 80}, challenger={"weight": 20}),
+            settings(),
+            "weights champion 90 -> 80, challenger 10 -> 20",
+        ),
+        (
+            served(champion={"weight": 90}, challenger={"weight": 20}),
+            settings(),
+            "weights challenger 10 -> 20",
+        ),
+        (
+            served(champion={"weight": 90, "version": "2"}, b={"weight": 0, "shadow": True}),
+            settings(),
+            "with b (version 1, shadow); without challenger; versions champion 1 -> 2",
+        ),
+        (BOTH, settings(port=8001), "serving: port 8000 -> 8001"),
+        (
+            BOTH,
+            settings(limits={"requests_per_s": 50}, auth="local"),
+            "serving: auth none -> local, limits.requests_per_s none -> 50",
+        ),
+        (
+            BOTH,
+            settings(variants={"champion": {"version": "champion", "weight": 9}}),
+            "as before",
+        ),
+        (BOTH.model_copy(update={"salt": "2"}), settings(salt="2"), "serving: salt 1 -> 2"),
+    ],
+)
+def test_of_settings_a_line_says_what_changed(audit, wanted, serving, sentence):
+    place(audit, MODEL, BOTH, settings())
+    place(audit, "flights", served(champion={"weight": 1}), settings(port=9000))
+    place(audit, MODEL, wanted, serving)
+    assert said(audit)[-1] == sentence
+
+
+def test_of_what_was_not_served_before_a_line_says_what_is(audit):
+    place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local"))
+    audit.add(traffic.OFF, MODEL, {})
+    place(audit, MODEL, served(champion={"weight": 1}), settings())
+    assert said(audit) == [
+        "serves champion (version 1, weight 90), challenger (version 1, weight 10); "
+        "serving: auth none -> local, host 127.0.0.1 -> 0.0.0.0",
+        "took the endpoint off",
+        "serves champion (version 1, weight 1)",
+    ]
+
+
+def test_every_action_has_a_sentence():
+    actions = {"register", "sign", *registry.PROMOTIONS, *traffic.ACTIONS}
+    assert actions == {*audit_lines.DONE, traffic.ACTION}
+
+
+def test_what_registry_did_is_a_sentence(audit):
+    audit.add("register", MODEL, {"version": "1", "alias": "champion", "identity": "f" * 64})
+    audit.add("register", MODEL, {"version": "2", "alias": None, "identity": "f" * 64})
+    audit.add(registry.PROMOTING, MODEL, {"version": "2", "before": "1"})
+    audit.add(registry.PROMOTED, MODEL, {"version": "2", "before": "1"})
+    audit.add("sign", MODEL, {"version": "2"})
+    assert said(audit) == [
+        "registered version 1 as champion",
+        "registered version 2",
+        "begins to make version 2 the champion, in place of 1",
+        "made version 2 the champion, in place of 1",
+        "signed version 2",
+    ]
+
+
+def test_entries_of_other_versions_of_raylway_are_shown_as_they_are(audit):
+    audit.add("traffic", MODEL, {"weights": {"champion": 1}})
+    audit.add("pause", MODEL, {"hours": 1})
+    place(audit, MODEL, served(champion={"weight": 1}), settings())
+    assert said(audit)[:2] == ['traffic {"weights": {"champion": 1}}', 'pause {"hours": 1}']
+    assert said(audit)[2].startswith("traffic {")
+
+
+def test_a_line_fits_a_terminal_and_what_is_long_goes_on_in_its_column(audit):
+    place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local", port=8001, grpc_port=8002))
+    audit.add("note", "[red]", {"[bold]": "x" * 500})
+    screen = Console(file=io.StringIO(), width=100)
+    screen.print(audit_lines.table(audit.entries()), soft_wrap=True)
+    first, *others = screen.file.getvalue().splitlines()
+    assert re.match(r"1  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S+ +income  serves champion \(version 1, ", first)
+    column = first.index("serves")
+    assert others[0][:column].isspace()
+    assert all(len(line) <= 100 for line in (first, *others))
+    assert any('[red]   note {"[bold]": "xxx' in line for line in others), "no markup"
+
+
+def raylway(*arguments: str) -> str:
+    command = [sys.executable, "-m", "app", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_the_whole_record_is_one_document(audit):
+    place(audit, MODEL, BOTH, settings())
+    audit.add("sign", "flights", {"version": "2"})
+    document = json.loads(raylway("audit", "--json"))
+    assert [entry["action"] for entry in document["entries"]] == ["traffic", "sign"]
+    assert document["entries"][0]["details"]["serving"]["port"] == 8000
+    assert [entry["model"] for entry in json.loads(raylway("audit", "flights", "--json"))["entries"]] == [
+        "flights"
+    ]
+    *_, line, head = raylway("audit", "flights").splitlines()
+    assert line.rstrip().endswith("flights  signed version 2")
+    assert head == f"head: {document['head']}"
