@@ -5,23 +5,20 @@ It is a file in the state directory, with a keyed hash whose key is beside it, n
 can write there can forge it: to guard against them, keep what `raylway audit` prints somewhere else.
 """
 
-import contextlib
 import hashlib
 import hmac
 import json
 import re
 import secrets
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import sqlalchemy
 
-from app import files
+from app import files, store
 from app.errors import UserError
-from app.home import database_url, home, make_private
+from app.home import database_url, home
 
 KEY, FILE = "key", "head.json"
 
@@ -77,21 +74,23 @@ def load() -> Head | None:
 def keep(head: Head) -> None:
     """Remember the newest entry, whole or not at all. Of two writers at once the older may win: a head that
     lags is good, for what comes after it is chained to it."""
-    if not folder().exists():
-        # The key and a first head appear together: a key without a head is one that was removed.
-        draft = Path(tempfile.mkdtemp(dir=make_private(folder().parent), prefix=".draft-"))
+
+    def begin(draft: Path) -> None:
         files.write(draft / KEY, secrets.token_bytes(32), mode=0o600)
         _write(draft, head)
-        with contextlib.suppress(OSError):  # somebody else was first
-            draft.rename(folder())
-            return
-        shutil.rmtree(draft)
-    _write(folder(), head)
+
+    # The key and a first head appear together: a key without a head is one that was removed.
+    if not store.place(folder(), begin):
+        _write(folder(), head)
 
 
 def _write(target: Path, head: Head) -> None:
     document = {"number": head.number, "seal": head.seal, "mac": _mac((target / KEY).read_bytes(), head)}
-    files.write(target / FILE, json.dumps(document), mode=0o600)
+    file = target / FILE
+    with files.locked(file):
+        for draft in files.drafts(file):  # their writers were killed
+            draft.unlink()
+        files.write(file, json.dumps(document), mode=0o600)
 
 
 def _mac(key: bytes, head: Head) -> str:

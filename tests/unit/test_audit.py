@@ -9,6 +9,7 @@ from app import audit_head, database
 from app.audit import AUDIT, Audit, Changed
 from app.audit_head import Broken, Head
 from app.errors import UserError
+from tests import killer
 
 
 @pytest.fixture
@@ -221,3 +222,25 @@ def test_a_head_that_cannot_be_written_keeps_nobody_from_working(audit, monkeypa
 
     monkeypatch.setattr(audit_head, "keep", full)
     assert audit.add("traffic", "income", {"n": 0}).number == 1
+
+
+@pytest.mark.parametrize("kept", [None, Head(1, "a" * 64)])
+def test_what_a_writer_of_the_head_left_when_it_was_killed_is_removed_by_the_next(home, tmp_path, kept):
+    head, log = Head(2, "b" * 64), tmp_path / "writes"
+
+    def watched(number=0):
+        shutil.rmtree(home, ignore_errors=True)
+        if kept is not None:
+            audit_head.keep(kept)
+        watcher = killer.Watcher([home], number, log if number == 0 else None, private=True)
+        return killer.fork(lambda: audit_head.keep(head) or "kept", watcher)
+
+    assert watched() == "kept"
+    writes = killer.writes(log)
+    assert len(writes) >= 2
+    for number in range(1, len(writes) + 1):
+        assert watched(number) is None, "it was not killed"
+        audit_head.keep(head)
+        left = [path for path in (home / "audit").rglob("*") if path.name.startswith(".")]
+        assert left == [], f"killed before {writes[number - 1]}"
+        assert audit_head.load() == head
