@@ -2,14 +2,18 @@
 
 import copy
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
 import torch
 
-from app import compression
-from app.bundle import Bundle, Schema, columns_of, identity
+from app import compression, registry
+from app.bundle import Bundle, Schema, columns_of, identity, manifest_of, seal
 from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError
@@ -20,6 +24,8 @@ from app.serving.variants import common_schema
 from app.tasks import task_of
 from app.tasks.text import Text
 from tests import bundles, encoders, texts
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,37 @@ class TestCompression:
         with pytest.raises(UserError, match=r"int8 loses 0\.\d+ of macro_f1 .* compression.max_loss is 0"):
             compression.compress(path)
         monkeypatch.setattr(Text, "evaluate", real)
+
+    @pytest.mark.parametrize(
+        ("passed", "status", "says", "aliases"),
+        [
+            (True, 0, "moods version 1 (champion)", [["champion"]]),
+            (
+                False,
+                2,
+                "the bundle that it was made of must have passed the gate, which refused it: poor",
+                [],
+            ),
+        ],
+    )
+    def test_the_int8_version_of_what_the_gate_refused_is_not_registered(
+        self, tmp_path, shared_home, encoder, made, monkeypatch, passed, status, says, aliases
+    ):
+        """Though the gate would let the int8 version itself pass, and nothing is registered yet."""
+        monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
+        shutil.copytree(shared_home / "stages", tmp_path / "home" / "stages")
+        path = texts.build(
+            tmp_path / "moods", {**texts.project(encoder), "gate": {"metric": "macro_f1", "beat": []}}, made
+        )
+        facts = {
+            name: value for name, value in manifest_of(path).items() if name not in ("files", "decision")
+        }
+        seal(path, {**facts, "decision": {"passed": passed, "reason": "poor"}})
+        command = [sys.executable, "-m", "app", "compress", str(path), "--register"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert says in done.stdout + done.stderr
+        assert [list(version.aliases) for version in registry.versions("moods")] == aliases
 
     def test_without_the_test_part_there_is_nothing_to_judge_it_on(self, tmp_path, bundle, monkeypatch):
         monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
