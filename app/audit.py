@@ -118,28 +118,43 @@ class Audit:
         audit_head.keep(Head(newest.number, newest.seal))
 
     def entries(
-        self, model: str | None = None, action: str | None = None, *, expected: Head | None = None
+        self,
+        model: str | None = None,
+        action: str | None = None,
+        *,
+        expected: Head | None = None,
+        since: Head | None = None,
     ) -> list[Entry]:
         """All entries, or those of a model or an action, the oldest first.
 
         Raises Broken if one was changed or removed: of those up to the head that this machine has kept, and
         up to `expected`, one that was kept elsewhere.
+
+        :param since: an entry, to have only those after it. All are checked from the oldest of the given
+            entries and the kept head on; if this machine has kept no head, from the first.
         """
         # Before the entries are read: one that is written meanwhile may become the head.
-        due = {head.number: head for head in (audit_head.load(), expected) if head is not None}
-        if expected is not None and due[expected.number] != expected:
-            raise _broken(expected.number)
-        found, before, number = [], FIRST, 1
+        kept = audit_head.load()
+        due: dict[int, Head] = {}
+        for head in (kept, expected, since):
+            if head is not None and due.setdefault(head.number, head) != head:
+                raise _broken(head.number)
+        start = min(due) if kept and since else 0
+        found, before, number = [], FIRST, start or 1
         with self._engine.connect() as connection:
-            for row in connection.execute(AUDIT.select().order_by(AUDIT.c.number)):
+            for row in connection.execute(
+                AUDIT.select().where(AUDIT.c.number >= start).order_by(AUDIT.c.number)
+            ):
                 values = dict(row._mapping)
-                if row.number != number or _seal(before, values) != row.seal:
+                # The one that is started from is proven by the head that it is, below.
+                if row.number != number or (number != start and _seal(before, values) != row.seal):
                     raise _broken(number)
                 head = due.pop(number, None)
                 if head is not None and head.seal != row.seal:
                     raise _broken(number)
                 before, number = row.seal, number + 1
-                if model in (None, row.model) and action in (None, row.action):
+                is_asked = model in (None, row.model) and action in (None, row.action)
+                if is_asked and (since is None or row.number > since.number):
                     found.append(_entry(values))
         if due:
             raise Broken(
@@ -150,17 +165,33 @@ class Audit:
             audit_head.keep(Head(number - 1, before))
         return found
 
+    def head(self) -> Head | None:
+        """The newest entry; None if there is none. Raises Broken if what was written since this machine has
+        kept a head does not go on from that."""
+        self.entries(since=audit_head.load())
+        return audit_head.load()
+
     def last(self, model: str, actions: Sequence[str], until: float | None = None) -> Entry | None:
         """A model's newest entry with one of these actions, or the newest of those until a time (seconds
         since the epoch). The newest is the one written last, whatever the clocks said. Raises Broken if it
         was changed."""
         return next(self.backwards(model, actions, until), None)
 
-    def backwards(self, model: str, actions: Sequence[str], until: float | None = None) -> Iterator[Entry]:
-        """A model's entries with these actions, the newest first, each checked. Raises Broken."""
+    def backwards(
+        self,
+        model: str,
+        actions: Sequence[str],
+        until: float | None = None,
+        *,
+        since: Head | None = None,
+    ) -> Iterator[Entry]:
+        """A model's entries with these actions, the newest first, each checked: those up to a time, and after
+        an entry, if they are given. Raises Broken."""
         query = AUDIT.select().where(AUDIT.c.model == model, AUDIT.c.action.in_(actions))
         if until is not None:
             query = query.where(AUDIT.c.at <= until)
+        if since is not None:
+            query = query.where(AUDIT.c.number > since.number)
         while (entry := self._checked(query.order_by(AUDIT.c.number.desc()).limit(1))) is not None:
             yield entry
             query = query.where(AUDIT.c.number < entry.number)

@@ -33,6 +33,7 @@ from mlflow.utils.uri import is_local_uri
 
 from app import bundle, database, files, kept, signature, store
 from app.audit import Audit, Entry
+from app.audit_head import Head
 from app.config import Project
 from app.config.project import NAME, require_name
 from app.errors import Interrupted, UserError
@@ -51,8 +52,8 @@ CANDIDATE_TAG = "raylway.candidate"
 """On a version: the identity of its bundle before the gate's decision was added."""
 SIGNATURE_TAG = "raylway.signature"
 """On a version: the signature of its manifest, base64."""
-AUDIT_TAG = "raylway.audit"
-"""On a version: the number of the audit log's last entry about the model when the version was created."""
+HEAD_TAG = "raylway.audit_head"
+"""On a version: the audit log's newest entry (`app.audit_head.Head`) when the version was created."""
 BUSY_TIMEOUT_S = 60
 ALIAS_ACTIONS = ("register", "promote")
 """In the audit log: what gives aliases."""
@@ -344,11 +345,10 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
             judged = manifest["decision"].get("champion")
             if (champion and champion.identity) != (judged and judged["identity"]):
                 raise Outdated(f"{name} has another champion than the one that this was compared with")
-            entries = audit.entries(name)
             tags = {
                 IDENTITY_TAG: bundle.identity(path),
                 CANDIDATE_TAG: manifest.get("candidate", ""),
-                AUDIT_TAG: str(entries[-1].number if entries else 0),
+                HEAD_TAG: str(audit.head() or ""),
                 "raylway.data_version": manifest.get("data_version", ""),
             }
             entry = ours.create_model_version(name, uri, run_id=run_id, tags=tags)
@@ -368,12 +368,15 @@ def _finish(ours: MlflowClient, audit: Audit, name: str, entry: Any) -> None:
     """Give a new version its alias, unless that is done. Whoever gave aliases since it was created decided
     later, and is not overruled."""
     number = str(entry.version)
-    entries = [e for e in audit.entries(name) if e.action in ALIAS_ACTIONS]
-    if any(e.action == "register" and e.details["version"] == number for e in entries):
+    head = entry.tags.get(HEAD_TAG)
+    created = Head.parse(head) if head else None
+    registered = audit.backwards(name, ("register",), since=created)
+    if any(e.details["version"] == number for e in registered):
         return
+    # That nobody gave an alias is proven by the whole log since then, not by a search for such entries.
+    later = [e for e in audit.entries(name, since=created) if e.action in ALIAS_ACTIONS]
     aliases = ours.get_registered_model(name).aliases
     given = [alias for alias, version in aliases.items() if str(version) == number]
-    later = [e for e in entries if e.number > int(entry.tags[AUDIT_TAG])]
     alias = given[0] if given else None if later else CHALLENGER if CHAMPION in aliases else CHAMPION
     if alias and not given:
         ours.set_registered_model_alias(name, alias, number)

@@ -5,6 +5,7 @@ import threading
 import pytest
 import sqlalchemy
 
+from app import audit as audit_module
 from app import audit_head, database
 from app.audit import AUDIT, Audit, Changed
 from app.audit_head import Broken, Head
@@ -244,3 +245,58 @@ def test_what_a_writer_of_the_head_left_when_it_was_killed_is_removed_by_the_nex
         left = [path for path in (home / "audit").rglob("*") if path.name.startswith(".")]
         assert left == [], f"killed before {writes[number - 1]}"
         assert audit_head.load() == head
+
+
+@pytest.fixture
+def since(audit):
+    """The third of six entries. The head that is kept is the sixth."""
+    entries = [audit.add("traffic", "income" if n % 2 else "flights", {"n": n}) for n in range(6)]
+    return Head(3, entries[2].seal)
+
+
+def test_entries_since_one_are_those_after_it(audit, since):
+    assert [entry.number for entry in audit.entries(since=since)] == [4, 5, 6]
+    assert [entry.number for entry in audit.entries("income", since=since)] == [4, 6]
+    assert [entry.number for entry in audit.backwards("income", ["traffic"], since=since)] == [6, 4]
+    assert audit.entries(since=audit_head.load()) == []
+
+
+def test_entries_since_one_are_read_from_it_on(audit, since, monkeypatch):
+    read = []
+    seal = audit_module._seal
+    monkeypatch.setattr(audit_module, "_seal", lambda *of: read.append(of[1]["number"]) or seal(*of))
+    audit.entries(since=since)
+    assert read == [4, 5, 6]
+    read.clear()
+    assert audit.head() == audit_head.load()
+    assert read == [], "the head that was kept is the newest"
+
+
+def test_what_this_machine_has_not_checked_yet_is_read_too(audit, since):
+    audit_head.keep(Head(1, audit.entries()[0].seal))
+    tamper(AUDIT.update().where(AUDIT.c.number == 2).values(who="eve"))
+    with pytest.raises(Broken, match=r"entry 2$"):
+        audit.entries(since=since)
+    shutil.rmtree(audit_head.folder())
+    tamper(AUDIT.update().where(AUDIT.c.number == 1).values(who="eve"))
+    with pytest.raises(Broken, match=r"entry 1$"):
+        audit.entries(since=since)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (AUDIT.update().where(AUDIT.c.number == 3).values(seal="0" * 64), r"entry 3$"),
+        (AUDIT.delete().where(AUDIT.c.number == 3), r"entry 3$"),
+        (AUDIT.update().where(AUDIT.c.number == 5).values(who="eve"), r"entry 5$"),
+        (AUDIT.delete().where(AUDIT.c.number == 5), r"entry 5$"),
+        (AUDIT.delete().where(AUDIT.c.number == 6), "ends before its entry 6, but it had 6"),
+        (AUDIT.delete().where(AUDIT.c.number >= 3), "ends before its entry 3, but it had 6"),
+    ],
+)
+def test_a_change_to_what_was_written_since_one_shows(audit, since, change, says):
+    tamper(change)
+    with pytest.raises(Broken, match=says):
+        audit.entries(since=since)
+    with pytest.raises(Broken, match="entry"):
+        audit.entries()

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 
-from app import bundle, kept, registry, signature
-from app.audit import Audit
+from app import audit as audit_module
+from app import bundle, database, kept, registry, signature
+from app.audit import AUDIT, Audit
+from app.audit_head import Broken
 from app.bundle import Bundle, columns_of
 from app.errors import Interrupted, UserError
 from app.serving import variants
@@ -220,6 +222,52 @@ def test_of_two_promotions_at_once_one_is_the_end_and_the_log_agrees(two_version
         ended = [e.details for e in audit.entries("cut", registry.PROMOTED)][-6:]
     befores = [entry["before"] for entry in ended[1:]]
     assert befores == [entry["version"] for entry in ended[:-1]], "each says whom it followed"
+
+
+@pytest.fixture
+def cut_short(bundles):
+    """A second version whose registration was killed before it got its alias; yields what finishes it."""
+    registered("short", bundles[0])
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "champion", "before")
+        with pytest.raises(Killed):
+            registered("short", bundles[1], "second")
+    yield lambda: registered("short", bundles[1], "second")
+    registry.client().delete_registered_model("short")
+
+
+def test_a_registration_reads_the_log_from_the_creation_of_its_version_on(cut_short, bundles, monkeypatch):
+    with Audit() as audit:
+        first, *_ = (audit.add("traffic", "flights", {"n": n}) for n in range(5))
+    read = []
+    seal = audit_module._seal
+    monkeypatch.setattr(audit_module, "_seal", lambda *of: read.append(of[1]["number"]) or seal(*of))
+    assert cut_short().aliases == (registry.CHALLENGER,)
+    assert min(read) == first.number
+    read.clear()
+    registered("short", bundles[0])
+    assert len(read) <= 3, "that it is registered, and that no promotion is unfinished"
+
+
+def test_what_was_done_since_a_version_was_created_is_proven_before_it_gets_an_alias(
+    cut_short, bundles, tmp_path
+):
+    """The entry of a version that became the challenger meanwhile is hidden among another model's."""
+    later = registered("short", build(tmp_path / "third", seed=3), "third")
+    assert later.aliases == (registry.CHALLENGER,)
+    with Audit() as audit:
+        number = audit.last("short", ["register"]).number
+    row = AUDIT.update().where(AUDIT.c.number == number)
+    with database.connect().begin() as connection:
+        connection.execute(row.values(model="flights"))
+    try:
+        with pytest.raises(Broken, match=f"entry {number}$"):
+            cut_short()
+    finally:
+        with database.connect().begin() as connection:
+            connection.execute(row.values(model="short"))
+    assert cut_short().aliases == (), "whoever gave aliases meanwhile decided later"
+    assert registry.resolve("short", registry.CHALLENGER) == later
 
 
 def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):
