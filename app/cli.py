@@ -19,7 +19,7 @@ import typer
 from rich.console import RenderableType
 from typer.core import TyperGroup
 
-from app import options, projectfile
+from app import options, projectfile, surroundings
 from app.config.project import require_name
 from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
@@ -157,7 +157,7 @@ def sweep_report(
     with _working("report") as console:
         from app import sweep
 
-        page = sweep.report(project, out)
+        page = sweep.report(project, out, console.wait)
         console.say(f"report: {short(page.resolve())}")
 
 
@@ -568,6 +568,8 @@ def _working(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[C
             raise typer.Exit(128 + stopped_by) from None
         except Exception as error:
             traceback.print_exc()
+            if message := surroundings.explained(error):
+                raise UserError(message) from None
             console.say(f"failed: {described(error)}", style="red")
             console.say(f"the log has the whole story: {short(log)}")
             raise typer.Exit(EXIT_FAILED) from None
@@ -586,12 +588,22 @@ def main() -> None:
     finish = Finish()
     try:
         finish.status = app(standalone_mode=False) or 0
-    except (UserError, typer.TyperException) as error:
-        message = options.mistake(error) if isinstance(error, typer.TyperException) else str(error)
-        if message:
-            print(f"error: {message}", file=sys.stderr)
-        finish.status = EXIT_USER
     except SystemExit as ending:  # Typer's, when nobody reads what is printed
         finish.status = ending.code if isinstance(ending.code, int) else None
         raise
+    except typer.TyperException as error:
+        finish.status = _told(options.mistake(error))
+    except UserError as error:
+        finish.status = _told(str(error))
+    except Exception as error:  # before there is a log, or of a command that has none
+        message = surroundings.explained(error)
+        if message is None:
+            raise
+        finish.status = _told(message)
     sys.exit(finish.status)
+
+
+def _told(message: str) -> int:
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    return EXIT_USER

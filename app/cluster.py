@@ -28,6 +28,10 @@ from app.home import FRONT, SECRET, home, make_private
 
 NUM_REPLICA_PORTS = 500
 """Ports for the replicas of one local cluster."""
+LOOK_S = 3.0
+"""How often a command looks whether its cluster is there."""
+LOST_AFTER = 3
+"""Looks in a row that find none, until a cluster counts as ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +61,17 @@ class Cluster:
 
 
 def recorded() -> Cluster | None:
-    """The cluster in this state directory's record, dead or alive."""
+    """The cluster in this state directory's record, dead or alive. Raises UserError if it cannot be read."""
+    record = home() / "cluster.json"
     try:
-        return Cluster(**json.loads((home() / "cluster.json").read_text()))
-    except FileNotFoundError:
+        return Cluster(**json.loads(record.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{record}: must be what `raylway up` of this version wrote, but: {error}. Remove it, and end "
+            "the process `ray start` of a cluster that may still be up"
+        ) from None
 
 
 def local_environment(directory: Path) -> dict[str, str]:
@@ -173,7 +183,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
     Serve reads its flags when `ray.serve` is first imported: import it inside the session.
 
     :param log_to_driver: show what the workers print.
-    :raises UserError: the cluster to join does not answer or refuses our token.
+    :raises UserError: the cluster to join does not answer or refuses our token; it ended before the command.
     """
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
@@ -182,6 +192,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS", "local")
     cluster = recorded()
     held = directory = None
+    lost = threading.Event()
     try:
         if address != "local":
             # Someone else's cluster: its own authentication, read from the user's environment.
@@ -198,13 +209,55 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
         if directory:
             # Only Ray's processes are the cluster's; what the command starts for itself is not.
             del os.environ[MARK]
-        yield
+        is_client = "://" in address  # Ray's client has a watch of its own
+        with contextlib.nullcontext() if is_client else _ending_with(_gcs_address(), lost):
+            yield
     finally:
-        if "ray" in sys.modules:
+        if "ray" in sys.modules and not lost.is_set():  # there is nothing to leave any more
             sys.modules["ray"].shutdown()
         if held:
             held.end()
         _replace_environ(before)
+
+
+def _gcs_address() -> str:
+    return str(sys.modules["ray"].get_runtime_context().gcs_address)
+
+
+@contextlib.contextmanager
+def _ending_with(address: str, lost: threading.Event) -> Iterator[None]:
+    """Interrupt the main thread when the cluster ends, set `lost`, and raise UserError.
+
+    Ray itself would end the process after a minute, without a word.
+    """
+    host, _, port = address.rpartition(":")
+    ended = threading.Event()
+
+    def look() -> None:
+        missed = 0
+        while missed < LOST_AFTER:
+            if ended.wait(LOOK_S):
+                return
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
+                missed = 0
+            except OSError:
+                missed += 1
+        lost.set()
+        # A command in the background of a script ignores SIGINT.
+        number = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+
+    threading.Thread(target=look, name="cluster", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if lost.is_set():
+            raise UserError(
+                f"the Ray cluster at {address} must go on while a command runs, but it does not answer any "
+                "more; start it again (`raylway up`), and give the command again: what is done is kept"
+            )
 
 
 def _replace_environ(values: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from app.errors import UserError
 
@@ -66,8 +67,22 @@ def database_url(file: str) -> str:
         if "?" in str(home()):  # where a URL's parameters begin: another file would be opened
             raise UserError(f"RAYLWAY_HOME: must not have a question mark in its path; it is {home()}")
         return f"sqlite:///{home() / file}"
+    if not _is_database(url):  # it has a password: not shown
+        raise UserError(
+            "RAYLWAY_DATABASE_URL: must be a URL such as postgresql://USER:PASSWORD@HOST:5432/NAME; it "
+            f"begins with {url.partition(':')[0][:20]!r}, or its host or port cannot be. Correct or unset it"
+        )
     # SQLAlchemy would look for psycopg2.
     url = re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
     if url.startswith("postgresql") and "connect_timeout=" not in url:
         url += f"{'&' if '?' in url else '?'}{LIMITS}"
     return url
+
+
+def _is_database(url: str) -> bool:
+    """Whether a URL is one that SQLAlchemy can read, and of a database that we know."""
+    try:
+        urlsplit(url).port  # noqa: B018 (it raises)
+    except ValueError:
+        return False
+    return re.match(r"postgres(ql)?(\+psycopg)?://|sqlite:///", url) is not None

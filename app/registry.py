@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import logging
 import os
 import platform
@@ -23,9 +24,11 @@ import mlflow
 import mlflow.onnx
 import onnx
 import onnxruntime
+import sqlalchemy
 from mlflow.entities import Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -36,7 +39,7 @@ from app.audit import Audit, Entry
 from app.audit_head import Head
 from app.config import Project
 from app.config.project import NAME, require_name
-from app.errors import Interrupted, UserError
+from app.errors import Interrupted, UserError, described
 from app.home import database_url, home, make_private, private_file
 
 CHAMPION, CHALLENGER = "champion", "challenger"
@@ -91,9 +94,19 @@ def client() -> MlflowClient:
     make_private(home() / "artifacts")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     file = home() / "mlflow.db"
-    if uri().startswith("sqlite") and not file.exists():
+    if not uri().startswith("sqlite"):
+        _require_answer(uri())
+    elif not file.exists():
         _make_tables(file)
     return MlflowClient(tracking_uri=uri(), registry_uri=uri())
+
+
+@functools.cache
+def _require_answer(url: str) -> None:
+    """Raise what a first connection does: MLflow would try again for minutes, without a word."""
+    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+    with engine.connect():
+        pass
 
 
 def _make_tables(file: Path) -> None:
@@ -139,18 +152,27 @@ class Run:
 
         It is written once: what is there already, and whole, stays as it is.
         """
-        identity = bundle.identity(path)
-        name = f"bundle-{identity[:16]}"
         root = self._client.get_run(self.id).info.artifact_uri
-        uri = f"{root}/{name}"
+        name = f"bundle-{bundle.identity(path)[:16]}"
+        try:
+            self._store(path, root, name)
+        except UserError:
+            raise
+        except Exception as error:  # of whatever library MLflow reaches the store with
+            raise UserError(
+                f"the bundle must be stored at {root}, where RAYLWAY_STORE led in this project's first run, "
+                f"but: {described(error)}. Make it reachable, and give the command again: nothing is lost"
+            ) from error
+        return f"{root}/{name}"
+
+    def _store(self, path: Path, root: str, name: str) -> None:
         if (local := _local(root)) is not None:
             store.place(local / name, lambda draft: bundle.copy(path, draft))
-        elif _stored_manifest(uri) != (path / bundle.MANIFEST).read_bytes():
+        elif _stored_manifest(f"{root}/{name}") != (path / bundle.MANIFEST).read_bytes():
             for file in bundle.verify(path)["files"]:
                 self._client.log_artifact(self.id, str(path / file), name)
             # Last: a bundle without it was not uploaded to its end.
             self._client.log_artifact(self.id, str(path / bundle.MANIFEST), name)
-        return uri
 
 
 @contextlib.contextmanager
@@ -268,6 +290,14 @@ def _experiment(ours: MlflowClient, name: str) -> str:
     if experiment is not None:
         return experiment.experiment_id
     artifacts = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
+    try:
+        # MLflow would note it for good, and find out when the first bundle is stored.
+        get_artifact_repository(artifacts)
+    except (MlflowException, ImportError) as error:
+        raise UserError(
+            f"RAYLWAY_STORE: must be a folder or URL of a store that MLflow has the means for; {artifacts}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
     try:
         return ours.create_experiment(name, artifact_location=f"{artifacts}/{name}")
     except MlflowException as error:

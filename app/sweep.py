@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def run(project: Project, console: Console) -> Swept:
         console.say(f"  ended: {progress.reason}")
     console.say(f"  {_summary(progress)}")
     written = [_write(space, trial, name, progress.objectives) for trial in best]
-    page = report(project)
+    page = report(project, None, console.wait)
     for trial, file in zip(best, written, strict=True):
         console.say(f"  trial {trial.number}: {_values(trial, progress.objectives)}: {short(file)}")
     console.say(f"  report: {short(page)}")
@@ -88,12 +88,14 @@ def run(project: Project, console: Console) -> Swept:
     return Swept(name, progress.objectives, progress.trials, best, projects, written, page)
 
 
-def report(project: Project, file: Path | None = None) -> Path:
-    """Write the page about a project's sweep; returns where. Raises UserError if nothing is stored of it."""
+def report(project: Project, file: Path | None, say: Callable[[str], None]) -> Path:
+    """Write the page about a project's sweep; returns where. Raises UserError if nothing is stored of it.
+
+    `say` is told if the database is away and waited for."""
     space = Space(project)
     name = space.sweep.study or project.name
     file = file or make_private(folder(name)) / "report.html"
-    files.write(file, reports.page(studies.load(name), space.sweep.objectives))
+    files.write(file, reports.page(studies.load(name, say), space.sweep.objectives))
     return file
 
 

@@ -160,12 +160,12 @@ def opened(
         yield study
 
 
-def load(name: str) -> optuna.Study:
+def load(name: str, say: Callable[[str], None] = lambda _: None) -> optuna.Study:
     """A stored study to look at. Raises UserError if there is none, saying which there are."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url().startswith("sqlite") and not (home() / "optuna.db").exists():
         raise UserError(f"there is no study {name!r}; make one with `raylway sweep`")
-    storage = _patiently(functools.partial(_storage, poolclass=sqlalchemy.NullPool), lambda _: None)
+    storage = _patiently(functools.partial(_storage, poolclass=sqlalchemy.NullPool), say)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise UserError(f"there is no study {name!r}; there are {', '.join(sorted(names)) or 'none'}")

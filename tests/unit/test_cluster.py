@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from app import cluster, guardian, home, local_cluster
+from app.errors import UserError
 
 CONFIG = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -218,3 +220,38 @@ def test_a_commands_own_sigterm_handler_outlives_the_start_of_ray():
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', "null"])
+def test_a_record_that_cannot_be_read_is_told_with_what_to_do(state, content):
+    (state / "cluster.json").write_text(content)
+    with pytest.raises(UserError, match=r"cluster\.json: must be what `raylway up` .* Remove it"):
+        cluster.recorded()
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_command_whose_cluster_ends_is_interrupted_and_says_so(monkeypatch, ignored):
+    monkeypatch.setattr(cluster, "LOOK_S", 0.02)
+    server = socket.create_server(("127.0.0.1", 0))
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    lost = threading.Event()
+    with cluster._ending_with(address, lost):
+        pass
+    assert not lost.is_set()
+    server.close()
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        if ignored:  # as of a command in the background, with SIGTERM as all commands have it
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(UserError, match=f"the Ray cluster at {address} must go on while a command runs"):
+            wait_with(address, lost)
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert lost.is_set()
+
+
+def wait_with(address: str, lost: threading.Event) -> None:
+    with cluster._ending_with(address, lost):
+        threading.Event().wait(60)

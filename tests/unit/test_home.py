@@ -4,7 +4,8 @@ import pytest
 
 from app import console, issuer, registry, store
 from app.audit import Audit
-from app.home import make_private, private_file
+from app.errors import UserError
+from app.home import database_url, make_private, private_file
 from app.tuning import study as studies
 
 
@@ -53,3 +54,16 @@ def test_a_file_that_is_there_keeps_its_content(home):
     file = private_file(home / "a" / "x.db")
     file.write_text("content")
     assert private_file(file).read_text() == "content"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["nonsense", "mysql://x:secret@host/y", "postgresql://x:secret@host:abc/y", "postgres://[::1/y", ""],
+)
+def test_a_database_that_cannot_be_is_refused_and_its_password_not_shown(monkeypatch, url):
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
+    with pytest.raises(
+        UserError, match="RAYLWAY_DATABASE_URL: must be a URL such as postgresql://"
+    ) as caught:
+        database_url("production.db")
+    assert "secret" not in str(caught.value)

@@ -16,7 +16,7 @@ NAMES = {
 LAYERS: tuple[set[str], ...] = (
     {"errors", "files", "finish", "guardian", "horovod_patches"},
     {"home"},
-    {"capacity", "config", "store", "console", "flags", "install", "database", "signature"},
+    {"capacity", "config", "store", "surroundings", "console", "flags", "install", "database", "signature"},
     {"audit_head", "issuer"},
     {"audit", "record_tables"},
     {"audit_lines", "records"},

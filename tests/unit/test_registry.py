@@ -13,6 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import OperationalError
 
 from app import audit as audit_module
 from app import bundle, database, kept, registry, signature
@@ -484,3 +485,39 @@ def test_registrations_at_once(bundles, tmp_path, monkeypatch):
     numbers = killer.fork_all([functools.partial(register, number) for number in range(4)])
     assert sorted(numbers) == ["1", "1", "2", "2"]
     assert killer.fork(state) == [[["1", "champion"], ["2", "challenger"]]] * 2
+
+
+def test_a_store_that_mlflow_has_no_means_for_is_refused_before_it_is_noted(monkeypatch):
+    monkeypatch.setenv("RAYLWAY_STORE", "nonsense://bucket")
+    with (
+        pytest.raises(
+            UserError, match=r"RAYLWAY_STORE: must be a folder or URL of a store .*; nonsense://bucket: "
+        ),
+        registry.run(project("elsewhere"), "key"),
+    ):
+        pass
+    monkeypatch.delenv("RAYLWAY_STORE")
+    with registry.run(project("elsewhere"), "key") as run:
+        assert registry.client().get_run(run.id).info.artifact_uri.startswith("file://")
+
+
+def test_a_store_that_fails_is_told_with_what_to_do(bundles, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no credentials\nand much more")
+
+    with registry.run(project("failing"), "key") as run:
+        monkeypatch.setattr(registry.store, "place", fail)
+        with pytest.raises(
+            UserError, match=r"must be stored at file://.*, but: RuntimeError: no credentials\. "
+        ):
+            run.log_bundle(bundles[0])
+
+
+def test_a_database_that_does_not_answer_is_not_left_to_mlflow(monkeypatch):
+    def never(**_):
+        raise AssertionError("MLflow would try again for minutes")
+
+    monkeypatch.setattr(registry, "MlflowClient", never)
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
+    with pytest.raises(OperationalError, match="Connection refused"):
+        registry.versions("income")

@@ -7,6 +7,7 @@ import time
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
@@ -153,3 +154,17 @@ def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
     assert studies.url() == f"postgresql+psycopg://u@h/d?{ours}"
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"{url}?sslmode=require")
     assert studies.url().endswith(f"d?sslmode=require&{ours}")
+
+
+def test_who_looks_at_a_study_is_told_that_the_database_is_waited_for(monkeypatch):
+    with opened():
+        pass
+    storage, told = studies.RDBStorage, []
+
+    def away(*arguments, **options):
+        monkeypatch.setattr(studies, "RDBStorage", storage)
+        raise sqlalchemy.exc.OperationalError("", {}, Exception("Connection refused"))
+
+    monkeypatch.setattr(studies, "RDBStorage", away)
+    studies.load("s", told.append)
+    assert told == ["the database of studies does not answer (Connection refused); waiting for it"]

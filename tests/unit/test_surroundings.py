@@ -1,0 +1,160 @@
+"""What a command says of a disk, a database or a cluster that fails it."""
+
+import errno
+import os
+import pickle
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray.exceptions
+import sqlalchemy
+from mlflow.exceptions import MlflowException
+
+from app.audit import Audit
+from app.errors import UserError
+from app.surroundings import explained
+
+ROOT = Path(__file__).parents[2]
+
+
+def failed(number: int, file: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), file)
+
+
+def wrapped(error: Exception, by: type[Exception] = RuntimeError) -> Exception:
+    """As a library raises one of its own."""
+    outer = by("outer")
+    outer.__cause__ = error
+    return outer
+
+
+def in_a_worker(error: Exception) -> Exception:
+    """As Ray raises what was raised in a task."""
+    raised = ray.exceptions.RayTaskError("read", "Traceback ...", error)
+    return pickle.loads(pickle.dumps(raised)).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (failed(errno.ENOSPC, "/x/y"), "/x/y: must have space left, but: No space left on device. Free some"),
+        (failed(errno.ENOSPC), "the disk: must have space left, but: "),
+        (wrapped(failed(errno.EDQUOT, "/x")), "/x: must have space left, but: Disk quota exceeded"),
+        (in_a_worker(failed(errno.ENOSPC, "/x")), "/x: must have space left"),
+        (failed(errno.EACCES, "/etc/x"), "/etc/x: cannot be used: Permission denied. Change its mode"),
+        (
+            sqlite3.OperationalError("database or disk is full"),
+            "must have space left for its databases, but: ",
+        ),
+        (
+            sqlite3.OperationalError("attempt to write a readonly database"),
+            "RAYLWAY_HOME: must be a folder that",
+        ),
+        (
+            sqlite3.OperationalError("unable to open database file"),
+            "RAYLWAY_HOME: must be a folder that you can",
+        ),
+        (sqlite3.OperationalError("database is locked"), "another process keeps one of its databases locked"),
+        (
+            MlflowException("Detected out-of-date database schema (found version a, but expected b). Take a"),
+            "MLflow's tables must be those of the MLflow in this environment, but another version wrote",
+        ),
+        (
+            ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory.\nMore"),
+            "but one ended: OutOfMemoryError: Task was killed due to the node running low on memory. See",
+        ),
+        (
+            ray.exceptions.NodeDiedError("node x"),
+            "the Ray cluster must go on while a command runs, but one ended",
+        ),
+    ],
+)
+def test_a_fault_of_the_surroundings_is_told_with_what_to_do(error, says):
+    message = explained(error)
+    assert message is not None
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        wrapped(KeyError("x")),
+        in_a_worker(KeyError("x")),
+        failed(errno.ENOENT, "/x"),
+        sqlite3.OperationalError("no such table: x"),
+        sqlite3.IntegrityError("UNIQUE constraint failed"),
+        MlflowException("anything else"),
+        wrapped(UserError("said already")),
+    ],
+)
+def test_a_defect_is_not_explained_away(error):
+    assert explained(error) is None
+
+
+def test_what_was_handled_before_a_defect_is_not_its_reason():
+    defect = KeyError("ours")
+    defect.__context__ = failed(errno.EACCES, "/x")
+    assert explained(defect) is None
+
+
+def test_the_state_directory_is_named_by_its_variable(home):
+    message = explained(failed(errno.EROFS, str(home / "logs" / "x")))
+    assert message == (
+        f"RAYLWAY_HOME: must be a folder that you can write to; it is {home}, but: {home}/logs/x: Read-only "
+        "file system. Name another one, or change its mode"
+    )
+
+
+def test_a_server_that_does_not_answer_is_told_without_its_password():
+    engine = sqlalchemy.create_engine("postgresql+psycopg://nobody:secret@127.0.0.1:1/none")
+    with pytest.raises(sqlalchemy.exc.OperationalError) as caught:
+        engine.connect()
+    message = explained(caught.value)
+    assert message is not None
+    assert message.startswith("RAYLWAY_DATABASE_URL: must name a PostgreSQL server that answers, but: ")
+    assert "secret" not in message
+
+
+def damage(file: Path) -> None:
+    with file.open("r+b") as stream:
+        stream.seek(4096)
+        stream.write(b"\xff" * 3 * 4096)
+
+
+@pytest.mark.parametrize("how", [lambda file: file.write_bytes(b"x" * 20_000), damage])
+def test_a_database_that_is_damaged_is_named(home, how):
+    with Audit() as audit:
+        audit.add("sign", "income", {"version": "1"})
+    (home / "mlflow.db").write_bytes((home / "production.db").read_bytes())
+    how(home / "production.db")
+    with Audit() as audit, pytest.raises(sqlalchemy.exc.DatabaseError) as caught:
+        audit.entries()
+    message = explained(caught.value)
+    assert message is not None
+    assert message.startswith(f"{home}/production.db: must be a SQLite database, but: ")
+
+
+@pytest.mark.parametrize("command", ["audit", "up", "down", "token x"])
+def test_a_state_directory_that_is_none_is_one_line(home, command):
+    home.write_text("")
+    done = subprocess.run(
+        [sys.executable, "-m", "app", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: RAYLWAY_HOME: must be a folder; {home} is none. Name another one\n"
+
+
+def test_a_fault_in_a_command_with_a_log_is_in_both(home):
+    home.mkdir()
+    (home / "production.db").write_bytes(b"x" * 20_000)
+    command = [sys.executable, "-m", "app", "audit"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {home}/production.db: must be a SQLite database, but: ")
+    (log,) = (home / "logs").iterdir()
+    assert "Traceback" in log.read_text()
