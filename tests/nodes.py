@@ -58,8 +58,9 @@ class Nodes:
         self._directory = self._held.directory
         self._started: list[subprocess.Popen] = []
         cluster.ensure_token()
-        self._environment = cluster.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
-        del self._environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # so set, it forbids a second node
+        self.environment = cluster.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
+        """Of its nodes, and of the commands that join it."""
+        del self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # so set, it forbids a second node
         (port, client_port) = cluster.free_ports(2)
         self.address = f"{host.address}:{port}"
         options = (f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false")
@@ -78,7 +79,7 @@ class Nodes:
     def train(self, folder: Path, *overrides: str, seconds_per_step: float = 0.0) -> "Training":
         """Begin to train configs/smoke.yaml; `overrides` are `KEY=VALUE`."""
         command = [sys.executable, "-m", "tests.driver", folder / "ranks", seconds_per_step, *overrides]
-        env = {**self._environment, "RAY_ADDRESS": self.address}
+        env = {**self.environment, "RAY_ADDRESS": self.address}
         training = Training([*self.host.enter, *map(str, command)], env, folder)
         self._started.append(training.process)
         return training
@@ -96,7 +97,7 @@ class Nodes:
         with log.open("w") as said:
             process = subprocess.Popen(
                 [*host.enter, RAY, *command, *options],
-                env=self._environment,
+                env=self.environment,
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -116,7 +117,7 @@ class Nodes:
 
     def _ray(self, *command: str) -> None:
         full = [*self.host.enter, RAY, *command]
-        subprocess.run(full, env=self._environment, check=True, capture_output=True, timeout=60)
+        subprocess.run(full, env=self.environment, check=True, capture_output=True, timeout=60)
 
 
 class Training:

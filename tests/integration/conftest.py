@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from app import cluster, local_cluster
+from tests import postgres
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +26,16 @@ def home(tmp_path_factory):
         patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
         yield path
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A PostgreSQL server, see `tests.postgres.Server`."""
+    programs = postgres.programs()
+    if programs is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    with postgres.started(programs) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

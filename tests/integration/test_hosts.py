@@ -1,16 +1,19 @@
-"""Training on two hosts: network namespaces with their own addresses and names, and a cable between them."""
+"""Training and serving on two hosts: network namespaces with their own addresses and names, and a cable
+between them."""
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
 import psutil
 import pytest
 
-from tests.nodes import Host, nodes
+from app.cluster import free_ports
+from tests.nodes import ROOT, Host, nodes
 
 pytestmark = [
     pytest.mark.integration,
@@ -121,6 +124,61 @@ def test_four_ranks_on_two_hosts(cluster, hosts, tmp_path, backend):
     for host, (cluster_bytes, other_bytes) in zip(hosts, before, strict=True):
         assert host.sent(CLUSTER) - cluster_bytes > at_least
         assert host.sent(OTHER) - other_bytes < at_least / 100
+
+
+def test_an_endpoint_on_two_hosts(home, hosts, server, monkeypatch):
+    """One replica on each; both hosts answer, to whoever has a token, and replicas answer nobody else."""
+    monkeypatch.setenv("RAYLWAY_DATABASE_URL", server.url())
+    with nodes(hosts[0]) as cluster:
+        for host in hosts:
+            cluster.join(1, host)
+        port = free_ports(1)[0]
+
+        def raylway(*arguments: str, code: int = 0, database: bool = True) -> str:
+            environment = {**cluster.environment, "RAY_ADDRESS": cluster.address}
+            if not database:
+                environment.pop("RAYLWAY_DATABASE_URL")
+            command = [*hosts[0].enter, sys.executable, "-m", "app", *arguments]
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == code, done.stdout + done.stderr
+            return done.stdout + done.stderr
+
+        settings = [
+            "training.num_workers=1", "training.num_cpus=0.5", "training.epochs=1", f"serving.port={port}",
+            "serving.num_cpus=0.5", "serving.autoscaling={min_replicas: 2, max_replicas: 2}",
+        ]  # fmt: skip
+        smoke = ["configs/smoke.yaml", *(part for setting in settings for part in ("--set", setting))]
+        assert "SQLite is for one node" in raylway("train", *smoke, code=2, database=False)
+        raylway("train", *smoke)
+        assert "this cluster has several nodes" in raylway("serve", *smoke, code=2)
+        guarded = [*smoke, "--set", "serving.auth=local"]
+        assert "must be 0.0.0.0" in raylway("serve", *guarded, "--set", "serving.host=10.99.1.1", code=2)
+        raylway("serve", *guarded, "--set", "serving.host=0.0.0.0")
+        token = raylway("token", "somebody").split()[-1]
+
+        addresses = [host.address for host in hosts]
+        first, last = (
+            cluster.environment[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")
+        )
+        look = f"""
+import httpx, socket
+for address in {addresses}:
+    for headers in ({{"authorization": "Bearer {token}"}}, {{}}):
+        url = f"http://{{address}}:{port}/v2/models/smoke"
+        print(address, httpx.get(url, headers=headers, trust_env=False, timeout=20).status_code)
+    for replica in range({first}, {last} + 1):
+        if socket.socket().connect_ex((address, replica)) == 0:
+            print(address, httpx.get(f"http://{{address}}:{{replica}}/v2", trust_env=False).status_code)
+"""
+        for host in hosts:
+            seen = host.run(sys.executable, "-c", look).splitlines()
+            for address in addresses:
+                door, closed, *replicas = [line.split()[1] for line in seen if line.startswith(address)]
+                assert (door, closed) == ("200", "401")
+                assert replicas, "each host has one"
+                assert set(replicas) == {"403"}
 
 
 def test_a_cable_that_is_unplugged(home, hosts, tmp_path):

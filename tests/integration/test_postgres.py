@@ -1,16 +1,9 @@
 """A real PostgreSQL server holds the studies, MLflow's tables, and what happens in production."""
 
 import asyncio
-import contextlib
-import os
-import shutil
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import pytest
 import sqlalchemy
 from mlflow.exceptions import MlflowException
@@ -31,66 +24,6 @@ from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, stat
 from tests.unit.test_records import AWKWARD, VERSION_1, add, awkward, check_upgraded, feedback, prediction
 
 pytestmark = pytest.mark.integration
-
-
-class Server:
-    """A PostgreSQL server on a socket in a folder of its own."""
-
-    def __init__(self, programs: Path, folder: Path):
-        self._programs = programs
-        # PostgreSQL refuses to run as root.
-        self._user = "postgres" if os.geteuid() == 0 else None
-        self.folder = folder
-        if self._user:
-            shutil.chown(folder, self._user)
-        self._run("initdb", "-D", str(folder / "data"), "-A", "trust", "-U", "raylway")
-        self.start()
-        engine = sqlalchemy.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            connection.execute(sqlalchemy.text("CREATE DATABASE raylway"))
-        engine.dispose()
-
-    def url(self, database: str = "raylway") -> str:
-        return f"postgresql+psycopg://raylway@/{database}?host={self.folder}"
-
-    def start(self) -> None:
-        options = f"-k {self.folder} -c listen_addresses= -c fsync=off"
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "-l", "/dev/null", "start")
-
-    def stop(self) -> None:
-        """As a crash does."""
-        self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
-        """All of its processes stand still until the end of the block."""
-        postmaster = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().split()[0]))
-        processes = [postmaster, *postmaster.children(recursive=True)]
-        for process in processes:
-            process.suspend()
-        try:
-            yield
-        finally:
-            for process in processes:
-                process.resume()
-
-    def _run(self, program: str, *arguments: str) -> None:
-        command = [self._programs / program, *arguments]
-        subprocess.run(command, check=True, user=self._user, cwd="/", stdout=subprocess.DEVNULL)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    found = [Path(p).parent for p in [shutil.which("initdb")] if p]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="raylway-", dir="/tmp") as name:  # sockets have short paths
-        started = Server(found[0].resolve(), Path(name))
-        yield started
-        started.stop()
 
 
 @pytest.fixture
