@@ -30,8 +30,9 @@ NUM_REPLICA_PORTS = 500
 """Ports for the replicas of one local cluster."""
 LOOK_S = 3.0
 """How often a command looks whether its cluster is there."""
-LOST_AFTER = 3
-"""Looks in a row that find none, until a cluster counts as ended."""
+LOST_AFTER, REMOTE_LOST_AFTER = 3, 15
+"""Looks in a row that find none, until a cluster on this machine counts as ended, and one elsewhere: its head
+may be started anew, which Ray's commands outlive for a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +232,13 @@ def _ending_with(address: str, lost: threading.Event) -> Iterator[None]:
     Ray itself would end the process after a minute, without a word.
     """
     host, _, port = address.rpartition(":")
+    is_here = host == "localhost" or host.startswith("127.")
+    patience = LOST_AFTER if is_here else REMOTE_LOST_AFTER
     ended = threading.Event()
 
     def look() -> None:
         missed = 0
-        while missed < LOST_AFTER:
+        while missed < patience:
             if ended.wait(LOOK_S):
                 return
             try:
