@@ -1,5 +1,6 @@
 """Where Raylway keeps its state."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -47,7 +48,10 @@ def private_file(file: Path) -> Path:
     SQLite gives its own files beside a database (-wal, -shm) the database's mode.
     """
     make_private(file.parent)
-    os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    # One that is there is not opened: to close it would drop all locks of this process on it, and with them
+    # those of its SQLite connections (sqlite.org/howtocorrupt.html, 2.2).
+    with contextlib.suppress(FileExistsError):
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
     return file
 
 

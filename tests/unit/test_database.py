@@ -7,6 +7,7 @@ import pytest
 import sqlalchemy
 
 from app import database
+from app.audit import Audit
 from app.database import Busy, alone
 
 
@@ -73,3 +74,20 @@ def test_all_who_open_a_new_database_at_once_find_it():
     for thread in threads:
         thread.join()
     assert len(opened) == 8
+
+
+def test_what_one_process_writes_is_there_though_another_opens_and_closes_the_file():
+    """SQLite's locks are the process's: a file that is opened and closed beside them would drop them, and
+    the next process that leaves would take the log of what is not in the database yet with it."""
+    look = "from app.audit import Audit; print(len(Audit().entries()))"
+
+    def seen() -> int:
+        return int(subprocess.run([sys.executable, "-c", look], check=True, capture_output=True).stdout)
+
+    with Audit() as first, Audit() as second:
+        for number in range(1, 4):
+            first.add("sign", "income", {})
+            assert len(second.entries()) == number
+            with Audit() as third:
+                third.entries()
+            assert seen() == number
