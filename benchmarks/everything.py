@@ -61,6 +61,8 @@ class Run:
     head: psutil.Process
     settings: list[str]
     folder: Path
+    services: Path
+    """Where Ray writes for Prometheus what to read."""
     ended: threading.Event = field(default_factory=threading.Event)
     bursting: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
@@ -131,7 +133,8 @@ def _start(folder: Path) -> Run:
     key = folder / "key.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
     os.environ["RAYLWAY_SIGNING_KEY"] = str(key)
-    return Run(url, token, psutil.Process(recorded.pid), settings, folder)
+    services = Path(recorded.directory) / "ray" / "prom_metrics_service_discovery.json"
+    return Run(url, token, psutil.Process(recorded.pid), settings, folder, services)
 
 
 def _raylway(*arguments: str, allowed: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
@@ -293,6 +296,15 @@ def kills(run: Run, chance: random.Random) -> None:
             run.counts[f"killed {kind}"] += 1
 
 
+def scrapes(run: Run, chance: random.Random) -> None:
+    """Prometheus, as it finds what to read. Ray's agent forgets what dead workers told when it is read."""
+    for service in json.loads(run.services.read_text()):
+        for target in service["targets"]:
+            with contextlib.suppress(httpx.TransportError):
+                httpx.get(f"http://{target}/metrics", trust_env=False, timeout=30).raise_for_status()
+                run.counts["scrapes"] += 1
+
+
 def operators(run: Run, chance: random.Random) -> None:
     """A command, as a person gives it; 2 is the answer to what cannot be done now, 3 that of the gate."""
     command = chance.choice(list(COMMANDS))
@@ -341,7 +353,7 @@ COMMANDS: dict[str, Callable[[Run, random.Random], tuple[list[str], tuple[int, .
 }
 
 ACTORS: dict[Callable[[Run, random.Random], None], float] = {
-    clients: 0.1, stalls: 30.0, malformed: 0.5, bursts: 240.0, kills: 30.0, operators: 5.0,
+    clients: 0.1, stalls: 30.0, malformed: 0.5, bursts: 240.0, kills: 30.0, scrapes: 15.0, operators: 5.0,
 }  # fmt: skip
 """With the mean pause between two calls, in seconds."""
 
