@@ -163,6 +163,7 @@ def test_sweep(writes, killed, raylway, home):
     def command(name: str) -> tuple[str, ...]:
         return ("sweep", SMOKE, "--trials", "2", "--set", f"sweep.study={name}")
 
+    assert raylway(*command("first")).returncode == 0  # it makes tables
     at = points(writes(0, *command("swept")))
     for number, write in killed(lambda number: command(f"swept-{number}"), at):
         name = f"swept-{number}"
