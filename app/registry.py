@@ -104,8 +104,7 @@ def client() -> MlflowClient:
 @functools.cache
 def _require_answer(url: str) -> None:
     """Raise what a first connection does: MLflow would try again for minutes, without a word."""
-    engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-    with engine.connect():
+    with database.engine(url, poolclass=sqlalchemy.NullPool).connect():
         pass
 
 

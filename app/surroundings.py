@@ -89,8 +89,13 @@ def _of_files(error: OSError) -> str | None:
 
 
 def _of_sqlite(message: str) -> str | None:
-    if "disk is full" in message or "disk I/O error" in message:
+    if "disk is full" in message:
         return f"{home()}: must have space left for its databases, but: {message}. Free some, and {AGAIN}"
+    if "disk I/O error" in message:  # a full disk among other reasons
+        return (
+            f"{home()}: must be on a disk that works and has space left, but: {message}. Look at the disk, "
+            f"and {AGAIN}"
+        )
     if "readonly" in message or "unable to open" in message:
         return f"RAYLWAY_HOME: must be a folder that you can write to; it is {home()}, but: {message}"
     if "not a database" in message or "malformed" in message:

@@ -68,7 +68,9 @@ class Run:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     away_s: float = 0.0
-    """Longest time until a client that found nobody listening was answered."""
+    """Longest time until a client whose connection failed was answered."""
+    front_killed_s: float = float("-inf")
+    """When HAProxy was killed last, by the monotonic clock."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -191,19 +193,19 @@ async def _answered(
 ) -> bool:
     """Whether the request was answered with 2xx, on the first try or the second; while HAProxy is being
     replaced, on a later one."""
-    burst, begun, tries, away = run.bursting.is_set(), time.monotonic(), 0, False
-    while tries < 2 or (away and time.monotonic() - begun < AWAY_S):
+    burst, begun, tries, failed = run.bursting.is_set(), time.monotonic(), 0, False
+    while tries < 2 or time.monotonic() - run.front_killed_s < AWAY_S:
         tries += 1
         run.counts[f"{action} tries"] += 1
         try:
             response = await client.post(BASE + action, json=body, headers=headers)
         except httpx.TransportError as error:
             run.counts[f"{action} {type(error).__name__}"] += 1
-            away = True  # HAProxy alone holds the clients' connections: it was killed
+            failed = True
         else:
             run.counts[f"{action} {response.status_code}"] += 1
             if response.is_success:
-                if away:
+                if failed:
                     run.away_s = max(run.away_s, time.monotonic() - begun)
                 return True
             if response.status_code not in (429, 503):
@@ -292,6 +294,8 @@ def kills(run: Run, chance: random.Random) -> None:
     found = [p for p in _processes(run) if kind in _title(p)]
     if found:
         with contextlib.suppress(psutil.Error):
+            if kind == "haproxy":
+                run.front_killed_s = time.monotonic()
             chance.choice(found).kill()
             run.counts[f"killed {kind}"] += 1
 

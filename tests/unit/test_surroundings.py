@@ -50,6 +50,10 @@ def in_a_worker(error: Exception) -> Exception:
             "must have space left for its databases, but: ",
         ),
         (
+            sqlite3.OperationalError("disk I/O error"),
+            "must be on a disk that works and has space left, but: ",
+        ),
+        (
             sqlite3.OperationalError("attempt to write a readonly database"),
             "RAYLWAY_HOME: must be a folder that",
         ),
