@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,15 +238,20 @@ def _ending_with(address: str, lost: threading.Event) -> Iterator[None]:
     ended = threading.Event()
 
     def look() -> None:
-        missed = 0
+        missed, spent_s = 0, 0.0
         while missed < patience:
-            if ended.wait(LOOK_S):
+            # A host that is gone refuses nothing: the look itself takes LOOK_S then.
+            if ended.wait(max(0.0, LOOK_S - spent_s)):
                 return
+            begun = time.monotonic()
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
                 missed = 0
             except OSError:
                 missed += 1
+            spent_s = time.monotonic() - begun
+        if ended.is_set():
+            return
         lost.set()
         # A command in the background of a script ignores SIGINT.
         number = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
