@@ -1,6 +1,18 @@
 """A unit test stays one: no Ray is started, and no state is written but the test's own."""
 
+import os
+
 import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_cluster():
+    """The environment has nothing of a cluster that other tests of this run have joined."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("RAY_", "RAYLWAY_")):
+                patch.delenv(name)
+        yield
 
 
 @pytest.fixture(autouse=True)
