@@ -134,6 +134,8 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
         r"^(frontend http_frontend\n *bind) [^ :\n]+:(\d+)$",
         rf"\1 {host}:\2{secured}\n{_admission(settings.get('connections_per_address'))}{frontend}",
     )
+    text = _replaced(text, r"^( *)# Static routing .*$", r"\1use_backend successor if { stopping }\n\g<0>")
+    text = _replaced(text, r"^(?=backend default_backend$)", _successor(text, secured))
     # Until the deployment for all other paths runs, nobody is told that there is nothing.
     starting = f"content-type application/json string '{_refusal('the server is starting; try again')}'"
     text = _replaced(
@@ -180,6 +182,22 @@ def _admission(connections_per_address: int | None) -> str:
         "    tcp-request connection track-sc0 src,ipmask(32,64)\n"
         f"    tcp-request connection reject if {{ sc0_conn_cur gt {connections_per_address} }}\n"
     )
+
+
+def _successor(text: str, secured: str) -> str:
+    """Who took the place of a HAProxy that was replaced. Clients still have connections to the old one, which
+    knows neither the replicas nor the endpoints that came after it."""
+    found = re.search(r"^frontend http_frontend\n *bind (?:ipv6@)?(\S+):(\d+)", text, flags=re.MULTILINE)
+    assert found
+    host = found[1].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    tls = " ssl verify none" if secured else ""  # it is this machine's own
+    lines = [
+        # Whoever has taken the port by then must not learn it.
+        f"http-request del-header {SECRET_HEADER}",
+        "retries 1",
+        f"server successor {host}:{found[2]}{tls}",
+    ]
+    return "\n".join(["backend successor", *(f"    {line}" for line in lines), ""])
 
 
 def _defaults() -> list[str]:

@@ -63,24 +63,28 @@ class Door:
             {"max_wait_s": {"income": max_wait_s}, "connections_per_address": connections_per_address},
         )
         # Only the port of the endpoints: tests run side by side.
-        text = text.replace("bind 127.0.0.1:8000", f"bind 127.0.0.1:{self.port}")
+        text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
         text = re.sub(r"^    load-server-state.*\n", "", text, flags=re.M)
         self._socket = re.search(r"stats socket (\S+) .*expose-fd listeners", text)[1]
-        file = folder / "door.cfg"
-        file.write_text(text)
-        self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(file)]
+        self._file = folder / "door.cfg"
+        self._file.write_text(text)
+        self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(self._file)]
         self._haproxy = [subprocess.Popen(self._command)]
         while self._haproxy[0].poll() is None:
             with contextlib.suppress(OSError), self.connect():
                 return
 
-    def reload(self):
+    def reload(self, other=None):
         """As Serve does: a new process, which takes the listening sockets over, so that none of those that
-        wait to be accepted is reset, and has the old one finish what it has."""
+        wait to be accepted is reset, and has the old one finish what it has; that one is returned. Leads to
+        the replica of `other` then, if there is one."""
+        if other:
+            text = self._file.read_text()
+            self._file.write_text(text.replace(f"127.0.0.1:{self._port}", f"127.0.0.1:{other._port}"))
         over = ["-sf", str(self._haproxy[-1].pid), "-x", self._socket]
         self._haproxy.append(subprocess.Popen([*self._command, *over]))
-        self._haproxy[-2].wait(timeout=30)
+        return self._haproxy[-2]
 
     def _serve(self):
         async def serve():
@@ -147,7 +151,8 @@ def door(tmp_path, monkeypatch):
     opened = []
 
     def make(max_wait_s=30.0, replica=None, connections_per_address=None):
-        opened.append(Door(tmp_path, max_wait_s, replica, connections_per_address))
+        (folder := tmp_path / str(len(opened))).mkdir()
+        opened.append(Door(folder, max_wait_s, replica, connections_per_address))
         return opened[-1]
 
     yield make
@@ -244,8 +249,28 @@ def test_a_reload_closes_no_connection_without_an_answer(door):
     with ThreadPoolExecutor(4) as clients:
         answers = [clients.submit(ask_on, number) for number in range(4)]
         for _ in range(2):
-            here.reload()
+            here.reload().wait(timeout=30)
         assert [answer.result() for answer in answers] == [{200}] * 4
+
+
+def test_a_connection_from_before_a_reload_is_answered_by_the_replicas_of_now(door):
+    """The HAProxy that it leads to knows only those of before."""
+    here = door()
+    here.let_answer()
+    connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
+    head = {"authorization": "Bearer good"}
+    connection.request("POST", PATH, b"{}", head)
+    assert connection.getresponse().read() == b"{}"
+    new = door()
+    new.let_answer()
+    here.reload(new)
+    while not new.endpoint.asked:
+        answer(here.send(2, b"{}", GOOD))
+    before = here.endpoint.asked
+    connection.request("POST", PATH, b"x" * 50_000, head)
+    response = connection.getresponse()
+    assert (response.status, response.read(), response.getheader("connection")) == (200, b"{}", "close")
+    assert (here.endpoint.asked, new.endpoint.asked) == (before, 2)
 
 
 def test_a_replica_answers_only_its_own_front(door):
