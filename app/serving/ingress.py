@@ -51,7 +51,7 @@ def middlewares() -> list[Middleware]:
 class Guard:
     """Cleans a request's headers and hands it to the replica's deployment, which asks for the body.
 
-    Where there is none, as in the proxy that Serve keeps on the head node for when no replica runs, the
+    Where there is none of ours, as in the proxy that Serve keeps on the head node for when no replica runs, the
     request goes on to Serve, with its whole body.
     """
 
@@ -107,11 +107,13 @@ class Guard:
 
 
 def _deployment() -> Responder | None:
-    """The object that answers in this process, if it is a replica."""
+    """The object that answers in this process, if it is a replica of ours. Other applications of Ray Serve on
+    the cluster get their requests from Serve."""
     from ray.serve.context import _get_internal_replica_context
 
     context = _get_internal_replica_context()
-    return None if context is None else context.servable_object
+    servable = context and context.servable_object
+    return servable if hasattr(servable, "respond") else None
 
 
 def _once(body: bytes, receive: Receive) -> Receive:

@@ -31,8 +31,6 @@ def at(home: Path, do):
     """`do()` with `home` as the state directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYLWAY_HOME", str(home))
-        # Serve's middlewares are not this test's concern.
-        patch.setenv("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "")
         patch.delenv("RAY_ADDRESS", raising=False)
         return do()
 
@@ -59,7 +57,7 @@ def submit(answer: Up, directory: Path, *entrypoint: str) -> subprocess.Complete
         env=shell_environment(answer),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
     )
 
 
