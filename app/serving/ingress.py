@@ -51,8 +51,8 @@ def middlewares() -> list[Middleware]:
 class Guard:
     """Cleans a request's headers and hands it to the replica's deployment, which asks for the body.
 
-    Where there is none of ours, as in the proxy that Serve keeps on the head node for when no replica runs, the
-    request goes on to Serve, with its whole body.
+    Where there is none of ours, as in the proxy that Serve keeps on the head node for when no replica runs,
+    the request goes on to Serve, with its whole body.
     """
 
     def __init__(

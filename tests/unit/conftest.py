@@ -5,7 +5,7 @@ import os
 import pytest
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="package")
 def no_cluster():
     """The environment has nothing of a cluster that other tests of this run have joined."""
     with pytest.MonkeyPatch.context() as patch:
