@@ -174,12 +174,12 @@ def compress(
     gate did not let it be registered.
     """
     with _working("compress") as console:
-        from app import cluster, compression, store
+        from app import cluster, compression, quantization, store
 
         if cluster.lasts():
             with cluster.session():
                 store.require_shared()
-        made = compression.compress(bundle)
+        made = quantization.compress(bundle)
         before, after = made.comparison["before"], made.comparison["after"]
         for name, unit, scale in (
             ("bytes", "MB", 1e-6),

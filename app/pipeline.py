@@ -1,28 +1,19 @@
 """The way of a model: prepare, train, evaluate, gate, register."""
 
 import json
-import shutil
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import bundle, capacity, judging, registry, store
-from app.bundle import Bundle
+from app import candidate, capacity, judging, registry, store
 from app.config import Project
 from app.console import Console
 from app.data import split
 from app.data.prepare import Prepared, prepare
-from app.evaluation import gate, metrics, report, slices
-from app.export import onnx, text
+from app.evaluation import gate
 from app.registry import CHAMPION, Version
-from app.tasks import Task, task_of
+from app.tasks import task_of
 from app.training import trainer
-from app.training.trainer import Trained
-
-CODE = (bundle, metrics, report, slices, onnx, text, sys.modules[__name__])
-NUM_REFERENCE_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +43,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)
-    with registry.run(project, _bundle_key(project, prepared), fresh=fresh) as run:
+    with registry.run(project, candidate.key(project, prepared), fresh=fresh) as run:
         task = task_of(project, prepared)
 
         def on_epoch(epoch: dict[str, float]) -> None:
@@ -72,11 +63,11 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             )
         with console.stage("evaluate") as done:
             scores = task.baselines(fresh=fresh)
-            candidate = _candidate(project, task, trained, scores, fresh=fresh)
-            evaluation = json.loads((candidate / "metrics.json").read_text())
+            folder = candidate.build(project, task, trained, scores, fresh=fresh)
+            evaluation = json.loads((folder / "metrics.json").read_text())
             score = f"test {task.score} {evaluation['model'][task.score]:.4f}"
             done(f"{score}, ONNX within {evaluation['onnx_difference']:.0e}")
-        path, decision, version = judging.register(project.name, candidate, project.gate, task, run, console)
+        path, decision, version = judging.register(project.name, folder, project.gate, task, run, console)
     return Outcome(run.id, path, trained.history, evaluation, decision, version)
 
 
@@ -100,48 +91,3 @@ def _trained(project: Project) -> str:
     low, high = training.min_workers, training.max_workers
     backend = {"horovod": "Horovod", "ddp": "DDP"}[training.backend]
     return f"{project.model.kind}, {low if low == high else f'{low} to {high}'} {backend} workers"
-
-
-def _candidate(
-    project: Project, task: Task, trained: Trained, scores: Mapping[str, Any], *, fresh: bool
-) -> Path:
-    """Make the bundle of a trained model, with its metrics on the test part but without the gate's decision;
-    returns its folder."""
-    prepared = task.prepared
-    target = store.folder("bundle", _bundle_key(project, prepared))
-
-    def build(draft: Path) -> None:
-        from safetensors.torch import load_file
-
-        network = task.network()
-        network.load_state_dict(load_file(trained.weights))
-        difference = task.export(network, draft)
-        schema = task.schema()
-        shutil.copy(trained.weights, draft / "model.safetensors")
-        (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
-        (draft / "project.json").write_text(project.model_dump_json(indent=1))
-        for name in (split.PARTITION, split.SEEN):
-            if (prepared.path / name).exists():
-                shutil.copy(prepared.path / name, draft)
-        train, test = prepared.frame("train"), prepared.frame("test")
-        train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
-            draft / "reference.parquet", index=False
-        )
-        opened = Bundle(draft, sealed=False)
-        bundle.write_example(opened, test)
-        evaluation = {**task.evaluate(opened), "baselines": scores, "onnx_difference": difference}
-        (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
-        (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
-        registry.write_flavor(draft)
-        facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
-        bundle.seal(draft, {**facts, "seed": project.seed})
-
-    store.produce(target, build, fresh=fresh)
-    return store.current(target)
-
-
-def _bundle_key(project: Project, prepared: Prepared) -> str:
-    trained = trainer.key(project, prepared)
-    told = {"name", "data", "features", "evaluation", "compression", "gate"}
-    inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
-    return store.key("bundle", inputs, CODE)

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import logging
 import os
-import platform
 import re
 import tempfile
 import time
@@ -22,12 +21,9 @@ os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
 
 import mlflow
 import mlflow.onnx
-import onnx
-import onnxruntime
 import sqlalchemy
 from mlflow.entities import Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
@@ -329,29 +325,6 @@ def _parameters(project: Project) -> Iterator[tuple[str, Any]]:
 def _named(metric: str) -> str:
     """MLflow takes no @."""
     return metric.replace("@", "_at_")
-
-
-def write_flavor(folder: Path) -> None:
-    """Make a bundle an MLflow model too (ONNX flavour), so that MLflow's own tools open it."""
-    requirements = [f"onnx=={onnx.__version__}", f"onnxruntime=={onnxruntime.__version__}"]
-    model = Model()
-    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")
-    model.add_flavor(
-        "python_function",
-        loader_module="mlflow.onnx",
-        data="model.onnx",
-        env={"virtualenv": "requirements.txt"},
-        python_version=platform.python_version(),
-    )
-    model.add_flavor(
-        "onnx",
-        onnx_version=onnx.__version__,
-        data="model.onnx",
-        providers=["CPUExecutionProvider"],
-        options=None,
-        code=None,
-    )
-    model.save(str(folder / "MLmodel"))
 
 
 def register(name: str, run_id: str, path: Path, uri: str) -> Version:

@@ -4,25 +4,24 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from app import files
 from app.errors import UserError
+from app.fingerprint import fingerprint
 from app.home import database_url, home, make_private
 
 
-def key(stage: str, inputs: Mapping[str, Any], code: Iterable[ModuleType]) -> str:
+def key(stage: str, inputs: Mapping[str, Any], *modules: str) -> str:
     """The name under which a stage's output is kept.
 
-    `inputs` is everything that determines it (JSON values); `code` the modules that make it, so that a
-    change of theirs makes it anew.
+    `inputs` is everything that determines it (JSON values). `modules` are the names of those that make it: a
+    change of one of them, of what it imports within the application, or of a library's version makes it anew.
     """
-    sources = {m.__name__: _sha256(Path(str(m.__file__)).read_bytes()) for m in code}
-    canonical = json.dumps([stage, dict(inputs), sources], sort_keys=True, allow_nan=False)
-    return _sha256(canonical.encode())[:20]
+    canonical = json.dumps([stage, dict(inputs), fingerprint(*modules)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:20]
 
 
 def folder(stage: str, key: str) -> Path:
@@ -154,7 +153,3 @@ def _seen_by(file: Path) -> dict[str, bool]:
     sees = ray.remote(num_cpus=0)(lambda: file.exists())
     asked = [sees.options(scheduling_strategy=On(n["NodeID"], soft=False)).remote() for n in nodes]
     return {n["NodeManagerAddress"]: seen for n, seen in zip(nodes, ray.get(asked), strict=True)}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -1,7 +1,6 @@
 """The first stage: from the raw source to three checked parts and a fitted preprocessor."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ import pyarrow as pa
 from app import store
 from app.config import Project, TextClassifier, Tokens
 from app.config import data as config
-from app.data import cells, features, interactions, reading, schema, sources, split, tokens
+from app.data import features, interactions, schema, sources, split, tokens
 from app.data.features import Preprocessor
 from app.errors import UserError, unwrapped
 
-CODE = (cells, config, features, interactions, reading, schema, sources, split, tokens, sys.modules[__name__])
 LABEL = "__label__"
 """The column of a prepared part that holds the label: 0 or 1, or its place among `label.classes`."""
 MAX_LABELS = 100
@@ -75,7 +73,7 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     }
     if isinstance(project.model, TextClassifier):
         inputs["encoder"] = tokens.version(project.model.encoder)
-    key = store.key("prepare", inputs, CODE)
+    key = store.key("prepare", inputs, __name__)
     target = store.folder("prepare", key)
     with unwrapped():
         built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)

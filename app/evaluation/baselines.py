@@ -1,7 +1,6 @@
 """What a model must be compared with: a constant, a logistic regression, a gradient boosting."""
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from app.data.features import MISSING
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics
 
-CODE = (metrics, sys.modules[__name__])
-
 
 def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> dict[str, dict[str, float]]:
     """The metrics of each baseline on the test part, fitted on the training part with the same columns.
@@ -25,7 +22,7 @@ def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> d
     scikit-learn's models on the raw columns (not on our preprocessing), so that they also tell whether
     our preprocessing loses something. Done once for each prepared data set.
     """
-    key = store.key("baselines", {"prepared": prepared.key, "seed": project.seed}, CODE)
+    key = store.key("baselines", {"prepared": prepared.key, "seed": project.seed}, __name__)
     target = store.folder("baselines", key)
 
     def build(draft: Path) -> None:

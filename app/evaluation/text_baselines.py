@@ -1,7 +1,6 @@
 """What a text classifier must be compared with: a constant, and a logistic regression on word counts."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ from app.config import Project
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics
 
-CODE = (metrics, sys.modules[__name__])
 STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 """Of the logistic regression (the inverse of its penalty): the best one on the validation part is taken."""
 
@@ -23,7 +21,7 @@ def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> d
     The logistic regression sees TF-IDF of words and pairs of words that occur twice or more (scikit-learn),
     with sublinear counts.
     """
-    key = store.key("baselines", {"prepared": prepared.key}, CODE)
+    key = store.key("baselines", {"prepared": prepared.key}, __name__)
     target = store.folder("baselines", key)
 
     def build(draft: Path) -> None:

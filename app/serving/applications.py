@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from app.audit import Audit
@@ -15,6 +14,7 @@ from app.config import Serving
 from app.config.serving import Workers
 from app.database import Busy
 from app.errors import UserError, described_in
+from app.fingerprint import fingerprint
 from app.serving import traffic
 from app.serving.remote import Worker
 from app.serving.status import APART, broadcast, models
@@ -28,6 +28,8 @@ REFRESH_TIMEOUT_S = 120.0
 """Time for all replicas to open, verify and try the bundles of a new traffic."""
 TRIES = 3
 """Times that the replicas are asked to take a traffic in, if one dies meanwhile."""
+MIDDLEWARES = "app.serving.ingress"
+"""The module that every replica runs for Serve, see `app.flags`."""
 METRICS = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
 """How often a replica tells the autoscaler its load, and over which time it averages. Serve's 10 s and 30 s
 would outweigh the delays in the project file, which keep it from following each burst. (Ray deprecates the
@@ -49,16 +51,11 @@ def run(bound: Any, application: str, deployment: str, route: str | None) -> Non
         ) from error
 
 
-def digest(made_of: Any) -> str:
-    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def code() -> str:
-    """Of the application, as a hash: replicas that run go on with the code that they began with."""
-    found = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        found.update(file.read_bytes())
-    return found.hexdigest()
+def version_of(deployment: type, made_of: Any) -> str:
+    """A deployment's version: its replicas are started anew if what they are made of is another, or the code
+    that they run. What they are made of are JSON values."""
+    code = fingerprint(deployment.__module__, MIDDLEWARES)
+    return hashlib.sha256(json.dumps([made_of, code], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def start_workers(model: str, serving: Serving, wanted: Traffic) -> None:
@@ -71,10 +68,10 @@ def start_workers(model: str, serving: Serving, wanted: Traffic) -> None:
         settings = serving.variants[name].workers if name in serving.variants else None
         settings = settings or Workers()
         what = variant.identity or str(variant.path)
-        made_of = [settings.model_dump(), what, serving.trusted_keys, code()]
+        made_of = [settings.model_dump(), what, serving.trusted_keys]
         worker = serve.deployment(Worker).options(
             name="worker",
-            version=digest(made_of),
+            version=version_of(Worker, made_of),
             _internal=True,  # see `app.serving.deploy`
             ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
             autoscaling_config={

@@ -20,12 +20,11 @@ from app.serving.applications import (
     HEALTH_CHECK_PERIOD_S,
     MAX_ONGOING_REQUESTS,
     METRICS,
-    code,
-    digest,
     refresh,
     run,
     start_workers,
     stop_workers,
+    version_of,
 )
 from app.serving.endpoint import Endpoint
 from app.serving.front import MAX_BODY_BYTES
@@ -115,16 +114,15 @@ def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
 
 
 def _application(serving: Serving, name: str) -> Any:
-    """What Serve runs: replicas are started anew only if what they are made of is another, or their code."""
+    """What Serve runs."""
     from ray import serve
 
     autoscaling = serving.autoscaling
     fixed = serving.model_copy(update={"variants": {}, "salt": "", "policy": "weighted"})
     elsewhere = {"autoscaling", "host", "port", "grpc_port", "tls"}  # see `app.serving.server`
-    made_of = [fixed.model_dump(exclude=elsewhere), code()]
     endpoint = serve.deployment(Endpoint).options(
         name=name,
-        version=digest(made_of),
+        version=version_of(Endpoint, fixed.model_dump(exclude=elsewhere)),
         _internal=True,  # for `version`: Serve would make one up, and start all replicas anew
         ray_actor_options={"num_cpus": serving.num_cpus},
         autoscaling_config={

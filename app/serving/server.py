@@ -13,7 +13,7 @@ from typing import Any
 from app.config.serving import Tls
 from app.errors import UserError
 from app.serving import shared
-from app.serving.applications import code, digest, run
+from app.serving.applications import run, version_of
 from app.serving.grpc import Grpc
 from app.serving.limits import ROOT
 from app.serving.root import Root
@@ -77,7 +77,7 @@ def start_root(secured: bool) -> None:
 
     root = serve.deployment(Root).options(
         name=ROOT,
-        version=digest([secured, code()]),
+        version=version_of(Root, secured),
         _internal=True,  # see `app.serving.deploy`
         ray_actor_options={"num_cpus": 0},
     )
@@ -160,7 +160,7 @@ def _grpc(wanted: Shared) -> Any:
     issuers = {each.issuer for each in endpoints}
     taken = [] if None in issuers else sorted((each for each in issuers if each), key=repr)
     max_message_bytes = max(each.max_body_bytes for each in endpoints)
-    made_of = [[each.model_dump() for each in taken], max_message_bytes, code()]
+    made_of = [[each.model_dump() for each in taken], max_message_bytes]
     tls = None
     contents = []
     if front.certificate and front.key:
@@ -168,7 +168,7 @@ def _grpc(wanted: Shared) -> Any:
         contents = [Path(file).read_text() for file in (front.certificate, front.key)]
     server = serve.deployment(Grpc).options(
         name=GRPC,
-        version=digest([front.host, front.grpc_port, front.url, contents, *made_of]),
+        version=version_of(Grpc, [front.host, front.grpc_port, front.url, contents, *made_of]),
         _internal=True,  # see `app.serving.deploy`
         ray_actor_options={"num_cpus": 0},
         # The one before must have left the port.

@@ -3,9 +3,9 @@
 `app.training` and `app.pipeline` know no family; they ask the task.
 """
 
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +26,6 @@ class Task(Protocol):
     score: str
     """The validation metric that says which epoch is best; higher is better."""
     prepared: Prepared
-    code: tuple[ModuleType, ...]
-    """The modules on which a trained network depends, beside the training's own."""
 
     def __init__(self, project: Project, prepared: Prepared): ...
 
@@ -78,16 +76,22 @@ class Task(Protocol):
         """The metrics of each baseline on the test part; done once for each prepared data set."""
 
 
+TASKS = {
+    "linear": "app.tasks.tabular:Tabular",
+    "mlp": "app.tasks.tabular:Tabular",
+    "tabm": "app.tasks.tabular:Tabular",
+    "text_classifier": "app.tasks.text:Text",
+    "mf": "app.tasks.recommender:Recommender",
+    "ncf": "app.tasks.recommender:Recommender",
+}
+"""The Task of each `model.kind`. Names, because a family's libraries take seconds to import."""
+
+
+def module_of(project: Project) -> str:
+    """The module that a project's Task is in."""
+    return TASKS[project.model.kind].partition(":")[0]
+
+
 def task_of(project: Project, prepared: Prepared) -> Task:
     """The task of a project."""
-    if project.model.kind == "text_classifier":
-        from app.tasks.text import Text
-
-        return Text(project, prepared)
-    if project.model.kind in ("mf", "ncf"):
-        from app.tasks.recommender import Recommender
-
-        return Recommender(project, prepared)
-    from app.tasks.tabular import Tabular
-
-    return Tabular(project, prepared)
+    return pkgutil.resolve_name(TASKS[project.model.kind])(project, prepared)

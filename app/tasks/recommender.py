@@ -3,10 +3,8 @@
 import functools
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -36,8 +34,6 @@ Baseline = Callable[[sparse.csr_matrix], np.ndarray]
 
 class Recommender:
     """Users, items, and which items a user will want next."""
-
-    code: tuple[ModuleType, ...] = (networks, interactions, ranking, sys.modules[__name__])
 
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, Settings)
@@ -179,8 +175,8 @@ class Recommender:
 
     def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
         """Fitted on the training and the validation part; EASE's penalty is chosen on the validation part."""
-        code = (ranking, ranking_baselines, sys.modules[__name__])
-        target = store.folder("baselines", store.key("baselines", {"prepared": self.prepared.key}, code))
+        key = store.key("baselines", {"prepared": self.prepared.key}, __name__)
+        target = store.folder("baselines", key)
 
         def build(draft: Path) -> None:
             (draft / "metrics.json").write_text(json.dumps(self._baselines(), indent=1))

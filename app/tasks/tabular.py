@@ -1,9 +1,7 @@
 """Rows of numbers and categories, and a binary outcome."""
 
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy as log_loss
 
-from app import bundle, models
+from app import bundle
 from app.bundle import Bundle, Schema
 from app.config import Project
-from app.data import features
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics, slices
 from app.models import MODELS
-from app.models import tabular as networks
 from app.tasks import Arrays
 
 VALIDATION_ROWS = 8192
@@ -28,8 +24,6 @@ VALIDATION_ROWS = 8192
 
 class Tabular:
     """Rows of numbers and categories, and a binary outcome."""
-
-    code: tuple[ModuleType, ...] = (models, networks, features, sys.modules[__name__])
 
     def __init__(self, project: Project, prepared: Prepared):
         self.project = project

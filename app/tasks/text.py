@@ -1,9 +1,7 @@
 """A text and one of several classes."""
 
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,8 +26,6 @@ NUM_CHECKED = 512
 
 class Text:
     """A text and one of several classes."""
-
-    code: tuple[ModuleType, ...] = (networks, buckets, tokens, sys.modules[__name__])
 
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, TextClassifier)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,23 +22,12 @@ from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError
 from app.home import home
-from app.tasks import task_of
-from app.training import (
-    checkpoint,
-    collective,
-    gradients,
-    horovod,
-    loop,
-    preflight,
-    progress,
-    schedule,
-    shards,
-)
+from app.tasks import module_of
+from app.training import checkpoint, horovod, loop, preflight, progress
 from app.training.checkpoint import Checkpoints
 from app.training.elastic import ElasticTrainer, Transitions
 from app.training.progress import Listener
 
-CODE = (loop, checkpoint, collective, gradients, schedule, shards, sys.modules[__name__])
 NOT_OF_THE_RESULT = {"max_failures", "hang_timeout_s", "checkpoints", "timeline", "num_cpus", "num_gpus"}
 """Settings of a training that change nothing of the model that comes out."""
 
@@ -70,10 +58,9 @@ def key(project: Project, prepared: Prepared, lineage: str = "") -> str:
     """
     inputs = project.model_dump(mode="json", include={"model", "training", "seed"})
     inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in NOT_OF_THE_RESULT}
-    code = (*CODE, *task_of(project, prepared).code)
     if lineage:
         inputs["lineage"] = lineage
-    return store.key("train", {**inputs, "prepared": prepared.key}, code)
+    return store.key("train", {**inputs, "prepared": prepared.key}, __name__, module_of(project))
 
 
 def checkpoints_of(key: str) -> Path:

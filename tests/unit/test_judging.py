@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import judging, pipeline, registry
+from app import candidate, judging, pipeline, registry
 from app.config import Project
 from app.console import Console
 from app.data import sources
@@ -110,11 +110,11 @@ def judged(name, state, tmp_path, monkeypatch):
         folder = tmp_path / f"trained-{made}"
         folder.mkdir()
         save_file(task.network().state_dict(), folder / "model.safetensors")
-        candidate = pipeline._candidate(settled, task, Trained(folder, str(made), False), {}, fresh=True)
-        metrics = json.loads((candidate / "metrics.json").read_text())["model"]
+        path = candidate.build(settled, task, Trained(folder, str(made), False), {}, fresh=True)
+        metrics = json.loads((path / "metrics.json").read_text())["model"]
         with registry.run(settled, str(made)) as run:
             path, decision, _ = judging.register(
-                settled.name, candidate, settled.gate, task, run, Console(io.StringIO())
+                settled.name, path, settled.gate, task, run, Console(io.StringIO())
             )
         return metrics, decision, path
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from app import bundle, registry, signature
+from app import bundle, flavor, registry, signature
 from app.audit import Audit
 from app.bundle import Bundle
 from app.registry import CHALLENGER, CHAMPION
@@ -25,7 +25,7 @@ def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
     for path in paths:
-        registry.write_flavor(path)
+        flavor.write(path)
         bundle.seal(path, {"decision": PASSED})
     return paths
 

@@ -16,7 +16,7 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from app import bundle, cluster, kept, registry
+from app import bundle, cluster, flavor, kept, registry
 from app.bundle import Bundle
 from app.errors import UserError
 from app.tuning import study as studies
@@ -31,7 +31,7 @@ def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     paths = [build(folder / f"seed-{seed}", seed) for seed in range(2)]
     for path in paths:
-        registry.write_flavor(path)
+        flavor.write(path)
         bundle.seal(path, {"decision": PASSED})
     return paths
 

@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
 from app import audit as audit_module
-from app import bundle, database, kept, registry, signature
+from app import bundle, database, flavor, kept, registry, signature
 from app.audit import AUDIT, Audit
 from app.audit_head import Broken
 from app.bundle import Bundle, columns_of
@@ -44,7 +44,7 @@ def bundles(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
     for path in paths:
-        registry.write_flavor(path)
+        flavor.write(path)
         bundle.seal(path, {"decision": PASSED})
     return paths
 

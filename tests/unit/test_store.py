@@ -1,5 +1,4 @@
 import functools
-import importlib.util
 import os
 import threading
 import time
@@ -13,25 +12,16 @@ from app.errors import UserError
 from tests import killer
 
 
-def module(folder: Path, text: str):
-    file = folder / "stage.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location("stage", file)
-    assert spec
-    return importlib.util.module_from_spec(spec)
-
-
-def test_the_key_depends_on_the_stage_the_inputs_and_the_code(tmp_path):
-    code = module(tmp_path, "A = 1\n")
-    first = store.key("prepare", {"a": 1, "b": [1, 2]}, [code])
-    assert store.key("prepare", {"b": [1, 2], "a": 1}, [code]) == first
+def test_the_key_depends_on_the_stage_the_inputs_and_the_code():
+    first = store.key("prepare", {"a": 1, "b": [1, 2]}, "app.files")
+    assert store.key("prepare", {"b": [1, 2], "a": 1}, "app.files") == first
     others = [
-        store.key("train", {"a": 1, "b": [1, 2]}, [code]),
-        store.key("prepare", {"a": 2, "b": [1, 2]}, [code]),
-        store.key("prepare", {"a": 1, "b": [2, 1]}, [code]),
-        store.key("prepare", {"a": 1}, [code]),
-        store.key("prepare", {"a": 1, "b": [1, 2]}, []),
-        store.key("prepare", {"a": 1, "b": [1, 2]}, [module(tmp_path, "A = 2\n")]),
+        store.key("train", {"a": 1, "b": [1, 2]}, "app.files"),
+        store.key("prepare", {"a": 2, "b": [1, 2]}, "app.files"),
+        store.key("prepare", {"a": 1, "b": [2, 1]}, "app.files"),
+        store.key("prepare", {"a": 1}, "app.files"),
+        store.key("prepare", {"a": 1, "b": [1, 2]}),
+        store.key("prepare", {"a": 1, "b": [1, 2]}, "app.errors"),
     ]
     assert len({first, *others}) == 7
     assert all(key.isalnum() for key in others)
@@ -39,7 +29,7 @@ def test_the_key_depends_on_the_stage_the_inputs_and_the_code(tmp_path):
 
 def test_an_input_that_is_no_json_value_is_refused():
     with pytest.raises(ValueError, match="JSON"):
-        store.key("prepare", {"a": float("nan")}, [])
+        store.key("prepare", {"a": float("nan")})
 
 
 def test_folders_are_in_the_state_directory(home):

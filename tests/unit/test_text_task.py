@@ -12,7 +12,7 @@ import orjson
 import pytest
 import torch
 
-from app import compression, registry
+from app import quantization, registry
 from app.bundle import Bundle, Schema, columns_of, identity, manifest_of, seal
 from app.config import Project
 from app.data.prepare import LABEL
@@ -211,7 +211,7 @@ class TestServing:
 
 class TestCompression:
     def test_the_int8_version_is_a_bundle_whose_card_says_what_it_cost(self, bundle):
-        made = compression.compress(bundle)
+        made = quantization.compress(bundle)
         before, after = made.comparison["before"], made.comparison["after"]
         smaller = Bundle(made.path)
         smaller.check_example()
@@ -223,14 +223,14 @@ class TestCompression:
             "decision": bundles.PASSED,
         }
         assert "## Compression" in (made.path / "card.md").read_text()
-        assert compression.compress(bundle).path == made.path, "not made twice"
+        assert quantization.compress(bundle).path == made.path, "not made twice"
         with pytest.raises(UserError, match="is an int8 bundle already"):
-            compression.compress(made.path)
+            quantization.compress(made.path)
 
     def test_its_products_are_of_integers(self, bundle):
         import onnx
 
-        graph = onnx.load(compression.compress(bundle).path / "model.onnx").graph
+        graph = onnx.load(quantization.compress(bundle).path / "model.onnx").graph
         assert sum("Integer" in node.op_type for node in graph.node) >= 8
 
     def test_one_that_loses_too_much_is_refused_and_not_kept(self, tmp_path, encoder, made, monkeypatch):
@@ -245,7 +245,7 @@ class TestCompression:
 
         monkeypatch.setattr(Text, "evaluate", worse)
         with pytest.raises(UserError, match=r"int8 loses 0\.\d+ of macro_f1 .* compression.max_loss is 0"):
-            compression.compress(path)
+            quantization.compress(path)
         monkeypatch.setattr(Text, "evaluate", real)
 
     @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ class TestCompression:
     def test_without_the_test_part_there_is_nothing_to_judge_it_on(self, tmp_path, bundle, monkeypatch):
         monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
         with pytest.raises(UserError, match="is gone; run `raylway train` again"):
-            compression.compress(bundle)
+            quantization.compress(bundle)
 
 
 def test_the_schema_of_a_binary_bundle_is_read_as_before():
@@ -306,6 +306,6 @@ def test_a_tabular_graph_is_quantised_too(tmp_path):
     opened = Bundle(path)
     columns = columns_of(opened.schema, bundles.ROWS)
     expected = opened.predict(columns)
-    compression.quantize(path / "model.onnx", tmp_path / "int8.onnx")
+    quantization.quantize(path / "model.onnx", tmp_path / "int8.onnx")
     (path / "model.onnx").write_bytes((tmp_path / "int8.onnx").read_bytes())
     np.testing.assert_allclose(Bundle(path, sealed=False).predict(columns), expected, atol=0.03)

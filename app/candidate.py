@@ -1,0 +1,68 @@
+"""The stage after the training: from a trained network to a candidate, which is a bundle with its metrics on
+the test part, but without the gate's decision."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app import bundle, flavor, store
+from app.bundle import Bundle
+from app.config import Project
+from app.data import split
+from app.data.prepare import Prepared
+from app.evaluation import report
+from app.tasks import Task, module_of
+from app.training import trainer
+from app.training.trainer import Trained
+
+NUM_REFERENCE_ROWS = 10_000
+
+
+def build(
+    project: Project, task: Task, trained: Trained, scores: Mapping[str, Any], *, fresh: bool = False
+) -> Path:
+    """Make the bundle of a trained network, unless it has been made; returns its folder.
+
+    `scores` are the baselines' metrics.
+    """
+    prepared = task.prepared
+    target = store.folder("bundle", key(project, prepared))
+
+    def write(draft: Path) -> None:
+        from safetensors.torch import load_file
+
+        network = task.network()
+        network.load_state_dict(load_file(trained.weights))
+        difference = task.export(network, draft)
+        schema = task.schema()
+        shutil.copy(trained.weights, draft / "model.safetensors")
+        (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
+        (draft / "project.json").write_text(project.model_dump_json(indent=1))
+        for name in (split.PARTITION, split.SEEN):
+            if (prepared.path / name).exists():
+                shutil.copy(prepared.path / name, draft)
+        train, test = prepared.frame("train"), prepared.frame("test")
+        train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
+            draft / "reference.parquet", index=False
+        )
+        opened = Bundle(draft, sealed=False)
+        bundle.write_example(opened, test)
+        evaluation = {**task.evaluate(opened), "baselines": scores, "onnx_difference": difference}
+        (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
+        (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
+        flavor.write(draft)
+        facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
+        bundle.seal(draft, {**facts, "seed": project.seed})
+
+    store.produce(target, write, fresh=fresh)
+    return store.current(target)
+
+
+def key(project: Project, prepared: Prepared) -> str:
+    """The name under which a project's bundle is kept."""
+    trained = trainer.key(project, prepared)
+    told = {"name", "data", "features", "evaluation", "compression", "gate"}
+    inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
+    return store.key("bundle", inputs, __name__, module_of(project))
