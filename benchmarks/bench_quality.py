@@ -170,7 +170,7 @@ def fit_network(
     from app import projectfile
     from app.config import Model, Training
     from app.data.prepare import Prepared
-    from app.tasks.tabular import Tabular
+    from app.tasks.tabular.task import Tabular
     from app.training import schedule
 
     torch.set_num_threads(1)

@@ -9,8 +9,8 @@ import torch
 from app import bundle
 from app.config import Project
 from app.data.features import Categories, Preprocessor, Scaled
-from app.export import onnx
-from app.models.tabular import MultiLayerPerceptron
+from app.tasks.tabular import graph
+from app.tasks.tabular.network import MultiLayerPerceptron
 
 PASSED = {"passed": True, "reason": "made by hand"}
 EDUCATION = ["Bachelors", "Doctorate", "HS-grad"]
@@ -71,7 +71,7 @@ def build(folder: Path, seed: int) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MultiLayerPerceptron(fitted.layout, [8], dropout=0.0)
-    onnx.export(model, fitted, folder / "model.onnx")
+    graph.export(model, fitted, folder / "model.onnx")
     (folder / "schema.json").write_text(schema().model_dump_json())
     bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
     pd.DataFrame(ROWS).to_parquet(folder / "reference.parquet", index=False)

@@ -14,7 +14,7 @@ from app.config import Project
 from app.data import tokens
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import report
-from app.tasks.text import Text
+from app.tasks.text.task import Text
 from tests import encoders
 from tests.bundles import PASSED
 

@@ -77,12 +77,12 @@ class Task(Protocol):
 
 
 TASKS = {
-    "linear": "app.tasks.tabular:Tabular",
-    "mlp": "app.tasks.tabular:Tabular",
-    "tabm": "app.tasks.tabular:Tabular",
-    "text_classifier": "app.tasks.text:Text",
-    "mf": "app.tasks.recommender:Recommender",
-    "ncf": "app.tasks.recommender:Recommender",
+    "linear": "app.tasks.tabular.task:Tabular",
+    "mlp": "app.tasks.tabular.task:Tabular",
+    "tabm": "app.tasks.tabular.task:Tabular",
+    "text_classifier": "app.tasks.text.task:Text",
+    "mf": "app.tasks.recommender.task:Recommender",
+    "ncf": "app.tasks.recommender.task:Recommender",
 }
 """The Task of each `model.kind`. Names, because a family's libraries take seconds to import."""
 

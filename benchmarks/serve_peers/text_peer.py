@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from app.data import tokens
-from app.models.text import TextClassifier, load_encoder
+from app.tasks.text.network import TextClassifier, load_encoder
 
 BUNDLE = Path(os.environ["BUNDLE"])
 CLASSES = json.loads((BUNDLE / "schema.json").read_text())["classes"]

@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 
 from app.config import Project
 from app.data.prepare import LABEL, Prepared
-from app.evaluation.baselines import baselines
+from app.tasks.tabular.baselines import baselines
 from tests.bundles import PROJECT
 
 LAYOUTS = {

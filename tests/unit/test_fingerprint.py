@@ -15,7 +15,7 @@ def test_libraries_that_shape_a_result_are_named_by_release():
     assert libraries == {"numpy", "pandas", "pyarrow", "tokenizers"}
     assert found["numpy"].count(".") == 2
     assert fingerprint.fingerprint("app.training.loop")["torch"] == "2.13.0", "without the build's +cpu"
-    assert fingerprint.fingerprint("app.evaluation.baselines")["sklearn"].count(".") == 2
+    assert fingerprint.fingerprint("app.tasks.tabular.baselines")["sklearn"].count(".") == 2
 
 
 def test_a_module_of_nobody_is_refused():

@@ -9,8 +9,7 @@ from torch.nn.functional import binary_cross_entropy
 
 from app.config import Linear, LinearNumbers, Model, PeriodicNumbers
 from app.data.features import Layout
-from app.models import MODELS
-from app.models.tabular import Columns, SharedLinear
+from app.tasks.tabular.network import NETWORKS, Columns, SharedLinear
 
 SETTINGS = {
     "linear": {"kind": "linear"},
@@ -26,7 +25,7 @@ LAYOUTS = {
 
 def build(kind: str, layout: Layout, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
-    return MODELS[kind](TypeAdapter(Model).validate_python(SETTINGS[kind]), layout)
+    return NETWORKS[kind](TypeAdapter(Model).validate_python(SETTINGS[kind]), layout)
 
 
 def matrix(layout: Layout, count: int = 7) -> torch.Tensor:
@@ -42,11 +41,11 @@ def kinds() -> list[str]:
 
 
 def test_every_model_is_a_kind_of_the_project_file():
-    assert set(MODELS) <= set(kinds())
-    assert sorted(MODELS) == sorted(SETTINGS)
+    assert set(NETWORKS) <= set(kinds())
+    assert sorted(NETWORKS) == sorted(SETTINGS)
 
 
-every_model = pytest.mark.parametrize("kind", MODELS)
+every_model = pytest.mark.parametrize("kind", NETWORKS)
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 
 
@@ -119,7 +118,7 @@ def test_dropout_is_for_training_alone():
 
 
 def test_linear_is_the_sum_of_its_weights_by_hand():
-    model = MODELS["linear"](Linear(kind="linear"), Layout(dense=2, embeddings=((3, 5),)))
+    model = NETWORKS["linear"](Linear(kind="linear"), Layout(dense=2, embeddings=((3, 5),)))
     with torch.no_grad():
         model.dense.weight[:] = torch.tensor([[2.0, -1.0]])
         model.dense.bias[:] = 0.5

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from app.evaluation.ranking_baselines import ease, item_knn, popularity
+from app.tasks.recommender.baselines import ease, item_knn, popularity
 
 HAD = sparse.csr_matrix(np.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 0]], dtype=np.float64))
 """Three users, four items; nobody had the last one."""

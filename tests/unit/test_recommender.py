@@ -20,13 +20,13 @@ from app.data.interactions import AGE, ITEM, RATING, USER, fit, leave_one_out
 from app.data.prepare import Prepared
 from app.errors import UserError
 from app.evaluation import ranking
-from app.export.ranking import LOWEST, difference
-from app.models.recommender import bpr, recommender, softmax
 from app.serving import protocol, tensors
 from app.serving.protocol import Answer, Contract, Refused
 from app.serving.variants import common_schema
 from app.tasks import task_of
-from app.tasks.recommender import Recommender
+from app.tasks.recommender.graph import LOWEST, difference
+from app.tasks.recommender.network import bpr, recommender, softmax
+from app.tasks.recommender.task import Recommender
 
 NUM_USERS, NUM_ITEMS = 30, 40
 PROJECT: dict[str, Any] = {

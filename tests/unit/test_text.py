@@ -14,8 +14,14 @@ from app.config import Data, Source
 from app.data import schema, sources, tokens
 from app.data.buckets import NUM_BATCHES, by_length, pad
 from app.errors import UserError
-from app.models import text
-from app.models.text import FrozenTextClassifier, TextClassifier, load_encoder, new_encoder, parameter_groups
+from app.tasks.text import network as text
+from app.tasks.text.network import (
+    FrozenTextClassifier,
+    TextClassifier,
+    load_encoder,
+    new_encoder,
+    parameter_groups,
+)
 from tests import encoders
 
 CONFIG = {**encoders.CONFIG, "vocab_size": 40}
@@ -218,7 +224,7 @@ class TestTokens:
 
 
 def test_the_graph_says_what_the_network_says(tmp_path):
-    from app.export import text as export
+    from app.tasks.text import graph as export
 
     model = network()
     torch.nn.init.normal_(model.head.weight)

@@ -17,12 +17,13 @@ from app.bundle import Bundle, Schema, columns_of, identity, manifest_of, seal
 from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError
-from app.evaluation import report, text_baselines
+from app.evaluation import report
 from app.serving import protocol, tensors
 from app.serving.protocol import Answer, Contract, Refused
 from app.serving.variants import common_schema
 from app.tasks import task_of
-from app.tasks.text import Text
+from app.tasks.text import baselines as text_baselines
+from app.tasks.text.task import Text
 from tests import bundles, encoders, texts
 
 ROOT = Path(__file__).parents[2]

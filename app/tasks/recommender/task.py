@@ -21,9 +21,10 @@ from app.config.model import Recommender as Settings
 from app.data import interactions
 from app.data.interactions import AGE, ITEM, RATING, USER, Catalogue
 from app.data.prepare import Prepared
-from app.evaluation import ranking, ranking_baselines
-from app.models import recommender as networks
+from app.evaluation import ranking
 from app.tasks import Arrays
+from app.tasks.recommender import baselines as ranking_baselines
+from app.tasks.recommender import network as networks
 
 USERS_AT_ONCE = 64
 """In one forward pass outside training: each takes all items."""
@@ -120,7 +121,7 @@ class Recommender:
         return {"rmse": math.sqrt(error), "r2": 1 - error / spread if spread else 0.0}
 
     def export(self, network: nn.Module, folder: Path) -> float:
-        from app.export import ranking as graph
+        from app.tasks.recommender import graph
 
         assert isinstance(network, networks.Recommender)
         seen = self._seen("train", "validation")

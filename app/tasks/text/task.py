@@ -15,8 +15,8 @@ from app.config import Project, TextClassifier
 from app.data import buckets, tokens
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics, slices
-from app.models import text as networks
 from app.tasks import Arrays
+from app.tasks.text import network as networks
 
 TEXTS_AT_ONCE = 64
 """In one forward pass outside training."""
@@ -90,15 +90,15 @@ class Text:
         return {"loss": found["log_loss"], "macro_f1": found["macro_f1"]}
 
     def export(self, network: nn.Module, folder: Path) -> float:
-        from app.export import text
+        from app.tasks.text import graph
 
         assert isinstance(network, networks.TextClassifier)
         tokenizer = self.prepared.path / tokens.FILE
         (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
-        text.export(network, folder / "model.onnx")
+        graph.export(network, folder / "model.onnx")
         texts = self.prepared.frame("test")[self.column].head(NUM_CHECKED)
         ids, lengths = tokens.encode(tokens.load(tokenizer), texts)
-        return text.difference(network, folder / "model.onnx", ids, lengths)
+        return graph.difference(network, folder / "model.onnx", ids, lengths)
 
     def schema(self) -> Schema:
         return bundle.schema_of(self.project, self.prepared.preprocessor)
@@ -122,7 +122,7 @@ class Text:
         }
 
     def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
-        from app.evaluation.text_baselines import baselines
+        from app.tasks.text.baselines import baselines
 
         return baselines(self.project, self.prepared, fresh=fresh)
 

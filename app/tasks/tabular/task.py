@@ -15,8 +15,8 @@ from app.bundle import Bundle, Schema
 from app.config import Project
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics, slices
-from app.models import MODELS
 from app.tasks import Arrays
+from app.tasks.tabular.network import NETWORKS
 
 VALIDATION_ROWS = 8192
 """In one forward pass."""
@@ -43,7 +43,7 @@ class Tabular:
 
     def network(self) -> nn.Module:
         model = self.project.model
-        return MODELS[model.kind](model, self.preprocessor.layout)
+        return NETWORKS[model.kind](model, self.preprocessor.layout)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         return network.parameter_groups()
@@ -67,11 +67,13 @@ class Tabular:
         return {"loss": loss, "auc": metrics.auc(labels.numpy(), probabilities.numpy())}
 
     def export(self, network: nn.Module, folder: Path) -> float:
-        from app.export import onnx
+        from app.tasks.tabular import graph
 
-        onnx.export(network, self.preprocessor, folder / "model.onnx")
+        graph.export(network, self.preprocessor, folder / "model.onnx")
         (folder / "preprocessor.json").write_text(self.preprocessor.model_dump_json(indent=1))
-        return onnx.difference(network, self.preprocessor, folder / "model.onnx", self.prepared.frame("test"))
+        return graph.difference(
+            network, self.preprocessor, folder / "model.onnx", self.prepared.frame("test")
+        )
 
     def schema(self) -> Schema:
         return bundle.schema_of(self.project, self.preprocessor, self.prepared.summary["labels"])
@@ -93,6 +95,6 @@ class Tabular:
         }
 
     def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
-        from app.evaluation.baselines import baselines
+        from app.tasks.tabular.baselines import baselines
 
         return baselines(self.project, self.prepared, fresh=fresh)

@@ -11,7 +11,7 @@ from torch import nn
 
 from app.bundle import OUTPUT, session
 from app.data import tokens
-from app.export.onnx import MAX_DIFFERENCE, OPSET
+from app.tasks.tabular.graph import MAX_DIFFERENCE, OPSET
 
 TEXTS_AT_ONCE = 64
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.bundle import ITEMS, KNOWN, MAX_ITEMS, SCORES, session
 from app.data.interactions import Catalogue
-from app.export.onnx import MAX_DIFFERENCE, OPSET, inner_prefix
+from app.tasks.tabular.graph import MAX_DIFFERENCE, OPSET, inner_prefix
 
 USERS_AT_ONCE = 64
 LOWEST = torch.finfo(torch.float32).min

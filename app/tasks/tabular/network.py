@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -214,3 +215,8 @@ def tabm(settings: TabM, layout: Layout) -> nn.Module:
     return TabularEnsemble(
         layout, list(settings.hidden), settings.dropout, settings.members, settings.numbers
     )
+
+
+NETWORKS: dict[str, Callable[[Any, Layout], nn.Module]] = {"linear": linear, "mlp": mlp, "tabm": tabm}
+"""By `model.kind`: from its settings and the layout of its inputs to a module whose `forward` is what is
+served, and whose `loss` is the mean loss of a batch."""

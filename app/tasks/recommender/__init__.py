@@ -1,0 +1,1 @@
+"""Users, items, and which items a user will want next."""

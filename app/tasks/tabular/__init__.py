@@ -1,0 +1,1 @@
+"""Rows of numbers and categories, and a binary outcome."""
