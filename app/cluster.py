@@ -215,11 +215,25 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
         with contextlib.nullcontext() if is_client else _ending_with(_gcs_address(), lost):
             yield
     finally:
+        _silence_serve()
         if "ray" in sys.modules and not lost.is_set():  # there is nothing to leave any more
             sys.modules["ray"].shutdown()
         if held:
             held.end()
         _replace_environ(before)
+
+
+def _silence_serve() -> None:
+    """Before Ray is left: a thread of Serve's goes on asking the controller, and prints that it cannot.
+
+    Worse, Ray would start a cluster for it, as it does for the first call of who has not joined one.
+    """
+    if router := sys.modules.get("ray.serve._private.router"):
+        sys.modules["ray._private.auto_init_hook"].enable_auto_connect = False
+        if loop := router.SingletonThreadRouter._asyncio_loop:
+            loop.set_exception_handler(lambda *_: None)
+        # Who joins again needs a new one.
+        router.SharedRouterLongPollClient.get_or_create.cache_clear()
 
 
 def _gcs_address() -> str:

@@ -6,6 +6,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -23,6 +25,7 @@ from app.serving.traffic import Traffic
 from app.serving.traffic import current as traffic_that_holds
 from app.serving.variants import Deployed, load
 from tests.bundles import ROWS, build
+from tests.integration.conftest import ROOT
 
 pytestmark = [
     pytest.mark.integration,
@@ -429,6 +432,36 @@ def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
     assert traffic_that_holds(Audit(), "income")[1].variants["champion"].version == "1", "for new replicas"
+
+
+LEAVING = """
+import gc, time
+import ray
+from app import cluster
+with cluster.session(log_to_driver=False):
+    from app.serving.limits import ROOT
+    from app.serving.status import broadcast
+    from ray.serve._private.long_poll import LongPollClient
+    assert len(broadcast(ROOT, ROOT, "watched")) == 1
+    asking = [each for each in gc.get_objects() if isinstance(each, LongPollClient)]
+    assert asking
+for each in asking:  # an answer of the controller's has come meanwhile
+    each.is_running = True
+    each.event_loop.call_soon_threadsafe(each._poll_next)
+time.sleep(3)
+assert not ray.is_initialized()
+with cluster.session(log_to_driver=False):
+    assert len(broadcast(ROOT, ROOT, "watched", 30)) == 1
+"""
+
+
+def test_who_has_left_the_cluster_starts_none_and_can_join_again(url):
+    """A thread of Serve's in that process goes on asking the controller."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=180
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 @pytest.mark.parametrize(
