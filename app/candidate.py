@@ -13,7 +13,7 @@ from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared
 from app.evaluation import report
-from app.tasks import Task, module_of
+from app.tasks import Task, baselines_of, module_of, packager_of
 from app.training import trainer
 from app.training.trainer import Trained
 
@@ -33,10 +33,11 @@ def build(
     def write(draft: Path) -> None:
         from safetensors.torch import load_file
 
+        packager = packager_of(task)
         network = task.network()
         network.load_state_dict(load_file(trained.weights))
-        difference = task.export(network, draft)
-        schema = task.schema()
+        difference = packager.export(network, draft)
+        schema = packager.schema()
         shutil.copy(trained.weights, draft / "model.safetensors")
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
         (draft / "project.json").write_text(project.model_dump_json(indent=1))
@@ -49,7 +50,7 @@ def build(
         )
         opened = Bundle(draft, sealed=False)
         bundle.write_example(opened, test)
-        evaluation = {**task.evaluate(opened), "baselines": scores, "onnx_difference": difference}
+        evaluation = {**packager.evaluate(opened), "baselines": scores, "onnx_difference": difference}
         (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
         (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
         flavor.write(draft)
@@ -60,9 +61,26 @@ def build(
     return store.current(target)
 
 
+def baselines(task: Task, *, fresh: bool = False) -> dict[str, dict[str, float]]:
+    """The metrics of the baselines on the test part; computed once for each prepared data set."""
+    target = store.folder("baselines", baselines_key(task.project, task.prepared))
+
+    def write(draft: Path) -> None:
+        (draft / "metrics.json").write_text(json.dumps(baselines_of(task), indent=1))
+
+    store.produce(target, write, fresh=fresh)
+    return json.loads((target / "metrics.json").read_text())
+
+
+def baselines_key(project: Project, prepared: Prepared) -> str:
+    """The name under which a project's baselines are kept."""
+    inputs = {"prepared": prepared.key, "seed": project.seed}
+    return store.key("baselines", inputs, module_of(project, "baselines"))
+
+
 def key(project: Project, prepared: Prepared) -> str:
     """The name under which a project's bundle is kept."""
     trained = trainer.key(project, prepared)
     told = {"name", "data", "features", "evaluation", "compression", "gate"}
     inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
-    return store.key("bundle", inputs, __name__, module_of(project))
+    return store.key("bundle", inputs, __name__, module_of(project, "packager"))

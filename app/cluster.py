@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -228,8 +229,10 @@ def _silence_serve() -> None:
 
     Worse, Ray would start a cluster for it, as it does for the first call of who has not joined one.
     """
-    if router := sys.modules.get("ray.serve._private.router"):
-        sys.modules["ray._private.auto_init_hook"].enable_auto_connect = False
+    router: Any = sys.modules.get("ray.serve._private.router")
+    if router:
+        hook: Any = sys.modules["ray._private.auto_init_hook"]
+        hook.enable_auto_connect = False
         if loop := router.SingletonThreadRouter._asyncio_loop:
             loop.set_exception_handler(lambda *_: None)
         # Who joins again needs a new one.

@@ -14,7 +14,7 @@ from app.console import Console
 from app.evaluation import gate, report
 from app.evaluation.champion import Comparison, NotComparable, compare
 from app.registry import CHAMPION, Run, Version
-from app.tasks import Task
+from app.tasks import Task, packager_of
 
 
 def register(
@@ -91,4 +91,5 @@ def _beside(candidate: Path, version: Version | None, task: Task) -> Comparison 
     if version is None:
         return None
     opened = Bundle(candidate), Bundle(version.path)
-    return compare(task.prepared, *opened, lambda one, rows: task.evaluate(one, rows)["model"])
+    packager = packager_of(task)
+    return compare(task.prepared, *opened, lambda one, rows: packager.evaluate(one, rows)["model"])

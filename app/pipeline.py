@@ -62,7 +62,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
                 cached=trained.cached,
             )
         with console.stage("evaluate") as done:
-            scores = task.baselines(fresh=fresh)
+            scores = candidate.baselines(task, fresh=fresh)
             folder = candidate.build(project, task, trained, scores, fresh=fresh)
             evaluation = json.loads((folder / "metrics.json").read_text())
             score = f"test {task.score} {evaluation['model'][task.score]:.4f}"

@@ -24,7 +24,7 @@ from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError
 from app.evaluation import report
-from app.tasks import module_of, task_of
+from app.tasks import module_of, packager_of, task_of
 
 MADE_ANEW = ("model.onnx", "metrics.json", "card.md", "example.json")
 """The files of a bundle that its int8 version does not share."""
@@ -57,13 +57,16 @@ def compress(path: Path) -> Compressed:
         raise UserError(f"{path}: is an int8 bundle already")
     project = Project.model_validate_json((path / "project.json").read_text())
     prepared = prepared_of(original.manifest, path)
-    inputs = {"original": bundle.identity(original.path)}
-    key = store.key("compress", inputs, __name__, module_of(project))
-    target = store.folder("compress", key)
+    target = store.folder("compress", key(project, bundle.identity(original.path)))
     store.produce(target, lambda draft: _build(original, project, prepared, draft))
     path = store.current(target)
     comparison = json.loads((path / "metrics.json").read_text())["compression"]
     return Compressed(path, comparison)
+
+
+def key(project: Project, identity: str) -> str:
+    """The name under which the int8 bundle of a bundle with this identity is kept."""
+    return store.key("compress", {"original": identity}, __name__, module_of(project, "packager"))
 
 
 def prepared_of(manifest: Mapping[str, Any], path: Path) -> Prepared:
@@ -99,7 +102,7 @@ def quantize(graph: Path, target: Path) -> None:
 
 
 def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) -> None:
-    task = task_of(project, prepared)
+    packager = packager_of(task_of(project, prepared))
     for name in original.manifest["files"]:
         if name not in MADE_ANEW:
             shutil.copy(original.path / name, draft)
@@ -109,7 +112,7 @@ def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) 
     bundle.write_example(smaller, test)
 
     metric = project.gate.metric
-    evaluations = {"before": task.evaluate(original), "after": task.evaluate(smaller)}
+    evaluations = {"before": packager.evaluate(original), "after": packager.evaluate(smaller)}
     found = {
         when: {
             "bytes": (opened.path / "model.onnx").stat().st_size,

@@ -170,14 +170,14 @@ def fit_network(
     from app import projectfile
     from app.config import Model, Training
     from app.data.prepare import Prepared
-    from app.tasks.tabular.task import Tabular
+    from app.tasks import task_of
     from app.training import schedule
 
     torch.set_num_threads(1)
     fixed = projectfile.load(project)
     training = Training(num_workers=1, **{k: v for k, v in settings.items() if k != "model"})
     model = TypeAdapter(Model).validate_python(settings["model"])
-    task = Tabular(
+    task = task_of(
         fixed.model_copy(update={"model": model, "training": training}), Prepared(prepared, cached=True)
     )
     parts = {

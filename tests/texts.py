@@ -14,7 +14,8 @@ from app.config import Project
 from app.data import tokens
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import report
-from app.tasks.text.task import Text
+from app.tasks.text.packager import Packager
+from app.tasks.text.task import Task
 from tests import encoders
 from tests.bundles import PASSED
 
@@ -77,17 +78,18 @@ def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
     """A sealed bundle in `folder`, which it makes."""
     folder.mkdir()
     settings = Project.model_validate(whole)
-    task = Text(settings, made)
+    task = Task(settings, made)
+    packager = Packager(task)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = task.network()
         torch.nn.init.normal_(network.head.weight)
-    difference = task.export(network, folder)
-    (folder / "schema.json").write_text(task.schema().model_dump_json())
+    difference = packager.export(network, folder)
+    (folder / "schema.json").write_text(packager.schema().model_dump_json())
     (folder / "project.json").write_text(settings.model_dump_json())
     opened = Bundle(folder, sealed=False)
     bundle.write_example(opened, made.frame("test"))
-    evaluation = {**task.evaluate(opened), "baselines": {}, "onnx_difference": difference}
+    evaluation = {**packager.evaluate(opened), "baselines": {}, "onnx_difference": difference}
     (folder / "metrics.json").write_text(json.dumps(evaluation))
     (folder / "card.md").write_text(report.card(settings, made.summary, evaluation))
     facts = {"data_version": "0" * 64, "prepared": made.key, "seed": 0, "decision": PASSED}

@@ -66,18 +66,22 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     Raises UserError for a source or values that break the contract, and for a label that cannot be learnt.
     """
     version = sources.version(project.data.source)
+    target = store.folder("prepare", key(project, version))
+    with unwrapped():
+        built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
+    return Prepared(store.current(target), cached=not built)
+
+
+def key(project: Project, data_version: str) -> str:
+    """The name under which a project's prepared data are kept."""
     inputs = {
-        "data_version": version,
+        "data_version": data_version,
         "data": project.data.model_dump(exclude={"source": {"path", "sample"}}),
         "features": project.model_dump()["features"],
     }
     if isinstance(project.model, TextClassifier):
         inputs["encoder"] = tokens.version(project.model.encoder)
-    key = store.key("prepare", inputs, __name__)
-    target = store.folder("prepare", key)
-    with unwrapped():
-        built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
-    return Prepared(store.current(target), cached=not built)
+    return store.key("prepare", inputs, __name__)
 
 
 def _build(project: Project, version: str, draft: Path) -> None:

@@ -3,18 +3,20 @@
 `app.training` and `app.pipeline` know no family; they ask the task.
 """
 
-import pkgutil
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from app.bundle import Bundle, Schema
 from app.config import Project
 from app.data.prepare import Prepared
+
+if TYPE_CHECKING:
+    from app.bundle import Bundle, Schema
 
 Arrays = Mapping[str, Tensor]
 """Rows of a part as the training keeps them: tensors whose first axis is the rows."""
@@ -25,11 +27,10 @@ class Task(Protocol):
 
     score: str
     """The validation metric that says which epoch is best; higher is better."""
+    project: Project
     prepared: Prepared
 
     def __init__(self, project: Project, prepared: Prepared): ...
-
-    # What a rank asks
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """Rows of a part as arrays, made once by each rank for its own rows."""
@@ -55,7 +56,14 @@ class Task(Protocol):
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
         """`loss` and the score, and what else is worth a curve."""
 
-    # What the pipeline asks
+
+class Packager(Protocol):
+    """Makes a bundle of a task's trained network, and measures it. The training needs none of it, so that a
+    change here trains nothing anew."""
+
+    task: Task
+
+    def __init__(self, task: Task): ...
 
     def export(self, network: nn.Module, folder: Path) -> float:
         """Write `model.onnx` and all that a bundle needs to predict with it.
@@ -63,35 +71,46 @@ class Task(Protocol):
         Returns the largest difference to PyTorch on the test part; raises RuntimeError if that is too large.
         """
 
-    def schema(self) -> Schema:
+    def schema(self) -> "Schema":
         """What the bundle takes and gives."""
 
-    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
+    def evaluate(self, bundle: "Bundle", rows: np.ndarray | None = None) -> dict[str, Any]:
         """A bundle on the test part, or on those of its rows where the mask `rows` is true.
 
         `model` has the metrics by name, other keys are for the card.
         """
 
-    def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
-        """The metrics of each baseline on the test part; done once for each prepared data set."""
 
-
-TASKS = {
-    "linear": "app.tasks.tabular.task:Tabular",
-    "mlp": "app.tasks.tabular.task:Tabular",
-    "tabm": "app.tasks.tabular.task:Tabular",
-    "text_classifier": "app.tasks.text.task:Text",
-    "mf": "app.tasks.recommender.task:Recommender",
-    "ncf": "app.tasks.recommender.task:Recommender",
+FAMILIES = {
+    "linear": "tabular",
+    "mlp": "tabular",
+    "tabm": "tabular",
+    "text_classifier": "text",
+    "mf": "recommender",
+    "ncf": "recommender",
 }
-"""The Task of each `model.kind`. Names, because a family's libraries take seconds to import."""
+"""The folder of `app.tasks` for each `model.kind`.
+
+It has the modules `task` with a class `Task`, `packager` with a class `Packager`, and `baselines` with a
+function of that name. They are imported when they are needed, because their libraries take seconds.
+"""
 
 
-def module_of(project: Project) -> str:
-    """The module that a project's Task is in."""
-    return TASKS[project.model.kind].partition(":")[0]
+def module_of(project: Project, part: Literal["task", "packager", "baselines"]) -> str:
+    """The name of a module of the project's family."""
+    return f"app.tasks.{FAMILIES[project.model.kind]}.{part}"
 
 
 def task_of(project: Project, prepared: Prepared) -> Task:
     """The task of a project."""
-    return pkgutil.resolve_name(TASKS[project.model.kind])(project, prepared)
+    return importlib.import_module(module_of(project, "task")).Task(project, prepared)
+
+
+def packager_of(task: Task) -> Packager:
+    """The packager of a task."""
+    return importlib.import_module(module_of(task.project, "packager")).Packager(task)
+
+
+def baselines_of(task: Task) -> dict[str, dict[str, float]]:
+    """The metrics of each baseline on the test part, fitted on the training part with the same columns."""
+    return importlib.import_module(module_of(task.project, "baselines")).baselines(task)

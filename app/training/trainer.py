@@ -60,7 +60,7 @@ def key(project: Project, prepared: Prepared, lineage: str = "") -> str:
     inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in NOT_OF_THE_RESULT}
     if lineage:
         inputs["lineage"] = lineage
-    return store.key("train", {**inputs, "prepared": prepared.key}, __name__, module_of(project))
+    return store.key("train", {**inputs, "prepared": prepared.key}, __name__, module_of(project, "task"))
 
 
 def checkpoints_of(key: str) -> Path:

@@ -19,7 +19,7 @@ from app.config import Project
 from app.config.sweep import EXPORTED
 from app.data.prepare import Prepared, prepare
 from app.errors import Interrupted, UserError
-from app.tasks import Task, task_of
+from app.tasks import Task, packager_of, task_of
 from app.training import checkpoint, trainer
 from app.training.checkpoint import Checkpoints
 from app.training.trainer import Trained
@@ -203,8 +203,9 @@ def _exported(task: Task, trained: Trained) -> dict[str, float]:
     network.load_state_dict(load_file(trained.weights))
     with tempfile.TemporaryDirectory(prefix="raylway-") as name:
         folder = Path(name)
-        task.export(network, folder)
-        schema = task.schema()
+        packager = packager_of(task)
+        packager.export(network, folder)
+        schema = packager.schema()
         (folder / "schema.json").write_text(schema.model_dump_json())
         opened = Bundle(folder, sealed=False)
         row = task.prepared.frame("test").head(1)

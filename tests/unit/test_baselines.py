@@ -7,9 +7,10 @@ import pytest
 import sklearn.ensemble  # noqa: F401
 from threadpoolctl import threadpool_limits
 
+from app import candidate
 from app.config import Project
 from app.data.prepare import LABEL, Prepared
-from app.tasks.tabular.baselines import baselines
+from app.tasks import baselines_of, task_of
 from tests.bundles import PROJECT
 
 LAYOUTS = {
@@ -55,12 +56,13 @@ def prepared(tmp_path):
     for part, count, seed in (("train", 300, 0), ("test", 200, 1)):
         (tmp_path / "prepared" / part).mkdir(parents=True)
         rows(count, seed).to_parquet(tmp_path / "prepared" / part / "0.parquet")
+    (tmp_path / "prepared" / "preprocessor.json").write_text('{"columns": []}')
     return Prepared(tmp_path / "prepared", cached=False)
 
 
 @pytest.mark.parametrize("features", LAYOUTS.values(), ids=LAYOUTS)
 def test_each_learns_what_there_is_to_learn(prepared, features):
-    scores = baselines(project(features), prepared)
+    scores = baselines_of(task_of(project(features), prepared))
     assert set(scores) == {"constant", "logistic_regression", "gradient_boosting"}
     assert scores["constant"]["auc"] == 0.5
     assert scores["constant"]["brier"] == pytest.approx(0.25, abs=0.02)
@@ -77,18 +79,20 @@ def test_values_unseen_in_training_and_a_column_that_is_all_missing_are_taken(pr
         if part == "test":
             frame.loc[:20, "education"] = "never seen"
         frame.to_parquet(file)
-    scores = baselines(project(LAYOUTS["mixed"]), prepared)
+    scores = baselines_of(task_of(project(LAYOUTS["mixed"]), prepared))
     assert scores["logistic_regression"]["auc"] > 0.7
     assert scores["gradient_boosting"]["auc"] > 0.7
 
 
-def test_is_done_once_for_each_prepared_data_set_and_seed(prepared):
-    first = baselines(project(LAYOUTS["mixed"]), prepared)
-    shutil.rmtree(prepared.path)
-    assert baselines(project(LAYOUTS["mixed"]), prepared) == first
+def test_is_done_once_for_each_prepared_data_set_and_seed(prepared, tmp_path):
+    mixed = project(LAYOUTS["mixed"])
+    first = candidate.baselines(task_of(mixed, prepared))
+    shutil.rmtree(prepared.part("train"))
+    assert candidate.baselines(task_of(mixed, prepared)) == first
     with pytest.raises(FileNotFoundError):
-        baselines(project(LAYOUTS["mixed"]), Prepared(prepared.path.with_name("another"), cached=False))
+        candidate.baselines(task_of(mixed, prepared), fresh=True)
     with pytest.raises(FileNotFoundError):
-        baselines(project(LAYOUTS["mixed"]).model_copy(update={"seed": 1}), prepared)
+        candidate.baselines(task_of(mixed.model_copy(update={"seed": 1}), prepared))
+    another = Prepared(prepared.path.rename(tmp_path / "another"), cached=False)
     with pytest.raises(FileNotFoundError):
-        baselines(project(LAYOUTS["mixed"]), prepared, fresh=True)
+        candidate.baselines(task_of(mixed, another))

@@ -7,7 +7,8 @@ import torch
 from app.bundle import OUTPUT, inputs, session
 from app.config import LinearNumbers, PeriodicNumbers
 from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
-from app.tasks.tabular.graph import MAX_DIFFERENCE, difference, export
+from app.tasks.onnx import MAX_DIFFERENCE
+from app.tasks.tabular.graph import difference, export
 from app.tasks.tabular.network import LogisticRegression, MultiLayerPerceptron, TabularEnsemble
 
 VALUES = [MISSING, "a b", "c", "größe ✓"]

@@ -23,10 +23,11 @@ from app.evaluation import ranking
 from app.serving import protocol, tensors
 from app.serving.protocol import Answer, Contract, Refused
 from app.serving.variants import common_schema
-from app.tasks import task_of
+from app.tasks import baselines_of, task_of
 from app.tasks.recommender.graph import LOWEST, difference
 from app.tasks.recommender.network import bpr, recommender, softmax
-from app.tasks.recommender.task import Recommender
+from app.tasks.recommender.packager import Packager
+from app.tasks.recommender.task import Task as Recommender
 
 NUM_USERS, NUM_ITEMS = 30, 40
 PROJECT: dict[str, Any] = {
@@ -117,9 +118,9 @@ def arrays_of(task: Recommender, part: str) -> dict[str, torch.Tensor]:
 
 def bundle_of(task: Recommender, network: torch.nn.Module, folder) -> Bundle:
     folder.mkdir()
-    assert task.export(network, folder) < 1e-4
+    assert Packager(task).export(network, folder) < 1e-4
     save_file(network.state_dict(), folder / "model.safetensors")
-    (folder / "schema.json").write_text(task.schema().model_dump_json())
+    (folder / "schema.json").write_text(Packager(task).schema().model_dump_json())
     (folder / "project.json").write_text(task.project.model_dump_json())
     opened = Bundle(folder, sealed=False)
     write_example(opened, task.prepared.frame("test"))
@@ -290,7 +291,7 @@ def test_explicit_feedback_learns_ratings(prepared, tmp_path):
         found = task.metrics(*task.outputs(network, arrays_of(task, "validation")))
     assert found["r2"] > 0.5, "an item has the same stars from everyone"
     assert found["loss"] == pytest.approx(found["rmse"] ** 2)
-    test = task.evaluate(bundle_of(task, network, tmp_path / "bundle"))["model"]
+    test = Packager(task).evaluate(bundle_of(task, network, tmp_path / "bundle"))["model"]
     assert {"hr@10", "ndcg@10", "mrr", "rmse", "r2"} == set(test)
 
 
@@ -305,9 +306,8 @@ def test_validation_ranks_among_what_the_training_part_has_not(prepared):
     np.testing.assert_allclose(ranks, ranking.ranks(scores, seen, arrays["item"].numpy()))
 
 
-def test_baselines_are_found(prepared, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
-    found = Recommender(model(), prepared).baselines(fresh=False)
+def test_baselines_are_found(prepared):
+    found = baselines_of(task_of(model(), prepared))
     assert set(found) == {"popularity", "item_knn", "ease"}
     assert found["ease"]["hr@10"] > 0.75
     assert found["popularity"]["hr@10"] < 0.75
@@ -326,7 +326,7 @@ def test_the_graph_gives_the_networks_best_unseen_items(made):
     found = opened.rank({"who": np.array(users, dtype=object)})
     assert found.items.shape == (NUM_USERS, NUM_ITEMS)
     assert found.known.all()
-    seen = task._seen("train", "validation").numpy()
+    seen = task.seen_in("train", "validation").numpy()
     places = task.catalogue.user_places(users)
     with torch.no_grad():
         scores = network(torch.from_numpy(places)).numpy()
@@ -363,7 +363,7 @@ def test_the_graph_of_another_network_is_noticed(made):
     users = np.array(["u1", "u2"], dtype=object)
     with pytest.raises(RuntimeError, match="differs from the trained model"):
         difference(
-            other, task.catalogue, task._seen("train", "validation"), opened.path / "model.onnx", users
+            other, task.catalogue, task.seen_in("train", "validation"), opened.path / "model.onnx", users
         )
 
 
@@ -382,9 +382,9 @@ def test_a_bundle_answers_its_example(made):
 
 def test_a_bundle_is_evaluated_like_its_network(made):
     task, network, opened = made
-    found = task.evaluate(opened)["model"]
+    found = Packager(task).evaluate(opened)["model"]
     task = Recommender(task.project, task.prepared)
-    task.seen = task._seen("train", "validation")
+    task.seen = task.seen_in("train", "validation")
     with torch.no_grad():
         expected = task.metrics(*task.outputs(network, arrays_of(task, "test")))
     assert found == pytest.approx({name: expected[name] for name in found})
@@ -399,7 +399,7 @@ def test_a_champion_of_other_data_is_ranked_by_its_own_catalogue(made, tmp_path)
     interactions.build(Rows(table), task.project.data, "v", tmp_path / "other")
     other = Recommender(task.project, Prepared(tmp_path / "other", cached=False))
     champion = bundle_of(other, trained(other), tmp_path / "champion")
-    assert 0.5 < task.evaluate(champion)["model"]["hr@10"] <= 1
+    assert 0.5 < Packager(task).evaluate(champion)["model"]["hr@10"] <= 1
 
 
 # Requests and answers
@@ -407,7 +407,7 @@ def test_a_champion_of_other_data_is_ranked_by_its_own_catalogue(made, tmp_path)
 
 @pytest.fixture(scope="module")
 def contract(made):
-    return Contract(made[0].schema(), max_rows=8)
+    return Contract(Packager(made[0]).schema(), max_rows=8)
 
 
 def asked(contract: Contract, **request: Any):
@@ -443,7 +443,8 @@ def test_a_user_must_be_given_and_nothing_else(contract, row):
 def test_an_unknown_user_is_refused_where_the_contract_says_so(prepared):
     document = copy.deepcopy(PROJECT)
     document["data"]["columns"]["who"].pop("unseen")
-    contract = Contract(Recommender(Project.model_validate(document), prepared).schema(), max_rows=8)
+    task = Recommender(Project.model_validate(document), prepared)
+    contract = Contract(Packager(task).schema(), max_rows=8)
     asked(contract, rows=[{"who": "u1"}])
     with pytest.raises(Refused, match="breaks the contract"):
         asked(contract, rows=[{"who": "nobody"}])
@@ -513,7 +514,7 @@ def test_an_output_that_there_is_not_is_refused(contract):
 
 
 def test_metadata_names_the_outputs(made):
-    schema = made[0].schema()
+    schema = Packager(made[0]).schema()
     document = orjson.loads(tensors.metadata("films", ["1"], schema))
     assert [o["name"] for o in document["outputs"]] == ["items", "scores", "known"]
     assert common_schema({"a": schema, "b": schema.model_copy(update={"num_items": 7})}).num_items == 7

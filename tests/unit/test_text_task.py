@@ -21,9 +21,9 @@ from app.evaluation import report
 from app.serving import protocol, tensors
 from app.serving.protocol import Answer, Contract, Refused
 from app.serving.variants import common_schema
-from app.tasks import task_of
-from app.tasks.text import baselines as text_baselines
-from app.tasks.text.task import Text
+from app.tasks import baselines_of, task_of
+from app.tasks.text.packager import Packager
+from app.tasks.text.task import Task as Text
 from tests import bundles, encoders, texts
 
 ROOT = Path(__file__).parents[2]
@@ -111,8 +111,7 @@ class TestTask:
             torch.testing.assert_close(frozen.outputs(network.eval(), arrays)[0], expected)
 
     def test_the_baselines_are_found_and_the_words_beat_the_constant(self, encoder, made):
-        project = Project.model_validate(texts.project(encoder))
-        scores = text_baselines.baselines(project, made)
+        scores = baselines_of(task(encoder, made))
         assert scores["constant"]["macro_f1"] < 0.3
         assert scores["tfidf_logistic_regression"]["macro_f1"] > 0.9
 
@@ -237,17 +236,17 @@ class TestCompression:
     def test_one_that_loses_too_much_is_refused_and_not_kept(self, tmp_path, encoder, made, monkeypatch):
         project = {**texts.project(encoder), "compression": {"max_loss": 0.0}}
         path = texts.build(tmp_path / "moods", project, made)
-        real = Text.evaluate
+        real = Packager.evaluate
 
         def worse(self, bundle: Bundle):
             found = copy.deepcopy(real(self, bundle))
             found["model"]["macro_f1"] -= 0.0 if bundle.manifest else 0.05
             return found
 
-        monkeypatch.setattr(Text, "evaluate", worse)
+        monkeypatch.setattr(Packager, "evaluate", worse)
         with pytest.raises(UserError, match=r"int8 loses 0\.\d+ of macro_f1 .* compression.max_loss is 0"):
             quantization.compress(path)
-        monkeypatch.setattr(Text, "evaluate", real)
+        monkeypatch.setattr(Packager, "evaluate", real)
 
     @pytest.mark.parametrize(
         ("passed", "status", "says", "aliases"),

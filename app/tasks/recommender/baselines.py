@@ -4,8 +4,43 @@ Each takes `interactions`, a sparse matrix (users, items) with a 1 where the use
 scores (users, items), float64.
 """
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from scipy import sparse
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from app.data.interactions import ITEM, USER
+from app.evaluation import ranking
+from app.tasks.recommender.task import Task
+
+EASE_PENALTIES = (50.0, 100.0, 200.0, 400.0, 800.0)
+
+Baseline = Callable[[sparse.csr_matrix], np.ndarray]
+
+
+def baselines(task: Task) -> dict[str, dict[str, float]]:
+    """See `app.tasks.baselines_of`. Fitted on the training and the validation part; EASE's penalty is chosen
+    on the validation part."""
+
+    def metrics(part: str, seen: Tensor, baseline: Baseline) -> dict[str, float]:
+        frame = task.frame(part)
+        users, items = task.catalogue.user_places(frame[USER]), task.catalogue.item_places(frame[ITEM])
+        scores = baseline(sparse.csr_matrix(seen.numpy(), dtype=np.float64))
+        return ranking.evaluate(ranking.ranks(scores[users], seen.numpy()[users], items))
+
+    train, seen = task.seen_in("train"), task.seen_in("train", "validation")
+    tried: list[Baseline] = [functools.partial(ease, penalty=penalty) for penalty in EASE_PENALTIES]
+    # BLAS's threads spin while they wait for each other, which on busy cores takes longer than the sums.
+    with threadpool_limits(1):
+        chosen: dict[str, Baseline] = {
+            "popularity": popularity,
+            "item_knn": item_knn,
+            "ease": max(tried, key=lambda ease: metrics("validation", train, ease)["hr@10"]),
+        }
+        return {name: metrics("test", seen, baseline) for name, baseline in chosen.items()}
 
 
 def popularity(interactions: sparse.csr_matrix) -> np.ndarray:

@@ -1,7 +1,5 @@
 """The ONNX graph of a recommender: from user ids to the best items that they have not had."""
 
-import logging
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 
 from app.bundle import ITEMS, KNOWN, MAX_ITEMS, SCORES, session
 from app.data.interactions import Catalogue
-from app.tasks.tabular.graph import MAX_DIFFERENCE, OPSET, inner_prefix
+from app.tasks.onnx import exported, inner_prefix, require_equal, write
 
 USERS_AT_ONCE = 64
 LOWEST = torch.finfo(torch.float32).min
@@ -46,24 +44,10 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
     rest are empty strings with the score LOWEST.
     """
     best = _Best(network.cpu().eval(), catalogue, seen.cpu())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            best,
-            (torch.tensor([0, 1]),),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["users"],
-            output_names=[SCORES, "places", KNOWN],
-            dynamic_shapes={"users": {0: torch.export.Dim("rows", min=1)}},
-            verbose=False,
-        )
-    assert program is not None
+    shapes = {"users": {0: torch.export.Dim("rows", min=1)}}
+    network_graph = exported(best, (torch.tensor([0, 1]),), ["users"], [SCORES, "places", KNOWN], shapes)
     inner = inner_prefix([user])
-    middle = onnx.compose.add_prefix(
-        program.model_proto, f"{inner}/", rename_inputs=False, rename_outputs=False
-    )
+    middle = onnx.compose.add_prefix(network_graph, f"{inner}/", rename_inputs=False, rename_outputs=False)
     users, places, items, nothing, lowest, named, left = (
         f"{inner}{name}" for name in ("users", "places", "items", "nothing", "lowest", "named", "left")
     )
@@ -103,8 +87,7 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
     ):
         middle.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
     middle.opset_import.append(helper.make_opsetid("ai.onnx.ml", 4))
-    onnx.checker.check_model(middle, full_check=True)
-    path.write_bytes(middle.SerializeToString())
+    write(middle, path)
 
 
 def difference(
@@ -134,8 +117,4 @@ def difference(
             worst = max(worst, float((np.abs(scores - other) / size).max()))
         if (given & np.take_along_axis(best.seen[places].numpy(), at, axis=1)).any():
             raise RuntimeError("the exported graph recommends what a user has had")
-    if not worst <= MAX_DIFFERENCE:
-        raise RuntimeError(
-            f"the exported graph differs from the trained model by {worst:.2g} (limit {MAX_DIFFERENCE})"
-        )
-    return worst
+    return require_equal(worst)

@@ -1,39 +1,26 @@
 """What a model must be compared with: a constant, a logistic regression, a gradient boosting."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from app import store
 from app.config import Project
 from app.data.features import MISSING
-from app.data.prepare import LABEL, Prepared
+from app.data.prepare import LABEL
 from app.evaluation import metrics
+from app.tasks.tabular.task import Task
 
 
-def baselines(project: Project, prepared: Prepared, *, fresh: bool = False) -> dict[str, dict[str, float]]:
-    """The metrics of each baseline on the test part, fitted on the training part with the same columns.
+def baselines(task: Task) -> dict[str, dict[str, float]]:
+    """See `app.tasks.baselines_of`.
 
     scikit-learn's models on the raw columns (not on our preprocessing), so that they also tell whether
-    our preprocessing loses something. Done once for each prepared data set.
+    our preprocessing loses something.
     """
-    key = store.key("baselines", {"prepared": prepared.key, "seed": project.seed}, __name__)
-    target = store.folder("baselines", key)
-
-    def build(draft: Path) -> None:
-        scores = _scores(project, prepared.frame("train"), prepared.frame("test"))
-        (draft / "metrics.json").write_text(json.dumps(scores, indent=1))
-
-    store.produce(target, build, fresh=fresh)
-    return json.loads((target / "metrics.json").read_text())
-
-
-def _scores(project: Project, train: pd.DataFrame, test: pd.DataFrame) -> dict[str, dict[str, float]]:
+    project, train, test = task.project, task.prepared.frame("train"), task.prepared.frame("test")
     y_train, y_test = train[LABEL].to_numpy(), test[LABEL].to_numpy()
     x_train, x_test = (_columns(frame, project) for frame in (train, test))
     scores = {"constant": metrics.evaluate(y_test, np.full(len(y_test), y_train.mean()))}

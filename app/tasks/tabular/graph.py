@@ -1,8 +1,5 @@
 """One ONNX graph from raw columns to probabilities: the fitted preprocessing and the trained model."""
 
-import logging
-import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,7 @@ from torch import Tensor, nn
 
 from app.bundle import OUTPUT, inputs, session
 from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
-
-MAX_DIFFERENCE = 1e-4
-"""Between the graph's probabilities and PyTorch's, on any row."""
-OPSET = 20
+from app.tasks.onnx import OPSET, exported, inner_prefix, require_equal, write
 
 
 class _Column(nn.Module):
@@ -37,33 +31,14 @@ def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     """Write the graph: an input (rows,) for each raw column, float64 or string; one output (rows, 1)."""
     model = _Column(model.cpu().eval())
     example = torch.zeros(2, preprocessor.layout.width)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            model,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["matrix"],
-            output_names=[OUTPUT],
-            dynamic_shapes={"x": {0: torch.export.Dim("rows", min=1)}},
-            verbose=False,
-        )
-    assert program is not None
-    network = program.model_proto
+    rows = torch.export.Dim("rows", min=1)
+    network = exported(model, (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
     front = _preprocessing(preprocessor, network.ir_version)
     # The exporter's inner names ("linear", say) could be a column's. One slash more than the front's names.
     inner = inner_prefix(c.column for c in preprocessor.columns)
     network = onnx.compose.add_prefix(network, f"{inner}/", rename_outputs=False)
     whole = onnx.compose.merge_models(front, network, io_map=[(f"{inner}encoded", f"{inner}/matrix")])
-    onnx.checker.check_model(whole, full_check=True)
-    path.write_bytes(whole.SerializeToString())
-
-
-def inner_prefix(columns: Iterable[str]) -> str:
-    """What inner names of a graph begin with and no column does: as many slashes as that takes."""
-    return "/" * (1 + max(len(name) - len(name.lstrip("/")) for name in columns))
+    write(whole, path)
 
 
 def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: pd.DataFrame) -> float:
@@ -76,12 +51,7 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
         expected = model.cpu().eval()(matrix).numpy()
     columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
     got = session(path).run([OUTPUT], inputs(columns))[0]
-    worst = float(np.abs(got[:, 0] - expected).max())
-    if not worst <= MAX_DIFFERENCE:
-        raise RuntimeError(
-            f"the exported graph differs from the trained model by {worst:.2g} (limit {MAX_DIFFERENCE})"
-        )
-    return worst
+    return require_equal(float(np.abs(got[:, 0] - expected).max()))
 
 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:

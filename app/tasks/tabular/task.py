@@ -1,7 +1,6 @@
 """Rows of numbers and categories, and a binary outcome."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy as log_loss
 
-from app import bundle
-from app.bundle import Bundle, Schema
 from app.config import Project
 from app.data.prepare import LABEL, Prepared
-from app.evaluation import metrics, slices
+from app.evaluation import metrics
 from app.tasks import Arrays
 from app.tasks.tabular.network import NETWORKS
 
@@ -22,7 +19,7 @@ VALIDATION_ROWS = 8192
 """In one forward pass."""
 
 
-class Tabular:
+class Task:
     """Rows of numbers and categories, and a binary outcome."""
 
     def __init__(self, project: Project, prepared: Prepared):
@@ -65,36 +62,3 @@ class Tabular:
             return {"loss": math.nan, "auc": math.nan}
         loss = log_loss(probabilities.double(), labels.double()).item()
         return {"loss": loss, "auc": metrics.auc(labels.numpy(), probabilities.numpy())}
-
-    def export(self, network: nn.Module, folder: Path) -> float:
-        from app.tasks.tabular import graph
-
-        graph.export(network, self.preprocessor, folder / "model.onnx")
-        (folder / "preprocessor.json").write_text(self.preprocessor.model_dump_json(indent=1))
-        return graph.difference(
-            network, self.preprocessor, folder / "model.onnx", self.prepared.frame("test")
-        )
-
-    def schema(self) -> Schema:
-        return bundle.schema_of(self.project, self.preprocessor, self.prepared.summary["labels"])
-
-    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
-        test = self.prepared.frame("test")
-        if rows is not None:
-            test = test[rows].reset_index(drop=True)
-        labels = test[LABEL].to_numpy()
-        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
-        return {
-            "model": metrics.evaluate(labels, probabilities),
-            "reliability": metrics.reliability(labels, probabilities),
-            "slices": slices.slices(
-                test,
-                self.project.evaluation.slices,
-                lambda rows: slices.of_binary(labels[rows], probabilities[rows]),
-            ),
-        }
-
-    def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
-        from app.tasks.tabular.baselines import baselines
-
-        return baselines(self.project, self.prepared, fresh=fresh)

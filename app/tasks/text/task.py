@@ -1,7 +1,6 @@
 """A text and one of several classes."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,22 +8,18 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from app import bundle
-from app.bundle import Bundle, Schema
 from app.config import Project, TextClassifier
 from app.data import buckets, tokens
 from app.data.prepare import LABEL, Prepared
-from app.evaluation import metrics, slices
+from app.evaluation import metrics
 from app.tasks import Arrays
 from app.tasks.text import network as networks
 
 TEXTS_AT_ONCE = 64
 """In one forward pass outside training."""
-NUM_CHECKED = 512
-"""Texts of the test part on which the exported graph is held against PyTorch."""
 
 
-class Text:
+class Task:
     """A text and one of several classes."""
 
     def __init__(self, project: Project, prepared: Prepared):
@@ -88,43 +83,6 @@ class Text:
             return {"loss": math.nan, "macro_f1": math.nan}
         found = metrics.evaluate_classes(labels, probabilities.astype(np.float64))
         return {"loss": found["log_loss"], "macro_f1": found["macro_f1"]}
-
-    def export(self, network: nn.Module, folder: Path) -> float:
-        from app.tasks.text import graph
-
-        assert isinstance(network, networks.TextClassifier)
-        tokenizer = self.prepared.path / tokens.FILE
-        (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
-        graph.export(network, folder / "model.onnx")
-        texts = self.prepared.frame("test")[self.column].head(NUM_CHECKED)
-        ids, lengths = tokens.encode(tokens.load(tokenizer), texts)
-        return graph.difference(network, folder / "model.onnx", ids, lengths)
-
-    def schema(self) -> Schema:
-        return bundle.schema_of(self.project, self.prepared.preprocessor)
-
-    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
-        test = self.prepared.frame("test")
-        if rows is not None:
-            test = test[rows].reset_index(drop=True)
-        labels = test[LABEL].to_numpy()
-        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
-        right = (probabilities.argmax(axis=1) == labels).astype(float)
-        return {
-            "model": metrics.evaluate_classes(labels, probabilities),
-            "classes": dict(zip(self.classes, metrics.by_class(labels, probabilities), strict=True)),
-            "reliability": metrics.reliability(right, probabilities.max(axis=1)),
-            "slices": slices.slices(
-                test,
-                self.project.evaluation.slices,
-                lambda rows: slices.of_classes(labels[rows], probabilities[rows]),
-            ),
-        }
-
-    def baselines(self, *, fresh: bool) -> dict[str, dict[str, float]]:
-        from app.tasks.text.baselines import baselines
-
-        return baselines(self.project, self.prepared, fresh=fresh)
 
 
 def _by_length(forward: Any, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,56 @@
+"""Making a bundle of a trained text classifier, and measuring it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from app import bundle
+from app.bundle import Bundle, Schema
+from app.data import tokens
+from app.data.prepare import LABEL
+from app.evaluation import metrics, slices
+from app.tasks.text import graph
+from app.tasks.text import network as networks
+from app.tasks.text.task import Task
+
+NUM_CHECKED = 512
+"""Texts of the test part on which the exported graph is held against PyTorch."""
+
+
+class Packager:
+    """See `app.tasks.Packager`."""
+
+    def __init__(self, task: Task):
+        self.task = task
+
+    def export(self, network: nn.Module, folder: Path) -> float:
+        assert isinstance(network, networks.TextClassifier)
+        tokenizer = self.task.prepared.path / tokens.FILE
+        (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
+        graph.export(network, folder / "model.onnx")
+        texts = self.task.prepared.frame("test")[self.task.column].head(NUM_CHECKED)
+        ids, lengths = tokens.encode(tokens.load(tokenizer), texts)
+        return graph.difference(network, folder / "model.onnx", ids, lengths)
+
+    def schema(self) -> Schema:
+        return bundle.schema_of(self.task.project, self.task.prepared.preprocessor)
+
+    def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
+        test = self.task.prepared.frame("test")
+        if rows is not None:
+            test = test[rows].reset_index(drop=True)
+        labels = test[LABEL].to_numpy()
+        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
+        right = (probabilities.argmax(axis=1) == labels).astype(float)
+        return {
+            "model": metrics.evaluate_classes(labels, probabilities),
+            "classes": dict(zip(self.task.classes, metrics.by_class(labels, probabilities), strict=True)),
+            "reliability": metrics.reliability(right, probabilities.max(axis=1)),
+            "slices": slices.slices(
+                test,
+                self.task.project.evaluation.slices,
+                lambda rows: slices.of_classes(labels[rows], probabilities[rows]),
+            ),
+        }

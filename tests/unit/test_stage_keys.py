@@ -1,0 +1,88 @@
+"""A change of a module that a stage uses makes its output anew, and no other change does: for every stage and
+every family, on a copy of the application."""
+
+import shutil
+
+import pytest
+
+from app import candidate, fingerprint, projectfile, quantization
+from app.data import prepare, tokens
+from app.data.prepare import Prepared
+from app.tasks import FAMILIES
+from app.training import trainer
+from tests.integration.conftest import ROOT
+
+PROJECTS = {"tabular": "smoke", "text": "tweets", "recommender": "movies"}
+"""A project file of each family."""
+STAGES = {
+    "prepare": lambda project, prepared: prepare.key(project, "version"),
+    "baselines": candidate.baselines_key,
+    "train": trainer.key,
+    "bundle": candidate.key,
+    "compress": lambda project, prepared: quantization.key(project, "identity"),
+}
+USED = {
+    "prepare": "data.reading data.cells data.interactions config.data store files",
+    "baselines": "data.prepare tasks.{family}.baselines",
+    "train": "data.prepare training.loop training.schedule training.horovod tasks tasks.{family}.task "
+    "tasks.{family}.network",
+    "bundle": "training.loop tasks.{family}.packager tasks.{family}.graph tasks.onnx evaluation.report "
+    "bundle flavor signature",
+    "compress": "quantization tasks.{family}.packager bundle evaluation.report",
+}
+UNUSED = {
+    "prepare": "bundle training.loop tasks.{family}.task cli",
+    "baselines": "tasks.{family}.packager tasks.{family}.graph tasks.{other}.baselines training.loop",
+    "train": "tasks.{family}.packager tasks.{family}.graph tasks.{family}.baselines tasks.{other}.network "
+    "tasks.{other}.task evaluation.report bundle console registry serving.endpoint",
+    "bundle": "tasks.{other}.graph tasks.{other}.packager registry console audit",
+    "compress": "tasks.{other}.packager compression registry audit",
+}
+OTHER = {"tabular": "text", "text": "recommender", "recommender": "tabular"}
+
+
+@pytest.fixture
+def changed(tmp_path, monkeypatch):
+    """Changes a module of a copy of the application, which takes the place of the real one."""
+    shutil.copytree(ROOT / "app", tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    monkeypatch.setattr(tokens, "version", lambda encoder: "version")
+
+    def forget():
+        fingerprint._source.cache_clear()
+        fingerprint._imports.cache_clear()
+
+    def change(module):
+        path = tmp_path.joinpath("app", *module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        file.write_text(f"{file.read_text()}# changed\n")
+        forget()
+
+    forget()
+    yield change
+    forget()
+
+
+def test_each_family_has_a_project():
+    assert set(PROJECTS) == set(FAMILIES.values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("family", PROJECTS)
+def test_a_stage_is_done_anew_if_what_it_uses_has_changed_and_only_then(family, stage, changed, tmp_path):
+    project = projectfile.load(ROOT / "configs" / f"{PROJECTS[family]}.yaml")
+    prepared = Prepared(tmp_path / "prepared", cached=True)
+    keys = [STAGES[stage](project, prepared)]
+    for module in UNUSED[stage].split():
+        changed(module.format(family=family, other=OTHER[family]))
+    assert STAGES[stage](project, prepared) == keys[0]
+    for module in USED[stage].split():
+        changed(module.format(family=family))
+        keys.append(STAGES[stage](project, prepared))
+        assert keys[-1] not in keys[:-1], module
+
+
+def test_another_release_of_a_library_is_another_key(monkeypatch):
+    before = fingerprint.fingerprint("app.tasks.tabular.graph")
+    monkeypatch.setattr(fingerprint, "_version", lambda name: "99" if name == "onnx" else before[name])
+    assert fingerprint.fingerprint("app.tasks.tabular.graph") == before | {"onnx": "99"}
