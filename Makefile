@@ -1,11 +1,11 @@
-# Each target sets up .venv first (python3 -m app.install), which takes minutes once and nothing afterwards.
+# Each target sets up .venv first (python3 -m app.setup.install), which takes minutes once and nothing afterwards.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .PHONY: setup demo test test-slow check bench soak clean
 
 setup:
-	@$(PYTHON) -m app.install
+	@$(PYTHON) -m app.setup.install
 
 demo: setup
 	@$(BIN)/raylway demo

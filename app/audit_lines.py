@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from app.audit import Entry
 from app.config import Serving
+from app.state.audit import Entry
 
 MAX_VALUE_CHARACTERS = 40
 Details = Mapping[str, Any]

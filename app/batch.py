@@ -12,13 +12,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app import capacity, registry, store
+from app import capacity, registry
 from app.bundle import OUTPUT, Bundle, Schema
 from app.config import Source
 from app.data.cells import is_string, table_faults, told
 from app.data.reading import SUFFIXES, has_format
 from app.data.sources import Files, Kind
 from app.errors import UserError, unwrapped
+from app.state import stages
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -164,7 +165,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a folder that is not, or remove it")
     path = folder(model)
-    store.require_shared(output.parent)
+    stages.require_shared(output.parent)
     bundle = Bundle(path)
     on_wait(capacity.now().wait(1, "predict"))
     rows, names = _read(source, bundle.schema)
@@ -176,7 +177,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
         batch_size=ROWS_AT_ONCE,
         **_actors(capacity.now().room()),
     ).materialize()
-    if not store.place(output, lambda draft: _write(answered, draft)):
+    if not stages.place(output, lambda draft: _write(answered, draft)):
         raise UserError(f"--output: {output} was made by another command meanwhile")
     violation = f"{VIOLATION}{suffix}"
     broken = answered.aggregate(Count(violation, ignore_nulls=True))[f"count({violation})"]

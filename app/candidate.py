@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app import bundle, flavor, store
+from app import bundle, flavor
 from app.bundle import Bundle
 from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared
 from app.evaluation import report
+from app.state import stages
 from app.tasks import Task, baselines_of, module_of, packager_of
 from app.training import trainer
 from app.training.trainer import Trained
@@ -28,7 +29,7 @@ def build(
     `scores` are the baselines' metrics.
     """
     prepared = task.prepared
-    target = store.folder("bundle", key(project, prepared))
+    target = stages.folder("bundle", key(project, prepared))
 
     def write(draft: Path) -> None:
         from safetensors.torch import load_file
@@ -57,25 +58,25 @@ def build(
         facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
         bundle.seal(draft, {**facts, "seed": project.seed})
 
-    store.produce(target, write, fresh=fresh)
-    return store.current(target)
+    stages.produce(target, write, fresh=fresh)
+    return stages.current(target)
 
 
 def baselines(task: Task, *, fresh: bool = False) -> dict[str, dict[str, float]]:
     """The metrics of the baselines on the test part; computed once for each prepared data set."""
-    target = store.folder("baselines", baselines_key(task.project, task.prepared))
+    target = stages.folder("baselines", baselines_key(task.project, task.prepared))
 
     def write(draft: Path) -> None:
         (draft / "metrics.json").write_text(json.dumps(baselines_of(task), indent=1))
 
-    store.produce(target, write, fresh=fresh)
+    stages.produce(target, write, fresh=fresh)
     return json.loads((target / "metrics.json").read_text())
 
 
 def baselines_key(project: Project, prepared: Prepared) -> str:
     """The name under which a project's baselines are kept."""
     inputs = {"prepared": prepared.key, "seed": project.seed}
-    return store.key("baselines", inputs, module_of(project, "baselines"))
+    return stages.key("baselines", inputs, module_of(project, "baselines"))
 
 
 def key(project: Project, prepared: Prepared) -> str:
@@ -83,4 +84,4 @@ def key(project: Project, prepared: Prepared) -> str:
     trained = trainer.key(project, prepared)
     told = {"name", "data", "features", "evaluation", "compression", "gate"}
     inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
-    return store.key("bundle", inputs, __name__, module_of(project, "packager"))
+    return stages.key("bundle", inputs, __name__, module_of(project, "packager"))

@@ -174,11 +174,12 @@ def compress(
     gate did not let it be registered.
     """
     with _working("compress") as console:
-        from app import cluster, compression, quantization, store
+        from app import cluster, compression, quantization
+        from app.state import stages
 
         if cluster.lasts():
             with cluster.session():
-                store.require_shared()
+                stages.require_shared()
         made = quantization.compress(bundle)
         before, after = made.comparison["before"], made.comparison["after"]
         for name, unit, scale in (
@@ -288,8 +289,8 @@ def traffic(
     if weights and at:
         raise UserError("--at only looks back; leave it out to change the weights")
     with _working("traffic") as console:
-        from app.audit import Audit
         from app.serving import traffic
+        from app.state.audit import Audit
 
         if weights:
             from app import cluster
@@ -433,14 +434,15 @@ def audit(
     The last line is the log's head. Kept where nobody can change it, it proves with --expect that nothing up
     to there was changed or removed.
     """
-    from app.audit_head import Head
+    from app.state.audit_head import Head
 
     expected = None if expect is None else Head.parse(expect)
     if name is not None:
         require_name(name)
     with _working("audit", quiet=as_json) as console:
-        from app import audit_head, audit_lines
-        from app.audit import Audit
+        from app import audit_lines
+        from app.state import audit_head
+        from app.state.audit import Audit
 
         with Audit() as audit:
             entries = audit.entries(name, expected=expected)

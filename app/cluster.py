@@ -26,7 +26,7 @@ import psutil
 from app.errors import UserError
 from app.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
 from app.guardian import MARK, hold
-from app.home import FRONT, SECRET, home, make_private
+from app.state.home import FRONT, SECRET, home, make_private
 
 NUM_REPLICA_PORTS = 500
 """Ports for the replicas of one local cluster."""

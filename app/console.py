@@ -13,7 +13,7 @@ from rich.console import Console as Rich
 from rich.console import RenderableType
 from rich.live import Live
 
-from app.home import home, private_file
+from app.state.home import home, private_file
 
 
 class Console:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from app import cluster, files, projectfile
+from app import cluster, projectfile
 from app.console import Console, short
-from app.home import home
+from app.state import files
+from app.state.home import home
 
 PROJECT = "configs/income.yaml"
 INCUMBENT = ("model={kind: linear}", "training.epochs=5", "training.learning_rate=0.03")

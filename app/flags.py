@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from app.home import SECRET, home
+from app.state.home import SECRET, home
 
 SQLITE = "sqlite:///"
 

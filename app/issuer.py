@@ -11,9 +11,9 @@ from pathlib import Path
 from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
-from app import database
 from app.errors import UserError
-from app.home import home, make_private
+from app.state import database
+from app.state.home import home, make_private
 
 PRIVATE, PUBLIC = "keys.json", "jwks.json"
 LOCK = "issuer"

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app import bundle, store
+from app import bundle
 from app.bundle import BrokenBundle
-from app.home import home
+from app.state import stages
+from app.state.home import home
 
 
 def folder(identity: str) -> Path:
@@ -39,5 +40,5 @@ def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:
     manifest = bundle.verify(source)
     content = bundle.document({**manifest, **facts}) if facts else (source / bundle.MANIFEST).read_bytes()
     target = folder(hashlib.sha256(content).hexdigest())
-    store.place(target, lambda draft: bundle.copy(source, draft, content))
+    stages.place(target, lambda draft: bundle.copy(source, draft, content))
     return target

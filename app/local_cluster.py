@@ -25,7 +25,7 @@ from app.cluster import (
 )
 from app.errors import UserError
 from app.guardian import Held, hold, reap
-from app.home import home, make_private
+from app.state.home import home, make_private
 
 START_TIMEOUT_S = 90.0
 """A head takes about 7 s on two idle cores."""

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import candidate, capacity, judging, registry, store
+from app import candidate, capacity, judging, registry
 from app.config import Project
 from app.console import Console
 from app.data import split
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate
 from app.registry import CHAMPION, Version
+from app.state import stages
 from app.tasks import task_of
 from app.training import trainer
 
@@ -36,7 +37,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
 
     What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
     """
-    store.require_shared()
+    stages.require_shared()
     project = with_key(project)
     # Ray Data's tasks take a CPU each.
     console.wait(capacity.now().wait(1, "preparing data"))

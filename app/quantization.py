@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from app import bundle, store
+from app import bundle
 from app.bundle import Bundle
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError
 from app.evaluation import report
+from app.state import stages
 from app.tasks import module_of, packager_of, task_of
 
 MADE_ANEW = ("model.onnx", "metrics.json", "card.md", "example.json")
@@ -57,21 +58,21 @@ def compress(path: Path) -> Compressed:
         raise UserError(f"{path}: is an int8 bundle already")
     project = Project.model_validate_json((path / "project.json").read_text())
     prepared = prepared_of(original.manifest, path)
-    target = store.folder("compress", key(project, bundle.identity(original.path)))
-    store.produce(target, lambda draft: _build(original, project, prepared, draft))
-    path = store.current(target)
+    target = stages.folder("compress", key(project, bundle.identity(original.path)))
+    stages.produce(target, lambda draft: _build(original, project, prepared, draft))
+    path = stages.current(target)
     comparison = json.loads((path / "metrics.json").read_text())["compression"]
     return Compressed(path, comparison)
 
 
 def key(project: Project, identity: str) -> str:
     """The name under which the int8 bundle of a bundle with this identity is kept."""
-    return store.key("compress", {"original": identity}, __name__, module_of(project, "packager"))
+    return stages.key("compress", {"original": identity}, __name__, module_of(project, "packager"))
 
 
 def prepared_of(manifest: Mapping[str, Any], path: Path) -> Prepared:
     """The prepared data that a bundle was made of. Raises UserError if they are gone."""
-    prepared = Prepared(store.current(store.folder("prepare", manifest["prepared"])), cached=True)
+    prepared = Prepared(stages.current(stages.folder("prepare", manifest["prepared"])), cached=True)
     if not prepared.path.exists():
         raise UserError(
             f"{path}: the test part to judge its int8 version on is gone; run `raylway train` again"

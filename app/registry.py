@@ -30,13 +30,14 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from app import bundle, database, files, kept, signature, store
-from app.audit import Audit, Entry
-from app.audit_head import Head
+from app import bundle, kept, signature
 from app.config import Project
 from app.config.project import NAME, require_name
 from app.errors import Interrupted, UserError, described
-from app.home import database_url, home, make_private, private_file
+from app.state import database, files, stages
+from app.state.audit import Audit, Entry
+from app.state.audit_head import Head
+from app.state.home import database_url, home, make_private, private_file
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 PROMOTING, PROMOTED, NOT_PROMOTED = PROMOTIONS = ("promoting", "promote", "promote undone")
@@ -52,7 +53,7 @@ CANDIDATE_TAG = "raylway.candidate"
 SIGNATURE_TAG = "raylway.signature"
 """On a version: the signature of its manifest, base64."""
 HEAD_TAG = "raylway.audit_head"
-"""On a version: the audit log's newest entry (`app.audit_head.Head`) when the version was created."""
+"""On a version: the audit log's newest entry (`app.state.audit_head.Head`) when the version was created."""
 BUSY_TIMEOUT_S = 60
 ALIAS_ACTIONS = ("register", "promote")
 """In the audit log: what gives aliases."""
@@ -162,7 +163,7 @@ class Run:
 
     def _store(self, path: Path, root: str, name: str) -> None:
         if (local := _local(root)) is not None:
-            store.place(local / name, lambda draft: bundle.copy(path, draft))
+            stages.place(local / name, lambda draft: bundle.copy(path, draft))
         elif _stored_manifest(f"{root}/{name}") != (path / bundle.MANIFEST).read_bytes():
             for file in bundle.verify(path)["files"]:
                 self._client.log_artifact(self.id, str(path / file), name)

@@ -15,8 +15,8 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from app import files
 from app.errors import UserError
+from app.state import files
 
 SIGNATURE = "MANIFEST.sig"
 """Beside the manifest, the 64 bytes themselves."""

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterator
 
 from app.errors import UserError
-from app.home import home
+from app.state.home import home
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -14,10 +14,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from app import files, pipeline, registry, store
+from app import pipeline, registry
 from app.config import Project
 from app.console import Console, short
-from app.home import home, make_private
+from app.state import files, stages
+from app.state.home import home, make_private
 from app.tuning import report as reports
 from app.tuning import study as studies
 from app.tuning import tuner
@@ -62,7 +63,7 @@ class Swept:
 
 def run(project: Project, console: Console) -> Swept:
     """Run a project's sweep to its end, or go on with it. Needs Ray. Raises as `tuner.run` does."""
-    store.require_shared()
+    stages.require_shared()
     project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name

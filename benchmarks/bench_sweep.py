@@ -143,7 +143,7 @@ def _optuna(project: Any) -> None:
     """What people would use instead: a study in SQLite, and processes that share the trials."""
     import optuna
 
-    from app.home import home
+    from app.state.home import home
     from app.tuning.space import Space
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -160,7 +160,7 @@ def _prepared(file: str, settings: tuple[str, ...]) -> tuple[Any, Any]:
 
 def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str, Any]:
     """A training as `raylway train` does it; with `take_turns`, every other epoch ends silently."""
-    from app.home import home
+    from app.state.home import home
     from app.training import trainer
 
     notes = home() / f"{time.time_ns()}.json"
@@ -249,7 +249,7 @@ def _peer_environment() -> dict[str, str]:
 def _blocked(project: Any, prepared: Any, rounds: int) -> Rounds:
     import torch
 
-    from app.home import home
+    from app.state.home import home
     from app.tasks import task_of
     from app.training import checkpoint
 

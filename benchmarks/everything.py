@@ -32,7 +32,7 @@ import psutil
 from load import Target, hammer
 
 from app import bundle, cluster, registry
-from app.records import Records
+from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
 PROJECT = "configs/smoke.yaml"

@@ -33,11 +33,11 @@ from load import NotAnswered, Target, closed_loop, hammer, open_loop
 from app import cluster, registry
 from app.config import Serving
 from app.errors import UserError
-from app.records import Records
 from app.serving import deploy
 from app.serving.front import IN_HAND, MAX_WAIT_S
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -2,7 +2,7 @@
 
 A write is whatever changes what others can see: a file opened for writing, renamed, linked or removed below
 the watched folders, a folder made there, and a commit of SQL. To be killed before each of them in turn is to
-be killed after each of them. What has a private name (see `app.files`) nobody sees.
+be killed after each of them. What has a private name (see `app.state.files`) nobody sees.
 
 `python -m tests.killer NUMBER LOG FOLDERS COMMAND...` does it to a command of Raylway; NUMBER 0 only notes
 the writes in LOG. FOLDERS are separated by colons.

@@ -1,9 +1,9 @@
 """Entries of the audit log with a traffic, as deployments write them."""
 
-from app.audit import Audit
 from app.config import Serving
 from app.serving import traffic
 from app.serving.traffic import Traffic
+from app.state.audit import Audit
 
 
 def place(audit: Audit, model: str, wanted: Traffic, serving: Serving | None = None) -> int:

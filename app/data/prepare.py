@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from app import store
 from app.config import Project, TextClassifier, Tokens
 from app.config import data as config
 from app.data import features, interactions, schema, sources, split, tokens
 from app.data.features import Preprocessor
 from app.errors import UserError, unwrapped
+from app.state import stages
 
 LABEL = "__label__"
 """The column of a prepared part that holds the label: 0 or 1, or its place among `label.classes`."""
@@ -66,10 +66,10 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     Raises UserError for a source or values that break the contract, and for a label that cannot be learnt.
     """
     version = sources.version(project.data.source)
-    target = store.folder("prepare", key(project, version))
+    target = stages.folder("prepare", key(project, version))
     with unwrapped():
-        built = store.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
-    return Prepared(store.current(target), cached=not built)
+        built = stages.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
+    return Prepared(stages.current(target), cached=not built)
 
 
 def key(project: Project, data_version: str) -> str:
@@ -81,7 +81,7 @@ def key(project: Project, data_version: str) -> str:
     }
     if isinstance(project.model, TextClassifier):
         inputs["encoder"] = tokens.version(project.model.encoder)
-    return store.key("prepare", inputs, __name__)
+    return stages.key("prepare", inputs, __name__)
 
 
 def _build(project: Project, version: str, draft: Path) -> None:

@@ -9,16 +9,16 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from app.audit import Audit
 from app.config import Serving
 from app.config.serving import Workers
-from app.database import Busy
 from app.errors import UserError, described_in
-from app.fingerprint import fingerprint
 from app.serving import traffic
 from app.serving.remote import Worker
 from app.serving.status import APART, broadcast, models
 from app.serving.traffic import Traffic
+from app.state.audit import Audit
+from app.state.database import Busy
+from app.state.fingerprint import fingerprint
 
 MAX_ONGOING_REQUESTS = 100
 """Requests that a replica has in hand at once; more wait. Far above what the autoscaler aims at, so that

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.audit import Audit, Changed
-from app.database import Busy
 from app.errors import UserError
-from app.records import Records
 from app.serving import traffic
 from app.serving.traffic import ACTIONS, Held, Traffic, read
+from app.state.audit import Audit, Changed
+from app.state.database import Busy
+from app.state.records import Records
 
 DRAWS = 10_000
 FLOOR = 0.01

@@ -10,8 +10,7 @@ from typing import Any
 
 import httpx
 
-from app import database, issuer, store
-from app.audit import Audit
+from app import issuer
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
@@ -32,6 +31,8 @@ from app.serving.shared import Behind, Front, Shared
 from app.serving.status import models
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed, common_schema, load
+from app.state import database, stages
+from app.state.audit import Audit
 
 READY_TIMEOUT_S = 60.0
 """For HAProxy to learn of replicas that run; about 1 s when idle."""
@@ -47,7 +48,7 @@ def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str]
     :raises UserError: another endpoint of the cluster has another front, the port is taken, a bundle is
         broken, the variants take different inputs, or Serve could not start the replicas.
     """
-    store.require_shared()
+    stages.require_shared()
     asked = shared.front_of(serving)
     shared.check_files(serving)
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:

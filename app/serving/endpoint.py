@@ -14,12 +14,10 @@ import starlette.requests
 import starlette.responses
 from ray.exceptions import RayError
 
-from app.audit import Audit
 from app.bundle import Ranking
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.records import Prediction, Records
 from app.serving import explain, feedback, known, limits, logs, openapi, protocol, tensors, traffic
 from app.serving.auth import ANYBODY, Authenticator, Principal
 from app.serving.autoscaling import LOAD, Busyness
@@ -35,6 +33,8 @@ from app.serving.shadow import Copy, Shadow
 from app.serving.status import State
 from app.serving.traffic import Traffic
 from app.serving.variants import located
+from app.state.audit import Audit
+from app.state.records import Prediction, Records
 
 ALONE = ("/feedback", "/openapi.json")
 """Actions that are not those of a version."""

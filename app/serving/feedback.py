@@ -31,11 +31,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from app.bundle import Schema
 from app.config.serving import Limits
 from app.data.cells import NUM_VALUES
-from app.records import Feedback, Verdict
 from app.serving.auth import Principal
 from app.serving.http import Response
 from app.serving.protocol import UNIT, Refused, refusal
 from app.serving.recorder import Recorder
+from app.state.records import Feedback, Verdict
 
 STATUS = {
     Verdict.STORED: 201,

@@ -5,10 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app import registry
-from app.audit import Audit
 from app.bundle import schema_at
 from app.config import Serving
-from app.database import Busy
 from app.errors import UserError
 from app.serving import traffic
 from app.serving.applications import refresh, start_workers, stop_workers
@@ -16,6 +14,8 @@ from app.serving.backoff import Backoff
 from app.serving.status import APART
 from app.serving.traffic import Held, Traffic
 from app.serving.variants import Deployed, common_schema, load
+from app.state.audit import Audit
+from app.state.database import Busy
 
 WHO = "raylway (follow)"
 """Author of the follower's entries in the audit log."""

@@ -24,10 +24,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app.home import SECRET, front_folder
+from app.state.home import SECRET, front_folder
 
 SETTINGS = "front.json"
-"""In `app.home.front_folder`; `app.serving.shared` writes it."""
+"""In `app.state.home.front_folder`; `app.serving.shared` writes it."""
 SECRET_HEADER = "x-raylway-front"
 """By which HAProxy proves itself to a replica, in each request and health check."""
 PROOF_HEADER = "x-raylway-replica"

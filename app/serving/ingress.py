@@ -15,13 +15,13 @@ from dataclasses import replace
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.home import SECRET
 from app.serving.body import GONE, Body, Room
 from app.serving.front import MAX_BODY_BYTES, UNFINISHED_HEADER
 from app.serving.http import Request, Responder, Response, new_request_id
 from app.serving.logs import log
 from app.serving.own_front import OwnFront
 from app.serving.protocol import Refused
+from app.state.home import SECRET
 
 STEERING = {
     b"x-request-timeout-seconds",  # 0 would switch the server's timeout off

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.audit import Audit
 from app.errors import UserError
-from app.home import home, make_private
 from app.serving import traffic as traffics
 from app.serving.logs import log
 from app.serving.traffic import Traffic
+from app.state.audit import Audit
+from app.state.home import home, make_private
 
 
 def first(audit: Audit, model: str) -> tuple[int, Traffic, str | None]:

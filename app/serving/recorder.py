@@ -13,8 +13,8 @@ from itertools import islice
 
 import orjson
 
-from app.records import Feedback, Prediction, Records, Verdict, decode, encode
 from app.serving.logs import log
+from app.state.records import Feedback, Prediction, Records, Verdict, decode, encode
 
 EVERY_S = 0.5
 """How often predictions are written: a replica that is killed loses those of this time, and of one write."""

@@ -13,11 +13,11 @@ import numpy as np
 from ray.exceptions import RayError
 
 from app.bundle import Ranking, Schema
-from app.records import Prediction
 from app.serving import protocol
 from app.serving.logs import log
 from app.serving.protocol import Answer
 from app.serving.remote import Columns, Remote
+from app.state.records import Prediction
 
 QUEUE, QUEUE_BYTES = 256, 8 * 2**20
 """Most copies that wait, and most JSON in them; more are dropped. In memory a copy takes some ten times its

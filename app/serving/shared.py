@@ -19,12 +19,12 @@ from pathlib import Path
 from joserfc.errors import JoseError
 from joserfc.jwk import KeySet
 
-from app import files
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.home import front_folder
 from app.serving.front import SETTINGS
+from app.state import files
+from app.state.home import front_folder
 
 PEMS = "front-*.pem"
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}

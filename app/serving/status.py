@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from app.audit import Audit
 from app.errors import UserError
 from app.serving import known
 from app.serving.limits import ROOT
 from app.serving.meters import WINDOW_S, Tally, merged
 from app.serving.recorder import Recording
 from app.serving.traffic import Traffic
+from app.state.audit import Audit
 
 if TYPE_CHECKING:
     from app.serving.watch import Watched

@@ -15,11 +15,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from app import database
-from app.audit import Audit, Changed, Entry
 from app.config import Serving, faults
 from app.errors import UserError
 from app.serving.variants import Deployed
+from app.state import database
+from app.state.audit import Audit, Changed, Entry
 
 ACTION = "traffic"
 """Action of the audit log's entries with a traffic."""

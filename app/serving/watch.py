@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from app import registry
-from app.audit import Audit
-from app.database import Busy
-from app.records import Records
 from app.serving import applications, bandit, traffic
 from app.serving.backoff import Backoff
 from app.serving.follow import Follower
 from app.serving.logs import log
+from app.state.audit import Audit
+from app.state.database import Busy
+from app.state.records import Records
 
 LOOK_S = 2.0
 """How often the registry is looked at, for endpoints that follow it."""

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app import files
 from app.config.training import Checkpointing
+from app.state import files
 
 Tensors = Mapping[str, Tensor]
 MANIFEST = "MANIFEST.json"

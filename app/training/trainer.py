@@ -17,11 +17,12 @@ import ray
 import ray.train
 from ray.train.backend import BackendConfig
 
-from app import capacity, files, store
+from app import capacity
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError
-from app.home import home
+from app.state import files, stages
+from app.state.home import home
 from app.tasks import module_of
 from app.training import checkpoint, horovod, loop, preflight, progress
 from app.training.checkpoint import Checkpoints
@@ -60,7 +61,7 @@ def key(project: Project, prepared: Prepared, lineage: str = "") -> str:
     inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in NOT_OF_THE_RESULT}
     if lineage:
         inputs["lineage"] = lineage
-    return store.key("train", {**inputs, "prepared": prepared.key}, __name__, module_of(project, "task"))
+    return stages.key("train", {**inputs, "prepared": prepared.key}, __name__, module_of(project, "task"))
 
 
 def checkpoints_of(key: str) -> Path:
@@ -74,7 +75,7 @@ def _run(key: str) -> Path:
 
 def done(project: Project, prepared: Prepared) -> bool:
     """Whether this training has been done before."""
-    return store.folder("train", key(project, prepared)).exists()
+    return stages.folder("train", key(project, prepared)).exists()
 
 
 def train(
@@ -97,7 +98,7 @@ def train(
     `ray.train.TrainingFailedError` once `max_failures` is spent.
     """
     name = key(project, prepared, lineage)
-    target = store.folder("train", name)
+    target = stages.folder("train", name)
     run = _run(name)
     stop = stop or threading.Event()
     if fresh:
@@ -118,11 +119,11 @@ def train(
         if (timeline := run / "timeline.json").exists():
             shutil.copy(timeline, draft)
 
-    built = store.produce(target, build, fresh=fresh)
+    built = stages.produce(target, build, fresh=fresh)
     files.discard(run)  # its checkpoints have served
     if caught:
         raise Interrupted("the training was at its end and is kept", caught[0])
-    return Trained(store.current(target), name, cached=not built)
+    return Trained(stages.current(target), name, cached=not built)
 
 
 def _fit(

@@ -9,9 +9,9 @@ from typing import Any
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 
-from app import store
 from app.config import Sweep
 from app.errors import described_in
+from app.state import stages
 from app.tuning.progress import Progress, Watch
 from app.tuning.search import state_of
 from app.tuning.study import Study
@@ -128,7 +128,7 @@ class Recorder(tune.Callback):
         best = {key for trial in self._progress.best() for key in trial.user_attrs.get("made", [])}
         for trial in self._progress.trials:
             for key in set(trial.user_attrs.get("made", [])) - best - self._dropped:
-                store.drop(store.folder("train", key))
+                stages.drop(stages.folder("train", key))
                 self._dropped.add(key)
 
 

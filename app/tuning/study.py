@@ -17,9 +17,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
-from app import database
 from app.errors import UserError
-from app.home import database_url, home, make_private, private_file
+from app.state import database
+from app.state.home import database_url, home, make_private, private_file
 
 WAIT_S = 300.0
 """How long a database may be locked or away before the sweep gives up."""

@@ -12,12 +12,13 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from app import capacity, files
+from app import capacity
 from app.config import Choice, Int, Project
 from app.config.sweep import SWEPT
 from app.data.prepare import prepare
 from app.errors import Interrupted, UserError
-from app.home import home
+from app.state import files
+from app.state.home import home
 from app.training import trainer
 from app.tuning import plan
 from app.tuning import study as studies

@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 
 from app import bundle, cluster, registry
-from app.audit import Audit
 from app.bundle import Bundle
+from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
 from tests.integration import whole

@@ -35,8 +35,8 @@ DONE, USER, GATE = 0, 2, 3
 # What the watch does every few seconds, at this moment and in a process of its own.
 LOOK = f"""
 from app import cluster, registry
-from app.audit import Audit
-from app.records import Records
+from app.state.audit import Audit
+from app.state.records import Records
 with cluster.session(log_to_driver=False):
     from app.serving import bandit, traffic
     from app.serving.follow import Follower

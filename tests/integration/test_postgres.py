@@ -10,12 +10,12 @@ from mlflow.exceptions import MlflowException
 from optuna.exceptions import StorageInternalError
 
 from app import registry
-from app.audit import Audit
-from app.audit_head import Broken
-from app.database import Busy, alone
 from app.errors import UserError
-from app.records import Records, Verdict
 from app.serving.recorder import REFUSED, NotStored, Recorder
+from app.state.audit import Audit
+from app.state.audit_head import Broken
+from app.state.database import Busy, alone
+from app.state.records import Records, Verdict
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
@@ -202,7 +202,7 @@ def test_the_tables_of_an_older_raylway_are_upgraded(server, monkeypatch):
 
 def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch):
     """Its processes are stopped: the kernel goes on accepting connections for them."""
-    monkeypatch.setattr("app.database.STATEMENT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("app.state.database.STATEMENT_TIMEOUT_S", 1.0)
     records = Records()
     add(records, prediction("hangs", model="hang"))
     recorder = Recorder(records, 10)

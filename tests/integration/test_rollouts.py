@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from app import cluster
-from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.config import Serving
-from app.records import Records
 from app.serving import deploy, routing, status, traffic
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from app.state.audit import Audit
+from app.state.records import Records
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
 

@@ -17,11 +17,11 @@ import pytest
 
 from app import cluster, issuer
 from app.config import Serving
-from app.records import Records
 from app.serving import deploy
 from app.serving.front import IN_HAND
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from app.state.records import Records
 from tests.bundles import ROWS, build
 
 pytestmark = [

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from app import cluster
-from app.audit import Audit
 from app.bundle import Bundle, columns_of
 from app.config import Serving
 from app.errors import UserError
@@ -24,6 +23,7 @@ from app.serving import deploy, routing, shared
 from app.serving.traffic import Traffic
 from app.serving.traffic import current as traffic_that_holds
 from app.serving.variants import Deployed, load
+from app.state.audit import Audit
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
 

@@ -126,7 +126,7 @@ def test_a_rank_killed_mid_epoch_costs_what_was_done_since_the_last_checkpoint(
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, observed, uninterrupted, tmp_path):
-    from app.home import home
+    from app.state.home import home
 
     runs = home() / "runs"
 

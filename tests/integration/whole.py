@@ -6,8 +6,8 @@ import time
 import httpx
 
 from app import bundle, registry
-from app.audit import Audit
 from app.serving import status, traffic
+from app.state.audit import Audit
 
 SETTLE_S = 120
 """For the watch, or Serve, to take in what was changed; seconds."""

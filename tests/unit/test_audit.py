@@ -5,11 +5,11 @@ import threading
 import pytest
 import sqlalchemy
 
-from app import audit as audit_module
-from app import audit_head, database
-from app.audit import AUDIT, Audit, Changed
-from app.audit_head import Broken, Head
 from app.errors import UserError
+from app.state import audit as audit_module
+from app.state import audit_head, database
+from app.state.audit import AUDIT, Audit, Changed
+from app.state.audit_head import Broken, Head
 from tests import killer
 
 
@@ -48,7 +48,7 @@ def test_what_held_at_a_time(audit):
 
 def test_the_newest_is_the_one_written_last_whatever_the_clock_says(audit, monkeypatch):
     for at in (100.0, 300.0, 200.0):
-        monkeypatch.setattr("app.audit.time.time", lambda at=at: at)
+        monkeypatch.setattr("app.state.audit.time.time", lambda at=at: at)
         audit.add("traffic", "income", {"at": at})
     assert audit.last("income", ["traffic"]).details == {"at": 200.0}
 

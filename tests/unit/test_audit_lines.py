@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from app import audit_lines, registry
-from app.audit import Audit
 from app.config import Serving
 from app.serving import traffic
 from app.serving.traffic import Traffic
+from app.state.audit import Audit
 from tests.traffics import place
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from app import cluster, guardian, home, local_cluster
+from app import cluster, guardian, local_cluster
 from app.errors import UserError
+from app.state import home
 
 CONFIG = Path(__file__).parents[2] / "cluster.yaml"
 

@@ -6,9 +6,9 @@ import time
 import pytest
 import sqlalchemy
 
-from app import database
-from app.audit import Audit
-from app.database import Busy, alone
+from app.state import database
+from app.state.audit import Audit
+from app.state.database import Busy, alone
 
 
 def test_a_lock_keeps_others_out_and_says_who_holds_it():
@@ -47,7 +47,7 @@ def test_who_waits_is_told_for_whom_once_and_gets_the_lock_next():
 def test_a_holder_that_is_killed_frees_the_lock():
     hold = """if True:
         import time
-        from app.database import alone
+        from app.state.database import alone
         with alone("x"):
             print("held", flush=True)
             time.sleep(60)
@@ -79,7 +79,7 @@ def test_all_who_open_a_new_database_at_once_find_it():
 def test_what_one_process_writes_is_there_though_another_opens_and_closes_the_file():
     """SQLite's locks are the process's: a file that is opened and closed beside them would drop them, and
     the next process that leaves would take the log of what is not in the database yet with it."""
-    look = "from app.audit import Audit; print(len(Audit().entries()))"
+    look = "from app.state.audit import Audit; print(len(Audit().entries()))"
 
     def seen() -> int:
         return int(subprocess.run([sys.executable, "-c", look], check=True, capture_output=True).stdout)

@@ -4,12 +4,12 @@ import sys
 
 import pytest
 
-from app.audit import Audit
 from app.config import Serving
 from app.serving import traffic
 from app.serving.endpoint import Endpoint
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from app.state.audit import Audit
 from tests.bundles import build
 from tests.unit.test_records import prediction
 

@@ -6,11 +6,11 @@ import pytest
 
 from app.bundle import Schema
 from app.config.serving import Limits
-from app.records import Records, encode
 from app.serving import feedback
 from app.serving.auth import Principal
 from app.serving.protocol import Refused
 from app.serving.recorder import Recorder
+from app.state.records import Records, encode
 from tests.unit.test_records import prediction
 
 BINARY = Schema(name="m", inputs=[], label="y", positive="yes", negatives=["no"])

@@ -1,12 +1,19 @@
 import pytest
 
-from app import fingerprint
-from app.fingerprint import dependencies
+from app.state import fingerprint
+from app.state.fingerprint import dependencies
 
 
 def test_a_module_needs_what_it_imports_at_its_top_or_in_a_function_and_the_packages_of_both():
-    modules, _ = dependencies("app.store")
-    assert {"app", "app.store", "app.files", "app.home", "app.errors", "app.fingerprint"} == modules
+    modules, _ = dependencies("app.state.stages")
+    assert {
+        "app",
+        "app.state.stages",
+        "app.state.files",
+        "app.state.home",
+        "app.errors",
+        "app.state.fingerprint",
+    } == modules
 
 
 def test_libraries_that_shape_a_result_are_named_by_release():

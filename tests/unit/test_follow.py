@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from app import kept, registry
-from app.audit import Audit
 from app.config import Serving
 from app.errors import UserError
 from app.registry import Version
 from app.serving import follow, traffic
 from app.serving.backoff import FIRST_S
 from app.serving.follow import WHO, Follower
+from app.state.audit import Audit
 from tests.bundles import build
 from tests.traffics import place
 

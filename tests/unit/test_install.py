@@ -12,21 +12,21 @@ from pathlib import Path
 import pytest
 
 from app.errors import UserError
-from app.install import _digest
+from app.setup.install import _digest
 
 ROOT = Path(__file__).parents[2]
 NEEDED = (
     "app/__init__.py",
     "app/errors.py",
-    "app/install.py",
-    "app/horovod_patches.py",
+    "app/setup/install.py",
+    "app/setup/horovod_patches.py",
     "app/data/__init__.py",
     "app/data/samples.py",
     "pyproject.toml",
     "constraints.txt",
 )
-INSTALL = ("-m", "app.install")
-STAMP = "from app import install; install.STAMP.parent.mkdir(); install.STAMP.write_text(install._state())"
+INSTALL = ("-m", "app.setup.install")
+STAMP = "from app.setup import install; install.STAMP.parent.mkdir(); install.STAMP.write_text(install._state())"
 
 
 @pytest.fixture
@@ -81,7 +81,13 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
 
 @pytest.mark.parametrize(
     "name",
-    ["pyproject.toml", "constraints.txt", "app/install.py", "app/horovod_patches.py", "app/data/samples.py"],
+    [
+        "pyproject.toml",
+        "constraints.txt",
+        "app/setup/install.py",
+        "app/setup/horovod_patches.py",
+        "app/data/samples.py",
+    ],
 )
 def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):
     path = programs()
@@ -106,7 +112,7 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
         "import sys, platform, runpy\n"
         f"sys.version_info = (*{version}, 'final', 0)\n"
         f"platform.python_version = lambda: '{'.'.join(map(str, version))}'\n"
-        "runpy.run_module('app.install', run_name='__main__')\n"
+        "runpy.run_module('app.setup.install', run_name='__main__')\n"
     )
     done = python(copy, programs("g++", "make"), "-c", pretend)
     assert done.returncode == 1
@@ -119,7 +125,7 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
 
 DOWNLOAD = """
 import pathlib, sys
-from app import install
+from app.setup import install
 install.PYTHON = pathlib.Path(sys.argv[1])
 folder = pathlib.Path(sys.argv[2])
 options = ["--no-index", "--find-links", sys.argv[3], "--disable-pip-version-check"]
@@ -162,7 +168,7 @@ def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy,
 
 @pytest.mark.parametrize("damage", ["cut off", "other content", "a file more", "a file less", "no record"])
 def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
-    from app import install
+    from app.setup import install
 
     files = {"small.py": b"BUILD = 1\n", "small-1.0.dist-info/METADATA": b"Name: small\n"}
     record = "".join(f"{name},{install._digest(content)},{len(content)}\n" for name, content in files.items())
@@ -195,8 +201,10 @@ def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
 
 def test_a_wheel_replaces_one_of_the_same_version(copy):
     """As when Horovod is built again with other patches."""
-    make = "import venv; from app import install; venv.create(install.VENV, with_pip=True)"
-    install = "import pathlib, sys; from app.install import _install_wheel as f; f(pathlib.Path(sys.argv[1]))"
+    make = "import venv; from app.setup import install; venv.create(install.VENV, with_pip=True)"
+    install = (
+        "import pathlib, sys; from app.setup.install import _install_wheel as f; f(pathlib.Path(sys.argv[1]))"
+    )
     assert python(copy, "/usr/bin:/bin", "-c", make).returncode == 0
     for build in ("first", "second"):
         wheel = copy / build / "small-1.0-py3-none-any.whl"

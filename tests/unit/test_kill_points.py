@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from app import bundle, flavor, registry, signature
-from app.audit import Audit
 from app.bundle import Bundle
 from app.registry import CHALLENGER, CHAMPION
+from app.state.audit import Audit
 from tests import killer
 from tests.bundles import PASSED, build
 from tests.versions import registered

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from app.audit import Audit
 from app.errors import UserError
 from app.serving import known
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed
+from app.state.audit import Audit
 from tests.traffics import place
 
 

@@ -5,9 +5,9 @@ import time
 import pytest
 from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 
-from app.records import Feedback, Records, Verdict, decode
 from app.serving import recorder
 from app.serving.recorder import CLOSED, FULL, OVERHEAD_BYTES, REFUSED, REPEATED, NotStored, Recorder
+from app.state.records import Feedback, Records, Verdict, decode
 from tests.unit.test_records import prediction
 
 
@@ -194,7 +194,7 @@ def test_what_json_has_no_word_for_is_dropped_alone(database, writer, changes):
 
 
 def test_a_real_database_that_is_locked_gets_all_later(monkeypatch):
-    monkeypatch.setattr("app.database.STATEMENT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("app.state.database.STATEMENT_TIMEOUT_S", 0.05)
     records, other = Records(), Records()
     with other._database.begin() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import sqlalchemy
 
-from app import database, record_tables
-from app.audit import Audit
 from app.errors import UserError
-from app.records import Feedback, Prediction, Records, Verdict, decode, encode
+from app.state import database, record_tables
+from app.state.audit import Audit
+from app.state.records import Feedback, Prediction, Records, Verdict, decode, encode
 
 
 @pytest.fixture

@@ -15,13 +15,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
-from app import audit as audit_module
-from app import bundle, database, flavor, kept, registry, signature
-from app.audit import AUDIT, Audit
-from app.audit_head import Broken
+from app import bundle, flavor, kept, registry, signature
 from app.bundle import Bundle, columns_of
 from app.errors import Interrupted, UserError
 from app.serving import variants
+from app.state import audit as audit_module
+from app.state import database
+from app.state.audit import AUDIT, Audit
+from app.state.audit_head import Broken
 from tests import killer
 from tests.bundles import PASSED, ROWS, build
 from tests.versions import project, registered

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.home import FRONT
 from app.serving import shared
 from app.serving.shared import Behind, Front, Shared, check
+from app.state.home import FRONT
 
 SERVING = {"variants": {"champion": {"version": "1", "weight": 1}}}
 

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from app import candidate, fingerprint, projectfile, quantization
+from app import candidate, projectfile, quantization
 from app.data import prepare, tokens
 from app.data.prepare import Prepared
+from app.state import fingerprint
 from app.tasks import FAMILIES
 from app.training import trainer
 from tests.integration.conftest import ROOT

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ray import serve
 
-from app import audit as audits
-from app import audit_head, registry
-from app.audit import Audit, Changed
+from app import registry
 from app.config import Serving
 from app.errors import UserError
-from app.records import Records
 from app.registry import CHALLENGER, CHAMPION, Version
 from app.serving import applications, bandit, deploy, follow, traffic
 from app.serving.follow import Follower
+from app.state import audit as audits
+from app.state import audit_head
+from app.state.audit import Audit, Changed
+from app.state.records import Records
 
 NAME = "income"
 

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from app.errors import UserError
-from app.home import LIMITS
+from app.state.home import LIMITS
 from app.tuning import study as studies
 
 RATE = {"rate": FloatDistribution(0.0, 1.0)}

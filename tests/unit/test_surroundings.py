@@ -13,8 +13,8 @@ import ray.exceptions
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
-from app.audit import Audit
 from app.errors import UserError
+from app.state.audit import Audit
 from app.surroundings import explained
 
 ROOT = Path(__file__).parents[2]

@@ -4,12 +4,12 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from app.audit import Audit, Changed
 from app.config import Serving
 from app.errors import UserError
 from app.serving import traffic
 from app.serving.traffic import OFF, Traffic
 from app.serving.variants import Deployed
+from app.state.audit import Audit, Changed
 from tests.traffics import place
 
 SERVING = Serving.model_validate({"variants": {"champion": {"version": "champion", "weight": 1}}})

@@ -3,12 +3,12 @@
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from app.audit import Audit
 from app.config import Serving
 from app.errors import UserError
 from app.serving import applications, bandit, traffic, watch
 from app.serving.backoff import FIRST_S, LAST_S, Backoff
 from app.serving.watch import REBALANCE_S, Watch
+from app.state.audit import Audit
 from tests.traffics import place
 from tests.unit.test_traffic import of
 

@@ -3,7 +3,7 @@
 import sqlalchemy
 from sqlalchemy import Column, Connection, Float, Index, LargeBinary, MetaData, String, Table, Text
 
-from app.database import Part
+from app.state.database import Part
 
 TABLES = MetaData()
 
@@ -35,7 +35,7 @@ FEEDBACK = Table(
     Column("reward", Float(53)),
     Column("said_by", String(256), nullable=False),
     Column("at", Float(53), nullable=False),
-    Column("state", String(8), nullable=False),  # see `app.records.State`
+    Column("state", String(8), nullable=False),  # see `app.state.records.State`
     Index("feedback_by_time", "model", "at"),
     Index("feedback_by_sayer", "model", "said_by", "at"),
 )

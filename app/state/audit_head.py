@@ -16,9 +16,9 @@ from typing import Self
 
 import sqlalchemy
 
-from app import files, store
 from app.errors import UserError
-from app.home import database_url, home
+from app.state import files, stages
+from app.state.home import database_url, home
 
 KEY, FILE = "key", "head.json"
 
@@ -80,7 +80,7 @@ def keep(head: Head) -> None:
         _write(draft, head)
 
     # The key and a first head appear together: a key without a head is one that was removed.
-    if not store.place(folder(), begin):
+    if not stages.place(folder(), begin):
         _write(folder(), head)
 
 

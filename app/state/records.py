@@ -11,8 +11,8 @@ import orjson
 import sqlalchemy
 from sqlalchemy import Row
 
-from app import database, record_tables
-from app.record_tables import COLUMNS, FEEDBACK, PREDICTIONS
+from app.state import database, record_tables
+from app.state.record_tables import COLUMNS, FEEDBACK, PREDICTIONS
 
 HOUR_S = 3600.0
 

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-APPLICATION = Path(__file__).parent.name
+ROOT = Path(__file__).parents[2]
+APPLICATION = Path(__file__).parents[1].name
 WITHOUT_EFFECT = {"cryptography", "psutil", "pydantic", "ray", "threadpoolctl"}
 """Libraries whose releases change no result: they check, start and distribute work."""
 

@@ -17,7 +17,7 @@ import sqlalchemy
 from sqlalchemy import Column, Connection, Dialect, Engine, Integer, MetaData, NullPool, String, Table
 
 from app.errors import UserError
-from app.home import database_url, home, make_private, private_file
+from app.state.home import database_url, home, make_private, private_file
 
 TABLES = MetaData()
 """Each module that keeps something in the database adds its tables, but for those of a Part."""

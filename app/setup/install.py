@@ -1,4 +1,4 @@
-"""Set-up: `python3 -m app.install` makes the environment in .venv, from nothing but Python and a compiler.
+"""Set-up: `python3 -m app.setup.install` makes the environment in .venv, from Python and a compiler alone.
 
 Only the standard library is used. Horovod is built from its source against the pinned PyTorch, once per
 machine: the wheel is kept in the user's cache directory. When nothing has changed since the last time,
@@ -26,9 +26,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.errors import UserError
-from app.horovod_patches import PATCHES
+from app.setup.horovod_patches import PATCHES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".raylway-installed"
@@ -68,7 +68,7 @@ def install() -> None:
 def _state() -> str:
     """What the environment depends on, as a hash."""
     digest = hashlib.sha256(f"{ROOT} {sys.version}".encode())
-    code = ("app/install.py", "app/horovod_patches.py", "app/data/samples.py")
+    code = ("app/setup/install.py", "app/setup/horovod_patches.py", "app/data/samples.py")
     for name in ("pyproject.toml", "constraints.txt", *code):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()

@@ -1,5 +1,5 @@
 """What was deployed, promoted and changed, by whom: a log that is only added to. Each entry is sealed to the
-one before it, and `app.audit_head` keeps the newest too, so that a change to what was written shows."""
+one before it, and `app.state.audit_head` keeps the newest too, so that a change to what was written shows."""
 
 import contextlib
 import getpass
@@ -14,10 +14,10 @@ from typing import Any, Self
 import sqlalchemy
 from sqlalchemy import Column, Float, Index, Integer, String, Table, Text
 
-from app import audit_head, database
-from app.audit_head import Broken, Head
-from app.database import TABLES
 from app.errors import UserError
+from app.state import audit_head, database
+from app.state.audit_head import Broken, Head
+from app.state.database import TABLES
 
 AUDIT = Table(
     "audit",

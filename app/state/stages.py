@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from app import files
 from app.errors import UserError
-from app.fingerprint import fingerprint
-from app.home import database_url, home, make_private
+from app.state import files
+from app.state.fingerprint import fingerprint
+from app.state.home import database_url, home, make_private
 
 
 def key(stage: str, inputs: Mapping[str, Any], *modules: str) -> str:
