@@ -12,8 +12,9 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app import capacity, registry
-from app.bundle import OUTPUT, Bundle, Schema
+from app import registry
+from app.bundle.bundle import OUTPUT, Bundle, Schema
+from app.cluster import capacity
 from app.config import Source
 from app.data.cells import is_string, table_faults, told
 from app.data.reading import SUFFIXES, has_format

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app import bundle, flavor
-from app.bundle import Bundle
+from app.bundle import bundle, flavor
+from app.bundle.bundle import Bundle
 from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from app import bundle, judging, quantization, registry
+from app import judging, quantization, registry
+from app.bundle import bundle
 from app.config import Project
 from app.console import Console
 from app.evaluation import gate

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from app import cluster, projectfile
+from app import projectfile
+from app.cluster import session
 from app.console import Console, short
 from app.state import files
 from app.state.home import home
@@ -45,10 +46,10 @@ def own_home() -> Iterator[None]:
 def run(console: Console) -> None:
     """Train two candidates, serve them against each other, ask them, and sum up."""
     started = time.perf_counter()
-    port = cluster.free_ports(1)[0]
+    port = session.free_ports(1)[0]
     incumbent = projectfile.load(PROJECT, INCUMBENT)
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
-    with cluster.session():
+    with session.session():
         from app import pipeline
         from app.serving import deploy, follow
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app import bundle, kept, registry
-from app.bundle import Bundle
+from app import registry
+from app.bundle import bundle, copies
+from app.bundle.bundle import Bundle
 from app.config import Gate
 from app.console import Console
 from app.evaluation import gate, report
@@ -83,7 +84,7 @@ def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any],
         card.write_text(f"{card.read_text()}\n{report.verdict(decision.passed, decision.reason)}")
         known = {k: v for k, v in bundle.manifest_of(candidate).items() if k != "files"}
         bundle.seal(draft, {**known, "candidate": bundle.identity(candidate), "decision": facts})
-        return kept.keep(draft)
+        return copies.keep(draft)
 
 
 def _beside(candidate: Path, version: Version | None, task: Task) -> Comparison | NotComparable | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import candidate, capacity, judging, registry
+from app import candidate, judging, registry
+from app.cluster import capacity
 from app.config import Project
 from app.console import Console
 from app.data import split

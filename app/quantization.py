@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from app import bundle
-from app.bundle import Bundle
+from app.bundle import bundle
+from app.bundle.bundle import Bundle
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError

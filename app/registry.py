@@ -30,7 +30,7 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from app import bundle, kept, signature
+from app.bundle import bundle, copies, signature
 from app.config import Project
 from app.config.project import NAME, require_name
 from app.errors import Interrupted, UserError, described
@@ -72,7 +72,7 @@ class Version:
     @property
     def path(self) -> Path:
         """The bundle's folder, which `resolve` and `find` have filled."""
-        return kept.folder(self.identity)
+        return copies.folder(self.identity)
 
 
 class Outdated(UserError):
@@ -435,7 +435,7 @@ def find(name: str, version: str) -> Version | None:
 def _kept(name: str, entry: Any) -> str:
     """Have a version's bundle among those that are kept here; returns its identity."""
     identity = entry.tags.get(IDENTITY_TAG)
-    if identity is None or not kept.folder(identity).exists():
+    if identity is None or not copies.folder(identity).exists():
         fetched = _fetched(name, entry)
         if identity not in (None, fetched):
             raise UserError(
@@ -443,7 +443,7 @@ def _kept(name: str, entry: Any) -> str:
                 "registered; restore it, or train and register another version"
             )
         identity = fetched
-    path = kept.require(identity)
+    path = copies.require(identity)
     if signed := entry.tags.get(SIGNATURE_TAG):
         signature.put(path / bundle.MANIFEST, base64.b64decode(signed))
     return identity
@@ -454,10 +454,10 @@ def _fetched(name: str, entry: Any) -> str:
     local = _local(entry.source)
     try:
         if local is not None:
-            return kept.keep(local).name
+            return copies.keep(local).name
         with tempfile.TemporaryDirectory() as folder:
             fetched = mlflow.artifacts.download_artifacts(entry.source, dst_path=folder, tracking_uri=uri())
-            return kept.keep(Path(fetched)).name
+            return copies.keep(Path(fetched)).name
     except (bundle.BrokenBundle, MlflowException, OSError) as error:
         raise UserError(
             f"{name} version {entry.version}: its bundle cannot be fetched from {entry.source}: {error}"

@@ -70,10 +70,11 @@ def main() -> None:
 
 def prepare(project: str) -> Path:
     """The folder of the project's prepared parts."""
-    from app import cluster, projectfile
+    from app import projectfile
+    from app.cluster import session
     from app.data import prepare
 
-    with cluster.session(log_to_driver=False):
+    with session.session(log_to_driver=False):
         return prepare.prepare(projectfile.load(project)).path
 
 

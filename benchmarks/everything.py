@@ -31,7 +31,9 @@ import httpx
 import psutil
 from load import Target, hammer
 
-from app import bundle, cluster, registry
+from app import registry
+from app.bundle import bundle
+from app.cluster import session
 from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
@@ -85,7 +87,7 @@ def everything(scale: float) -> dict[str, Any]:
     """All actors at once for an hour times `scale`."""
     with tempfile.TemporaryDirectory(prefix="raylway-everything-") as folder:
         run = _start(Path(folder))
-        mark = _environment(run.head)[cluster.MARK]
+        mark = _environment(run.head)[session.MARK]
         try:
             actors = [threading.Thread(target=_repeated, args=(run, actor, s)) for actor, s in ACTORS.items()]
             growth = Growth(run)
@@ -116,7 +118,7 @@ def everything(scale: float) -> dict[str, Any]:
 
 def _start(folder: Path) -> Run:
     """A cluster with a served champion and challenger."""
-    port = cluster.free_ports(1)[0]
+    port = session.free_ports(1)[0]
     settings = [
         f"serving.port={port}", "serving.auth=local", "serving.follow=true", "serving.num_cpus=0.1",
         "serving.autoscaling={min_replicas: 2, max_replicas: 2}", 
@@ -125,7 +127,7 @@ def _start(folder: Path) -> Run:
     ]  # fmt: skip
     settings = [part for setting in settings for part in ("--set", setting)]
     _raylway("up")
-    recorded = cluster.recorded()
+    recorded = session.recorded()
     assert recorded
     for seed in (0, 1):
         _raylway("train", PROJECT, *settings, "--set", f"seed={seed}")
@@ -382,7 +384,7 @@ def _check_state(run: Run) -> None:
 def _check_remains(run: Run, mark: str) -> None:
     """After `down`, no process and no folder of the cluster is left."""
     time.sleep(5)
-    left = [_title(p) for p in psutil.process_iter() if _environment(p).get(cluster.MARK) == mark]
+    left = [_title(p) for p in psutil.process_iter() if _environment(p).get(session.MARK) == mark]
     if left:
         run.fault(f"processes left after down: {left[:10]}")
 
@@ -399,10 +401,10 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 def _processes(run: Run) -> list[psutil.Process]:
     """The cluster's: those below its head, and HAProxy, which may have been taken over by init."""
-    mark = _environment(run.head).get(cluster.MARK)
+    mark = _environment(run.head).get(session.MARK)
     found = {p.pid: p for p in run.head.children(recursive=True)}
     for process in psutil.process_iter(["name"]):
-        if process.info["name"] == "haproxy" and _environment(process).get(cluster.MARK) == mark:
+        if process.info["name"] == "haproxy" and _environment(process).get(session.MARK) == mark:
             found[process.pid] = process
     return list(found.values())
 

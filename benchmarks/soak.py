@@ -30,7 +30,8 @@ import psutil
 from everything import everything
 from load import NotAnswered, Target, closed_loop, hammer, open_loop
 
-from app import cluster, registry
+from app import registry
+from app.cluster import session
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy
@@ -118,13 +119,13 @@ class Served:
 @contextlib.contextmanager
 def served(replicas: int = 2, **settings: Any) -> Iterator[Served]:
     document = {
-        "port": cluster.free_ports(1)[0],
+        "port": session.free_ports(1)[0],
         "num_cpus": 0.1,
         "variants": {"champion": {"version": "1", "weight": 1}},
         "autoscaling": {"min_replicas": replicas, "max_replicas": replicas},
         **settings,
     }
-    with cluster.session(log_to_driver=False):
+    with session.session(log_to_driver=False):
         endpoint = Served(Serving.model_validate(document))
         endpoint.deploy()
         try:
@@ -496,7 +497,7 @@ def load_step(scale: float) -> dict[str, Any]:
         asked = Target(f"{endpoint.url}{BASE}/predict", bodies)
         with _handle() as handle:
             ours = _step(asked, lambda _: _answering(handle), calm, seconds)
-    (port,) = cluster.free_ports(1)
+    (port,) = session.free_ports(1)
     with _defaults(port):
         seen: set[int] = set()
 

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from app import bundle
+from app.bundle import bundle
 from app.config import Project
 from app.data.features import Categories, Preprocessor, Scaled
 from app.tasks.tabular import graph

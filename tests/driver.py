@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from app import cluster, projectfile
+from app import projectfile
+from app.cluster import session
 
 
 def say(kind: str, **facts) -> None:
@@ -62,7 +63,7 @@ def observed(folder: str, seconds_per_step: float):
 
 def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
     project = projectfile.load("configs/smoke.yaml", overrides)
-    with cluster.session(log_to_driver=False):
+    with session.session(log_to_driver=False):
         from app.data.prepare import prepare
         from app.training import trainer
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import ray
 
-from app import cluster, guardian
+from app.cluster import guardian, session
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -57,11 +57,11 @@ class Nodes:
         self._held = guardian.hold()
         self._directory = self._held.directory
         self._started: list[subprocess.Popen] = []
-        cluster.ensure_token()
-        self.environment = cluster.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
+        session.ensure_token()
+        self.environment = session.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
         """Of its nodes, and of the commands that join it."""
         del self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # so set, it forbids a second node
-        (port, client_port) = cluster.free_ports(2)
+        (port, client_port) = session.free_ports(2)
         self.address = f"{host.address}:{port}"
         options = (f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false")
         self.head = self._start(host, "--head", *options, f"--temp-dir={self._directory}/ray")

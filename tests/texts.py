@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from app import bundle
-from app.bundle import Bundle
+from app.bundle import bundle
+from app.bundle.bundle import Bundle
 from app.config import Project
 from app.data import tokens
 from app.data.prepare import LABEL, Prepared

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from app import bundle, kept, registry
+from app import registry
+from app.bundle import bundle, copies
 from app.config import Project
 from tests.bundles import PASSED, PROJECT
 
@@ -17,6 +18,6 @@ def registered(name: str, path: Path, key: str = "key") -> registry.Version:
     known, champion = registry.registered_candidate(name, candidate), registry.find(name, registry.CHAMPION)
     against = champion and {"identity": champion.identity}
     facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}
-    judged = known.path if known else kept.keep(path, facts)
+    judged = known.path if known else copies.keep(path, facts)
     with registry.run(project(name), key) as run:
         return registry.register(name, run.id, judged, run.log_bundle(judged))

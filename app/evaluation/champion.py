@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from app.bundle import Bundle
+from app.bundle.bundle import Bundle
 from app.config import Project
 from app.config.gate import RATING_METRICS
 from app.config.model import Recommender

@@ -29,7 +29,7 @@ REFRESH_TIMEOUT_S = 120.0
 TRIES = 3
 """Times that the replicas are asked to take a traffic in, if one dies meanwhile."""
 MIDDLEWARES = "app.serving.ingress"
-"""The module that every replica runs for Serve, see `app.flags`."""
+"""The module that every replica runs for Serve, see `app.cluster.flags`."""
 METRICS = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
 """How often a replica tells the autoscaler its load, and over which time it averages. Serve's 10 s and 30 s
 would outweigh the delays in the project file, which keep it from following each burst. (Ray deprecates the

@@ -14,7 +14,7 @@ import starlette.requests
 import starlette.responses
 from ray.exceptions import RayError
 
-from app.bundle import Ranking
+from app.bundle.bundle import Ranking
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError

@@ -1,6 +1,6 @@
 """HAProxy as Ray Serve starts it, with what Serve's configuration of it leaves out.
 
-`raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.flags): it edits the settings
+`raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.cluster.flags): it edits the settings
 that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to everybody, then
 listens on loopback, and that for statistics tells nothing; that of the endpoints listens and speaks TLS as
 `app.serving.shared` says; HAProxy and the replicas prove to each other that they know the cluster's secret;
@@ -72,7 +72,7 @@ if asks_ready{unless}
 def main() -> None:
     """In place of HAProxy, with its arguments."""
     if not os.environ.get(SECRET):
-        sys.exit(f"{SECRET} must be set for every process of a cluster; `python -m app.cluster` sets it")
+        sys.exit(f"{SECRET} must be set for every process of a cluster; `python -m app.cluster.session` sets it")
     # HAProxy would outlive whoever manages it, and route to ports that others have taken by then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(proofs(os.environ[SECRET]))

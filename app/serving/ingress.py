@@ -2,7 +2,7 @@
 deployment asks for it.
 
 `middlewares` is called by Serve in each process that takes HTTP requests (RAY_SERVE_HTTP_PROXY_CALLBACK_
-IMPORT_PATH in app.flags): behind HAProxy these are the replicas themselves. There a request goes from the
+IMPORT_PATH in app.cluster.flags): behind HAProxy these are the replicas themselves. There a request goes from the
 HTTP server straight to the deployment: Serve's own way to it (three tasks, two contexts and a dozen metrics
 for each request) takes several times as long as a small model does.
 """

@@ -26,7 +26,7 @@ class OwnFront:
     """Lets through what HAProxy shows, and nothing else; adds the proof to the answers."""
 
     def __init__(self, app: ASGIApp, secret: str):
-        """Without a secret nothing gets through: `app.flags` sets it for all nodes of a cluster."""
+        """Without a secret nothing gets through: `app.cluster.flags` sets it for all nodes of a cluster."""
         self._app = app
         values = proofs(secret)
         self._shown = values[SHOWN].encode() if secret else b""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from app.bundle import Ranking
+from app.bundle.bundle import Ranking
 from app.serving.variants import Deployed, located, opened
 
 Columns = Mapping[str, np.ndarray]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from app import signature
-from app.bundle import MANIFEST, Bundle, Input, Schema, require_passed
+from app.bundle import signature
+from app.bundle.bundle import MANIFEST, Bundle, Input, Schema, require_passed
 from app.errors import UserError
 
 

@@ -17,7 +17,7 @@ import ray
 import ray.train
 from ray.train.backend import BackendConfig
 
-from app import capacity
+from app.cluster import capacity
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError

@@ -197,7 +197,7 @@ def _exported(task: Task, trained: Trained) -> dict[str, float]:
     """Size, and median time of one row on one core, of the graph that would be served."""
     from safetensors.torch import load_file
 
-    from app.bundle import Bundle
+    from app.bundle.bundle import Bundle
 
     network = task.network()
     network.load_state_dict(load_file(trained.weights))

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from app import capacity
+from app.cluster import capacity
 from app.config import Choice, Int, Project
 from app.config.sweep import SWEPT
 from app.data.prepare import prepare

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app import cluster, local_cluster
+from app.cluster import local, session
 from tests import postgres
 
 ROOT = Path(__file__).parents[2]
@@ -41,14 +41,14 @@ def server():
 @pytest.fixture(scope="session")
 def reach(home):
     """How to reach the cluster, as `raylway up` says it."""
-    yield local_cluster.up()
-    local_cluster.down()
+    yield local.up()
+    local.down()
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(reach):
     """This process, joined to the cluster."""
-    with cluster.session(log_to_driver=False):
+    with session.session(log_to_driver=False):
         yield
 
 

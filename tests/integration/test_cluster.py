@@ -16,9 +16,9 @@ import psutil
 import pytest
 import ray
 
-from app import cluster, guardian
+from app.cluster import guardian, session
+from app.cluster.local import Up, down, up
 from app.errors import UserError
-from app.local_cluster import Up, down, up
 from tests.bundles import build
 from tests.integration.conftest import ROOT
 
@@ -86,7 +86,7 @@ def test_a_job_runs_with_our_python_and_home_and_joins_its_cluster(running, tmp_
     home, answer = running
     (tmp_path / "job.py").write_text(
         "import os, sys\n"
-        "from app.cluster import session\n"
+        "from app.cluster.session import session\n"
         "with session():\n"
         "    import ray\n"
         "    print(ray.get_runtime_context().gcs_address, sys.executable)\n"
@@ -129,7 +129,7 @@ def test_session_joins_it_and_leaves_it_running(running):
     home, answer = running
 
     def join():
-        with cluster.session():
+        with session.session():
             import ray
 
             assert ray.get_runtime_context().gcs_address == answer.cluster.address
@@ -142,12 +142,12 @@ def test_session_joins_it_and_leaves_it_running(running):
 
 def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp_path, monkeypatch):
     _, answer = running
-    hold, held = cluster.hold, []
-    monkeypatch.setattr(cluster, "hold", lambda: held.append(hold()) or held[0])
+    hold, held = session.hold, []
+    monkeypatch.setattr(session, "hold", lambda: held.append(hold()) or held[0])
     children = set(psutil.Process().children(recursive=True))
 
     def start():
-        with cluster.session():
+        with session.session():
             import ray
 
             assert ray.get_runtime_context().gcs_address != answer.cluster.address
@@ -159,8 +159,8 @@ def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp
 
 
 def test_session_says_when_the_cluster_to_join_does_not_answer(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{cluster.free_ports(1)[0]}")
-    with pytest.raises(UserError, match="RAY_ADDRESS"), cluster.session():
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{session.free_ports(1)[0]}")
+    with pytest.raises(UserError, match="RAY_ADDRESS"), session.session():
         pass
 
 
@@ -168,9 +168,9 @@ def test_down_ends_an_application_with_its_cluster_and_no_other_cluster(running,
     _, other = running
     (home := tmp_path / "home").mkdir()
     (work := tmp_path / "work").mkdir()
-    (port,) = cluster.free_ports(1)
+    (port,) = session.free_ports(1)
     (work / "job.py").write_text(
-        "from app.cluster import session\n"
+        "from app.cluster.session import session\n"
         "with session():\n"
         "    from ray import serve\n"
         "    @serve.deployment\n"
@@ -236,7 +236,7 @@ def marked(directory: str) -> list[psutil.Process]:
 
 def test_what_a_killed_command_served_ends_and_no_replica_answered_a_stranger(tmp_path):
     """From the first moment that the port listens to seconds after the command was killed."""
-    (port,) = cluster.free_ports(1)
+    (port,) = session.free_ports(1)
     variants = {"champion": {"version": "1", "weight": 1}}
     serving = {"host": "::1", "port": port, "num_cpus": 0.1, "variants": variants}
     command = [

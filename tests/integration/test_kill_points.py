@@ -18,8 +18,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from app import bundle, cluster, registry
-from app.bundle import Bundle
+from app import registry
+from app.bundle import bundle
+from app.bundle.bundle import Bundle
+from app.cluster import session
 from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
@@ -199,7 +201,7 @@ def project(ray_cluster, home):
     from app.serving import deploy
 
     settings = [
-        "name=served", f"serving.port={cluster.free_ports(1)[0]}", "serving.num_cpus=0.1",
+        "name=served", f"serving.port={session.free_ports(1)[0]}", "serving.num_cpus=0.1",
         "training.epochs=1", "training.num_workers=1", "gate={beat: [], tolerance: 1}",
     ]  # fmt: skip
     arguments = [SMOKE, *(part for setting in settings for part in ("--set", setting))]

@@ -15,7 +15,8 @@ import yaml
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from app import cluster, issuer, projectfile, registry
+from app import issuer, projectfile, registry
+from app.cluster import session
 from app.data import samples
 from tests.integration import whole
 from tests.integration.conftest import ROOT
@@ -37,7 +38,7 @@ LOOK = f"""
 from app import cluster, registry
 from app.state.audit import Audit
 from app.state.records import Records
-with cluster.session(log_to_driver=False):
+with session.session(log_to_driver=False):
     from app.serving import bandit, traffic
     from app.serving.follow import Follower
     audit = Audit()
@@ -77,7 +78,7 @@ class Pairs:
         project["sweep"]["set"] = {"training.batch_size": 64, "training.num_cpus": 0.2}
         project["gate"] = {"beat": [], "tolerance": 1.0}
         project["compression"] = {"max_loss": 0.5}
-        project["serving"] |= {"port": cluster.free_ports(1)[0], "num_cpus": 0.1, "follow": True}
+        project["serving"] |= {"port": session.free_ports(1)[0], "num_cpus": 0.1, "follow": True}
         return project
 
     def arguments(self, command: str) -> list[str]:

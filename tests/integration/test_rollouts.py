@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app import cluster
-from app.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle, columns_of
+from app.cluster import session
 from app.config import Serving
 from app.serving import deploy, routing, status, traffic
 from app.serving.traffic import Traffic
@@ -57,7 +57,7 @@ def of(bundles, **variants) -> Traffic:
 def serving():
     return Serving.model_validate(
         {
-            "port": cluster.free_ports(1)[0],
+            "port": session.free_ports(1)[0],
             "num_cpus": 0.1,
             "variants": {"champion": {"version": "1", "weight": 1}},
             "autoscaling": {"min_replicas": 2, "max_replicas": 2},

@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from app import cluster, issuer
+from app import issuer
+from app.cluster import session
 from app.config import Serving
 from app.serving import deploy
 from app.serving.front import IN_HAND
@@ -55,7 +56,7 @@ def sign(folder) -> None:
 
 @pytest.fixture(scope="module")
 def serving(certificate):
-    ports = cluster.free_ports(2)
+    ports = session.free_ports(2)
     return Serving.model_validate(
         {
             "port": ports[0],

@@ -15,8 +15,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app import cluster
-from app.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle, columns_of
+from app.cluster import session
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy, routing, shared
@@ -55,7 +55,7 @@ def variants(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
-    ports = cluster.free_ports(2)
+    ports = session.free_ports(2)
     return Serving.model_validate(
         {
             "port": ports[0],
@@ -438,7 +438,7 @@ LEAVING = """
 import gc, time
 import ray
 from app import cluster
-with cluster.session(log_to_driver=False):
+with session.session(log_to_driver=False):
     from app.serving.limits import ROOT
     from app.serving.status import broadcast
     from ray.serve._private.long_poll import LongPollClient
@@ -450,7 +450,7 @@ for each in asking:  # an answer of the controller's has come meanwhile
     each.event_loop.call_soon_threadsafe(each._poll_next)
 time.sleep(3)
 assert not ray.is_initialized()
-with cluster.session(log_to_driver=False):
+with session.session(log_to_driver=False):
     assert len(broadcast(ROOT, ROOT, "watched", 30)) == 1
 """
 

@@ -34,7 +34,7 @@ def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, fil
     assert "moods version 1 (champion)" in trained.stdout
 
     from app import registry
-    from app.bundle import Bundle
+    from app.bundle.bundle import Bundle
 
     version = registry.resolve("moods", "champion")
     bundle = Bundle(version.path)

@@ -285,7 +285,7 @@ def test_two_workers_learn_what_one_learns(prepared, uninterrupted):
 
 
 def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster):
-    from app import capacity
+    from app.cluster import capacity
     from app.errors import UserError
 
     with pytest.raises(UserError, match=r"training.num_workers asks for 999 CPUs, but the cluster has \d+"):

@@ -11,8 +11,8 @@ import pytest
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from app import capacity
-from app.cluster import free_ports
+from app.cluster import capacity
+from app.cluster.session import free_ports
 from app.config import Serving
 from app.serving import deploy
 from app.serving.traffic import Traffic

@@ -5,7 +5,8 @@ import time
 
 import httpx
 
-from app import bundle, registry
+from app import registry
+from app.bundle import bundle
 from app.serving import status, traffic
 from app.state.audit import Audit
 

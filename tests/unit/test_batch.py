@@ -5,7 +5,7 @@ import pytest
 
 from app import batch
 from app.batch import VIOLATION, Predictor
-from app.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle, columns_of
 from app.errors import UserError
 from tests.bundles import ROWS, build
 

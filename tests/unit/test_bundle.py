@@ -4,8 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
-from app import bundle
-from app.bundle import MANIFEST, BrokenBundle, Bundle, columns_of, identity, inputs, seal, verify
+from app.bundle import bundle
+from app.bundle.bundle import MANIFEST, BrokenBundle, Bundle, columns_of, identity, inputs, seal, verify
 from tests.bundles import EDUCATION, PASSED, ROWS, build
 
 

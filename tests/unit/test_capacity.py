@@ -1,6 +1,6 @@
 import pytest
 
-from app.capacity import Capacity
+from app.cluster.capacity import Capacity
 from app.errors import UserError
 
 

@@ -139,9 +139,10 @@ def test_the_table_of_commands_needs_nothing_heavy():
     ids=" ".join,
 )
 def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name, home, monkeypatch):
-    from app import cli, cluster
+    from app import cli
+    from app.cluster import session
 
-    monkeypatch.setattr(cluster, "session", contextlib.nullcontext)
+    monkeypatch.setattr(session, "session", contextlib.nullcontext)
     monkeypatch.setenv("RAYLWAY_SIGNING_KEY", str(ROOT / "pyproject.toml"))
     with pytest.raises(UserError, match="there is no model"):
         cli.app([word.replace("NAME", name) for word in command], standalone_mode=False)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from app import cluster, guardian, local_cluster
+from app.cluster import guardian, local, session
 from app.errors import UserError
 from app.state import home
 
@@ -24,7 +24,7 @@ CONFIG = Path(__file__).parents[2] / "cluster.yaml"
 @pytest.fixture(autouse=True)
 def state(tmp_path, monkeypatch):
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
-    for name in (*cluster.FLAGS, "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
+    for name in (*session.FLAGS, "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
@@ -37,8 +37,8 @@ def bystander():
     process.communicate()
 
 
-def record(state: Path, pid: int, created_s: float, directory: Path) -> cluster.Cluster:
-    recorded = cluster.Cluster(
+def record(state: Path, pid: int, created_s: float, directory: Path) -> session.Cluster:
+    recorded = session.Cluster(
         address="127.0.0.1:1", dashboard_url="http://127.0.0.1:1", pid=pid, created_s=created_s,
         token_path=str(state / "auth_token"), directory=str(directory),
     )  # fmt: skip
@@ -48,7 +48,7 @@ def record(state: Path, pid: int, created_s: float, directory: Path) -> cluster.
 
 def test_flags_complete_the_environment_and_what_the_user_set_wins(monkeypatch):
     monkeypatch.setenv("RAY_worker_niceness", "7")
-    assert cluster.environment().items() >= (cluster.FLAGS | {"RAY_worker_niceness": "7"}).items()
+    assert session.environment().items() >= (session.FLAGS | {"RAY_worker_niceness": "7"}).items()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_flags_complete_the_environment_and_what_the_user_set_wins(monkeypatch):
 def test_places_in_the_environment_are_absolute(monkeypatch, tmp_path, name, given, absolute):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(name, given)
-    assert cluster.environment()[name] == absolute.format(here=tmp_path)
+    assert session.environment()[name] == absolute.format(here=tmp_path)
 
 
 def test_environment_has_absolute_paths_this_python_and_the_token_of_the_home(monkeypatch, tmp_path):
@@ -75,7 +75,7 @@ def test_environment_has_absolute_paths_this_python_and_the_token_of_the_home(mo
     monkeypatch.setenv("RAYLWAY_HOME", "state")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "shadows the file")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    environment = cluster.environment()
+    environment = session.environment()
     assert environment["RAYLWAY_HOME"] == str(tmp_path / "state")
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert environment["RAY_AUTH_MODE"] == "token"
@@ -88,7 +88,7 @@ def test_sockets_of_a_local_cluster_fit_the_kernels_limit():
     directory = held.directory
     try:
         # Serve puts the node's id, 56 digits, before the name; HAProxy binds to a name with its pid first.
-        path = Path(cluster.local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+        path = Path(session.local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         assert len(f"{path.parent}/{'0' * 56}/{path.name}.4194304.tmp") <= 107
     finally:
         held.end()
@@ -99,33 +99,33 @@ def test_each_local_cluster_has_ports_and_a_secret_of_its_own(tmp_path):
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", home.SECRET,
     ]  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
-        blocks = {cluster.free_block(500) for _ in range(200)}
+        blocks = {session.free_block(500) for _ in range(200)}
         assert not any(first <= server.getsockname()[1] < first + 500 for first in blocks)
     assert len(blocks) > 10
-    one, other = (cluster.local_environment(tmp_path / name) for name in ("one", "other"))
+    one, other = (session.local_environment(tmp_path / name) for name in ("one", "other"))
     assert all(one[name] for name in names)
     assert one[home.SECRET] != other[home.SECRET]
     assert (one[home.FRONT], other[home.FRONT]) == (str(tmp_path / "one"), str(tmp_path / "other"))
 
 
 def test_ports_that_are_in_use_are_in_no_block(monkeypatch):
-    first = cluster.free_block(500)
+    first = session.free_block(500)
     with socket.create_server(("127.0.0.1", first + 7)):
-        assert first not in {cluster.free_block(500) for _ in range(300)}
+        assert first not in {session.free_block(500) for _ in range(300)}
 
 
 def test_token_is_made_once_for_the_owner_only(state):
-    path = cluster.ensure_token()
+    path = session.ensure_token()
     token = path.read_text()
     assert len(token) == 64
     path.chmod(0o644)
-    assert cluster.ensure_token().read_text() == token
+    assert session.ensure_token().read_text() == token
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in state.iterdir()] == ["auth_token"]
 
 
 def test_down_says_when_nothing_is_up():
-    assert local_cluster.down() is None
+    assert local.down() is None
 
 
 def test_down_forgets_a_dead_cluster(state, bystander):
@@ -133,8 +133,8 @@ def test_down_forgets_a_dead_cluster(state, bystander):
     record(state, bystander.pid, dead.create_time(), state / "gone")
     bystander.kill()
     bystander.wait()
-    assert local_cluster.down() is None
-    assert cluster.recorded() is None
+    assert local.down() is None
+    assert session.recorded() is None
 
 
 def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
@@ -142,14 +142,14 @@ def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
     assert record(state, bystander.pid, created_s, state / "gone").alive()
     recycled = record(state, bystander.pid, created_s - 60, state / "gone")
     assert not recycled.alive()
-    assert local_cluster.down() is None
-    assert cluster.recorded() is None
+    assert local.down() is None
+    assert session.recorded() is None
     assert bystander.poll() is None
 
 
 def test_up_answers_when_it_is_up_already(state, bystander, monkeypatch):
     record(state, bystander.pid, psutil.Process(bystander.pid).create_time(), state / "gone")
-    answer = local_cluster.up()
+    answer = local.up()
     assert not answer.started
     assert "already up: http://127.0.0.1:1" in str(answer)
     assert f"RAY_AUTH_TOKEN_PATH={shlex.quote(f'{state}/auth_token')}" in str(answer)
@@ -170,7 +170,7 @@ def test_cluster_yaml_passes_rays_own_validation():
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_nodes_start_with_exactly_our_flags(commands, tmp_path):
-    """Runs the command of cluster.yaml with a `ray` that prints its environment."""
+    """Runs the command of session.yaml with a `ray` that prints its environment."""
     stub = tmp_path / "raylway" / ".venv" / "bin" / "ray"
     stub.parent.mkdir(parents=True)
     stub.write_text('#!/bin/sh\necho "$@"\nenv -0\n')
@@ -194,7 +194,7 @@ def test_nodes_start_with_exactly_our_flags(commands, tmp_path):
     environment = dict(line.split("=", 1) for line in printed.split("\0") if line)
     assert arguments.startswith("start ")
     assert "--head" in arguments or "--address=192.0.2.1:6379" in arguments
-    assert environment.items() >= cluster.FLAGS.items()
+    assert environment.items() >= session.FLAGS.items()
     assert environment["RAYLWAY_HOME"] == f"{tmp_path}/.raylway"
     assert environment["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.raylway/auth_token"
     secret = hmac.new(b"of all nodes", home.SECRET.encode(), "sha256").hexdigest()
@@ -216,7 +216,7 @@ def test_a_commands_own_sigterm_handler_outlives_the_start_of_ray():
 
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with cluster._keeping_sigterm():
+        with session._keeping_sigterm():
             signal.signal(signal.SIGTERM, lambda *_: None)  # as ray.init does
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
@@ -227,16 +227,16 @@ def test_a_commands_own_sigterm_handler_outlives_the_start_of_ray():
 def test_a_record_that_cannot_be_read_is_told_with_what_to_do(state, content):
     (state / "cluster.json").write_text(content)
     with pytest.raises(UserError, match=r"cluster\.json: must be what `raylway up` .* Remove it"):
-        cluster.recorded()
+        session.recorded()
 
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_command_whose_cluster_ends_is_interrupted_and_says_so(monkeypatch, ignored):
-    monkeypatch.setattr(cluster, "LOOK_S", 0.02)
+    monkeypatch.setattr(session, "LOOK_S", 0.02)
     server = socket.create_server(("127.0.0.1", 0))
     address = f"127.0.0.1:{server.getsockname()[1]}"
     lost = threading.Event()
-    with cluster._ending_with(address, lost):
+    with session._ending_with(address, lost):
         pass
     assert not lost.is_set()
     server.close()
@@ -254,5 +254,5 @@ def test_a_command_whose_cluster_ends_is_interrupted_and_says_so(monkeypatch, ig
 
 
 def wait_with(address: str, lost: threading.Event) -> None:
-    with cluster._ending_with(address, lost):
+    with session._ending_with(address, lost):
         threading.Event().wait(60)

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from app import kept, registry
+from app import registry
+from app.bundle import copies
 from app.config import Serving
 from app.errors import UserError
 from app.registry import Version
@@ -35,7 +36,7 @@ def audit():
 def registered(monkeypatch, tmp_path):
     """What the registry has: aliases with their versions, to be changed by the test."""
     held = {"champion": "1"}
-    identities = {number: kept.keep(build(tmp_path / number, seed=int(number))).name for number in "123"}
+    identities = {number: copies.keep(build(tmp_path / number, seed=int(number))).name for number in "123"}
 
     def find(name, alias):
         if alias not in held:

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app import guardian
+from app.cluster import guardian
 
 HOLDER = """
 import os, subprocess, sys

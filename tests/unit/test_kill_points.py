@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from app import bundle, flavor, registry, signature
-from app.bundle import Bundle
+from app import registry
+from app.bundle import bundle, flavor, signature
+from app.bundle.bundle import Bundle
 from app.registry import CHALLENGER, CHAMPION
 from app.state.audit import Audit
 from tests import killer

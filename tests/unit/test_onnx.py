@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from app.bundle import OUTPUT, inputs, session
+from app.bundle.bundle import OUTPUT, inputs, session
 from app.config import LinearNumbers, PeriodicNumbers
 from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import MAX_DIFFERENCE

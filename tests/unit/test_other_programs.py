@@ -16,8 +16,10 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from app import bundle, cluster, flavor, kept, registry
-from app.bundle import Bundle
+from app import registry
+from app.bundle import bundle, copies, flavor
+from app.bundle.bundle import Bundle
+from app.cluster import session
 from app.errors import UserError
 from app.tuning import study as studies
 from tests.bundles import PASSED, build
@@ -131,7 +133,7 @@ def test_optuna_dashboard_beside_a_sweep(home):
     with opened() as study:
         study.finish(study.begin({"rate": 0.5}, rate, "a"), TrialState.COMPLETE, [0.8], {"epochs": 1})
         study.begin({"rate": 0.6}, rate, "b")
-    port = cluster.free_ports(1)[0]
+    port = session.free_ports(1)[0]
     command = [BIN / "optuna-dashboard", studies.url(), "--port", str(port), "--host", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as dashboard:
         try:
@@ -236,7 +238,7 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
     # An upload that was cut short: the manifest, which comes last, is missing.
     client, run_id = registry.client(), entry.run_id
     with registry.run(project("elsewhere"), "second") as run:
-        judged = kept.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
+        judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
         name = f"bundle-{bundle.identity(judged)[:16]}"
         client.log_artifact(run.id, str(judged / "schema.json"), name)
         second = registry.register("elsewhere", run.id, judged, run.log_bundle(judged))

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from app.bundle import BrokenBundle, Bundle, write_example
+from app.bundle.bundle import BrokenBundle, Bundle, write_example
 from app.config import Project
 from app.data import interactions, split
 from app.data.interactions import AGE, ITEM, RATING, USER, fit, leave_one_out

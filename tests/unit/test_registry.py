@@ -15,8 +15,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
-from app import bundle, flavor, kept, registry, signature
-from app.bundle import Bundle, columns_of
+from app import registry
+from app.bundle import bundle, copies, flavor, signature
+from app.bundle.bundle import Bundle, columns_of
 from app.errors import Interrupted, UserError
 from app.serving import variants
 from app.state import audit as audit_module
@@ -458,7 +459,7 @@ def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
 
 def test_a_champion_that_changes_after_the_decision_is_found_out(bundles):
     """Two trainings at once: both were judged while there was no champion."""
-    judged = [kept.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
+    judged = [copies.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
     with registry.run(project("raced"), "key") as run:
         uris = [run.log_bundle(path) for path in judged]
         registry.register("raced", run.id, judged[0], uris[0])

@@ -2,7 +2,7 @@ import subprocess
 
 import pytest
 
-from app import bundle, signature
+from app.bundle import bundle, signature
 from app.errors import UserError
 from tests.bundles import build
 

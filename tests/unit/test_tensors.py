@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from app.bundle import OUTPUT
+from app.bundle.bundle import OUTPUT
 from app.serving import tensors
 from app.serving.protocol import Answer, Contract, Refused
 from tests.bundles import ROWS, schema

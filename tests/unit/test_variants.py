@@ -1,7 +1,8 @@
 import pytest
 
-from app import kept, registry
-from app.bundle import BrokenBundle
+from app import registry
+from app.bundle import copies
+from app.bundle.bundle import BrokenBundle
 from app.errors import UserError
 from app.registry import Version
 from app.serving.variants import Deployed, common_schema, load, located
@@ -46,7 +47,7 @@ def test_bundles_are_verified_and_answer_their_example(tmp_path):
 
 
 def test_a_bundle_that_is_on_another_machine_is_fetched_by_its_identity(tmp_path, monkeypatch):
-    kept_here = kept.keep(build(tmp_path / "built", seed=1))
+    kept_here = copies.keep(build(tmp_path / "built", seed=1))
     elsewhere = Deployed(version="1", weight=1, path="/another/machine", identity=kept_here.name)
     asked = []
 

@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from app.bundle import OUTPUT, inputs, session
+from app.bundle.bundle import OUTPUT, inputs, session
 from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import OPSET, exported, inner_prefix, require_equal, write
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from app import bundle
-from app.bundle import Bundle, Schema
+from app.bundle import bundle
+from app.bundle.bundle import Bundle, Schema
 from app.data.prepare import LABEL
 from app.evaluation import metrics, slices
 from app.tasks.tabular import graph

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.bundle import OUTPUT, session
+from app.bundle.bundle import OUTPUT, session
 from app.data import tokens
 from app.tasks.onnx import exported, require_equal, write
 

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
+from app.bundle.signature import SIGNATURE
 from app.config import Category, Column, Project
 from app.data import tokens
 from app.data.cells import Cells
 from app.data.features import MISSING, Categories, Preprocessor
 from app.errors import UserError
-from app.signature import SIGNATURE
 from app.state import files
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from pathlib import Path
 import httpx
 import psutil
 
-from app.cluster import (
+from app.cluster.guardian import Held, hold, reap
+from app.cluster.session import (
     Cluster,
     ensure_token,
     free_ports,
@@ -24,7 +25,6 @@ from app.cluster import (
     temp_dir,
 )
 from app.errors import UserError
-from app.guardian import Held, hold, reap
 from app.state.home import home, make_private
 
 START_TIMEOUT_S = 90.0

@@ -1,6 +1,6 @@
 """How Ray is started and joined: the cluster there is, or one for a single command.
 
-`python -m app.cluster COMMAND...` runs a command, such as `ray start`, with these flags: the nodes of
+`python -m app.cluster.session COMMAND...` runs a command, such as `ray start`, with these flags: the nodes of
 cluster.yaml start that way, so the flags are written down once.
 """
 
@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
+from app.cluster.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
+from app.cluster.guardian import MARK, hold
 from app.errors import UserError
-from app.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
-from app.guardian import MARK, hold
 from app.state.home import FRONT, SECRET, home, make_private
 
 NUM_REPLICA_PORTS = 500

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app import bundle
-from app.bundle import BrokenBundle
+from app.bundle import bundle
+from app.bundle.bundle import BrokenBundle
 from app.state import stages
 from app.state.home import home
 

@@ -2,7 +2,7 @@
 
 Three things see to it, so that one that is killed does not matter:
 - The guardian, a process beside the cluster. When the holder has ended it kills what bears the cluster's mark
-  and removes the cluster's directory. (`python -m app.guardian DIRECTORY`; started by `hold`.)
+  and removes the cluster's directory. (`python -m app.cluster.guardian DIRECTORY`; started by `hold`.)
 - The parent-death signal: HAProxy sets it (app.serving.front), and so does Ray for its own servers.
 - The next command that holds a cluster: it reaps the clusters of this user that nobody holds any more.
 
@@ -68,7 +68,7 @@ def hold() -> Held:
     # Ctrl-C in the terminal does not reach it.
     pid = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "app.guardian", str(directory)],
+        [sys.executable, "-m", "app.cluster.guardian", str(directory)],
         {**os.environ, MARK: "", "PYTHONPATH": os.pathsep.join(filter(None, path))},
         file_actions=[
             (os.POSIX_SPAWN_DUP2, read_end, 0),
