@@ -18,7 +18,7 @@ import pandas as pd
 from app import batch, pipeline, projectfile
 from app import sweep as sweeping
 from app.bundle.bundle import Bundle
-from app.cluster import session
+from app.cluster.session import session
 from app.config import Project
 from app.config.faults import require_within
 from app.config.section import MAX_NUMBER
@@ -43,13 +43,13 @@ def sweep(project: Project, *, trials: int | None = None) -> Swept:
     if trials is not None and project.sweep is not None:
         require_within("trials", trials, 1, MAX_NUMBER)
         project = project.model_copy(update={"sweep": project.sweep.model_copy(update={"trials": trials})})
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         return sweeping.run(project, Console())
 
 
 def train(project: Project, *, fresh: bool = False) -> Outcome:
     """Prepare, train, evaluate, pass the gate and register; what was done before is not done again."""
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         return pipeline.run(project, Console(), fresh=fresh)
 
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from app import registry
-from app.bundle.bundle import OUTPUT, Bundle, Schema
+from app.bundle.bundle import OUTPUT, Bundle
+from app.bundle.schema import Schema
 from app.cluster import capacity
 from app.config import Source
 from app.data.cells import is_string, table_faults, told

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.bundle import bundle, flavor
 from app.bundle.bundle import Bundle
+from app.bundle.manifest import seal
 from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared
@@ -56,7 +57,7 @@ def build(
         (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
         flavor.write(draft)
         facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
-        bundle.seal(draft, {**facts, "seed": project.seed})
+        seal(draft, {**facts, "seed": project.seed})
 
     stages.produce(target, write, fresh=fresh)
     return stages.current(target)

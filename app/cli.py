@@ -81,9 +81,9 @@ def train(file: File, overrides: Set = None, fresh: Fresh = False) -> None:
     """
     project = projectfile.load(file, overrides or [])
     with _working("train", hint="the same command goes on from the last checkpoint") as console:
-        from app.cluster import session
+        from app.cluster.session import session
 
-        with session.session():
+        with session():
             from app import pipeline
 
             outcome = pipeline.run(project, console, fresh=fresh)
@@ -131,9 +131,9 @@ def sweep(
         raise UserError("--train-best: several objectives have no best trial; train one of the files")
     outcome = None
     with _working("sweep", hint="the same command goes on with the trials that are left") as console:
-        from app.cluster import session
+        from app.cluster.session import session
 
-        with session.session():
+        with session():
             from app import pipeline, sweep
 
             swept = sweep.run(project, console)
@@ -175,11 +175,11 @@ def compress(
     """
     with _working("compress") as console:
         from app import compression, quantization
-        from app.cluster import session
+        from app.cluster.session import lasts, session
         from app.state import stages
 
-        if session.lasts():
-            with session.session():
+        if lasts():
+            with session():
                 stages.require_shared()
         made = quantization.compress(bundle)
         before, after = made.comparison["before"], made.comparison["after"]
@@ -208,13 +208,13 @@ def serve(file: File, overrides: Set = None) -> None:
     """
     project = projectfile.load(file, overrides or [])
     with _working("serve", hint="the endpoint is down") as console:
-        from app.cluster import session
+        from app.cluster.session import lasts, session
         from app.serving import deploy, follow
 
         chosen, notes = follow.registered(project.name, project.serving)
         for note in notes:
             console.say(note, style="yellow")
-        with session.session():
+        with session():
             from app.cluster import capacity
 
             needed = project.serving.num_cpus * project.serving.autoscaling.min_replicas
@@ -225,7 +225,7 @@ def serve(file: File, overrides: Set = None) -> None:
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
             console.say(deploy.curl(server, project.name, next(iter(chosen.variants.values()))))
-            if session.lasts():
+            if lasts():
                 console.say("it stays up with the cluster")
                 return
             console.say("Ctrl-C stops it")
@@ -254,9 +254,9 @@ def predict(
     """Answer every row of a table, as the endpoint would. Rows that break the contract are told why."""
     with _working("predict") as console:
         from app import batch
-        from app.cluster import session
+        from app.cluster.session import session
 
-        with session.session():
+        with session():
             answered = batch.run(model, batch.source(input_), output, k, console.wait)
         console.say(f"{answered.num_rows:,} rows answered in {output}")
         if answered.suffix:
@@ -295,13 +295,13 @@ def traffic(
         from app.state.audit import Audit
 
         if weights:
-            from app.cluster import session
+            from app.cluster.session import lasts, session
 
-            if not session.lasts():
+            if not lasts():
                 raise UserError(
                     "no cluster is up, so nothing is served; see `raylway up` and `raylway serve`"
                 )
-            with session.session():
+            with session():
                 from app.serving import applications
 
                 served = applications.reweight(name, weights, console.wait)
@@ -321,11 +321,11 @@ def undeploy(name: Annotated[str, typer.Argument(help="The endpoint, such as inc
     """Take one endpoint off the cluster. The others go on."""
     require_name(name)
     with _working("undeploy", hint="the same command goes on") as console:
-        from app.cluster import session
+        from app.cluster.session import lasts, session
 
-        if not session.lasts():
+        if not lasts():
             raise UserError("no cluster is up, so nothing is served; see `raylway up` and `raylway serve`")
-        with session.session():
+        with session():
             from app.serving import deploy
 
             deploy.take_off(name, console.wait)
@@ -336,11 +336,11 @@ def undeploy(name: Annotated[str, typer.Argument(help="The endpoint, such as inc
 def status(as_json: Json = False) -> None:
     """Show the endpoints: variants, weights, replicas, and the last minute's latencies and errors."""
     with _working("status", quiet=as_json) as console:
-        from app.cluster import session
+        from app.cluster.session import lasts, session
 
-        if not session.lasts():
+        if not lasts():
             raise UserError("no cluster is up, so nothing is served; see `raylway up` and `raylway serve`")
-        with session.session():
+        with session():
             from app.serving import status
 
             documents = [endpoint.document() for endpoint in status.endpoints()]

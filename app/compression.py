@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app import judging, quantization, registry
-from app.bundle import bundle
+from app.bundle.manifest import require_passed, verify
 from app.config import Project
 from app.console import Console
 from app.evaluation import gate
@@ -20,8 +20,8 @@ def register(made: Compressed, console: Console) -> tuple[Path, gate.Decision, V
     `compression.max_loss` against the champion, which may be its original.
     """
     project = Project.model_validate_json((made.path / "project.json").read_text())
-    manifest = bundle.verify(made.path)
-    bundle.require_passed(manifest["compressed_from"], "the bundle that it was made of")
+    manifest = verify(made.path)
+    require_passed(manifest["compressed_from"], "the bundle that it was made of")
     tolerance = project.gate.tolerance + project.compression.max_loss
     rules = project.gate.model_copy(update={"tolerance": tolerance})
     task = task_of(project, quantization.prepared_of(manifest, made.path))

@@ -14,7 +14,8 @@ import numpy as np
 from rich.table import Table
 
 from app import projectfile
-from app.cluster import session
+from app.cluster.ports import free_ports
+from app.cluster.session import session
 from app.console import Console, short
 from app.state import files
 from app.state.home import home
@@ -46,10 +47,10 @@ def own_home() -> Iterator[None]:
 def run(console: Console) -> None:
     """Train two candidates, serve them against each other, ask them, and sum up."""
     started = time.perf_counter()
-    port = session.free_ports(1)[0]
+    port = free_ports(1)[0]
     incumbent = projectfile.load(PROJECT, INCUMBENT)
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
-    with session.session():
+    with session():
         from app import pipeline
         from app.serving import deploy, follow
 

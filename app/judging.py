@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from app import registry
-from app.bundle import bundle, copies
+from app.bundle import copies, manifest
 from app.bundle.bundle import Bundle
+from app.bundle.manifest import identity, manifest_of, seal
 from app.config import Gate
 from app.console import Console
 from app.evaluation import gate, report
@@ -38,7 +39,7 @@ def _once(
     """None if another became the champion meanwhile."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
-        known = registry.registered_candidate(name, bundle.identity(candidate))
+        known = registry.registered_candidate(name, identity(candidate))
         path = known.path if known else _judged(name, candidate, rules, metrics, task)
         decision = decision_of(path)
         verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
@@ -62,7 +63,7 @@ def _once(
 
 def decision_of(path: Path) -> gate.Decision:
     """What the gate decided about the bundle in a folder."""
-    sealed = bundle.manifest_of(path)["decision"]
+    sealed = manifest_of(path)["decision"]
     return gate.Decision(sealed["passed"], sealed["reason"])
 
 
@@ -79,11 +80,11 @@ def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any],
     facts = {**asdict(decision), "gate": rules.model_dump(mode="json"), "champion": against}
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch)
-        bundle.copy(candidate, draft)
+        manifest.copy(candidate, draft)
         card = draft / "card.md"
         card.write_text(f"{card.read_text()}\n{report.verdict(decision.passed, decision.reason)}")
-        known = {k: v for k, v in bundle.manifest_of(candidate).items() if k != "files"}
-        bundle.seal(draft, {**known, "candidate": bundle.identity(candidate), "decision": facts})
+        known = {k: v for k, v in manifest_of(candidate).items() if k != "files"}
+        seal(draft, {**known, "candidate": identity(candidate), "decision": facts})
         return copies.keep(draft)
 
 

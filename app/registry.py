@@ -30,7 +30,8 @@ from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
-from app.bundle import bundle, copies, signature
+from app.bundle import copies, manifest, signature
+from app.bundle.manifest import BrokenBundle, identity, require_passed, verify
 from app.config import Project
 from app.config.project import NAME, require_name
 from app.errors import Interrupted, UserError, described
@@ -149,7 +150,7 @@ class Run:
         It is written once: what is there already, and whole, stays as it is.
         """
         root = self._client.get_run(self.id).info.artifact_uri
-        name = f"bundle-{bundle.identity(path)[:16]}"
+        name = f"bundle-{identity(path)[:16]}"
         try:
             self._store(path, root, name)
         except UserError:
@@ -163,12 +164,12 @@ class Run:
 
     def _store(self, path: Path, root: str, name: str) -> None:
         if (local := _local(root)) is not None:
-            stages.place(local / name, lambda draft: bundle.copy(path, draft))
-        elif _stored_manifest(f"{root}/{name}") != (path / bundle.MANIFEST).read_bytes():
-            for file in bundle.verify(path)["files"]:
+            stages.place(local / name, lambda draft: manifest.copy(path, draft))
+        elif _stored_manifest(f"{root}/{name}") != (path / manifest.MANIFEST).read_bytes():
+            for file in verify(path)["files"]:
                 self._client.log_artifact(self.id, str(path / file), name)
             # Last: a bundle without it was not uploaded to its end.
-            self._client.log_artifact(self.id, str(path / bundle.MANIFEST), name)
+            self._client.log_artifact(self.id, str(path / manifest.MANIFEST), name)
 
 
 @contextlib.contextmanager
@@ -335,21 +336,21 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
     The first version becomes the champion, a later one the challenger. Raises UserError if the gate did not
     let the bundle pass, and Outdated if the champion is not the one that it was compared with.
     """
-    manifest = bundle.verify(path)
-    bundle.require_passed(manifest, f"a version of {name}")
+    manifest = verify(path)
+    require_passed(manifest, f"a version of {name}")
     ours = client()
     # The registry's tables hold nothing that would stop two versions or two aliases at once.
     with database.alone(f"registry-{name}"), Audit() as audit:
         _create_model(ours, name)
         _finish_promotion(audit, name)
-        entry = _with_tag(name, IDENTITY_TAG, bundle.identity(path))
+        entry = _with_tag(name, IDENTITY_TAG, identity(path))
         if entry is None:
             champion = find(name, CHAMPION)
             judged = manifest["decision"].get("champion")
             if (champion and champion.identity) != (judged and judged["identity"]):
                 raise Outdated(f"{name} has another champion than the one that this was compared with")
             tags = {
-                IDENTITY_TAG: bundle.identity(path),
+                IDENTITY_TAG: identity(path),
                 CANDIDATE_TAG: manifest.get("candidate", ""),
                 HEAD_TAG: str(audit.head() or ""),
                 "raylway.data_version": manifest.get("data_version", ""),
@@ -445,7 +446,7 @@ def _kept(name: str, entry: Any) -> str:
         identity = fetched
     path = copies.require(identity)
     if signed := entry.tags.get(SIGNATURE_TAG):
-        signature.put(path / bundle.MANIFEST, base64.b64decode(signed))
+        signature.put(path / manifest.MANIFEST, base64.b64decode(signed))
     return identity
 
 
@@ -458,7 +459,7 @@ def _fetched(name: str, entry: Any) -> str:
         with tempfile.TemporaryDirectory() as folder:
             fetched = mlflow.artifacts.download_artifacts(entry.source, dst_path=folder, tracking_uri=uri())
             return copies.keep(Path(fetched)).name
-    except (bundle.BrokenBundle, MlflowException, OSError) as error:
+    except (BrokenBundle, MlflowException, OSError) as error:
         raise UserError(
             f"{name} version {entry.version}: its bundle cannot be fetched from {entry.source}: {error}"
         ) from None
@@ -473,7 +474,7 @@ def _stored_manifest(uri: str) -> bytes | None:
     """The manifest of a bundle in a store elsewhere; None if it is not there."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            file = mlflow.artifacts.download_artifacts(f"{uri}/{bundle.MANIFEST}", dst_path=folder)
+            file = mlflow.artifacts.download_artifacts(f"{uri}/{manifest.MANIFEST}", dst_path=folder)
         except (MlflowException, OSError):
             return None
         return Path(file).read_bytes()
@@ -502,7 +503,7 @@ def promote(name: str, version: str, on_wait: Callable[[str], None] | None = Non
     with database.alone(f"registry-{name}", on_wait), Audit() as audit:
         _finish_promotion(audit, name)
         chosen, before = resolve(name, version), _aliases(name).get(CHAMPION)
-        bundle.require_passed(bundle.verify(chosen.path), f"{name} version {chosen.number}")
+        require_passed(verify(chosen.path), f"{name} version {chosen.number}")
         # Written before the aliases change: what a kill leaves half done, whoever comes next finishes.
         audit.add(PROMOTING, name, {"version": chosen.number, "before": before})
         _finish_promotion(audit, name)
@@ -549,8 +550,8 @@ def sign(name: str, version: str, key: Path) -> Version:
     Raises UserError if the bundle is broken, or the file holds no such key.
     """
     chosen = resolve(name, version)
-    bundle.verify(chosen.path)
-    signed = signature.signed((chosen.path / bundle.MANIFEST).read_bytes(), key)
+    verify(chosen.path)
+    signed = signature.signed((chosen.path / manifest.MANIFEST).read_bytes(), key)
     with database.alone(f"registry-{name}"), Audit() as audit:
         tag = base64.b64encode(signed).decode()
         client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)

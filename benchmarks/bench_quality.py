@@ -71,10 +71,10 @@ def main() -> None:
 def prepare(project: str) -> Path:
     """The folder of the project's prepared parts."""
     from app import projectfile
-    from app.cluster import session
+    from app.cluster.session import session
     from app.data import prepare
 
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         return prepare.prepare(projectfile.load(project)).path
 
 

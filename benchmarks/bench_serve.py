@@ -30,7 +30,7 @@ import psutil
 from load import NotAnswered, Target, closed_loop, open_loop
 
 from app import registry
-from app.cluster import session
+from app.cluster.ports import free_ports
 from app.data import samples
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
 
 @contextlib.contextmanager
 def ours(*settings: str, headers: tuple[tuple[str, str], ...] = ()) -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     arguments = _set(*QUICK, f"serving.port={port}", "serving.autoscaling.max_replicas=1", *settings)
     url = f"http://127.0.0.1:{port}/v2/models/income/predict"
     bodies = [_json({"rows": [row], "unit": f"u{i}"}) for row, i in _questions()]
@@ -176,7 +176,7 @@ def one_variant() -> contextlib.AbstractContextManager[Target]:
 
 @contextlib.contextmanager
 def fastapi() -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     command = [BIN / "uvicorn", "fastapi_peer:app", "--port", port, "--log-level", "warning"]
     bodies = [_json({"rows": [row]}) for row, _ in _questions()]
     with _running(
@@ -187,7 +187,7 @@ def fastapi() -> Iterator[Target]:
 
 @contextlib.contextmanager
 def bentoml() -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     command = [_environment("bentoml") / "bentoml", "serve", "bentoml_peer:Income", "--port", port]
     bodies = [_json({"rows": [row]}) for row, _ in _questions()]
     with _running(
@@ -198,7 +198,7 @@ def bentoml() -> Iterator[Target]:
 
 @contextlib.contextmanager
 def mlserver() -> Iterator[Target]:
-    http, grpc, metrics = session.free_ports(3)
+    http, grpc, metrics = free_ports(3)
     with tempfile.TemporaryDirectory() as folder:
         ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
         settings = {"parallel_workers": 0, "host": "127.0.0.1", **ports}
@@ -213,7 +213,7 @@ def mlserver() -> Iterator[Target]:
 
 @contextlib.contextmanager
 def mlflow() -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     command = [
         *(BIN / "mlflow", "models", "serve", "--model-uri", _bundle()),
         *("--env-manager", "local", "--port", port, "--workers", "1"),
@@ -229,7 +229,7 @@ def mlflow() -> Iterator[Target]:
 
 @contextlib.contextmanager
 def our_texts() -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     workers = "{min_replicas: 2, max_replicas: 2, num_cpus: 0.5, max_batch_rows: 16}"
     settings = (
         f"serving.port={port}",
@@ -243,7 +243,7 @@ def our_texts() -> Iterator[Target]:
 
 @contextlib.contextmanager
 def fastapi_texts() -> Iterator[Target]:
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     command = [BIN / "uvicorn", "text_peer:app", "--port", port, "--log-level", "warning"]
     bundle = registry.resolve("tweets", registry.CHAMPION).path
     given = Target(f"http://127.0.0.1:{port}/predict", _texts())

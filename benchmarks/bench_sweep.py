@@ -59,9 +59,9 @@ def main() -> None:
     ratios: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="raylway-bench-") as home:
         os.environ["RAYLWAY_HOME"] = home
-        from app.cluster import session
+        from app.cluster.session import session
 
-        with session.session(log_to_driver=False):
+        with session(log_to_driver=False):
             for name in arguments.only.split(","):
                 ratios |= MEASURES[name](arguments)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}

@@ -55,9 +55,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="raylway-bench-") as home:
         os.environ["RAYLWAY_HOME"] = home
-        from app.cluster import session
+        from app.cluster.session import session
 
-        with session.session(log_to_driver=False):
+        with session(log_to_driver=False):
             ratios: dict[str, Any] = {}
             for name in wanted:
                 ratios |= MEASURES[name](arguments.rounds)

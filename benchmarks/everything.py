@@ -32,8 +32,10 @@ import psutil
 from load import Target, hammer
 
 from app import registry
-from app.bundle import bundle
+from app.bundle.manifest import verify
 from app.cluster import session
+from app.cluster.ports import free_ports
+from app.cluster.record import recorded
 from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +120,7 @@ def everything(scale: float) -> dict[str, Any]:
 
 def _start(folder: Path) -> Run:
     """A cluster with a served champion and challenger."""
-    port = session.free_ports(1)[0]
+    port = free_ports(1)[0]
     settings = [
         f"serving.port={port}", "serving.auth=local", "serving.follow=true", "serving.num_cpus=0.1",
         "serving.autoscaling={min_replicas: 2, max_replicas: 2}", 
@@ -127,8 +129,8 @@ def _start(folder: Path) -> Run:
     ]  # fmt: skip
     settings = [part for setting in settings for part in ("--set", setting)]
     _raylway("up")
-    recorded = session.recorded()
-    assert recorded
+    head = recorded()
+    assert head
     for seed in (0, 1):
         _raylway("train", PROJECT, *settings, "--set", f"seed={seed}")
     _raylway("serve", PROJECT, *settings)
@@ -137,8 +139,8 @@ def _start(folder: Path) -> Run:
     key = folder / "key.pem"
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
     os.environ["RAYLWAY_SIGNING_KEY"] = str(key)
-    services = Path(recorded.directory) / "ray" / "prom_metrics_service_discovery.json"
-    return Run(url, token, psutil.Process(recorded.pid), settings, folder, services)
+    services = Path(head.directory) / "ray" / "prom_metrics_service_discovery.json"
+    return Run(url, token, psutil.Process(head.pid), settings, folder, services)
 
 
 def _raylway(*arguments: str, allowed: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
@@ -371,7 +373,7 @@ def _check_state(run: Run) -> None:
     """The log is whole, every version verifies, nothing half-made is left."""
     _raylway("audit")
     for version in registry.versions(NAME):
-        bundle.verify(registry.resolve(NAME, str(version.version)).path)
+        verify(registry.resolve(NAME, str(version.version)).path)
     state = Path(os.environ["RAYLWAY_HOME"])
     linked = {path.resolve().parent for path in state.rglob("*") if path.is_symlink()}
     drafts = sorted(str(path) for path in state.rglob(".*") if path not in linked)

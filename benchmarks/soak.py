@@ -31,7 +31,8 @@ from everything import everything
 from load import NotAnswered, Target, closed_loop, hammer, open_loop
 
 from app import registry
-from app.cluster import session
+from app.cluster.ports import free_ports
+from app.cluster.session import session
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy
@@ -119,13 +120,13 @@ class Served:
 @contextlib.contextmanager
 def served(replicas: int = 2, **settings: Any) -> Iterator[Served]:
     document = {
-        "port": session.free_ports(1)[0],
+        "port": free_ports(1)[0],
         "num_cpus": 0.1,
         "variants": {"champion": {"version": "1", "weight": 1}},
         "autoscaling": {"min_replicas": replicas, "max_replicas": replicas},
         **settings,
     }
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         endpoint = Served(Serving.model_validate(document))
         endpoint.deploy()
         try:
@@ -497,7 +498,7 @@ def load_step(scale: float) -> dict[str, Any]:
         asked = Target(f"{endpoint.url}{BASE}/predict", bodies)
         with _handle() as handle:
             ours = _step(asked, lambda _: _answering(handle), calm, seconds)
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     with _defaults(port):
         seen: set[int] = set()
 

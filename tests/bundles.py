@@ -7,6 +7,8 @@ import pandas as pd
 import torch
 
 from app.bundle import bundle
+from app.bundle.manifest import seal
+from app.bundle.schema import Schema, schema_of
 from app.config import Project
 from app.data.features import Categories, Preprocessor, Scaled
 from app.tasks.tabular import graph
@@ -59,9 +61,9 @@ def preprocessor(education: list[str]) -> Preprocessor:
     )
 
 
-def schema(education: list[str] = EDUCATION) -> bundle.Schema:
+def schema(education: list[str] = EDUCATION) -> Schema:
     """What the bundle takes; `education` is what training saw of that column."""
-    return bundle.schema_of(Project.model_validate(PROJECT), preprocessor(education))
+    return schema_of(Project.model_validate(PROJECT), preprocessor(education))
 
 
 def build(folder: Path, seed: int) -> Path:
@@ -75,5 +77,5 @@ def build(folder: Path, seed: int) -> Path:
     (folder / "schema.json").write_text(schema().model_dump_json())
     bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
     pd.DataFrame(ROWS).to_parquet(folder / "reference.parquet", index=False)
-    bundle.seal(folder, {"seed": seed, "data_version": "c0ffee", "decision": PASSED})
+    seal(folder, {"seed": seed, "data_version": "c0ffee", "decision": PASSED})
     return folder

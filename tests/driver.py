@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from app import projectfile
-from app.cluster import session
+from app.cluster.session import session
 
 
 def say(kind: str, **facts) -> None:
@@ -63,7 +63,7 @@ def observed(folder: str, seconds_per_step: float):
 
 def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
     project = projectfile.load("configs/smoke.yaml", overrides)
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         from app.data.prepare import prepare
         from app.training import trainer
 

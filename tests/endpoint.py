@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from app.cluster import session
+from app.cluster.session import session
 from app.config import Serving
 from app.serving import deploy
 from app.serving.traffic import Traffic
@@ -17,7 +17,7 @@ from app.serving.variants import Deployed
 
 def main(bundle: str, serving: str) -> None:
     variants = {"champion": Deployed(version="1", weight=1, path=Path(bundle))}
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         traffic = Traffic(salt="1", policy="weighted", variants=variants)
         print(deploy.deploy(Serving.model_validate(json.loads(serving)), "smoke", traffic), flush=True)
         signal.pause()

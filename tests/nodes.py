@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import ray
 
-from app.cluster import guardian, session
+from app.cluster import guardian
+from app.cluster.ports import free_ports
+from app.cluster.session import ensure_token, local_environment
 
 ROOT = Path(__file__).parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -57,11 +59,11 @@ class Nodes:
         self._held = guardian.hold()
         self._directory = self._held.directory
         self._started: list[subprocess.Popen] = []
-        session.ensure_token()
-        self.environment = session.local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
+        ensure_token()
+        self.environment = local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
         """Of its nodes, and of the commands that join it."""
         del self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # so set, it forbids a second node
-        (port, client_port) = session.free_ports(2)
+        (port, client_port) = free_ports(2)
         self.address = f"{host.address}:{port}"
         options = (f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false")
         self.head = self._start(host, "--head", *options, f"--temp-dir={self._directory}/ray")

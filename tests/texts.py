@@ -10,6 +10,7 @@ import torch
 
 from app.bundle import bundle
 from app.bundle.bundle import Bundle
+from app.bundle.manifest import seal
 from app.config import Project
 from app.data import tokens
 from app.data.prepare import LABEL, Prepared
@@ -93,5 +94,5 @@ def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
     (folder / "metrics.json").write_text(json.dumps(evaluation))
     (folder / "card.md").write_text(report.card(settings, made.summary, evaluation))
     facts = {"data_version": "0" * 64, "prepared": made.key, "seed": 0, "decision": PASSED}
-    bundle.seal(folder, facts)
+    seal(folder, facts)
     return folder

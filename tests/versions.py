@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from app import registry
-from app.bundle import bundle, copies
+from app.bundle import copies
+from app.bundle.manifest import identity
 from app.config import Project
 from tests.bundles import PASSED, PROJECT
 
@@ -14,7 +15,7 @@ def project(name: str) -> Project:
 
 def registered(name: str, path: Path, key: str = "key") -> registry.Version:
     """A version of a hand-made bundle that has passed the gate, as training registers it."""
-    candidate = bundle.identity(path)
+    candidate = identity(path)
     known, champion = registry.registered_candidate(name, candidate), registry.find(name, registry.CHAMPION)
     against = champion and {"identity": champion.identity}
     facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}

@@ -1,0 +1,1 @@
+"""The bundle: the immutable directory that training makes and everything else consumes."""

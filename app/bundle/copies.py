@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.bundle import bundle
-from app.bundle.bundle import BrokenBundle
+from app.bundle import manifest
+from app.bundle.manifest import BrokenBundle, verify
 from app.state import stages
 from app.state.home import home
 
@@ -27,8 +27,8 @@ def require(identity: str) -> Path:
     Raises BrokenBundle if its manifest has another identity: who changes a bundle can change that as well.
     """
     path = folder(identity)
-    if bundle.identity(path) != identity:
-        raise BrokenBundle(f"{path}: its {bundle.MANIFEST} was changed; {bundle.AGAIN}")
+    if manifest.identity(path) != identity:
+        raise BrokenBundle(f"{path}: its {manifest.MANIFEST} was changed; {manifest.AGAIN}")
     return path
 
 
@@ -37,8 +37,12 @@ def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:
 
     Copies the manifest's files and no other. Raises BrokenBundle if they are not as the manifest says.
     """
-    manifest = bundle.verify(source)
-    content = bundle.document({**manifest, **facts}) if facts else (source / bundle.MANIFEST).read_bytes()
+    facts_of_source = verify(source)
+    content = (
+        manifest.document({**facts_of_source, **facts})
+        if facts
+        else (source / manifest.MANIFEST).read_bytes()
+    )
     target = folder(hashlib.sha256(content).hexdigest())
-    stages.place(target, lambda draft: bundle.copy(source, draft, content))
+    stages.place(target, lambda draft: manifest.copy(source, draft, content))
     return target

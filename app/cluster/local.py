@@ -16,14 +16,9 @@ import httpx
 import psutil
 
 from app.cluster.guardian import Held, hold, reap
-from app.cluster.session import (
-    Cluster,
-    ensure_token,
-    free_ports,
-    local_environment,
-    recorded,
-    temp_dir,
-)
+from app.cluster.ports import free_ports
+from app.cluster.record import Cluster, recorded
+from app.cluster.session import ensure_token, local_environment, temp_dir
 from app.errors import UserError
 from app.state.home import home, make_private
 

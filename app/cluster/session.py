@@ -5,10 +5,8 @@ cluster.yaml start that way, so the flags are written down once.
 """
 
 import contextlib
-import json
 import logging
 import os
-import random
 import secrets
 import signal
 import socket
@@ -17,14 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from app.cluster.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
 from app.cluster.guardian import MARK, hold
+from app.cluster.ports import free_block, free_ports
+from app.cluster.record import recorded
 from app.errors import UserError
 from app.state.home import FRONT, SECRET, home, make_private
 
@@ -35,46 +32,6 @@ LOOK_S = 3.0
 LOST_AFTER, REMOTE_LOST_AFTER = 3, 15
 """Looks in a row that find none, until a cluster on this machine counts as ended, and one elsewhere: its head
 may be started anew, which Ray's commands outlive for a minute."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A cluster that `up` started, as recorded in `home() / "cluster.json"`."""
-
-    address: str
-    """Where drivers connect: host:port of Ray's control store."""
-    dashboard_url: str
-    """Serves the dashboard and the Jobs API."""
-    pid: int
-    """The process that holds the others, `ray start --block`."""
-    created_s: float
-    """When that process was created, seconds since the epoch: tells it from a later one with its pid."""
-    token_path: str
-    directory: str
-    """Ray's own directory: sessions, logs, sockets. Gone after `down`."""
-
-    def alive(self) -> bool:
-        try:
-            head = psutil.Process(self.pid)
-            # A tolerance, because psutil derives the time from the boot time, which clock steps move.
-            same = abs(head.create_time() - self.created_s) < 1.0
-            return same and head.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-def recorded() -> Cluster | None:
-    """The cluster in this state directory's record, dead or alive. Raises UserError if it cannot be read."""
-    record = home() / "cluster.json"
-    try:
-        return Cluster(**json.loads(record.read_text()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{record}: must be what `raylway up` of this version wrote, but: {error}. Remove it, and end "
-            "the process `ray start` of a cluster that may still be up"
-        ) from None
 
 
 def local_environment(directory: Path) -> dict[str, str]:
@@ -114,43 +71,6 @@ def temp_dir(directory: Path) -> Path:
     /tmp/ray happens to name: Train's cleaner, for one, waits 10 s for a cluster that is gone.
     """
     return directory / "ray"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, and that the kernel gives to nobody who asks for any port.
-
-    What is started minutes from now still finds them free: the ports of Ray's workers come from the kernel.
-    """
-    ports: list[int] = []
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(*_never_given())
-        with socket.socket() as probe:
-            if port not in ports and probe.connect_ex(("127.0.0.1", port)):
-                ports.append(port)
-    return ports
-
-
-def free_block(size: int) -> int:
-    """The first of `size` ports in a row, as `free_ports`: nobody uses one of them now. Two blocks are equal
-    or have no port in common."""
-    lowest, beyond = _never_given()
-    blocks = list(range(lowest, beyond - size + 1, size))
-    random.SystemRandom().shuffle(blocks)
-    used = {port for table in ("tcp", "tcp6") for port in _local_ports(Path("/proc/net") / table)}
-    # Used if all are taken: Serve tries the next port when one is in use.
-    return next((first for first in blocks if used.isdisjoint(range(first, first + size))), blocks[0])
-
-
-def _never_given() -> tuple[int, int]:
-    """Bounds of the ports below those that the kernel gives to whoever asks for any port."""
-    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    return max(1024, lowest - 20_000), lowest
-
-
-def _local_ports(table: Path) -> Iterator[int]:
-    if table.exists():
-        for line in table.read_text().splitlines()[1:]:
-            yield int(line.split()[1].rpartition(":")[2], 16)
 
 
 def ensure_token() -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 import pandas as pd
 
-from app.bundle.bundle import Schema
+from app.bundle.schema import Schema
 from app.serving.protocol import Answer, Question, Refused
 from app.serving.remote import Columns
 

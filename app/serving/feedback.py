@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from app.bundle.bundle import Schema
+from app.bundle.schema import Schema
 from app.config.serving import Limits
 from app.data.cells import NUM_VALUES
 from app.serving.auth import Principal

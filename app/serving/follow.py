@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app import registry
-from app.bundle.bundle import schema_at
+from app.bundle.schema import schema_at
 from app.config import Serving
 from app.errors import UserError
 from app.serving import traffic

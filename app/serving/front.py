@@ -72,7 +72,9 @@ if asks_ready{unless}
 def main() -> None:
     """In place of HAProxy, with its arguments."""
     if not os.environ.get(SECRET):
-        sys.exit(f"{SECRET} must be set for every process of a cluster; `python -m app.cluster.session` sets it")
+        sys.exit(
+            f"{SECRET} must be set for every process of a cluster; `python -m app.cluster.session` sets it"
+        )
     # HAProxy would outlive whoever manages it, and route to ports that others have taken by then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.environ.update(proofs(os.environ[SECRET]))

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from app.bundle.bundle import ITEMS, OUTPUT, SCORES, Bundle, Ranking, Schema, schema_at
+from app.bundle.bundle import ITEMS, OUTPUT, SCORES, Bundle, Ranking
+from app.bundle.schema import Schema, schema_at
 from app.serving import protocol, routing, tensors
 from app.serving.explain import Walks, walks
 from app.serving.protocol import Answer, Contract

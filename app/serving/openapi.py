@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app import __version__
-from app.bundle.bundle import Input, Schema
+from app.bundle.schema import Input, Schema
 from app.config import Category, Number, Text
 from app.config.serving import Limits
 from app.serving import explain

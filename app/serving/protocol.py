@@ -38,7 +38,8 @@ import orjson
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from app.bundle.bundle import Ranking, Schema
+from app.bundle.bundle import Ranking
+from app.bundle.schema import Schema
 from app.data.cells import told
 from app.errors import UserError
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ray.exceptions import RayError
 
-from app.bundle.bundle import Ranking, Schema
+from app.bundle.bundle import Ranking
+from app.bundle.schema import Schema
 from app.serving import protocol
 from app.serving.logs import log
 from app.serving.protocol import Answer

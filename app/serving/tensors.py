@@ -20,7 +20,8 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from app.bundle.bundle import ITEMS, KNOWN, OUTPUT, SCORES, Schema
+from app.bundle.bundle import ITEMS, KNOWN, OUTPUT, SCORES
+from app.bundle.schema import Schema
 from app.serving.protocol import (
     MAX_UNIT_LENGTH,
     NUM_ITEMS,

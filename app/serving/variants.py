@@ -6,7 +6,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from app.bundle import signature
-from app.bundle.bundle import MANIFEST, Bundle, Input, Schema, require_passed
+from app.bundle.bundle import Bundle
+from app.bundle.manifest import MANIFEST, require_passed
+from app.bundle.schema import Input, Schema
 from app.errors import UserError
 
 

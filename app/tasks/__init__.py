@@ -16,7 +16,8 @@ from app.config import Project
 from app.data.prepare import Prepared
 
 if TYPE_CHECKING:
-    from app.bundle.bundle import Bundle, Schema
+    from app.bundle.bundle import Bundle
+    from app.bundle.schema import Schema
 
 Arrays = Mapping[str, Tensor]
 """Rows of a part as the training keeps them: tensors whose first axis is the rows."""

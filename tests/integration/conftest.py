@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.cluster import local, session
+from app.cluster import local
+from app.cluster.session import session
 from tests import postgres
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +49,7 @@ def reach(home):
 @pytest.fixture(scope="session")
 def ray_cluster(reach):
     """This process, joined to the cluster."""
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         yield
 
 

@@ -16,8 +16,11 @@ import psutil
 import pytest
 import ray
 
-from app.cluster import guardian, session
+from app.cluster import guardian
+from app.cluster import session as session_module
 from app.cluster.local import Up, down, up
+from app.cluster.ports import free_ports
+from app.cluster.session import session
 from app.errors import UserError
 from tests.bundles import build
 from tests.integration.conftest import ROOT
@@ -129,7 +132,7 @@ def test_session_joins_it_and_leaves_it_running(running):
     home, answer = running
 
     def join():
-        with session.session():
+        with session():
             import ray
 
             assert ray.get_runtime_context().gcs_address == answer.cluster.address
@@ -142,12 +145,12 @@ def test_session_joins_it_and_leaves_it_running(running):
 
 def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp_path, monkeypatch):
     _, answer = running
-    hold, held = session.hold, []
-    monkeypatch.setattr(session, "hold", lambda: held.append(hold()) or held[0])
+    hold, held = session_module.hold, []
+    monkeypatch.setattr(session_module, "hold", lambda: held.append(hold()) or held[0])
     children = set(psutil.Process().children(recursive=True))
 
     def start():
-        with session.session():
+        with session():
             import ray
 
             assert ray.get_runtime_context().gcs_address != answer.cluster.address
@@ -159,8 +162,8 @@ def test_session_starts_its_own_where_none_is_up_and_leaves_nothing(running, tmp
 
 
 def test_session_says_when_the_cluster_to_join_does_not_answer(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{session.free_ports(1)[0]}")
-    with pytest.raises(UserError, match="RAY_ADDRESS"), session.session():
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
+    with pytest.raises(UserError, match="RAY_ADDRESS"), session():
         pass
 
 
@@ -168,7 +171,7 @@ def test_down_ends_an_application_with_its_cluster_and_no_other_cluster(running,
     _, other = running
     (home := tmp_path / "home").mkdir()
     (work := tmp_path / "work").mkdir()
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     (work / "job.py").write_text(
         "from app.cluster.session import session\n"
         "with session():\n"
@@ -236,7 +239,7 @@ def marked(directory: str) -> list[psutil.Process]:
 
 def test_what_a_killed_command_served_ends_and_no_replica_answered_a_stranger(tmp_path):
     """From the first moment that the port listens to seconds after the command was killed."""
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     variants = {"champion": {"version": "1", "weight": 1}}
     serving = {"host": "::1", "port": port, "num_cpus": 0.1, "variants": variants}
     command = [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from app.cluster.session import free_ports
+from app.cluster.ports import free_ports
 from tests.nodes import ROOT, Host, nodes
 
 pytestmark = [

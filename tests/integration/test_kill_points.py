@@ -19,9 +19,9 @@ import pandas as pd
 import pytest
 
 from app import registry
-from app.bundle import bundle
 from app.bundle.bundle import Bundle
-from app.cluster import session
+from app.bundle.manifest import require_passed, verify
+from app.cluster.ports import free_ports
 from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
@@ -94,7 +94,7 @@ def check_registered(name: str, count: int) -> None:
     assert len(versions) == len({version.identity for version in versions}) == count
     for version in versions:
         Bundle(version.path).check_example()
-        bundle.require_passed(bundle.verify(version.path), name)
+        require_passed(verify(version.path), name)
     assert Counter(alias for version in versions for alias in version.aliases)[registry.CHAMPION] == 1
     with Audit() as audit:
         registered = [entry.details["version"] for entry in audit.entries(name, "register")]
@@ -201,7 +201,7 @@ def project(ray_cluster, home):
     from app.serving import deploy
 
     settings = [
-        "name=served", f"serving.port={session.free_ports(1)[0]}", "serving.num_cpus=0.1",
+        "name=served", f"serving.port={free_ports(1)[0]}", "serving.num_cpus=0.1",
         "training.epochs=1", "training.num_workers=1", "gate={beat: [], tolerance: 1}",
     ]  # fmt: skip
     arguments = [SMOKE, *(part for setting in settings for part in ("--set", setting))]

@@ -16,7 +16,7 @@ from joserfc import jwt
 from joserfc.jwk import KeySet
 
 from app import issuer, projectfile, registry
-from app.cluster import session
+from app.cluster.ports import free_ports
 from app.data import samples
 from tests.integration import whole
 from tests.integration.conftest import ROOT
@@ -78,7 +78,7 @@ class Pairs:
         project["sweep"]["set"] = {"training.batch_size": 64, "training.num_cpus": 0.2}
         project["gate"] = {"beat": [], "tolerance": 1.0}
         project["compression"] = {"max_loss": 0.5}
-        project["serving"] |= {"port": session.free_ports(1)[0], "num_cpus": 0.1, "follow": True}
+        project["serving"] |= {"port": free_ports(1)[0], "num_cpus": 0.1, "follow": True}
         return project
 
     def arguments(self, command: str) -> list[str]:

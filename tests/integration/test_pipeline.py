@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from app import projectfile
-from app.cluster import session
+from app.cluster.ports import free_ports
 from app.errors import UserError
 from tests.integration.conftest import ROOT
 
@@ -126,7 +126,7 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster)
 
 def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home):
     """`raylway serve` without a cluster that lasts: its own Ray, until SIGINT."""
-    port = session.free_ports(1)[0]
+    port = free_ports(1)[0]
     # The same registry, but no cluster of `raylway up` in sight.
     alone = tmp_path / "home"
     alone.mkdir()
@@ -283,7 +283,7 @@ def test_a_tampered_bundle_is_not_served(raylway, home, trained):
     original = path.read_bytes()
     path.write_bytes(original.replace(b"age", b"agf"))
     try:
-        refused = raylway("serve", "configs/smoke.yaml", "--set", f"serving.port={session.free_ports(1)[0]}")
+        refused = raylway("serve", "configs/smoke.yaml", "--set", f"serving.port={free_ports(1)[0]}")
     finally:
         path.write_bytes(original)
     assert refused.returncode == 2, refused.stdout
@@ -298,7 +298,8 @@ def test_serving_what_was_never_trained(raylway):
 
 def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_path):
     from app import registry
-    from app.bundle.bundle import Bundle, columns_of
+    from app.bundle.bundle import Bundle
+    from app.bundle.schema import columns_of
 
     opened = Bundle(registry.resolve("smoke", "champion").path)
     rows = json.loads((opened.path / "example.json").read_text())["rows"]

@@ -9,7 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 
 from app import projectfile
-from app.cluster import session
+from app.cluster.ports import free_ports
 from app.serving import deploy, follow
 
 pytestmark = [
@@ -54,7 +54,7 @@ def file(tmp_path, rows):
         pa.table({n: list(values) for n, values in columns.items()}), tmp_path / "rows.parquet"
     )
     file = tmp_path / "films.yaml"
-    (port,) = session.free_ports(1)
+    (port,) = free_ports(1)
     file.write_text(TEXT.format(path=tmp_path / "rows.parquet", port=port))
     return file
 

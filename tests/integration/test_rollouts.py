@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from app.bundle.bundle import Bundle, columns_of
-from app.cluster import session
+from app.bundle.bundle import Bundle
+from app.bundle.schema import columns_of
+from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving import deploy, routing, status, traffic
 from app.serving.traffic import Traffic
@@ -57,7 +58,7 @@ def of(bundles, **variants) -> Traffic:
 def serving():
     return Serving.model_validate(
         {
-            "port": session.free_ports(1)[0],
+            "port": free_ports(1)[0],
             "num_cpus": 0.1,
             "variants": {"champion": {"version": "1", "weight": 1}},
             "autoscaling": {"min_replicas": 2, "max_replicas": 2},

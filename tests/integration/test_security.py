@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from app import issuer
-from app.cluster import session
+from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving import deploy
 from app.serving.front import IN_HAND
@@ -56,7 +56,7 @@ def sign(folder) -> None:
 
 @pytest.fixture(scope="module")
 def serving(certificate):
-    ports = session.free_ports(2)
+    ports = free_ports(2)
     return Serving.model_validate(
         {
             "port": ports[0],

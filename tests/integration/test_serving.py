@@ -15,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
-from app.bundle.bundle import Bundle, columns_of
-from app.cluster import session
+from app.bundle.bundle import Bundle
+from app.bundle.schema import columns_of
+from app.cluster.ports import free_ports
 from app.config import Serving
 from app.errors import UserError
 from app.serving import deploy, routing, shared
@@ -55,7 +56,7 @@ def variants(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings():
-    ports = session.free_ports(2)
+    ports = free_ports(2)
     return Serving.model_validate(
         {
             "port": ports[0],

@@ -143,7 +143,7 @@ def test_optuna_dashboard_shows_the_study(swept):
     import json
     import urllib.request
 
-    from app.cluster.session import free_ports
+    from app.cluster.ports import free_ports
 
     port = free_ports(1)[0]
     command = [Path(sys.executable).with_name("optuna-dashboard"), studies.url(), "--port", str(port)]

@@ -8,7 +8,8 @@ import pytest
 
 from app import api, batch
 from app.bundle.bundle import Bundle
-from app.cluster import session
+from app.cluster.ports import free_ports
+from app.cluster.session import session
 from app.config import Project, Serving
 from app.errors import UserError
 from app.serving import deploy
@@ -58,7 +59,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
     expected = bundle.predict({name: frame[name].to_numpy() for name in data.columns})
 
     source = batch.source(str(data.source.path))
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         if name == UNCARRIED:
             with pytest.raises(UserError, match=r"row 2: is no UTF-8; save the file as UTF-8"):
                 batch.run(str(outcome.bundle), source, tmp_path / "answers")
@@ -82,7 +83,7 @@ def as_rows(asked: dict[str, list]) -> list[dict]:
 
 
 def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
-    ports = session.free_ports(2)
+    ports = free_ports(2)
     settings = Serving.model_validate(
         {
             "port": ports[0],
@@ -91,7 +92,7 @@ def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
         }
     )
     variants = {"champion": Deployed(version="1", weight=1, path=path)}
-    with session.session(log_to_driver=False):
+    with session(log_to_driver=False):
         url = deploy.deploy(settings, "table", Traffic(salt="1", policy="weighted", variants=variants))
         try:
             for answers in (by_predict(url, asked), *by_tensors(url, ports[1], asked)):

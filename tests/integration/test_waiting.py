@@ -12,7 +12,7 @@ import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from app.cluster import capacity
-from app.cluster.session import free_ports
+from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving import deploy
 from app.serving.traffic import Traffic

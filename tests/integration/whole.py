@@ -6,7 +6,7 @@ import time
 import httpx
 
 from app import registry
-from app.bundle import bundle
+from app.bundle.manifest import verify
 from app.serving import status, traffic
 from app.state.audit import Audit
 
@@ -30,7 +30,7 @@ def check_log_and_registry(name: str) -> None:
     registered = [e.details["version"] for e in entries if (e.model, e.action) == (name, "register")]
     assert sorted(registered, key=int) == sorted((str(v.version) for v in found), key=int), "each once"
     for version in found:
-        bundle.verify(registry.resolve(name, str(version.version)).path)
+        verify(registry.resolve(name, str(version.version)).path)
 
 
 def check_endpoint(name: str) -> traffic.Held | None:

@@ -5,7 +5,8 @@ import pytest
 
 from app import batch
 from app.batch import VIOLATION, Predictor
-from app.bundle.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle
+from app.bundle.schema import columns_of
 from app.errors import UserError
 from tests.bundles import ROWS, build
 

@@ -4,8 +4,10 @@ import shutil
 import numpy as np
 import pytest
 
-from app.bundle import bundle
-from app.bundle.bundle import MANIFEST, BrokenBundle, Bundle, columns_of, identity, inputs, seal, verify
+from app.bundle import manifest
+from app.bundle.bundle import Bundle, inputs
+from app.bundle.manifest import MANIFEST, BrokenBundle, identity, seal, verify
+from app.bundle.schema import columns_of
 from tests.bundles import EDUCATION, PASSED, ROWS, build
 
 
@@ -137,7 +139,7 @@ def test_what_other_programs_leave_is_neither_refused_nor_read_nor_copied(made, 
     np.testing.assert_array_equal(opened.predict(columns), whole.predict(columns))
     assert identity(copy) == identity(made)
     (tmp_path / "private").mkdir()
-    bundle.copy(copy, tmp_path / "private")
+    manifest.copy(copy, tmp_path / "private")
     private = {file.name for file in (tmp_path / "private").iterdir()}
     assert private == {*whole.manifest["files"], MANIFEST}
 
@@ -147,7 +149,7 @@ def test_what_every_bundle_has_must_be_in_the_manifest(copy, name):
     """Otherwise a file that nobody sealed would be opened."""
     manifest = verify(copy)
     del manifest["files"][name]
-    (copy / MANIFEST).write_bytes(bundle.document(manifest))
+    (copy / MANIFEST).write_bytes(manifest.document(manifest))
     assert f"{name} is not in the manifest" in refusal(copy)
 
 

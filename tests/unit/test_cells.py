@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as messages
 
 from app import projectfile
-from app.bundle.bundle import Input, Schema
+from app.bundle.schema import Input, Schema
 from app.config import Category, Number, Text
 from app.data import samples, schema
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells

@@ -15,6 +15,9 @@ import pytest
 import yaml
 
 from app.cluster import guardian, local, session
+from app.cluster.ports import free_block
+from app.cluster.record import Cluster, recorded
+from app.cluster.session import ensure_token, local_environment
 from app.errors import UserError
 from app.state import home
 
@@ -37,8 +40,8 @@ def bystander():
     process.communicate()
 
 
-def record(state: Path, pid: int, created_s: float, directory: Path) -> session.Cluster:
-    recorded = session.Cluster(
+def record(state: Path, pid: int, created_s: float, directory: Path) -> Cluster:
+    recorded = Cluster(
         address="127.0.0.1:1", dashboard_url="http://127.0.0.1:1", pid=pid, created_s=created_s,
         token_path=str(state / "auth_token"), directory=str(directory),
     )  # fmt: skip
@@ -88,7 +91,7 @@ def test_sockets_of_a_local_cluster_fit_the_kernels_limit():
     directory = held.directory
     try:
         # Serve puts the node's id, 56 digits, before the name; HAProxy binds to a name with its pid first.
-        path = Path(session.local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+        path = Path(local_environment(directory)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
         assert len(f"{path.parent}/{'0' * 56}/{path.name}.4194304.tmp") <= 107
     finally:
         held.end()
@@ -99,27 +102,27 @@ def test_each_local_cluster_has_ports_and_a_secret_of_its_own(tmp_path):
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", home.SECRET,
     ]  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
-        blocks = {session.free_block(500) for _ in range(200)}
+        blocks = {free_block(500) for _ in range(200)}
         assert not any(first <= server.getsockname()[1] < first + 500 for first in blocks)
     assert len(blocks) > 10
-    one, other = (session.local_environment(tmp_path / name) for name in ("one", "other"))
+    one, other = (local_environment(tmp_path / name) for name in ("one", "other"))
     assert all(one[name] for name in names)
     assert one[home.SECRET] != other[home.SECRET]
     assert (one[home.FRONT], other[home.FRONT]) == (str(tmp_path / "one"), str(tmp_path / "other"))
 
 
 def test_ports_that_are_in_use_are_in_no_block(monkeypatch):
-    first = session.free_block(500)
+    first = free_block(500)
     with socket.create_server(("127.0.0.1", first + 7)):
-        assert first not in {session.free_block(500) for _ in range(300)}
+        assert first not in {free_block(500) for _ in range(300)}
 
 
 def test_token_is_made_once_for_the_owner_only(state):
-    path = session.ensure_token()
+    path = ensure_token()
     token = path.read_text()
     assert len(token) == 64
     path.chmod(0o644)
-    assert session.ensure_token().read_text() == token
+    assert ensure_token().read_text() == token
     assert path.stat().st_mode & 0o777 == 0o600
     assert [each.name for each in state.iterdir()] == ["auth_token"]
 
@@ -134,7 +137,7 @@ def test_down_forgets_a_dead_cluster(state, bystander):
     bystander.kill()
     bystander.wait()
     assert local.down() is None
-    assert session.recorded() is None
+    assert recorded() is None
 
 
 def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
@@ -143,7 +146,7 @@ def test_a_recycled_pid_is_not_the_cluster_and_never_killed(state, bystander):
     recycled = record(state, bystander.pid, created_s - 60, state / "gone")
     assert not recycled.alive()
     assert local.down() is None
-    assert session.recorded() is None
+    assert recorded() is None
     assert bystander.poll() is None
 
 
@@ -227,7 +230,7 @@ def test_a_commands_own_sigterm_handler_outlives_the_start_of_ray():
 def test_a_record_that_cannot_be_read_is_told_with_what_to_do(state, content):
     (state / "cluster.json").write_text(content)
     with pytest.raises(UserError, match=r"cluster\.json: must be what `raylway up` .* Remove it"):
-        session.recorded()
+        recorded()
 
 
 @pytest.mark.parametrize("ignored", [False, True])

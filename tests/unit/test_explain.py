@@ -6,7 +6,8 @@ import pytest
 import torch
 from captum.attr import ShapleyValues
 
-from app.bundle.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle
+from app.bundle.schema import columns_of
 from app.serving import explain
 from app.serving.explain import Walks
 from app.serving.protocol import Answer, Question, Refused

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from app.bundle.bundle import Schema
+from app.bundle.schema import Schema
 from app.config.serving import Limits
 from app.serving import feedback
 from app.serving.auth import Principal

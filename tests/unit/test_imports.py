@@ -107,7 +107,9 @@ def test_imports_run_one_way(module):
         assert target not in FOR_COMMANDS or source in COMMANDS, f"{imported} is for the commands alone"
 
 
-@pytest.mark.parametrize("module", [name for name in NAMES if name not in ("app.registry", "app.bundle.flavor")])
+@pytest.mark.parametrize(
+    "module", [name for name in NAMES if name not in ("app.registry", "app.bundle.flavor")]
+)
 def test_only_the_registry_imports_mlflow(module):
     assert not [name for name in imports(module) if name.split(".")[0] == "mlflow"]
 

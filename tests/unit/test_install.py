@@ -26,7 +26,9 @@ NEEDED = (
     "constraints.txt",
 )
 INSTALL = ("-m", "app.setup.install")
-STAMP = "from app.setup import install; install.STAMP.parent.mkdir(); install.STAMP.write_text(install._state())"
+STAMP = (
+    "from app.setup import install; install.STAMP.parent.mkdir(); install.STAMP.write_text(install._state())"
+)
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from app import registry
-from app.bundle import bundle, flavor, signature
+from app.bundle import flavor, signature
 from app.bundle.bundle import Bundle
+from app.bundle.manifest import require_passed, seal, verify
 from app.registry import CHALLENGER, CHAMPION
 from app.state.audit import Audit
 from tests import killer
@@ -27,7 +28,7 @@ def bundles(tmp_path_factory):
     paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
     for path in paths:
         flavor.write(path)
-        bundle.seal(path, {"decision": PASSED})
+        seal(path, {"decision": PASSED})
     return paths
 
 
@@ -64,7 +65,7 @@ def state() -> dict[str, Any]:
         version = registry.resolve(NAME, str(entry.version))
         Bundle(version.path).check_example()
         Bundle(Path(entry.source.removeprefix("file://")))
-        bundle.require_passed(bundle.verify(version.path), NAME)
+        require_passed(verify(version.path), NAME)
         signed = (version.path / signature.SIGNATURE).exists()
         found["versions"][version.number] = [version.identity, list(version.aliases), signed]
     with Audit() as audit:

@@ -5,7 +5,8 @@ import orjson
 import pytest
 import schemathesis
 
-from app.bundle.bundle import Bundle, columns_of
+from app.bundle.bundle import Bundle
+from app.bundle.schema import columns_of
 from app.config.serving import Limits
 from app.serving import openapi, protocol
 from app.serving.live import Live

@@ -17,9 +17,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from app import registry
-from app.bundle import bundle, copies, flavor
+from app.bundle import copies, flavor
 from app.bundle.bundle import Bundle
-from app.cluster import session
+from app.bundle.manifest import identity, seal
+from app.cluster.ports import free_ports
 from app.errors import UserError
 from app.tuning import study as studies
 from tests.bundles import PASSED, build
@@ -34,7 +35,7 @@ def bundles(tmp_path_factory):
     paths = [build(folder / f"seed-{seed}", seed) for seed in range(2)]
     for path in paths:
         flavor.write(path)
-        bundle.seal(path, {"decision": PASSED})
+        seal(path, {"decision": PASSED})
     return paths
 
 
@@ -59,7 +60,7 @@ def source(name: str) -> Path:
 def works(name: str) -> registry.Version:
     """The champion, which must be as it was registered."""
     version = registry.resolve(name, registry.CHAMPION)
-    assert bundle.identity(version.path) == version.identity
+    assert identity(version.path) == version.identity
     Bundle(version.path).check_example()
     return version
 
@@ -133,7 +134,7 @@ def test_optuna_dashboard_beside_a_sweep(home):
     with opened() as study:
         study.finish(study.begin({"rate": 0.5}, rate, "a"), TrialState.COMPLETE, [0.8], {"epochs": 1})
         study.begin({"rate": 0.6}, rate, "b")
-    port = session.free_ports(1)[0]
+    port = free_ports(1)[0]
     command = [BIN / "optuna-dashboard", studies.url(), "--port", str(port), "--host", "127.0.0.1"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as dashboard:
         try:
@@ -239,7 +240,7 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
     client, run_id = registry.client(), entry.run_id
     with registry.run(project("elsewhere"), "second") as run:
         judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
-        name = f"bundle-{bundle.identity(judged)[:16]}"
+        name = f"bundle-{identity(judged)[:16]}"
         client.log_artifact(run.id, str(judged / "schema.json"), name)
         second = registry.register("elsewhere", run.id, judged, run.log_bundle(judged))
     assert run_id != run.id

@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
 
-from app.bundle.bundle import BrokenBundle, Bundle, write_example
+from app.bundle.bundle import Bundle, write_example
+from app.bundle.manifest import BrokenBundle
 from app.config import Project
 from app.data import interactions, split
 from app.data.interactions import AGE, ITEM, RATING, USER, fit, leave_one_out

@@ -16,8 +16,10 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
 from app import registry
-from app.bundle import bundle, copies, flavor, signature
-from app.bundle.bundle import Bundle, columns_of
+from app.bundle import bundle, copies, flavor, manifest, signature
+from app.bundle.bundle import Bundle
+from app.bundle.manifest import BrokenBundle, seal, verify
+from app.bundle.schema import columns_of
 from app.errors import Interrupted, UserError
 from app.serving import variants
 from app.state import audit as audit_module
@@ -47,7 +49,7 @@ def bundles(tmp_path_factory):
     paths = [build(folder / f"seed-{seed}", seed) for seed in (0, 1)]
     for path in paths:
         flavor.write(path)
-        bundle.seal(path, {"decision": PASSED})
+        seal(path, {"decision": PASSED})
     return paths
 
 
@@ -77,7 +79,7 @@ def test_the_same_graph_is_not_registered_twice(bundles):
 def test_a_changed_bundle_is_not_registered(bundles, tmp_path):
     broken = shutil.copytree(bundles[0], tmp_path / "broken")
     (broken / "schema.json").write_text("{}")
-    with pytest.raises(bundle.BrokenBundle, match=r"schema\.json was changed"):
+    with pytest.raises(BrokenBundle, match=r"schema\.json was changed"):
         registered("broken", broken)
     assert list(registry.versions("broken")) == []
 
@@ -279,8 +281,8 @@ def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):
     subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
     registered("signed", bundles[0], "signed")
     found = registry.sign("signed", "champion", key)
-    signature.require(found.path / bundle.MANIFEST, [str(public)])
-    bundle.verify(found.path)
+    signature.require(found.path / manifest.MANIFEST, [str(public)])
+    verify(found.path)
     assert Audit().entries("signed")[-1].action == "sign"
 
 
@@ -397,7 +399,7 @@ def test_the_same_graph_with_another_contract_is_another_version(bundles, tmp_pa
     schema = json.loads((other / "schema.json").read_text())
     schema["inputs"][0]["contract"]["max"] = 100
     (other / "schema.json").write_text(json.dumps(schema))
-    bundle.seal(other, {"decision": PASSED})
+    seal(other, {"decision": PASSED})
     second = registered("contracts", other, "other")
     assert (first.number, second.number) == ("1", "2")
     assert (
@@ -430,7 +432,7 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
     registered("gated", bundles[0])
     other = shutil.copytree(bundles[1], tmp_path / "other")
     facts = {} if decision is None else {"decision": {"passed": decision, "reason": "not good enough"}}
-    bundle.seal(other, facts)
+    seal(other, facts)
     with registry.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
         registry.register("gated", run.id, other, run.log_bundle(other))
     # Somebody registers it with MLflow's own tools.
@@ -447,13 +449,13 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
 
 def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
     version = registered("forged", bundles[0])
-    manifest = bundle.verify(version.path)
-    before = (version.path / bundle.MANIFEST).read_bytes()
-    (version.path / bundle.MANIFEST).write_bytes(bundle.document({**manifest, "seed": 17}))
-    bundle.verify(version.path)
-    with pytest.raises(bundle.BrokenBundle, match=r"its MANIFEST\.json was changed"):
+    manifest = verify(version.path)
+    before = (version.path / manifest.MANIFEST).read_bytes()
+    (version.path / manifest.MANIFEST).write_bytes(manifest.document({**manifest, "seed": 17}))
+    verify(version.path)
+    with pytest.raises(BrokenBundle, match=r"its MANIFEST\.json was changed"):
         registry.resolve("forged", "1")
-    (version.path / bundle.MANIFEST).write_bytes(before)
+    (version.path / manifest.MANIFEST).write_bytes(before)
     assert registry.resolve("forged", "1") == version
 
 

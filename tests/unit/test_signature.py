@@ -2,7 +2,8 @@ import subprocess
 
 import pytest
 
-from app.bundle import bundle, signature
+from app.bundle import manifest, signature
+from app.bundle.manifest import verify
 from app.errors import UserError
 from tests.bundles import build
 
@@ -21,40 +22,40 @@ def keys(tmp_path_factory):
 @pytest.fixture
 def signed(keys, tmp_path):
     path = build(tmp_path / "bundle", seed=1)
-    manifest = path / bundle.MANIFEST
-    signature.put(manifest, signature.signed(manifest.read_bytes(), keys / "ours.pem"))
+    file = path / manifest.MANIFEST
+    signature.put(file, signature.signed(file.read_bytes(), keys / "ours.pem"))
     return path
 
 
 def test_what_is_signed_by_one_whom_we_trust_passes(signed, keys):
-    manifest = signed / bundle.MANIFEST
-    signature.require(manifest, [str(keys / "theirs.pub"), str(keys / "ours.pub")])
-    bundle.verify(signed)
+    file = signed / manifest.MANIFEST
+    signature.require(file, [str(keys / "theirs.pub"), str(keys / "ours.pub")])
+    verify(signed)
 
 
 def test_what_was_changed_after_it_was_signed_does_not(signed, keys):
-    manifest = signed / bundle.MANIFEST
-    manifest.write_text(manifest.read_text() + " ")
+    file = signed / manifest.MANIFEST
+    file.write_text(file.read_text() + " ")
     with pytest.raises(UserError, match="signed by nobody"):
-        signature.require(manifest, [str(keys / "ours.pub")])
+        signature.require(file, [str(keys / "ours.pub")])
 
 
 def test_nor_what_others_have_signed_or_nobody(signed, keys, tmp_path):
     with pytest.raises(UserError, match="signed by nobody"):
-        signature.require(signed / bundle.MANIFEST, [str(keys / "theirs.pub")])
+        signature.require(signed / manifest.MANIFEST, [str(keys / "theirs.pub")])
     with pytest.raises(UserError, match="is not signed"):
-        signature.require(build(tmp_path / "other", seed=1) / bundle.MANIFEST, [str(keys / "ours.pub")])
+        signature.require(build(tmp_path / "other", seed=1) / manifest.MANIFEST, [str(keys / "ours.pub")])
 
 
 def test_what_is_no_key_is_named(signed, keys, tmp_path, monkeypatch):
-    manifest = signed / bundle.MANIFEST
+    file = signed / manifest.MANIFEST
     (tmp_path / "no.pem").write_text("no key")
     with pytest.raises(UserError, match=r"no\.pem: is no key in PEM format"):
-        signature.signed(manifest.read_bytes(), tmp_path / "no.pem")
+        signature.signed(file.read_bytes(), tmp_path / "no.pem")
     with pytest.raises(UserError, match=r"gone\.pub"):
-        signature.require(manifest, [str(tmp_path / "gone.pub")])
+        signature.require(file, [str(tmp_path / "gone.pub")])
     with pytest.raises(UserError, match="is no key"):
-        signature.signed(manifest.read_bytes(), keys / "ours.pub")
+        signature.signed(file.read_bytes(), keys / "ours.pub")
     monkeypatch.delenv(signature.SIGNING_KEY, raising=False)
     with pytest.raises(UserError, match=signature.SIGNING_KEY):
         signature.signing_key()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from app.bundle.bundle import Input, Schema
+from app.bundle.schema import Input, Schema
 from app.errors import UserError
 from app.serving import grpc, tensors
 from app.serving.protocol import Contract

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from app import quantization, registry
-from app.bundle.bundle import Bundle, Schema, columns_of, identity, manifest_of, seal
+from app.bundle.bundle import Bundle
+from app.bundle.manifest import identity, manifest_of, seal
+from app.bundle.schema import Schema, columns_of
 from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError

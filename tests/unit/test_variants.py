@@ -2,7 +2,7 @@ import pytest
 
 from app import registry
 from app.bundle import copies
-from app.bundle.bundle import BrokenBundle
+from app.bundle.manifest import BrokenBundle
 from app.errors import UserError
 from app.registry import Version
 from app.serving.variants import Deployed, common_schema, load, located

@@ -9,7 +9,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from app.bundle.bundle import ITEMS, KNOWN, MAX_ITEMS, SCORES, session
+from app.bundle.bundle import ITEMS, KNOWN, SCORES, session
+from app.bundle.schema import MAX_ITEMS
 from app.data.interactions import Catalogue
 from app.tasks.onnx import exported, inner_prefix, require_equal, write
 

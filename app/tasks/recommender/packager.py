@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.bundle.bundle import MAX_ITEMS, Bundle, Input, Schema
+from app.bundle.bundle import Bundle
+from app.bundle.schema import MAX_ITEMS, Input, Schema
 from app.config import Project
 from app.config.model import Recommender as Settings
 from app.data import interactions

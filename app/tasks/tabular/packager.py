@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from app.bundle import bundle
-from app.bundle.bundle import Bundle, Schema
+from app.bundle.bundle import Bundle
+from app.bundle.schema import Schema, schema_of
 from app.data.prepare import LABEL
 from app.evaluation import metrics, slices
 from app.tasks.tabular import graph
@@ -29,7 +29,7 @@ class Packager:
 
     def schema(self) -> Schema:
         labels = self.task.prepared.summary["labels"]
-        return bundle.schema_of(self.task.project, self.task.preprocessor, labels)
+        return schema_of(self.task.project, self.task.preprocessor, labels)
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         test = self.task.prepared.frame("test")

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from app.bundle import bundle
-from app.bundle.bundle import Bundle, Schema
+from app.bundle.bundle import Bundle
+from app.bundle.schema import Schema, schema_of
 from app.data import tokens
 from app.data.prepare import LABEL
 from app.evaluation import metrics, slices
@@ -35,7 +35,7 @@ class Packager:
         return graph.difference(network, folder / "model.onnx", ids, lengths)
 
     def schema(self) -> Schema:
-        return bundle.schema_of(self.task.project, self.task.prepared.preprocessor)
+        return schema_of(self.task.project, self.task.prepared.preprocessor)
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         test = self.task.prepared.frame("test")
