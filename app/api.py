@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from app import batch, pipeline, projectfile
-from app import sweep as sweeping
 from app.bundle.bundle import Bundle
 from app.cluster.session import session
-from app.config import Project
+from app.config import Project, projectfile
 from app.config.faults import require_within
 from app.config.section import MAX_NUMBER
 from app.console import Console
-from app.pipeline import Outcome
-from app.sweep import Swept
+from app.jobs import pipeline, predict
+from app.jobs import sweep as sweeping
+from app.jobs.pipeline import Outcome
+from app.jobs.sweep import Swept
 
 
 def load(file: str | Path, *overrides: str) -> Project:
@@ -61,5 +61,5 @@ def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> 
     probability of each class of several; `items` and `scores`, the best `k`, of a recommender.
     Raises UserError for a column that is missing.
     """
-    folder = model.bundle if isinstance(model, Outcome) else batch.folder(model)
-    return batch.predict(Bundle(folder), rows, k)
+    folder = model.bundle if isinstance(model, Outcome) else predict.folder(model)
+    return predict.predict(Bundle(folder), rows, k)

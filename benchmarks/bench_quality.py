@@ -70,8 +70,8 @@ def main() -> None:
 
 def prepare(project: str) -> Path:
     """The folder of the project's prepared parts."""
-    from app import projectfile
     from app.cluster.session import session
+    from app.config import projectfile
     from app.data import prepare
 
     with session(log_to_driver=False):
@@ -168,8 +168,7 @@ def fit_network(
     import torch
     from pydantic import TypeAdapter
 
-    from app import projectfile
-    from app.config import Model, Training
+    from app.config import Model, Training, projectfile
     from app.data.prepare import Prepared
     from app.tasks import task_of
     from app.training import schedule
@@ -216,7 +215,7 @@ def fit_lightgbm(
     import lightgbm
     import pandas as pd
 
-    from app import projectfile
+    from app.config import projectfile
     from app.data.prepare import LABEL, Prepared
     from app.evaluation.metrics import auc
 

@@ -29,9 +29,9 @@ import pandas as pd
 import psutil
 from load import NotAnswered, Target, closed_loop, open_loop
 
-from app import registry
 from app.cluster.ports import free_ports
 from app.data import samples
+from app.registry import versions
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -245,7 +245,7 @@ def our_texts() -> Iterator[Target]:
 def fastapi_texts() -> Iterator[Target]:
     (port,) = free_ports(1)
     command = [BIN / "uvicorn", "text_peer:app", "--port", port, "--log-level", "warning"]
-    bundle = registry.resolve("tweets", registry.CHAMPION).path
+    bundle = versions.resolve("tweets", versions.CHAMPION).path
     given = Target(f"http://127.0.0.1:{port}/predict", _texts())
     # PyTorch with a thread for each core, as it comes.
     with _running(command, given, BUNDLE=str(bundle), OMP_NUM_THREADS=str(psutil.cpu_count())) as target:
@@ -261,7 +261,7 @@ def _prepare_texts() -> None:
     # What it loses by int8 is no matter of speed.
     eased = ("gate.minimum={}", "gate.beat=[]", "compression.max_loss=1")
     _raylway("train", TEXTS, *_set(source, "model.freeze=true", *eased))
-    bundle = registry.resolve("tweets", registry.CHAMPION).path
+    bundle = versions.resolve("tweets", versions.CHAMPION).path
     _raylway("compress", bundle, "--register")
 
 
@@ -351,7 +351,7 @@ def _tensor(name: str, value: Any) -> dict[str, Any]:
 
 
 def _bundle() -> Path:
-    return registry.resolve("income", registry.CHAMPION).path
+    return versions.resolve("income", versions.CHAMPION).path
 
 
 def _json(document: Any) -> bytes:

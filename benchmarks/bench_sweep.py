@@ -123,8 +123,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def _project(
     study: str, space: dict[str, Any], *, seed: int = 0, sweep_seed: int | None = None, **sweep: Any
 ) -> Any:
-    from app import projectfile
-    from app.config import Project
+    from app.config import Project, projectfile
 
     document = projectfile.load("configs/income.yaml").model_dump(mode="json", exclude_unset=True)
     described = {"study": study, "seed": sweep_seed, "scheduler": {"kind": "none"}, **sweep, "space": space}

@@ -151,7 +151,7 @@ def _step_times(name: str, file: str, settings: tuple[str, ...], rounds: int, ba
 
 
 def _prepared(file: str, settings: tuple[str, ...]) -> tuple[Any, Any]:
-    from app import projectfile
+    from app.config import projectfile
     from app.data.prepare import prepare
 
     project = projectfile.load(file, ("training.num_workers=2", *settings))

@@ -31,11 +31,11 @@ import httpx
 import psutil
 from load import Target, hammer
 
-from app import registry
 from app.bundle.manifest import verify
 from app.cluster import session
 from app.cluster.ports import free_ports
 from app.cluster.record import recorded
+from app.registry import versions
 from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
@@ -327,7 +327,7 @@ def _train(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]
 
 
 def _compress(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
-    return [str(registry.resolve(NAME, "champion").path), "--register"], (0, 2)
+    return [str(versions.resolve(NAME, "champion").path), "--register"], (0, 2)
 
 
 def _sweep(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
@@ -372,8 +372,8 @@ ACTORS: dict[Callable[[Run, random.Random], None], float] = {
 def _check_state(run: Run) -> None:
     """The log is whole, every version verifies, nothing half-made is left."""
     _raylway("audit")
-    for version in registry.versions(NAME):
-        verify(registry.resolve(NAME, str(version.version)).path)
+    for version in versions.versions(NAME):
+        verify(versions.resolve(NAME, str(version.version)).path)
     state = Path(os.environ["RAYLWAY_HOME"])
     linked = {path.resolve().parent for path in state.rglob("*") if path.is_symlink()}
     drafts = sorted(str(path) for path in state.rglob(".*") if path not in linked)

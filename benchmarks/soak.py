@@ -30,11 +30,11 @@ import psutil
 from everything import everything
 from load import NotAnswered, Target, closed_loop, hammer, open_loop
 
-from app import registry
 from app.cluster.ports import free_ports
 from app.cluster.session import session
 from app.config import Serving
 from app.errors import UserError
+from app.registry import versions
 from app.serving import deploy
 from app.serving.front import IN_HAND, MAX_WAIT_S
 from app.serving.traffic import Traffic
@@ -111,7 +111,7 @@ class Served:
         champion = {"version": version, "weight": 1}
         found = {}
         for name, settings in {"champion": champion, **variants}.items():
-            path = registry.resolve(NAME, settings["version"]).path
+            path = versions.resolve(NAME, settings["version"]).path
             found[name] = Deployed.model_validate({"path": path, **settings})
         wanted = Traffic(salt="soak", policy="weighted", variants=found)
         self.url = deploy.deploy(self.serving, NAME, wanted)
@@ -136,7 +136,7 @@ def served(replicas: int = 2, **settings: Any) -> Iterator[Served]:
 
 
 def rows() -> list[dict[str, Any]]:
-    path = registry.resolve(NAME, "1").path / "example.json"
+    path = versions.resolve(NAME, "1").path / "example.json"
     return json.loads(path.read_text())["rows"]
 
 
@@ -243,7 +243,7 @@ def rollouts(scale: float) -> dict[str, Any]:
 
 def _refused(endpoint: Served) -> bool:
     """Whether a broken bundle is refused."""
-    good = registry.resolve(NAME, "1").path
+    good = versions.resolve(NAME, "1").path
     with tempfile.TemporaryDirectory() as folder:
         broken = Path(folder) / "bundle"
         subprocess.run(["cp", "-r", good, broken], check=True)
@@ -580,7 +580,7 @@ def _step(asked: Target, replicas: Callable[[list[bytes]], int], calm: float, se
 
 @contextlib.contextmanager
 def _defaults(port: int) -> Iterator[None]:
-    bundle = registry.resolve(NAME, "1").path
+    bundle = versions.resolve(NAME, "1").path
     environment = {**os.environ, "BUNDLE": str(bundle)}
     program = ROOT / "benchmarks" / "serve_peers" / "serve_defaults.py"
     server = subprocess.Popen(

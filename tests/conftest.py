@@ -1,6 +1,6 @@
 """For all tests: the process that ran them ends as they did, whatever Ray's threads do meanwhile."""
 
-from app.finish import Finish
+from app.cli.finish import Finish
 
 _FINISH = Finish()
 

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from app import projectfile
 from app.cluster.session import session
+from app.config import projectfile
 
 
 def say(kind: str, **facts) -> None:

@@ -138,9 +138,9 @@ def writes(log: Path) -> list[tuple[str, str]]:
 def main(number: str, log: str, folders: str, *command: str) -> None:
     Watcher([Path(folder) for folder in folders.split(":")], int(number), Path(log)).install()
     sys.argv = ["raylway", *command]
-    from app import cli
+    from app.cli import main
 
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

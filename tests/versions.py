@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from app import registry
 from app.bundle import copies
 from app.bundle.manifest import identity
 from app.config import Project
+from app.registry import versions
 from tests.bundles import PASSED, PROJECT
 
 
@@ -13,12 +13,12 @@ def project(name: str) -> Project:
     return Project.model_validate({**PROJECT, "name": name})
 
 
-def registered(name: str, path: Path, key: str = "key") -> registry.Version:
+def registered(name: str, path: Path, key: str = "key") -> versions.Version:
     """A version of a hand-made bundle that has passed the gate, as training registers it."""
     candidate = identity(path)
-    known, champion = registry.registered_candidate(name, candidate), registry.find(name, registry.CHAMPION)
+    known, champion = versions.registered_candidate(name, candidate), versions.find(name, versions.CHAMPION)
     against = champion and {"identity": champion.identity}
     facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}
     judged = known.path if known else copies.keep(path, facts)
-    with registry.run(project(name), key) as run:
-        return registry.register(name, run.id, judged, run.log_bundle(judged))
+    with versions.run(project(name), key) as run:
+        return versions.register(name, run.id, judged, run.log_bundle(judged))

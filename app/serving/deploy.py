@@ -10,11 +10,10 @@ from typing import Any
 
 import httpx
 
-from app import issuer
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving import server, shared, traffic
+from app.serving import issuer, server, shared, traffic
 from app.serving.applications import (
     HEALTH_CHECK_PERIOD_S,
     MAX_ONGOING_REQUESTS,

@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from app import registry
 from app.bundle.schema import schema_at
 from app.config import Serving
 from app.errors import UserError
+from app.registry import versions
 from app.serving import traffic
 from app.serving.applications import refresh, start_workers, stop_workers
 from app.serving.backoff import Backoff
@@ -80,7 +80,7 @@ def _variants(name: str, serving: Serving) -> tuple[dict[str, Deployed], list[st
     found, notes = {}, []
     for variant_name, variant in serving.variants.items():
         is_number = variant.version.isdigit()
-        version = (registry.resolve if is_number else registry.find)(name, variant.version)
+        version = (versions.resolve if is_number else versions.find)(name, variant.version)
         if version is None:
             notes.append(
                 f"the variant {variant_name} is left out: no version has the alias {variant.version!r} yet"

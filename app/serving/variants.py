@@ -41,9 +41,9 @@ def _located(model: str, variant: Deployed) -> Deployed:
     if not variant.identity or (variant.path / MANIFEST).exists():
         return variant
     # Imported here: MLflow takes seconds and memory that a replica seldom needs.
-    from app import registry
+    from app.registry import versions
 
-    version = registry.resolve(model, variant.version)
+    version = versions.resolve(model, variant.version)
     if version.identity != variant.identity:
         raise UserError(
             f"{model} version {variant.version} has another bundle now than when it was deployed; deploy it "

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from app import registry
+from app.registry import versions
 from app.serving import applications, bandit, traffic
 from app.serving.backoff import Backoff
 from app.serving.follow import Follower
@@ -118,7 +118,7 @@ class Watch:
     def _follow(self, model: str) -> None:
         assert self._stores
         with contextlib.suppress(Busy):
-            registry.finish_promotion(self._stores[0], model)
+            versions.finish_promotion(self._stores[0], model)
         held = traffic.current(self._stores[0], model)
         if held is not None and held.serving is not None and held.serving.follow:
             self._follower.look(self._stores[0], model, held)

@@ -1,6 +1,6 @@
 """The tasks: what differs between the families of models, from prepared rows to a bundle.
 
-`app.training` and `app.pipeline` know no family; they ask the task.
+`app.training` and `app.jobs.pipeline` know no family; they ask the task.
 """
 
 import importlib

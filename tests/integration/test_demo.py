@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app import projectfile
+from app.config import projectfile
 from tests.integration.conftest import ROOT
 
 pytestmark = pytest.mark.integration

@@ -30,9 +30,9 @@ def test_a_job_trains_and_registers(reach, home):
     assert "job version 1 (champion)" in done.stdout
     assert "epoch 3/3" in done.stdout
     # In the state directory of the cluster, not in the job's working directory.
-    from app import registry
+    from app.registry import versions
 
-    assert registry.resolve("job", "champion").path.is_relative_to(home)
+    assert versions.resolve("job", "champion").path.is_relative_to(home)
 
 
 def test_a_job_that_fails_says_so(reach):

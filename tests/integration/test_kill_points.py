@@ -18,10 +18,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from app import registry
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import require_passed, verify
 from app.cluster.ports import free_ports
+from app.registry import versions
 from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
@@ -90,12 +90,12 @@ def points(writes: list[tuple[str, str]]) -> list[int]:
 
 def check_registered(name: str, count: int) -> None:
     """Each version once, whole, with one entry in the audit log; one of them is the champion."""
-    versions = [registry.resolve(name, str(entry.version)) for entry in registry.versions(name)]
+    versions = [versions.resolve(name, str(entry.version)) for entry in versions.versions(name)]
     assert len(versions) == len({version.identity for version in versions}) == count
     for version in versions:
         Bundle(version.path).check_example()
         require_passed(verify(version.path), name)
-    assert Counter(alias for version in versions for alias in version.aliases)[registry.CHAMPION] == 1
+    assert Counter(alias for version in versions for alias in version.aliases)[versions.CHAMPION] == 1
     with Audit() as audit:
         registered = [entry.details["version"] for entry in audit.entries(name, "register")]
     assert sorted(registered) == sorted(version.number for version in versions)
@@ -113,7 +113,7 @@ def test_train(writes, killed, raylway):
         again = raylway(*command(f"killed-{number}"))
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         check_registered(f"killed-{number}", 1)
-        client = registry.client()
+        client = versions.client()
         experiment = client.get_experiment_by_name(f"killed-{number}")
         assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
 
@@ -124,7 +124,7 @@ def test_compress(writes, killed, raylway):
         settings = ("--set", f"name={name}", "--set", "compression.max_loss=1")
         done = raylway("train", SMOKE, *settings)
         assert done.returncode == 0, done.stdout
-        return str(registry.resolve(name, registry.CHAMPION).path)
+        return str(versions.resolve(name, versions.CHAMPION).path)
 
     def command(name: str) -> tuple[str, ...]:
         return ("compress", trained(name), "--register")
@@ -139,7 +139,7 @@ def test_compress(writes, killed, raylway):
 
 def test_predict(killed, raylway, tmp_path):
     raylway("train", SMOKE)
-    rows = pd.read_parquet(registry.resolve("smoke", registry.CHAMPION).path / "reference.parquet").head(3000)
+    rows = pd.read_parquet(versions.resolve("smoke", versions.CHAMPION).path / "reference.parquet").head(3000)
     rows.to_parquet(tmp_path / "rows.parquet")
 
     def command(name: str) -> tuple[str, ...]:
@@ -174,9 +174,9 @@ def test_sweep(writes, killed, raylway, home):
         trials = studies.load(name).trials
         assert [(trial.number, trial.state.is_finished()) for trial in trials] == [(0, True), (1, True)]
         assert {"best.yaml", "report.html"} <= {file.name for file in (home / "sweeps" / name).iterdir()}
-        client = registry.client()
+        client = versions.client()
         runs = client.search_runs(
-            [client.get_experiment_by_name("smoke").experiment_id], f"tags.`{registry.STUDY_TAG}` = '{name}'"
+            [client.get_experiment_by_name("smoke").experiment_id], f"tags.`{versions.STUDY_TAG}` = '{name}'"
         )
         assert len(runs) == 1
 

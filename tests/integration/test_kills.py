@@ -16,7 +16,7 @@ from statistics import mean
 import psutil
 import pytest
 
-from app import projectfile
+from app.config import projectfile
 from tests.integration.conftest import ROOT
 from tests.integration.test_training import check_same, train
 
@@ -160,8 +160,8 @@ COMMAND = (
 @pytest.mark.parametrize("seed", range(NUM_ROUNDS))
 def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed):
     """Killed anywhere: while it prepares, trains, evaluates or registers. There is one model in the end."""
-    from app import registry
     from app.data.prepare import prepare
+    from app.registry import versions
     from app.training import trainer
 
     name, dice = f"killed-{seed}", random.Random(seed)
@@ -190,14 +190,14 @@ def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed
     print(f"\n{num_killed} killed, after {[round(m, 1) for m in moments]} s; the last line each time:")
     print("\n".join(str(line)[:120] for line in said))
 
-    version, *others = registry.versions(name)
+    version, *others = versions.versions(name)
     assert not others
     assert str(version.version) == "1"
     project = projectfile.load("configs/smoke.yaml", settings)
     prepared = prepare(project)
     trained = trainer.train(project, prepared, lambda _: None)
     assert trained.cached
-    client = registry.client()
+    client = versions.client()
     (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert run.info.status == "FINISHED"
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]

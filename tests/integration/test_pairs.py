@@ -15,9 +15,11 @@ import yaml
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from app import issuer, projectfile, registry
 from app.cluster.ports import free_ports
+from app.config import projectfile
 from app.data import samples
+from app.registry import versions
+from app.serving import issuer
 from tests.integration import whole
 from tests.integration.conftest import ROOT
 
@@ -86,7 +88,7 @@ class Pairs:
         file = str(self.file)
         return {
             "train": ["train", file, "--set", f"seed={number}"],
-            "promote": ["promote", NAME, registry.CHALLENGER],
+            "promote": ["promote", NAME, versions.CHALLENGER],
             "serve": ["serve", file],
             "traffic": ["traffic", NAME, "--champion", str(10 + number)],
             "compress": ["compress", str(self.bundle), "--register"],
@@ -118,9 +120,9 @@ class Pairs:
 
     def reset(self) -> None:
         """A champion, a challenger, and an endpoint that serves both."""
-        while registry.find(NAME, registry.CHALLENGER) is None:
+        while versions.find(NAME, versions.CHALLENGER) is None:
             self.must("train")
-            self.bundle = registry.resolve(NAME, "1").path
+            self.bundle = versions.resolve(NAME, "1").path
         self.must("serve")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from app import projectfile
 from app.cluster.ports import free_ports
+from app.config import projectfile
 from app.errors import UserError
 from tests.integration.conftest import ROOT
 
@@ -73,14 +73,14 @@ def test_what_was_done_is_not_done_again(trained, raylway):
 
 
 def test_the_run_is_in_mlflow_with_its_epochs_and_bundle(trained, ray_cluster):
-    from app import registry
     from app.bundle.bundle import Bundle
+    from app.registry import versions
 
-    version = registry.resolve("smoke", "challenger")
+    version = versions.resolve("smoke", "challenger")
     bundle = Bundle(version.path)
     bundle.check_example()
     assert bundle.manifest["seed"] == 0
-    client = registry.client()
+    client = versions.client()
     run = client.get_run(client.get_model_version("smoke", "2").run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["model.kind"] == "mlp"
@@ -105,7 +105,7 @@ def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
 
 def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster):
     """SIGKILL of the command in the middle of training; the same command again ends the same run."""
-    from app import registry
+    from app.registry import versions
 
     command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
     with started(home, *command) as process:
@@ -117,7 +117,7 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster)
     assert again.returncode == 0, again.stdout
     assert "continued" in again.stdout
     assert "epoch 1/6" not in again.stdout
-    client = registry.client()
+    client = versions.client()
     runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
     steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train_loss")]
@@ -162,8 +162,8 @@ def test_promote_moves_the_champion(trained, raylway):
 
 def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(ray_cluster):
     """Another seed and one more column leave the parts as they are."""
-    from app import pipeline
     from app.console import Console
+    from app.jobs import pipeline
 
     def trained(*overrides: str) -> pipeline.Outcome:
         small = ["name=judged", "model={kind: linear}", "training.num_workers=1", "training.epochs=1"]
@@ -277,9 +277,9 @@ def test_csv_is_prepared_as_parquet_is(ray_cluster, tmp_path):
 
 
 def test_a_tampered_bundle_is_not_served(raylway, home, trained):
-    from app import registry
+    from app.registry import versions
 
-    path = registry.resolve("smoke", "1").path / "schema.json"
+    path = versions.resolve("smoke", "1").path / "schema.json"
     original = path.read_bytes()
     path.write_bytes(original.replace(b"age", b"agf"))
     try:
@@ -297,11 +297,11 @@ def test_serving_what_was_never_trained(raylway):
 
 
 def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_path):
-    from app import registry
     from app.bundle.bundle import Bundle
     from app.bundle.schema import columns_of
+    from app.registry import versions
 
-    opened = Bundle(registry.resolve("smoke", "champion").path)
+    opened = Bundle(versions.resolve("smoke", "champion").path)
     rows = json.loads((opened.path / "example.json").read_text())["rows"]
     frame = pd.DataFrame(rows * 300)
     frame.loc[1, "age"] = -5

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from app import projectfile
 from app.cluster.ports import free_ports
+from app.config import projectfile
 from app.serving import deploy, follow
 
 pytestmark = [

@@ -349,7 +349,7 @@ def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundle
 
 
 def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, raylway, tmp_path):
-    from app import registry
+    from app.registry import versions
     from app.serving import follow
     from tests.versions import registered
 
@@ -365,7 +365,7 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
     )
     deploy.deploy(following, NAME, follow.registered(NAME, following)[0])
     with asking(served) as answers:
-        done = raylway("promote", NAME, registry.CHALLENGER)
+        done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr
         deadline = time.monotonic() + 30
         while answers[-1][2]["version"] != "2" and time.monotonic() < deadline:

@@ -15,10 +15,9 @@ import httpx
 import psutil
 import pytest
 
-from app import issuer
 from app.cluster.ports import free_ports
 from app.config import Serving
-from app.serving import deploy
+from app.serving import deploy, issuer
 from app.serving.front import IN_HAND
 from app.serving.traffic import Traffic
 from app.serving.variants import Deployed

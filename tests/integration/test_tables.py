@@ -6,12 +6,13 @@ import orjson
 import pandas as pd
 import pytest
 
-from app import api, batch
+from app import api
 from app.bundle.bundle import Bundle
 from app.cluster.ports import free_ports
 from app.cluster.session import session
 from app.config import Project, Serving
 from app.errors import UserError
+from app.jobs import predict
 from app.serving import deploy
 from app.serving.protocol import Contract
 from app.serving.traffic import Traffic
@@ -58,13 +59,13 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
     data, rows, frame = tables.read(table, tmp_path / "rows")
     expected = bundle.predict({name: frame[name].to_numpy() for name in data.columns})
 
-    source = batch.source(str(data.source.path))
+    source = predict.source(str(data.source.path))
     with session(log_to_driver=False):
         if name == UNCARRIED:
             with pytest.raises(UserError, match=r"row 2: is no UTF-8; save the file as UTF-8"):
-                batch.run(str(outcome.bundle), source, tmp_path / "answers")
+                predict.run(str(outcome.bundle), source, tmp_path / "answers")
             return
-        answered = batch.run(str(outcome.bundle), source, tmp_path / "answers")
+        answered = predict.run(str(outcome.bundle), source, tmp_path / "answers")
     assert (answered.num_rows, answered.num_broken) == (len(frame), 0)
     answers = pd.read_parquet(tmp_path / "answers")
     np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)

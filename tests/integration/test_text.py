@@ -33,10 +33,10 @@ def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, fil
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "moods version 1 (champion)" in trained.stdout
 
-    from app import registry
     from app.bundle.bundle import Bundle
+    from app.registry import versions
 
-    version = registry.resolve("moods", "champion")
+    version = versions.resolve("moods", "champion")
     bundle = Bundle(version.path)
     bundle.check_example()
     metrics = json.loads((version.path / "metrics.json").read_text())
@@ -50,7 +50,7 @@ def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, fil
         assert compressed.returncode == 0, compressed.stdout + compressed.stderr
         assert "test macro_f1" in compressed.stdout
         assert "moods version 2 (challenger)" in compressed.stdout
-    smaller = registry.resolve("moods", "challenger")
+    smaller = versions.resolve("moods", "challenger")
     Bundle(smaller.path).check_example()
     assert (smaller.path / "model.onnx").stat().st_size < (version.path / "model.onnx").stat().st_size
 

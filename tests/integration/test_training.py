@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from app import projectfile
+from app.config import projectfile
 from tests.integration.conftest import ROOT, Observed
 
 pytestmark = [

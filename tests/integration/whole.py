@@ -5,8 +5,8 @@ import time
 
 import httpx
 
-from app import registry
 from app.bundle.manifest import verify
+from app.registry import versions
 from app.serving import status, traffic
 from app.state.audit import Audit
 
@@ -19,18 +19,18 @@ def check_log_and_registry(name: str) -> None:
     with Audit() as audit:
         entries = audit.entries()
         assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-        registry.finish_promotion(audit, name)
-        promoted = audit.last(name, (registry.PROMOTED,))
-    found = registry.versions(name)
-    champions = [str(v.version) for v in found if registry.CHAMPION in v.aliases]
-    challengers = [str(v.version) for v in found if registry.CHALLENGER in v.aliases]
+        versions.finish_promotion(audit, name)
+        promoted = audit.last(name, (versions.PROMOTED,))
+    found = versions.versions(name)
+    champions = [str(v.version) for v in found if versions.CHAMPION in v.aliases]
+    challengers = [str(v.version) for v in found if versions.CHALLENGER in v.aliases]
     assert champions == [promoted.details["version"] if promoted else "1"]
     assert len(challengers) <= 1
     assert champions != challengers
     registered = [e.details["version"] for e in entries if (e.model, e.action) == (name, "register")]
     assert sorted(registered, key=int) == sorted((str(v.version) for v in found), key=int), "each once"
     for version in found:
-        verify(registry.resolve(name, str(version.version)).path)
+        verify(versions.resolve(name, str(version.version)).path)
 
 
 def check_endpoint(name: str) -> traffic.Held | None:
@@ -48,7 +48,7 @@ def check_endpoint(name: str) -> traffic.Held | None:
             assert not [other for other in applications if other.partition("@")[0] == name]
             return None
         states = status.broadcast(name, name, "state")
-        champion = registry.resolve(name, registry.CHAMPION).number
+        champion = versions.resolve(name, versions.CHAMPION).number
         settled = held.traffic.variants["champion"].version == champion
         settled = settled and all(state.entry == held.number for state in states)
         if settled or time.monotonic() > deadline:
@@ -59,7 +59,7 @@ def check_endpoint(name: str) -> traffic.Held | None:
     needed = {v.workers for v in held.traffic.variants.values()} - {None}
     assert {other for other in applications if other.startswith(f"{name}@")} == needed
     assert held.serving is not None
-    row = json.loads((registry.resolve(name, "champion").path / "example.json").read_text())["rows"][0]
+    row = json.loads((versions.resolve(name, "champion").path / "example.json").read_text())["rows"][0]
     with httpx.Client(
         base_url=f"http://127.0.0.1:{held.serving.port}", trust_env=False, timeout=60
     ) as client:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from app import audit_lines, registry
+from app.cli import audit_lines
 from app.config import Serving
+from app.registry import versions
 from app.serving import traffic
 from app.serving.traffic import Traffic
 from app.state.audit import Audit
@@ -100,15 +101,15 @@ def test_of_what_was_not_served_before_a_line_says_what_is(audit):
 
 
 def test_every_action_has_a_sentence():
-    actions = {"register", "sign", *registry.PROMOTIONS, *traffic.ACTIONS}
+    actions = {"register", "sign", *versions.PROMOTIONS, *traffic.ACTIONS}
     assert actions == {*audit_lines.DONE, traffic.ACTION}
 
 
 def test_what_registry_did_is_a_sentence(audit):
     audit.add("register", MODEL, {"version": "1", "alias": "champion", "identity": "f" * 64})
     audit.add("register", MODEL, {"version": "2", "alias": None, "identity": "f" * 64})
-    audit.add(registry.PROMOTING, MODEL, {"version": "2", "before": "1"})
-    audit.add(registry.PROMOTED, MODEL, {"version": "2", "before": "1"})
+    audit.add(versions.PROMOTING, MODEL, {"version": "2", "before": "1"})
+    audit.add(versions.PROMOTED, MODEL, {"version": "2", "before": "1"})
     audit.add("sign", MODEL, {"version": "2"})
     assert said(audit) == [
         "registered version 1 as champion",

@@ -9,10 +9,9 @@ import pytest
 from joserfc import jws, jwt
 from joserfc.jwk import ECKey, KeySet, RSAKey
 
-from app import issuer
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving import auth
+from app.serving import auth, issuer
 from app.serving.auth import Authenticator
 from app.serving.protocol import Refused
 

@@ -7,9 +7,9 @@ import pytest
 import sklearn.ensemble  # noqa: F401
 from threadpoolctl import threadpool_limits
 
-from app import candidate
 from app.config import Project
 from app.data.prepare import LABEL, Prepared
+from app.jobs import candidate
 from app.tasks import baselines_of, task_of
 from tests.bundles import PROJECT
 

@@ -3,11 +3,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from app import batch
-from app.batch import VIOLATION, Predictor
 from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
 from app.errors import UserError
+from app.jobs import predict
+from app.jobs.predict import VIOLATION, Predictor
 from tests.bundles import ROWS, build
 
 
@@ -43,10 +43,10 @@ def test_booleans_stand_for_numbers_as_in_training(path):
 
 def test_a_data_frame_is_answered_or_refused_with_its_rows(path):
     frame = pd.DataFrame(ROWS, index=["x", "y", "z"])
-    answers = batch.predict(Bundle(path), frame)
+    answers = predict.predict(Bundle(path), frame)
     assert answers.index.tolist() == ["x", "y", "z"]
     with pytest.raises(UserError) as caught:
-        batch.predict(Bundle(path), frame.assign(age=[39, None, 200]))
+        predict.predict(Bundle(path), frame.assign(age=[39, None, 200]))
     assert str(caught.value) == (
         "2 of 3 rows break the contract of income; mend them or leave them out:\n"
         "  row 'y': age: must not be missing\n"
@@ -77,7 +77,7 @@ def test_blocks_without_any_answer_and_without_any_row_have_the_same_columns(pat
 
 
 def test_csv_is_told_from_parquet_by_the_name(tmp_path):
-    assert batch.source("rows.csv").format == "csv"
-    assert batch.source("s3://bucket/rows").format == "parquet"
+    assert predict.source("rows.csv").format == "csv"
+    assert predict.source("s3://bucket/rows").format == "parquet"
     (tmp_path / "part.csv").write_text("a\n1\n")
-    assert batch.source(str(tmp_path)).format == "csv"
+    assert predict.source(str(tmp_path)).format == "csv"

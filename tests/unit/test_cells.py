@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as messages
 
-from app import projectfile
 from app.bundle.schema import Input, Schema
-from app.config import Category, Number, Text
+from app.config import Category, Number, Text, projectfile
 from app.data import samples, schema
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells
 from app.serving import grpc, tensors

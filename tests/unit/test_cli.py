@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from app import options
+from app.cli import options
 from app.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -115,10 +115,10 @@ def test_a_command_without_arguments_shows_its_help(command):
 
 
 def test_the_table_of_commands_needs_nothing_heavy():
-    code = "import sys, app.cli; print(*sys.modules)"
+    code = "import sys, app.cli.main; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     loaded = set(done.stdout.split())
-    assert "app.projectfile" in loaded
+    assert "app.config.projectfile" in loaded
     assert not {"ray", "torch", "mlflow", "pandas", "sklearn", "onnx"} & loaded
 
 
@@ -139,13 +139,13 @@ def test_the_table_of_commands_needs_nothing_heavy():
     ids=" ".join,
 )
 def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name, home, monkeypatch):
-    from app import cli
+    from app.cli import main
     from app.cluster import session
 
     monkeypatch.setattr(session, "session", contextlib.nullcontext)
     monkeypatch.setenv("RAYLWAY_SIGNING_KEY", str(ROOT / "pyproject.toml"))
     with pytest.raises(UserError, match="there is no model"):
-        cli.app([word.replace("NAME", name) for word in command], standalone_mode=False)
+        main.app([word.replace("NAME", name) for word in command], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name
     "command", ["token x --hours={}", "traffic income --champion {}", "traffic a --b={}"]
 )
 def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
-    from app import cli
+    from app.cli import main
 
     with pytest.raises(
         UserError, match=rf"^--(hours|champion|b): must be a number from .*; it is '{value}'$"
     ):
-        cli.app([word.format(value) for word in command.split()], standalone_mode=False)
+        main.app([word.format(value) for word in command.split()], standalone_mode=False)
     assert not home.exists()
 
 
@@ -191,10 +191,10 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
     ],
 )
 def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, says, home):
-    from app import cli
+    from app.cli import main
 
     with pytest.raises(UserError) as caught:
-        cli.app(command, standalone_mode=False)
+        main.app(command, standalone_mode=False)
     assert str(caught.value).startswith(says)
     assert not home.exists()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app import projectfile
+from app.config import projectfile
 from app.errors import UserError
 
 ROOT = Path(__file__).parents[2]

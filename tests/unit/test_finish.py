@@ -14,7 +14,7 @@ libc = ctypes.CDLL(None)
 libc.__cxa_atexit(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 """
 FINISHED = """
-from app.finish import Finish
+from app.cli.finish import Finish
 finish = Finish()
 atexit.register(print, "a handler of Python's")
 print("done")
@@ -50,7 +50,7 @@ def test_what_could_not_be_said_is_no_success():
 @pytest.mark.parametrize(("file", "status"), [("smoke", 0), ("none", 2)])
 def test_commands_end_so(file, status):
     arguments = ["raylway", "check", f"configs/{file}.yaml"]
-    assert run(f"sys.argv = {arguments}\nfrom app.cli import main\nmain()").returncode == status
+    assert run(f"sys.argv = {arguments}\nfrom app.cli.main import main\nmain()").returncode == status
 
 
 @pytest.mark.parametrize(("selected", "status"), [("salt", 0), ("no_such_test", 5)])

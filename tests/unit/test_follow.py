@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from app import registry
 from app.bundle import copies
 from app.config import Serving
 from app.errors import UserError
-from app.registry import Version
+from app.registry import versions
+from app.registry.versions import Version
 from app.serving import follow, traffic
 from app.serving.backoff import FIRST_S
 from app.serving.follow import WHO, Follower
@@ -43,7 +43,7 @@ def registered(monkeypatch, tmp_path):
             return None
         return Version(name, held[alias], (alias,), identities[held[alias]])
 
-    monkeypatch.setattr(registry, "find", find)
+    monkeypatch.setattr(versions, "find", find)
     return held
 
 
@@ -103,7 +103,7 @@ def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, tak
 def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken):
     place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
     registered["champion"] = "3"
-    (registry.find("income", "champion").path / "model.onnx").write_bytes(b"")
+    (versions.find("income", "champion").path / "model.onnx").write_bytes(b"")
     follower = Follower()
     for _ in range(2):
         assert looked(audit, follower).variants["champion"].version == "1"

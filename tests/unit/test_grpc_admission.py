@@ -8,8 +8,8 @@ import pytest
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc
 
-from app import issuer
 from app.config.serving import Issuer
+from app.serving import issuer
 from app.serving.body import Room
 from app.serving.grpc import SERVICE, Admission, server
 

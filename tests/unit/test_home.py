@@ -2,8 +2,10 @@ import os
 
 import pytest
 
-from app import console, issuer, registry
+from app import console
 from app.errors import UserError
+from app.registry import versions
+from app.serving import issuer
 from app.state import stages
 from app.state.audit import Audit
 from app.state.home import database_url, make_private, private_file
@@ -30,7 +32,7 @@ def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_
         home.mkdir()
     with Audit() as audit:
         audit.add("traffic", "income", {})
-    registry.client().search_experiments()
+    versions.client().search_experiments()
     issuer.new_key()
     with studies.opened("s", ["maximize"], {}, print):
         pass

@@ -5,7 +5,7 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from app import issuer
+from app.serving import issuer
 
 
 def good(token):

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app import candidate, judging, pipeline, registry
 from app.config import Project
 from app.console import Console
 from app.data import sources
 from app.data.prepare import prepare
-from app.registry import CHALLENGER, CHAMPION
+from app.jobs import candidate, judging, pipeline
+from app.registry import versions
+from app.registry.versions import CHALLENGER, CHAMPION
 from app.tasks import task_of
 from app.training.trainer import Trained
 
@@ -112,7 +113,7 @@ def judged(name, state, tmp_path, monkeypatch):
         save_file(task.network().state_dict(), folder / "model.safetensors")
         path = candidate.build(settled, task, Trained(folder, str(made), False), {}, fresh=True)
         metrics = json.loads((path / "metrics.json").read_text())["model"]
-        with registry.run(settled, str(made)) as run:
+        with versions.run(settled, str(made)) as run:
             path, decision, _ = judging.register(
                 settled.name, path, settled.gate, task, run, Console(io.StringIO())
             )
@@ -134,7 +135,7 @@ def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged, name)
     second, decision, path = judged(project(seed=7, **MORE))
     assert decision.reason == f"auc {second['auc']:.4f} against champion {first['auc']:.4f}"
     assert (path / "card.md").read_text().endswith(f"## Gate\n\nPassed: {decision.reason}.\n")
-    assert registry.find(name, CHALLENGER) is not None
+    assert versions.find(name, CHALLENGER) is not None
 
 
 def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
@@ -166,5 +167,5 @@ def test_what_cannot_be_compared_is_not_and_becomes_the_challenger(judged, name,
     assert "; not compared with the champion: " in decision.reason
     assert reason in decision.reason
     assert reason in (path / "card.md").read_text()
-    assert registry.find(name, CHALLENGER).path == path
-    assert registry.find(name, CHAMPION).path != path
+    assert versions.find(name, CHALLENGER).path == path
+    assert versions.find(name, CHAMPION).path != path

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from app import registry
 from app.bundle import flavor, signature
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import require_passed, seal, verify
-from app.registry import CHALLENGER, CHAMPION
+from app.registry import versions
+from app.registry.versions import CHALLENGER, CHAMPION
 from app.state.audit import Audit
 from tests import killer
 from tests.bundles import PASSED, build
@@ -49,7 +49,7 @@ def templates(tmp_path_factory, bundles):
             patch.setenv("RAYLWAY_HOME", str(folder))
 
             def prepare(count: int = number) -> None:
-                registry.client()
+                versions.client()
                 for path in bundles[:count]:
                     registered(NAME, path, path.name)
 
@@ -61,8 +61,8 @@ def templates(tmp_path_factory, bundles):
 def state() -> dict[str, Any]:
     """All that can have changed, without times and random names. Raises if anything is not whole."""
     found: dict[str, Any] = {"versions": {}}
-    for entry in registry.versions(NAME):
-        version = registry.resolve(NAME, str(entry.version))
+    for entry in versions.versions(NAME):
+        version = versions.resolve(NAME, str(entry.version))
         Bundle(version.path).check_example()
         Bundle(Path(entry.source.removeprefix("file://")))
         require_passed(verify(version.path), NAME)
@@ -133,11 +133,11 @@ def test_the_registration_of_a_challenger(killed, bundles):
 
 
 def test_promote(killed):
-    assert killed(2).each(lambda: registry.promote(NAME, "2").number) >= 2
+    assert killed(2).each(lambda: versions.promote(NAME, "2").number) >= 2
 
 
 def test_sign(killed, key):
     def check(found: dict[str, Any]) -> None:
         assert [v[2] for v in found["versions"].values()] == [False, True]
 
-    assert killed(2).each(lambda: registry.sign(NAME, CHAMPION, key).number, check) >= 2
+    assert killed(2).each(lambda: versions.sign(NAME, CHAMPION, key).number, check) >= 2

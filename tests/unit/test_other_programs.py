@@ -16,12 +16,12 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from app import registry
 from app.bundle import copies, flavor
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import identity, seal
 from app.cluster.ports import free_ports
 from app.errors import UserError
+from app.registry import versions
 from app.tuning import study as studies
 from tests.bundles import PASSED, build
 from tests.versions import project, registered
@@ -53,13 +53,13 @@ def home(tmp_path_factory):
 
 def source(name: str) -> Path:
     """Where MLflow's tools find a model's champion."""
-    entry = registry.client().get_model_version_by_alias(name, registry.CHAMPION)
+    entry = versions.client().get_model_version_by_alias(name, versions.CHAMPION)
     return Path(entry.source.removeprefix("file://"))
 
 
-def works(name: str) -> registry.Version:
+def works(name: str) -> versions.Version:
     """The champion, which must be as it was registered."""
-    version = registry.resolve(name, registry.CHAMPION)
+    version = versions.resolve(name, versions.CHAMPION)
     assert identity(version.path) == version.identity
     Bundle(version.path).check_example()
     return version
@@ -78,8 +78,8 @@ def run(*command: str | Path) -> str:
 def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
     """The README's own line, and then the next candidate."""
     registered("opened", bundles[0])
-    mlflow.set_tracking_uri(registry.uri())
-    mlflow.set_registry_uri(registry.uri())
+    mlflow.set_tracking_uri(versions.uri())
+    mlflow.set_registry_uri(versions.uri())
     mlflow.onnx.load_model("models:/opened@champion")
     left = names(source("opened")) - names(bundles[0])
     assert left, "MLflow no longer writes there; this test has lost its object"
@@ -87,12 +87,12 @@ def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
     shutil.rmtree(home / "bundles")  # as on another machine: it is fetched from there
     assert names(works("opened").path) == names(bundles[0])
     second = registered("opened", bundles[1], "second")
-    assert (second.number, second.aliases) == ("2", (registry.CHALLENGER,))
+    assert (second.number, second.aliases) == ("2", (versions.CHALLENGER,))
 
 
 def test_the_commands_of_mlflow(bundles, home, tmp_path):
     registered("commanded", bundles[0])
-    run_id = registry.client().get_model_version("commanded", "1").run_id
+    run_id = versions.client().get_model_version("commanded", "1").run_id
     path = source("commanded").name
     run(BIN / "mlflow", "runs", "describe", "--run-id", run_id)
     run(BIN / "mlflow", "artifacts", "list", "--run-id", run_id, "--artifact-path", path)
@@ -102,13 +102,13 @@ def test_the_commands_of_mlflow(bundles, home, tmp_path):
     works("commanded")
     # Runs that somebody has deleted are collected with their artifacts; a version that is kept goes on.
     run(BIN / "mlflow", "runs", "delete", "--run-id", run_id)
-    run(BIN / "mlflow", "gc", "--backend-store-uri", registry.uri())
+    run(BIN / "mlflow", "gc", "--backend-store-uri", versions.uri())
     assert not source("commanded").exists()
-    assert registry.promote("commanded", "1") == works("commanded")
+    assert versions.promote("commanded", "1") == works("commanded")
     assert registered("commanded", bundles[0], "again").number == "1"
     shutil.rmtree(home / "bundles")
     with pytest.raises(UserError, match="commanded version 1: its bundle cannot be fetched from"):
-        registry.resolve("commanded", "1")
+        versions.resolve("commanded", "1")
 
 
 def test_a_copy_of_the_state_directory_works_where_it_is_put(bundles, home, tmp_path, monkeypatch):
@@ -228,21 +228,21 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
     monkeypatch.setenv("RAYLWAY_STORE", store)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     first = registered("elsewhere", bundles[0])
-    entry = registry.client().get_model_version("elsewhere", "1")
+    entry = versions.client().get_model_version("elsewhere", "1")
     assert entry.source.startswith(store)
-    assert registry.resolve("elsewhere", "1") == first, "the same place at each call"
+    assert versions.resolve("elsewhere", "1") == first, "the same place at each call"
     fetched = first.path.stat().st_ino
-    registry.resolve("elsewhere", "1")
+    versions.resolve("elsewhere", "1")
     assert first.path.stat().st_ino == fetched, "fetched once"
     shutil.rmtree(home / "bundles")  # as on another machine
     assert works("elsewhere") == first
     # An upload that was cut short: the manifest, which comes last, is missing.
-    client, run_id = registry.client(), entry.run_id
-    with registry.run(project("elsewhere"), "second") as run:
+    client, run_id = versions.client(), entry.run_id
+    with versions.run(project("elsewhere"), "second") as run:
         judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
         name = f"bundle-{identity(judged)[:16]}"
         client.log_artifact(run.id, str(judged / "schema.json"), name)
-        second = registry.register("elsewhere", run.id, judged, run.log_bundle(judged))
+        second = versions.register("elsewhere", run.id, judged, run.log_bundle(judged))
     assert run_id != run.id
     shutil.rmtree(home / "bundles")
-    Bundle(registry.resolve("elsewhere", second.number).path).check_example()
+    Bundle(versions.resolve("elsewhere", second.number).path).check_example()

@@ -15,12 +15,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
-from app import registry
 from app.bundle import bundle, copies, flavor, manifest, signature
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import BrokenBundle, seal, verify
 from app.bundle.schema import columns_of
 from app.errors import Interrupted, UserError
+from app.registry import versions
 from app.serving import variants
 from app.state import audit as audit_module
 from app.state import database
@@ -55,11 +55,11 @@ def bundles(tmp_path_factory):
 
 def test_the_first_version_is_the_champion_and_the_second_the_challenger(bundles):
     first, second = (registered("ordered", path, str(path)) for path in bundles)
-    assert (first.number, first.aliases) == ("1", (registry.CHAMPION,))
-    assert (second.number, second.aliases) == ("2", (registry.CHALLENGER,))
-    assert [(v.version, list(v.aliases)) for v in registry.versions("ordered")] == [
-        (2, [registry.CHALLENGER]),
-        (1, [registry.CHAMPION]),
+    assert (first.number, first.aliases) == ("1", (versions.CHAMPION,))
+    assert (second.number, second.aliases) == ("2", (versions.CHALLENGER,))
+    assert [(v.version, list(v.aliases)) for v in versions.versions("ordered")] == [
+        (2, [versions.CHALLENGER]),
+        (1, [versions.CHAMPION]),
     ]
 
 
@@ -67,13 +67,13 @@ def test_a_registered_bundle_is_whole_and_opens(bundles):
     version = registered("whole", bundles[0])
     opened = Bundle(version.path)
     opened.check_example()
-    assert registry.resolve("whole", registry.CHAMPION) == registry.resolve("whole", "1") == version
+    assert versions.resolve("whole", versions.CHAMPION) == versions.resolve("whole", "1") == version
 
 
 def test_the_same_graph_is_not_registered_twice(bundles):
     first = registered("same", bundles[0])
     assert registered("same", bundles[0], key="another run") == first
-    assert len(registry.versions("same")) == 1
+    assert len(versions.versions("same")) == 1
 
 
 def test_a_changed_bundle_is_not_registered(bundles, tmp_path):
@@ -81,16 +81,16 @@ def test_a_changed_bundle_is_not_registered(bundles, tmp_path):
     (broken / "schema.json").write_text("{}")
     with pytest.raises(BrokenBundle, match=r"schema\.json was changed"):
         registered("broken", broken)
-    assert list(registry.versions("broken")) == []
+    assert list(versions.versions("broken")) == []
 
 
 @pytest.mark.parametrize("version", ["3", "0", "challenger", "no-such-alias", "99999999999999999999"])
 def test_what_is_not_registered_is_told_with_what_is(bundles, version):
-    if registry.find("single", "1") is None:
+    if versions.find("single", "1") is None:
         registered("single", bundles[0])
-    assert registry.find("single", version) is None
+    assert versions.find("single", version) is None
     with pytest.raises(UserError) as caught:
-        registry.resolve("single", version)
+        versions.resolve("single", version)
     assert str(caught.value) == (
         f"no version {version!r} of the model 'single' is registered; single has 1 (champion)"
     )
@@ -98,27 +98,27 @@ def test_what_is_not_registered_is_told_with_what_is(bundles, version):
 
 @pytest.mark.parametrize("version", ["1", "champion"])
 def test_a_model_without_versions_says_how_to_make_one(version):
-    assert registry.find("nothing", version) is None
+    assert versions.find("nothing", version) is None
     with pytest.raises(UserError, match="nothing has no versions; train one with `raylway train`"):
-        registry.resolve("nothing", version)
+        versions.resolve("nothing", version)
 
 
 def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger(bundles):
     for path in bundles:
         registered("promoted", path, str(path))
-    chosen = registry.promote("promoted", registry.CHALLENGER)
-    assert (chosen.number, chosen.aliases) == ("2", (registry.CHAMPION,))
-    assert registry.find("promoted", registry.CHALLENGER) is None
-    assert registry.resolve("promoted", "1").aliases == ()
+    chosen = versions.promote("promoted", versions.CHALLENGER)
+    assert (chosen.number, chosen.aliases) == ("2", (versions.CHAMPION,))
+    assert versions.find("promoted", versions.CHALLENGER) is None
+    assert versions.resolve("promoted", "1").aliases == ()
     entries = [(entry.action, dict(entry.details)) for entry in Audit().entries("promoted")]
     assert [action for action, _ in entries] == ["register", "register", "promoting", "promote"]
-    assert entries[1][1]["alias"] == registry.CHALLENGER
+    assert entries[1][1]["alias"] == versions.CHALLENGER
     assert entries[2][1] == entries[3][1] == {"version": "2", "before": "1"}
-    back = registry.promote("promoted", "1")
-    assert back == registry.resolve("promoted", registry.CHAMPION)
+    back = versions.promote("promoted", "1")
+    assert back == versions.resolve("promoted", versions.CHAMPION)
     with pytest.raises(UserError, match="no version '7'"):
-        registry.promote("promoted", "7")
-    assert registry.resolve("promoted", registry.CHAMPION).number == "1"
+        versions.promote("promoted", "7")
+    assert versions.resolve("promoted", versions.CHAMPION).number == "1"
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,9 @@ def two_versions(bundles):
         registered("cut", path, f"cut {path}")
 
     def reset():
-        client = registry.client()
-        client.set_registered_model_alias("cut", registry.CHAMPION, "1")
-        client.set_registered_model_alias("cut", registry.CHALLENGER, "2")
+        client = versions.client()
+        client.set_registered_model_alias("cut", versions.CHAMPION, "1")
+        client.set_registered_model_alias("cut", versions.CHALLENGER, "2")
 
     return reset
 
@@ -150,7 +150,7 @@ def kill_at(monkeypatch, write, when):
     original = getattr(owner, name)
 
     def killed(self, *arguments, **options):
-        if owner is Audit and (arguments[0] == registry.PROMOTING) != (write == "intent"):
+        if owner is Audit and (arguments[0] == versions.PROMOTING) != (write == "intent"):
             return original(self, *arguments, **options)
         if when == "after":
             original(self, *arguments, **options)
@@ -177,24 +177,24 @@ def test_a_promotion_that_is_killed_is_finished_by_whoever_comes_next(two_versio
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, write, when)
         with pytest.raises(Killed):
-            registry.promote("cut", "2")
+            versions.promote("cut", "2")
     promoted = (write, when) != ("intent", "before")
     with Audit() as audit:
         if finisher == "the same command":
-            registry.promote("cut", "2")
+            versions.promote("cut", "2")
             promoted = True
         elif finisher == "another command":
-            registry.promote("cut", "1")
+            versions.promote("cut", "1")
         else:
-            registry.finish_promotion(audit, "cut")
-        last = audit.last("cut", registry.PROMOTIONS)
-        assert last is None or last.action == registry.PROMOTED
-        champion = registry.resolve("cut", registry.CHAMPION).number
+            versions.finish_promotion(audit, "cut")
+        last = audit.last("cut", versions.PROMOTIONS)
+        assert last is None or last.action == versions.PROMOTED
+        champion = versions.resolve("cut", versions.CHAMPION).number
         if finisher == "another command":
             assert (champion, last.details) == ("1", {"version": "1", "before": "2" if promoted else "1"})
         else:
             assert champion == ("2" if promoted else "1")
-        challenger = registry.find("cut", registry.CHALLENGER)
+        challenger = versions.find("cut", versions.CHALLENGER)
         assert (challenger is None) == promoted
         audit.entries()
 
@@ -205,26 +205,26 @@ def test_a_promotion_that_was_cut_short_does_not_overrule_what_came_later(two_ve
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, "intent", "after")
         with pytest.raises(Killed):
-            registry.promote("cut", "2")
-    registry.client().set_registered_model_alias("cut", registry.CHAMPION, "3")  # by MLflow's own page
+            versions.promote("cut", "2")
+    versions.client().set_registered_model_alias("cut", versions.CHAMPION, "3")  # by MLflow's own page
     with Audit() as audit:
-        registry.finish_promotion(audit, "cut")
-        assert audit.last("cut", registry.PROMOTIONS).action == registry.NOT_PROMOTED
-    assert registry.resolve("cut", registry.CHAMPION).number == "3"
+        versions.finish_promotion(audit, "cut")
+        assert audit.last("cut", versions.PROMOTIONS).action == versions.NOT_PROMOTED
+    assert versions.resolve("cut", versions.CHAMPION).number == "3"
 
 
 def test_of_two_promotions_at_once_one_is_the_end_and_the_log_agrees(two_versions):
     two_versions()
-    threads = [threading.Thread(target=registry.promote, args=("cut", number)) for number in ("1", "2") * 3]
+    threads = [threading.Thread(target=versions.promote, args=("cut", number)) for number in ("1", "2") * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     with Audit() as audit:
-        last = audit.last("cut", registry.PROMOTIONS)
-        assert last.action == registry.PROMOTED
-        assert registry.resolve("cut", registry.CHAMPION).number == last.details["version"]
-        ended = [e.details for e in audit.entries("cut", registry.PROMOTED)][-6:]
+        last = audit.last("cut", versions.PROMOTIONS)
+        assert last.action == versions.PROMOTED
+        assert versions.resolve("cut", versions.CHAMPION).number == last.details["version"]
+        ended = [e.details for e in audit.entries("cut", versions.PROMOTED)][-6:]
     befores = [entry["before"] for entry in ended[1:]]
     assert befores == [entry["version"] for entry in ended[:-1]], "each says whom it followed"
 
@@ -238,7 +238,7 @@ def cut_short(bundles):
         with pytest.raises(Killed):
             registered("short", bundles[1], "second")
     yield lambda: registered("short", bundles[1], "second")
-    registry.client().delete_registered_model("short")
+    versions.client().delete_registered_model("short")
 
 
 def test_a_registration_reads_the_log_from_the_creation_of_its_version_on(cut_short, bundles, monkeypatch):
@@ -247,7 +247,7 @@ def test_a_registration_reads_the_log_from_the_creation_of_its_version_on(cut_sh
     read = []
     seal = audit_module._seal
     monkeypatch.setattr(audit_module, "_seal", lambda *of: read.append(of[1]["number"]) or seal(*of))
-    assert cut_short().aliases == (registry.CHALLENGER,)
+    assert cut_short().aliases == (versions.CHALLENGER,)
     assert min(read) == first.number
     read.clear()
     registered("short", bundles[0])
@@ -259,7 +259,7 @@ def test_what_was_done_since_a_version_was_created_is_proven_before_it_gets_an_a
 ):
     """The entry of a version that became the challenger meanwhile is hidden among another model's."""
     later = registered("short", build(tmp_path / "third", seed=3), "third")
-    assert later.aliases == (registry.CHALLENGER,)
+    assert later.aliases == (versions.CHALLENGER,)
     with Audit() as audit:
         number = audit.last("short", ["register"]).number
     row = AUDIT.update().where(AUDIT.c.number == number)
@@ -272,7 +272,7 @@ def test_what_was_done_since_a_version_was_created_is_proven_before_it_gets_an_a
         with database.connect().begin() as connection:
             connection.execute(row.values(model="short"))
     assert cut_short().aliases == (), "whoever gave aliases meanwhile decided later"
-    assert registry.resolve("short", registry.CHALLENGER) == later
+    assert versions.resolve("short", versions.CHALLENGER) == later
 
 
 def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):
@@ -280,7 +280,7 @@ def test_a_version_is_signed_where_it_is_kept(bundles, tmp_path):
     subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", key], check=True)
     subprocess.run(["openssl", "pkey", "-in", key, "-pubout", "-out", public], check=True)
     registered("signed", bundles[0], "signed")
-    found = registry.sign("signed", "champion", key)
+    found = versions.sign("signed", "champion", key)
     signature.require(found.path / manifest.MANIFEST, [str(public)])
     verify(found.path)
     assert Audit().entries("signed")[-1].action == "sign"
@@ -290,17 +290,17 @@ def epoch(number: int, loss: float) -> dict[str, float]:
     return {"epoch": number, "train_loss": loss, "validation_auc": 0.5 + number / 10}
 
 
-def losses(run: registry.Run) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in registry.client().get_metric_history(run.id, "train_loss")]
+def losses(run: versions.Run) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in versions.client().get_metric_history(run.id, "train_loss")]
 
 
-def status(run: registry.Run) -> str:
-    return registry.client().get_run(run.id).info.status
+def status(run: versions.Run) -> str:
+    return versions.client().get_run(run.id).info.status
 
 
-def stopped(name: str, key: str, error: BaseException) -> registry.Run:
+def stopped(name: str, key: str, error: BaseException) -> versions.Run:
     """A run whose training broke off in its third epoch."""
-    with contextlib.suppress(type(error)), registry.run(project(name), key) as run:
+    with contextlib.suppress(type(error)), versions.run(project(name), key) as run:
         for number in (0, 1):
             run.log_epoch(epoch(number, 1 - number / 10))
         raise error
@@ -322,7 +322,7 @@ def test_a_run_whose_body_raises_says_whether_somebody_stopped_it(error, end):
 
 def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
     first = stopped("resumed", "key", KeyboardInterrupt())
-    with registry.run(project("resumed"), "key") as again:
+    with versions.run(project("resumed"), "key") as again:
         assert status(again) == "RUNNING"
         for number in (1, 2, 2):
             again.log_epoch(epoch(number, 0.5))
@@ -332,11 +332,11 @@ def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
 
 
 def test_another_key_and_fresh_are_runs_of_their_own():
-    with registry.run(project("several"), "key") as first:
+    with versions.run(project("several"), "key") as first:
         first.log_epoch(epoch(0, 1.0))
-    with registry.run(project("several"), "other") as other:
+    with versions.run(project("several"), "other") as other:
         pass
-    with registry.run(project("several"), "key", fresh=True) as fresh:
+    with versions.run(project("several"), "key", fresh=True) as fresh:
         fresh.log_epoch(epoch(0, 0.7))
     assert len({first.id, other.id, fresh.id}) == 3
     assert {other.resumed, fresh.resumed} == {False}
@@ -345,12 +345,12 @@ def test_another_key_and_fresh_are_runs_of_their_own():
 
 
 def test_a_run_has_the_parameters_results_and_tags():
-    with registry.run(project("described"), "key") as run:
+    with versions.run(project("described"), "key") as run:
         run.log_results({"auc": 0.9}, {"gate": "passed"})
-    data = registry.client().get_run(run.id).data
+    data = versions.client().get_run(run.id).data
     assert data.metrics == {"auc": 0.9}
     assert data.tags["gate"] == "passed"
-    assert data.tags[registry.KEY_TAG] == "key"
+    assert data.tags[versions.KEY_TAG] == "key"
     assert data.params.items() >= {"seed": "0", "model.kind": "mlp", "training.epochs": "1"}.items()
 
 
@@ -358,9 +358,9 @@ def test_mlflows_own_tools_open_the_bundle_and_predict_the_same(bundles):
     version = registered("pyfunc", bundles[0])
     opened = Bundle(version.path)
     columns = columns_of(opened.schema, ROWS)
-    mlflow.set_tracking_uri(registry.uri())
-    mlflow.set_registry_uri(registry.uri())
-    model = mlflow.pyfunc.load_model(f"models:/pyfunc@{registry.CHAMPION}")
+    mlflow.set_tracking_uri(versions.uri())
+    mlflow.set_registry_uri(versions.uri())
+    model = mlflow.pyfunc.load_model(f"models:/pyfunc@{versions.CHAMPION}")
     got = model.predict(bundle.inputs(columns))["probability"]
     np.testing.assert_array_equal(np.ravel(got), opened.predict(columns))
 
@@ -376,11 +376,11 @@ def test_state_is_in_the_home_alone(home, bundles):
 )
 @pytest.mark.parametrize("version", ["champion", "1", "o'brien", ""])
 def test_a_name_that_no_model_can_have_finds_nothing(name, version):
-    assert registry.find(name, version) is None
+    assert versions.find(name, version) is None
     with pytest.raises(UserError, match="there is no model"):
-        registry.resolve(name, version)
+        versions.resolve(name, version)
     with pytest.raises(UserError, match="there is no model"):
-        registry.versions(name)
+        versions.versions(name)
 
 
 @pytest.mark.parametrize(
@@ -388,9 +388,9 @@ def test_a_name_that_no_model_can_have_finds_nothing(name, version):
     ["o'brien", "../x", "", "a" * 3000, "٣", "-1", "1.5", "99999999999999999999", "a\ud800b", "a\0b"],
 )
 def test_a_version_that_cannot_be_is_not_found(version):
-    assert registry.find("income", version) is None
+    assert versions.find("income", version) is None
     with pytest.raises(UserError, match="no version"):
-        registry.resolve("income", version)
+        versions.resolve("income", version)
 
 
 def test_the_same_graph_with_another_contract_is_another_version(bundles, tmp_path):
@@ -410,7 +410,7 @@ def test_the_same_graph_with_another_contract_is_another_version(bundles, tmp_pa
 
 def test_what_is_registered_is_not_written_again(bundles, home):
     version = registered("written", bundles[0])
-    entry = registry.client().get_model_version("written", "1")
+    entry = versions.client().get_model_version("written", "1")
     folders = (version.path, Path(entry.source.removeprefix("file://")))
 
     def state():
@@ -433,17 +433,17 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
     other = shutil.copytree(bundles[1], tmp_path / "other")
     facts = {} if decision is None else {"decision": {"passed": decision, "reason": "not good enough"}}
     seal(other, facts)
-    with registry.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
-        registry.register("gated", run.id, other, run.log_bundle(other))
+    with versions.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
+        versions.register("gated", run.id, other, run.log_bundle(other))
     # Somebody registers it with MLflow's own tools.
-    ours = registry.client()
+    ours = versions.client()
     number = str(ours.create_model_version("gated", run.log_bundle(other), run_id=run.id).version)
     with pytest.raises(UserError, match=f"gated version {number} must have passed the gate.*{message}"):
-        registry.promote("gated", number)
-    ours.set_registered_model_alias("gated", registry.CHALLENGER, number)
+        versions.promote("gated", number)
+    ours.set_registered_model_alias("gated", versions.CHALLENGER, number)
     with pytest.raises(UserError, match=f"must have passed the gate.*{message}"):
-        variants.opened(registry.resolve("gated", registry.CHALLENGER).path)
-    assert registry.resolve("gated", registry.CHAMPION).number == "1"
+        variants.opened(versions.resolve("gated", versions.CHALLENGER).path)
+    assert versions.resolve("gated", versions.CHAMPION).number == "1"
     ours.delete_model_version("gated", number)
 
 
@@ -454,20 +454,20 @@ def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
     (version.path / manifest.MANIFEST).write_bytes(manifest.document({**manifest, "seed": 17}))
     verify(version.path)
     with pytest.raises(BrokenBundle, match=r"its MANIFEST\.json was changed"):
-        registry.resolve("forged", "1")
+        versions.resolve("forged", "1")
     (version.path / manifest.MANIFEST).write_bytes(before)
-    assert registry.resolve("forged", "1") == version
+    assert versions.resolve("forged", "1") == version
 
 
 def test_a_champion_that_changes_after_the_decision_is_found_out(bundles):
     """Two trainings at once: both were judged while there was no champion."""
     judged = [copies.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
-    with registry.run(project("raced"), "key") as run:
+    with versions.run(project("raced"), "key") as run:
         uris = [run.log_bundle(path) for path in judged]
-        registry.register("raced", run.id, judged[0], uris[0])
-        with pytest.raises(registry.Outdated):
-            registry.register("raced", run.id, judged[1], uris[1])
-        assert registry.register("raced", run.id, judged[0], uris[0]).number == "1", "registered already"
+        versions.register("raced", run.id, judged[0], uris[0])
+        with pytest.raises(versions.Outdated):
+            versions.register("raced", run.id, judged[1], uris[1])
+        assert versions.register("raced", run.id, judged[0], uris[0]).number == "1", "registered already"
 
 
 def test_registrations_at_once(bundles, tmp_path, monkeypatch):
@@ -477,12 +477,12 @@ def test_registrations_at_once(bundles, tmp_path, monkeypatch):
 
     def register(number: int) -> str:
         for _ in range(10):
-            with contextlib.suppress(registry.Outdated):
+            with contextlib.suppress(versions.Outdated):
                 return registered("together", bundles[number % 2], f"run {number}").number
         raise AssertionError("judged again and again")
 
     def state() -> list[list[tuple[str, str]]]:
-        given = [(str(v.version), alias) for v in registry.versions("together") for alias in v.aliases]
+        given = [(str(v.version), alias) for v in versions.versions("together") for alias in v.aliases]
         entries = [(e.details["version"], e.details["alias"]) for e in Audit().entries("together")]
         return [sorted(given), entries]
 
@@ -497,20 +497,20 @@ def test_a_store_that_mlflow_has_no_means_for_is_refused_before_it_is_noted(monk
         pytest.raises(
             UserError, match=r"RAYLWAY_STORE: must be a folder or URL of a store .*; nonsense://bucket: "
         ),
-        registry.run(project("elsewhere"), "key"),
+        versions.run(project("elsewhere"), "key"),
     ):
         pass
     monkeypatch.delenv("RAYLWAY_STORE")
-    with registry.run(project("elsewhere"), "key") as run:
-        assert registry.client().get_run(run.id).info.artifact_uri.startswith("file://")
+    with versions.run(project("elsewhere"), "key") as run:
+        assert versions.client().get_run(run.id).info.artifact_uri.startswith("file://")
 
 
 def test_a_store_that_fails_is_told_with_what_to_do(bundles, monkeypatch):
     def fail(*_):
         raise RuntimeError("no credentials\nand much more")
 
-    with registry.run(project("failing"), "key") as run:
-        monkeypatch.setattr(registry.store, "place", fail)
+    with versions.run(project("failing"), "key") as run:
+        monkeypatch.setattr(versions.store, "place", fail)
         with pytest.raises(
             UserError, match=r"must be stored at file://.*, but: RuntimeError: no credentials\. "
         ):
@@ -521,7 +521,7 @@ def test_a_database_that_does_not_answer_is_not_left_to_mlflow(monkeypatch):
     def never(**_):
         raise AssertionError("MLflow would try again for minutes")
 
-    monkeypatch.setattr(registry, "MlflowClient", never)
+    monkeypatch.setattr(versions, "MlflowClient", never)
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(OperationalError, match="Connection refused"):
-        registry.versions("income")
+        versions.versions("income")

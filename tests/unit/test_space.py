@@ -8,8 +8,7 @@ import optuna
 import pytest
 from pydantic import ValidationError
 
-from app import projectfile
-from app.config import Project
+from app.config import Project, projectfile
 from app.errors import UserError
 from app.tuning.space import Space
 

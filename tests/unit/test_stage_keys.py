@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from app import candidate, projectfile, quantization
+from app.config import projectfile
 from app.data import prepare, tokens
 from app.data.prepare import Prepared
+from app.jobs import candidate, quantization
 from app.state import fingerprint
 from app.tasks import FAMILIES
 from app.training import trainer

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ray import serve
 
-from app import registry
 from app.config import Serving
 from app.errors import UserError
-from app.registry import CHALLENGER, CHAMPION, Version
+from app.registry import versions
+from app.registry.versions import CHALLENGER, CHAMPION, Version
 from app.serving import applications, bandit, deploy, follow, traffic
 from app.serving.follow import Follower
 from app.state import audit as audits
@@ -94,10 +94,10 @@ class Commands(RuleBasedStateMachine):
         patch.setenv("RAYLWAY_HOME", str(self.folder))
         patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
         patch.setattr(audits.time, "time", lambda: world.now)
-        patch.setattr(registry, "client", lambda: Registry(world))
-        patch.setattr(registry, "find", self._find)
-        patch.setattr(registry.bundle, "verify", lambda path: {})
-        patch.setattr(registry.bundle, "require_passed", lambda *_: None)
+        patch.setattr(versions, "client", lambda: Registry(world))
+        patch.setattr(versions, "find", self._find)
+        patch.setattr(versions.bundle, "verify", lambda path: {})
+        patch.setattr(versions.bundle, "require_passed", lambda *_: None)
         patch.setattr(follow, "load", lambda *_: {})
         patch.setattr(follow, "common_schema", lambda *_: None)
         patch.setattr(follow, "schema_at", lambda *_: None)
@@ -170,7 +170,7 @@ class Commands(RuleBasedStateMachine):
     @rule(kill=st.none() | st.integers(0, 6), number=st.integers(1, 4))
     def promote(self, kill, number):
         with self.world.killing(kill), contextlib.suppress(UserError):
-            registry.promote(NAME, str(number))
+            versions.promote(NAME, str(number))
             if kill is None:
                 assert self.world.aliases[CHAMPION] == str(number)
 
@@ -223,7 +223,7 @@ class Commands(RuleBasedStateMachine):
         if held is None or held.serving is None:
             return
         with self.world.killing(kill):
-            registry.finish_promotion(self.audit, NAME)
+            versions.finish_promotion(self.audit, NAME)
             self.follower.look(self.audit, NAME, held)
             applications.tidy(self.audit, NAME)
             now = traffic.current(self.audit, NAME)
@@ -297,9 +297,9 @@ class Commands(RuleBasedStateMachine):
 
     @invariant()
     def aliases_are_those_of_the_log(self):
-        last = self.audit.last(NAME, registry.PROMOTIONS)
-        if last is None or last.action != registry.PROMOTING:  # else whoever comes next finishes it
-            given = self.audit.last(NAME, (registry.PROMOTED,))
+        last = self.audit.last(NAME, versions.PROMOTIONS)
+        if last is None or last.action != versions.PROMOTING:  # else whoever comes next finishes it
+            given = self.audit.last(NAME, (versions.PROMOTED,))
             champion = given.details["version"] if given else "1"
             assert self.world.aliases.get(CHAMPION, champion) == champion
             assert self.world.aliases.get(CHALLENGER) != champion

@@ -13,9 +13,9 @@ import ray.exceptions
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
+from app.cli.surroundings import explained
 from app.errors import UserError
 from app.state.audit import Audit
-from app.surroundings import explained
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,6 @@ import orjson
 import pytest
 import torch
 
-from app import quantization, registry
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import identity, manifest_of, seal
 from app.bundle.schema import Schema, columns_of
@@ -20,6 +19,8 @@ from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError
 from app.evaluation import report
+from app.jobs import quantization
+from app.registry import versions
 from app.serving import protocol, tensors
 from app.serving.protocol import Answer, Contract, Refused
 from app.serving.variants import common_schema
@@ -279,7 +280,7 @@ class TestCompression:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == status, done.stdout + done.stderr
         assert says in done.stdout + done.stderr
-        assert [list(version.aliases) for version in registry.versions("moods")] == aliases
+        assert [list(version.aliases) for version in versions.versions("moods")] == aliases
 
     def test_without_the_test_part_there_is_nothing_to_judge_it_on(self, tmp_path, bundle, monkeypatch):
         monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))

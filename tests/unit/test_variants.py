@@ -1,10 +1,10 @@
 import pytest
 
-from app import registry
 from app.bundle import copies
 from app.bundle.manifest import BrokenBundle
 from app.errors import UserError
-from app.registry import Version
+from app.registry import versions
+from app.registry.versions import Version
 from app.serving.variants import Deployed, common_schema, load, located
 from tests.bundles import build, schema
 
@@ -55,7 +55,7 @@ def test_a_bundle_that_is_on_another_machine_is_fetched_by_its_identity(tmp_path
         asked.append((model, number))
         return Version(model, number, (), kept_here.name)
 
-    monkeypatch.setattr(registry, "resolve", resolve)
+    monkeypatch.setattr(versions, "resolve", resolve)
     found = located("income", {"champion": elsewhere})
     assert found["champion"].path == kept_here
     assert asked == [("income", "1")]

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from app import registry
 from app.bundle import copies, manifest
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import identity, manifest_of, seal
@@ -15,7 +14,8 @@ from app.config import Gate
 from app.console import Console
 from app.evaluation import gate, report
 from app.evaluation.champion import Comparison, NotComparable, compare
-from app.registry import CHAMPION, Run, Version
+from app.registry import versions
+from app.registry.versions import CHAMPION, Run, Version
 from app.tasks import Task, packager_of
 
 
@@ -39,7 +39,7 @@ def _once(
     """None if another became the champion meanwhile."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
-        known = registry.registered_candidate(name, identity(candidate))
+        known = versions.registered_candidate(name, identity(candidate))
         path = known.path if known else _judged(name, candidate, rules, metrics, task)
         decision = decision_of(path)
         verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
@@ -53,8 +53,8 @@ def _once(
             done("not registered; the run and its bundle are in MLflow")
             return path, decision, None
         try:
-            version = registry.register(name, run.id, path, uri)
-        except registry.Outdated as outdated:
+            version = versions.register(name, run.id, path, uri)
+        except versions.Outdated as outdated:
             done(f"{outdated}; judging again")
             return None
         done(f"{name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
@@ -69,7 +69,7 @@ def decision_of(path: Path) -> gate.Decision:
 
 def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], task: Task) -> Path:
     """The folder of the candidate's bundle with the decision in it: in its manifest and on its card."""
-    version = registry.find(name, CHAMPION)
+    version = versions.find(name, CHAMPION)
     beside = _beside(candidate, version, task)
     decision = gate.decide(rules, metrics["model"], metrics["baselines"], beside)
     against = version and {

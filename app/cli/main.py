@@ -19,12 +19,13 @@ import typer
 from rich.console import RenderableType
 from typer.core import TyperGroup
 
-from app import options, projectfile, surroundings
+from app.cli import options, surroundings
+from app.cli.finish import Finish
+from app.config import projectfile
 from app.config.project import require_name
 from app.config.section import MAX_NUMBER
 from app.console import Console, chatter_to_log, short
 from app.errors import Interrupted, UserError, described
-from app.finish import Finish
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
 MAX_TOKEN_HOURS = 10 * 365 * 24
@@ -84,7 +85,7 @@ def train(file: File, overrides: Set = None, fresh: Fresh = False) -> None:
         from app.cluster.session import session
 
         with session():
-            from app import pipeline
+            from app.jobs import pipeline
 
             outcome = pipeline.run(project, console, fresh=fresh)
         console.say(f"bundle: {short(outcome.bundle)}")
@@ -134,7 +135,7 @@ def sweep(
         from app.cluster.session import session
 
         with session():
-            from app import pipeline, sweep
+            from app.jobs import pipeline, sweep
 
             swept = sweep.run(project, console)
             if not swept.best:
@@ -155,7 +156,7 @@ def sweep_report(
     """Write one self-contained HTML page about a sweep: what was tried, what matters, and what it cost."""
     project = projectfile.load(file, overrides or [])
     with _working("report") as console:
-        from app import sweep
+        from app.jobs import sweep
 
         page = sweep.report(project, out, console.wait)
         console.say(f"report: {short(page.resolve())}")
@@ -170,12 +171,12 @@ def compress(
 ) -> None:
     """Make an int8 version of a bundle: smaller, and faster where layers are large.
 
-    Its card says what it costs. One that loses more than `compression.max_loss` is refused. Exit code 3: the
+    Its card says what it costs. One that loses more than `compress.max_loss` is refused. Exit code 3: the
     gate did not let it be registered.
     """
     with _working("compress") as console:
-        from app import compression, quantization
         from app.cluster.session import lasts, session
+        from app.jobs import compress, quantization
         from app.state import stages
 
         if lasts():
@@ -193,7 +194,7 @@ def compress(
         if not register:
             console.say(f"bundle: {short(made.path)}")
         else:
-            path, decision, _ = compression.register(made, console)
+            path, decision, _ = compress.register(made, console)
             console.say(f"bundle: {short(path)}")
             if not decision.passed:
                 raise typer.Exit(EXIT_GATE)
@@ -253,16 +254,16 @@ def predict(
 ) -> None:
     """Answer every row of a table, as the endpoint would. Rows that break the contract are told why."""
     with _working("predict") as console:
-        from app import batch
         from app.cluster.session import session
+        from app.jobs import predict
 
         with session():
-            answered = batch.run(model, batch.source(input_), output, k, console.wait)
+            answered = predict.run(model, predict.source(input_), output, k, console.wait)
         console.say(f"{answered.num_rows:,} rows answered in {output}")
         if answered.suffix:
             console.say(f"the input has columns of these names, so the answers end in {answered.suffix}")
         if answered.num_broken:
-            column = f"{batch.VIOLATION}{answered.suffix}"
+            column = f"{predict.VIOLATION}{answered.suffix}"
             console.say(
                 f"{answered.num_broken:,} of them break the contract: see the column {column}", style="yellow"
             )
@@ -415,7 +416,7 @@ def token(
     new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
 ) -> None:
     """Issue a token for endpoints with `serving.auth: local`. Nothing else is printed."""
-    from app import issuer
+    from app.serving import issuer
 
     if new_key:
         issuer.new_key()
@@ -442,7 +443,7 @@ def audit(
     if name is not None:
         require_name(name)
     with _working("audit", quiet=as_json) as console:
-        from app import audit_lines
+        from app.cli import audit_lines
         from app.state import audit_head
         from app.state.audit import Audit
 
@@ -459,9 +460,9 @@ def audit(
 def versions(name: Annotated[str, typer.Argument(help="The registered model, such as income.")]) -> None:
     """List a model's registered versions with their aliases."""
     with _working("versions") as console:
-        from app import registry
+        from app.registry import versions
 
-        found = registry.versions(name)
+        found = versions.versions(name)
         if not found:
             raise UserError(f"no model {name!r} is registered; train one with `raylway train`")
         for entry in found:
@@ -475,9 +476,9 @@ def promote(
 ) -> None:
     """Make a version the champion."""
     with _working("promote") as console:
-        from app import registry
+        from app.registry import versions
 
-        chosen = registry.promote(name, version, console.wait)
+        chosen = versions.promote(name, version, console.wait)
         console.say(f"{name} version {chosen.number} is the champion")
 
 
@@ -488,13 +489,13 @@ def sign(model: Annotated[str, typer.Argument(help="A registered version, such a
     Endpoints with serving.trusted_keys serve nothing else.
     """
     with _working("sign") as console:
-        from app import registry
         from app.bundle import signature
+        from app.registry import versions
 
         name, at, number = model.partition("@")
         if not at:
             raise UserError(f"{model}: must be a version of a model, such as {model}@3 or {model}@challenger")
-        version = registry.sign(name, number, signature.signing_key())
+        version = versions.sign(name, number, signature.signing_key())
         console.say(f"{name} version {version.number} is signed")
 
 
@@ -518,7 +519,7 @@ def down() -> None:
 @app.command()
 def demo() -> None:
     """A model's whole life on the census sample, in about two minutes; leaves nothing running."""
-    from app import demo
+    from app.jobs import demo
 
     with demo.own_home(), _working("demo") as console:
         demo.run(console)

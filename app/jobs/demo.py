@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from app import projectfile
 from app.cluster.ports import free_ports
 from app.cluster.session import session
+from app.config import projectfile
 from app.console import Console, short
 from app.state import files
 from app.state.home import home
@@ -51,7 +51,7 @@ def run(console: Console) -> None:
     incumbent = projectfile.load(PROJECT, INCUMBENT)
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with session():
-        from app import pipeline
+        from app.jobs import pipeline
         from app.serving import deploy, follow
 
         console.say("1. A first champion: logistic regression", style="bold")

@@ -12,7 +12,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from app import registry
 from app.bundle.bundle import OUTPUT, Bundle
 from app.bundle.schema import Schema
 from app.cluster import capacity
@@ -21,6 +20,7 @@ from app.data.cells import is_string, table_faults, told
 from app.data.reading import SUFFIXES, has_format
 from app.data.sources import Files, Kind
 from app.errors import UserError, unwrapped
+from app.registry import versions
 from app.state import stages
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def folder(model: str | Path) -> Path:
     """The bundle of a registered version, such as "income@champion" or "income@3", or the folder of one."""
     name, at, version = str(model).partition("@")
     if at:
-        return registry.resolve(name, version).path
-    return Path(model) if _is_folder(Path(model)) else registry.resolve(name, "champion").path
+        return versions.resolve(name, version).path
+    return Path(model) if _is_folder(Path(model)) else versions.resolve(name, "champion").path
 
 
 def _is_folder(path: Path) -> bool:

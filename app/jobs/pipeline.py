@@ -5,14 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from app import candidate, judging, registry
 from app.cluster import capacity
 from app.config import Project
 from app.console import Console
 from app.data import split
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate
-from app.registry import CHAMPION, Version
+from app.jobs import candidate, judging
+from app.registry import versions
+from app.registry.versions import CHAMPION, Version
 from app.state import stages
 from app.tasks import task_of
 from app.training import trainer
@@ -45,7 +46,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)
-    with registry.run(project, candidate.key(project, prepared), fresh=fresh) as run:
+    with versions.run(project, candidate.key(project, prepared), fresh=fresh) as run:
         task = task_of(project, prepared)
 
         def on_epoch(epoch: dict[str, float]) -> None:
@@ -78,7 +79,7 @@ def with_key(project: Project) -> Project:
 
     Rows then stay in their parts, and candidate and champion are compared on the whole test part.
     """
-    version = registry.find(project.name, CHAMPION)
+    version = versions.find(project.name, CHAMPION)
     before = split.partition_at(version.path) if version else None
     return project.model_copy(update={"data": split.carried(project.data, before)})
 
