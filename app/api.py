@@ -21,7 +21,8 @@ from app.config import Project, projectfile
 from app.config.faults import require_within
 from app.config.section import MAX_NUMBER
 from app.console import Console
-from app.jobs import pipeline, predict
+from app.jobs import pipeline
+from app.jobs import predict as predicting
 from app.jobs import sweep as sweeping
 from app.jobs.pipeline import Outcome
 from app.jobs.sweep import Swept
@@ -61,5 +62,5 @@ def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> 
     probability of each class of several; `items` and `scores`, the best `k`, of a recommender.
     Raises UserError for a column that is missing.
     """
-    folder = model.bundle if isinstance(model, Outcome) else predict.folder(model)
-    return predict.predict(Bundle(folder), rows, k)
+    folder = model.bundle if isinstance(model, Outcome) else predicting.folder(model)
+    return predicting.predict(Bundle(folder), rows, k)

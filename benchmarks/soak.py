@@ -62,7 +62,7 @@ def main() -> None:
     names = arguments.only.split(",") if arguments.only else list(PROOFS)
     with tempfile.TemporaryDirectory(prefix="raylway-soak-") as home:
         os.environ["RAYLWAY_HOME"] = home
-        versions()
+        train_versions()
         found = {}
         for name in names:
             found[name] = PROOFS[name](arguments.scale)
@@ -70,7 +70,7 @@ def main() -> None:
     print(json.dumps({"benchmark": "soak", "scale": arguments.scale, "proofs": found}))
 
 
-def versions() -> None:
+def train_versions() -> None:
     """Two registered ones."""
     for seed in (0, 1):
         subprocess.run(

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from app.bundle import copies
-from app.bundle.manifest import identity
+from app.bundle.manifest import identity_of
 from app.config import Project
-from app.registry import versions
+from app.registry import runs, versions
 from tests.bundles import PASSED, PROJECT
 
 
@@ -15,10 +15,10 @@ def project(name: str) -> Project:
 
 def registered(name: str, path: Path, key: str = "key") -> versions.Version:
     """A version of a hand-made bundle that has passed the gate, as training registers it."""
-    candidate = identity(path)
+    candidate = identity_of(path)
     known, champion = versions.registered_candidate(name, candidate), versions.find(name, versions.CHAMPION)
     against = champion and {"identity": champion.identity}
     facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}
     judged = known.path if known else copies.keep(path, facts)
-    with versions.run(project(name), key) as run:
+    with runs.run(project(name), key) as run:
         return versions.register(name, run.id, judged, run.log_bundle(judged))

@@ -27,7 +27,7 @@ def require(identity: str) -> Path:
     Raises BrokenBundle if its manifest has another identity: who changes a bundle can change that as well.
     """
     path = folder(identity)
-    if manifest.identity(path) != identity:
+    if manifest.identity_of(path) != identity:
         raise BrokenBundle(f"{path}: its {manifest.MANIFEST} was changed; {manifest.AGAIN}")
     return path
 

@@ -41,7 +41,7 @@ def document(manifest: Mapping[str, Any]) -> bytes:
     return json.dumps(manifest, indent=1).encode()
 
 
-def identity(path: Path) -> str:
+def identity_of(path: Path) -> str:
     """The SHA-256 of a bundle's manifest, which has the hash of every other file: two bundles with the same
     identity are the same in all that counts. Raises BrokenBundle if there is no manifest."""
     manifest_of(path)

@@ -62,7 +62,8 @@ DONE: Mapping[str, Callable[[Details], str]] = {
     "promote undone": lambda d: f"left the champion as it is: version {d['version']} came too late",
     "undeploy": lambda d: "took the endpoint off",
 }
-"""What the other actions did. They are named where they are written: app.registry.versions and app.serving.traffic."""
+"""What the other actions did. They are named where they are written: app.registry.versions and
+app.serving.traffic."""
 
 
 def _traffic(details: Details, before: Details) -> str:

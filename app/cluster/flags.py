@@ -77,7 +77,7 @@ def environment() -> dict[str, str]:
         ours["RAYLWAY_STORE"] = _absolute(store)
     if (url := ours.get("RAYLWAY_DATABASE_URL", "")).startswith(SQLITE):
         ours["RAYLWAY_DATABASE_URL"] = SQLITE + _absolute(url.removeprefix(SQLITE))
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     fixed = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),

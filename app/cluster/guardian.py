@@ -63,7 +63,7 @@ def hold() -> Held:
     reap_dead()
     directory, lock = _locked_directory()
     read_end, write_end = os.pipe()
-    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     # Not subprocess: its objects expect to see the end of what they started. In a session of its own, so that
     # Ctrl-C in the terminal does not reach it.
     pid = os.posix_spawn(

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.bundle import bundle, flavor
+from app.bundle import bundle
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import seal
 from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared
 from app.evaluation import report
+from app.registry import flavor
 from app.state import stages
 from app.tasks import Task, baselines_of, module_of, packager_of
 from app.training import trainer

@@ -8,7 +8,7 @@ from app.console import Console
 from app.evaluation import gate
 from app.jobs import judging, quantization
 from app.jobs.quantization import Compressed
-from app.registry import versions
+from app.registry import runs
 from app.registry.versions import Version
 from app.tasks import task_of
 
@@ -26,6 +26,6 @@ def register(made: Compressed, console: Console) -> tuple[Path, gate.Decision, V
     tolerance = project.gate.tolerance + project.compression.max_loss
     rules = project.gate.model_copy(update={"tolerance": tolerance})
     task = task_of(project, quantization.prepared_of(manifest, made.path))
-    with versions.run(project, made.path.name) as run:
+    with runs.run(project, made.path.name) as run:
         run.log_results({}, {"raylway.compressed_from": manifest["compressed_from"]["identity"]})
         return judging.register(project.name, made.path, rules, task, run, console)

@@ -9,13 +9,14 @@ from typing import Any
 
 from app.bundle import copies, manifest
 from app.bundle.bundle import Bundle
-from app.bundle.manifest import identity, manifest_of, seal
+from app.bundle.manifest import identity_of, manifest_of, seal
 from app.config import Gate
 from app.console import Console
 from app.evaluation import gate, report
 from app.evaluation.champion import Comparison, NotComparable, compare
 from app.registry import versions
-from app.registry.versions import CHAMPION, Run, Version
+from app.registry.runs import Run
+from app.registry.versions import CHAMPION, Version
 from app.tasks import Task, packager_of
 
 
@@ -39,7 +40,7 @@ def _once(
     """None if another became the champion meanwhile."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
-        known = versions.registered_candidate(name, identity(candidate))
+        known = versions.registered_candidate(name, identity_of(candidate))
         path = known.path if known else _judged(name, candidate, rules, metrics, task)
         decision = decision_of(path)
         verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
@@ -84,7 +85,7 @@ def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any],
         card = draft / "card.md"
         card.write_text(f"{card.read_text()}\n{report.verdict(decision.passed, decision.reason)}")
         known = {k: v for k, v in manifest_of(candidate).items() if k != "files"}
-        seal(draft, {**known, "candidate": identity(candidate), "decision": facts})
+        seal(draft, {**known, "candidate": identity_of(candidate), "decision": facts})
         return copies.keep(draft)
 
 

@@ -12,7 +12,7 @@ from app.data import split
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate
 from app.jobs import candidate, judging
-from app.registry import versions
+from app.registry import runs, versions
 from app.registry.versions import CHAMPION, Version
 from app.state import stages
 from app.tasks import task_of
@@ -46,7 +46,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)
-    with versions.run(project, candidate.key(project, prepared), fresh=fresh) as run:
+    with runs.run(project, candidate.key(project, prepared), fresh=fresh) as run:
         task = task_of(project, prepared)
 
         def on_epoch(epoch: dict[str, float]) -> None:

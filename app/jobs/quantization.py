@@ -20,7 +20,7 @@ import pandas as pd
 
 from app.bundle import bundle
 from app.bundle.bundle import Bundle
-from app.bundle.manifest import identity, seal
+from app.bundle.manifest import identity_of, seal
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError
@@ -59,7 +59,7 @@ def compress(path: Path) -> Compressed:
         raise UserError(f"{path}: is an int8 bundle already")
     project = Project.model_validate_json((path / "project.json").read_text())
     prepared = prepared_of(original.manifest, path)
-    target = stages.folder("compress", key(project, identity(original.path)))
+    target = stages.folder("compress", key(project, identity_of(original.path)))
     stages.produce(target, lambda draft: _build(original, project, prepared, draft))
     path = stages.current(target)
     comparison = json.loads((path / "metrics.json").read_text())["compression"]
@@ -136,7 +136,7 @@ def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) 
     (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
     (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
     facts = {name: original.manifest[name] for name in ("data_version", "prepared", "seed")}
-    parent = {"identity": identity(original.path), "decision": original.manifest.get("decision")}
+    parent = {"identity": identity_of(original.path), "decision": original.manifest.get("decision")}
     seal(draft, {**facts, "compressed_from": parent})
 
 

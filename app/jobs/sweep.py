@@ -17,7 +17,7 @@ from rich.text import Text
 from app.config import Project
 from app.console import Console, short
 from app.jobs import pipeline
-from app.registry import versions
+from app.registry import runs
 from app.state import files, stages
 from app.state.home import home, make_private
 from app.tuning import report as reports
@@ -68,10 +68,10 @@ def run(project: Project, console: Console) -> Swept:
     project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name
-    with versions.sweep(project, name) as runs, _watching(console) as watch:
+    with runs.sweep(project, name) as mlflow_runs, _watching(console) as watch:
 
         def on_trial(trial: FrozenTrial) -> None:
-            runs.log(_told(trial, space))
+            mlflow_runs.log(_told(trial, space))
 
         def say(text: str) -> None:
             console.say(f"  {text}", style="yellow")
@@ -126,7 +126,7 @@ def _values(trial: FrozenTrial, objectives: list[str]) -> str:
                      else f"{name} {value:.3g}" for name, value in pairs)  # fmt: skip
 
 
-def _told(trial: FrozenTrial, space: Space) -> versions.Trial:
+def _told(trial: FrozenTrial, space: Space) -> runs.Trial:
     histories: list[list[dict[str, float]]] = trial.user_attrs.get("history", [])
     curves: list[tuple[str, int, float]] = []
     for i, history in enumerate(histories):
@@ -144,7 +144,7 @@ def _told(trial: FrozenTrial, space: Space) -> versions.Trial:
     tags = {"raylway.state": trial.state.name.lower()}
     if error := trial.user_attrs.get("error"):
         tags["raylway.error"] = error
-    return versions.Trial(
+    return runs.Trial(
         number=trial.number,
         status={"COMPLETE": "FINISHED", "PRUNED": "KILLED"}.get(trial.state.name, "FAILED"),
         parameters=space.decoded(point_of(trial)),

@@ -1,4 +1,4 @@
-"""Putting endpoints on the cluster and taking them off again. Call these inside `app.cluster.session.session()`.
+"""Putting endpoints on the cluster and taking them off again. Call these in a session of `app.cluster`.
 
 Ray Serve reads its flags when it is imported, so it is imported in here only when something is called.
 """

@@ -1,11 +1,11 @@
 """HAProxy as Ray Serve starts it, with what Serve's configuration of it leaves out.
 
-`raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.cluster.flags): it edits the settings
-that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to everybody, then
-listens on loopback, and that for statistics tells nothing; that of the endpoints listens and speaks TLS as
-`app.serving.shared` says; HAProxy and the replicas prove to each other that they know the cluster's secret;
-clients that send slowly are not waited for. A replica gets no more requests than it has places. The others
-wait here, where the time they wait is known, and get 429 when it is over.
+`raylway-haproxy` stands in for HAProxy (RAY_SERVE_HAPROXY_BINARY_PATH in app.cluster.flags): it edits the
+settings that Serve wrote for it, and becomes HAProxy. Its own port for metrics, which Serve opens to
+everybody, then listens on loopback, and that for statistics tells nothing; that of the endpoints listens and
+speaks TLS as `app.serving.shared` says; HAProxy and the replicas prove to each other that they know the
+cluster's secret; clients that send slowly are not waited for. A replica gets no more requests than it has
+places. The others wait here, where the time they wait is known, and get 429 when it is over.
 
 What HAProxy answers itself is JSON as ours, but for two answers that no setting reaches: its parser's 400 to
 bytes that are no HTTP, and its 408 to headers that do not arrive in time. Those are HTML.
@@ -197,6 +197,8 @@ def _successor(text: str, secured: str) -> str:
         # Whoever has taken the port by then must not learn it.
         f"http-request del-header {SECRET_HEADER}",
         "retries 1",
+        # Its port would be that of the file, which may be an earlier Serve's with another port.
+        "load-server-state-from-file none",
         f"server successor {host}:{found[2]}{tls}",
     ]
     return "\n".join(["backend successor", *(f"    {line}" for line in lines), ""])

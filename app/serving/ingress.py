@@ -1,10 +1,10 @@
 """What stands before every deployment: no client header steers Ray Serve, and no body is read before the
 deployment asks for it.
 
-`middlewares` is called by Serve in each process that takes HTTP requests (RAY_SERVE_HTTP_PROXY_CALLBACK_
-IMPORT_PATH in app.cluster.flags): behind HAProxy these are the replicas themselves. There a request goes from the
-HTTP server straight to the deployment: Serve's own way to it (three tasks, two contexts and a dozen metrics
-for each request) takes several times as long as a small model does.
+`middlewares` is called by Serve in each process that takes HTTP requests (see app.cluster.flags): behind
+HAProxy these are the replicas themselves. There a request goes from the HTTP server straight to the
+deployment: Serve's own way to it (three tasks, two contexts and a dozen metrics for each request) takes
+several times as long as a small model does.
 """
 
 import os

@@ -112,7 +112,7 @@ def _measured(tally: Tally) -> dict[str, float | None]:
 
 
 def endpoints() -> list[Endpoint]:
-    """All of the cluster. Call it inside `app.cluster.session.session()`."""
+    """All of the cluster. Call it in a session of `app.cluster`."""
     from ray import serve
 
     applications = serve.status().applications

@@ -161,7 +161,7 @@ COMMAND = (
 def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed):
     """Killed anywhere: while it prepares, trains, evaluates or registers. There is one model in the end."""
     from app.data.prepare import prepare
-    from app.registry import versions
+    from app.registry import connection, versions
     from app.training import trainer
 
     name, dice = f"killed-{seed}", random.Random(seed)
@@ -197,7 +197,7 @@ def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed
     prepared = prepare(project)
     trained = trainer.train(project, prepared, lambda _: None)
     assert trained.cached
-    client = versions.client()
+    client = connection.client()
     (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     assert run.info.status == "FINISHED"
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")]

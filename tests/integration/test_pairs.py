@@ -37,10 +37,10 @@ DONE, USER, GATE = 0, 2, 3
 
 # What the watch does every few seconds, at this moment and in a process of its own.
 LOOK = f"""
-from app import cluster, registry
+from app.cluster.session import session
 from app.state.audit import Audit
 from app.state.records import Records
-with session.session(log_to_driver=False):
+with session(log_to_driver=False):
     from app.serving import bandit, traffic
     from app.serving.follow import Follower
     audit = Audit()

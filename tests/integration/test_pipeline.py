@@ -17,6 +17,7 @@ import pytest
 from app.cluster.ports import free_ports
 from app.config import projectfile
 from app.errors import UserError
+from app.registry import connection
 from tests.integration.conftest import ROOT
 
 pytestmark = [
@@ -74,13 +75,13 @@ def test_what_was_done_is_not_done_again(trained, raylway):
 
 def test_the_run_is_in_mlflow_with_its_epochs_and_bundle(trained, ray_cluster):
     from app.bundle.bundle import Bundle
-    from app.registry import versions
+    from app.registry import connection, versions
 
     version = versions.resolve("smoke", "challenger")
     bundle = Bundle(version.path)
     bundle.check_example()
     assert bundle.manifest["seed"] == 0
-    client = versions.client()
+    client = connection.client()
     run = client.get_run(client.get_model_version("smoke", "2").run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["model.kind"] == "mlp"
@@ -105,7 +106,6 @@ def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
 
 def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster):
     """SIGKILL of the command in the middle of training; the same command again ends the same run."""
-    from app.registry import versions
 
     command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
     with started(home, *command) as process:
@@ -117,7 +117,7 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster)
     assert again.returncode == 0, again.stdout
     assert "continued" in again.stdout
     assert "epoch 1/6" not in again.stdout
-    client = versions.client()
+    client = connection.client()
     runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
     assert [run.info.status for run in runs] == ["FINISHED"]
     steps = [m.step for m in client.get_metric_history(runs[0].info.run_id, "train_loss")]

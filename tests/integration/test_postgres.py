@@ -10,7 +10,7 @@ from mlflow.exceptions import MlflowException
 from optuna.exceptions import StorageInternalError
 
 from app.errors import UserError
-from app.registry import versions
+from app.registry import connection
 from app.serving.recorder import REFUSED, NotStored, Recorder
 from app.state.audit import Audit
 from app.state.audit_head import Broken
@@ -39,7 +39,7 @@ def test_the_command_keeps_the_study_and_mlflow_in_one_database(database, raylwa
     assert done.returncode == 0, done.stdout + done.stderr
     study = studies.load("pg")
     assert len(study.trials) == 3
-    runs = versions.client().search_runs(["1"], "tags.`raylway.trial` != ''")
+    runs = connection.client().search_runs(["1"], "tags.`raylway.trial` != ''")
     assert len(runs) == 3
 
 
@@ -206,7 +206,7 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
     records = Records()
     add(records, prediction("hangs", model="hang"))
     recorder = Recorder(records, 10)
-    versions, storage = versions.client(), studies._storage()
+    versions, storage = connection.client(), studies._storage()
     versions.search_registered_models()
     with server.frozen():
         # Each makes an engine of its own: MLflow, then Optuna.

@@ -438,8 +438,8 @@ def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
 LEAVING = """
 import gc, time
 import ray
-from app import cluster
-with session.session(log_to_driver=False):
+from app.cluster.session import session
+with session(log_to_driver=False):
     from app.serving.limits import ROOT
     from app.serving.status import broadcast
     from ray.serve._private.long_poll import LongPollClient
@@ -451,7 +451,7 @@ for each in asking:  # an answer of the controller's has come meanwhile
     each.event_loop.call_soon_threadsafe(each._poll_next)
 time.sleep(3)
 assert not ray.is_initialized()
-with session.session(log_to_driver=False):
+with session(log_to_driver=False):
     assert len(broadcast(ROOT, ROOT, "watched", 30)) == 1
 """
 

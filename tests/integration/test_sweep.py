@@ -16,7 +16,7 @@ from optuna.trial import TrialState
 
 from app.config import Project, projectfile
 from app.errors import UserError
-from app.registry import versions
+from app.registry import connection
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
@@ -80,14 +80,14 @@ def test_the_best_project_is_a_file_that_trains_to_the_same_result(swept, home, 
     assert projectfile.load(file).training.learning_rate == study.best_params["training.learning_rate"]
     again = raylway("train", str(file), "--fresh")
     assert again.returncode == 0, again.stdout + again.stderr
-    client = MlflowClient(versions.uri())
+    client = MlflowClient(connection.uri())
     (run,) = client.search_runs(experiment(client), "tags.`raylway.key` != ''")
     curve = client.get_metric_history(run.info.run_id, "validation_auc")
     assert max(metric.value for metric in curve) == study.best_value
 
 
 def test_each_trial_is_a_run_below_the_studys_with_parameters_and_curves(swept, home):
-    client = MlflowClient(versions.uri())
+    client = MlflowClient(connection.uri())
     (parent,) = client.search_runs(experiment(client), "tags.`raylway.study` = 'shown'")
     assert parent.info.status == "FINISHED"
     children = client.search_runs(experiment(client), f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
@@ -464,7 +464,7 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, r
     assert finished(study) == list(range(40))
     assert len(study.trials) == 40
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no point twice"
-    client = MlflowClient(versions.uri())
+    client = MlflowClient(connection.uri())
     names = [client.get_experiment_by_name("smoke").experiment_id]
     runs = client.search_runs(names, "tags.`raylway.study` = 'forty'")
     query = f"tags.`mlflow.parentRunId` = '{runs[0].info.run_id}'"

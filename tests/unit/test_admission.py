@@ -65,7 +65,9 @@ class Door:
         # Only the port of the endpoints: tests run side by side.
         text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
-        text = re.sub(r"^    load-server-state.*\n", "", text, flags=re.M)
+        self._states = folder / "server-state"
+        text = re.sub(r"^( *server-state-base) .*", rf"\1 {folder}", text, flags=re.M)
+        text = re.sub(r"^( *server-state-file) .*", rf"\1 {self._states}", text, flags=re.M)
         self._socket = re.search(r"stats socket (\S+) .*expose-fd listeners", text)[1]
         self._file = folder / "door.cfg"
         self._file.write_text(text)
@@ -75,13 +77,25 @@ class Door:
             with contextlib.suppress(OSError), self.connect():
                 return
 
-    def reload(self, other=None):
+    def _ask(self, command):
+        """The answer of HAProxy's admin socket."""
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.settimeout(30)
+            admin.connect(self._socket)
+            admin.sendall(f"{command}\n".encode())
+            return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+
+    def reload(self, other=None, states=None):
         """As Serve does: a new process, which takes the listening sockets over, so that none of those that
         wait to be accepted is reset, and has the old one finish what it has; that one is returned. Leads to
-        the replica of `other` then, if there is one."""
+        the replica of `other` then, if there is one. `states` are those of the servers, if not the present
+        ones."""
         if other:
             text = self._file.read_text()
-            self._file.write_text(text.replace(f"127.0.0.1:{self._port}", f"127.0.0.1:{other._port}"))
+            self._file.write_text(text.replace(str(self._port), str(other._port)))
+        if states is None:
+            states = self._ask("show servers state")
+        self._states.write_text(states)
         over = ["-sf", str(self._haproxy[-1].pid), "-x", self._socket]
         self._haproxy.append(subprocess.Popen([*self._command, *over]))
         return self._haproxy[-2]
@@ -271,6 +285,26 @@ def test_a_connection_from_before_a_reload_is_answered_by_the_replicas_of_now(do
     response = connection.getresponse()
     assert (response.status, response.read(), response.getheader("connection")) == (200, b"{}", "close")
     assert (here.endpoint.asked, new.endpoint.asked) == (before, 2)
+
+
+def test_the_successor_is_found_though_the_states_are_those_of_an_earlier_server(door):
+    """Serve keeps the file when it ends; a later one may have another port."""
+    here = door(5)
+    here.let_answer()
+    states = here._ask("show servers state")
+    assert f" {here.port} " in states
+    here.reload(states=states.replace(f" {here.port} ", " 1 ")).wait(timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
+    before = len(here._haproxy)
+    for _ in range(2):
+        connection.request("POST", PATH, b"{}", {"authorization": "Bearer good"})
+        assert (response := connection.getresponse()).read() == b"{}"
+        if len(here._haproxy) == before:
+            here.reload()
+            # It has stopped listening when a new connection is the new one's.
+            while here._ask("show info").count(f"Pid: {here._haproxy[-1].pid}\n") == 0:
+                time.sleep(0.01)
+    assert response.getheader("connection") == "close", "the old one answered"
 
 
 def test_a_replica_answers_only_its_own_front(door):

@@ -6,7 +6,7 @@ import pytest
 
 from app.bundle import manifest
 from app.bundle.bundle import Bundle, inputs
-from app.bundle.manifest import MANIFEST, BrokenBundle, identity, seal, verify
+from app.bundle.manifest import MANIFEST, BrokenBundle, identity_of, seal, verify
 from app.bundle.schema import columns_of
 from tests.bundles import EDUCATION, PASSED, ROWS, build
 
@@ -137,7 +137,7 @@ def test_what_other_programs_leave_is_neither_refused_nor_read_nor_copied(made, 
     opened, whole = Bundle(copy), Bundle(made)
     columns = columns_of(whole.schema, ROWS)
     np.testing.assert_array_equal(opened.predict(columns), whole.predict(columns))
-    assert identity(copy) == identity(made)
+    assert identity_of(copy) == identity_of(made)
     (tmp_path / "private").mkdir()
     manifest.copy(copy, tmp_path / "private")
     private = {file.name for file in (tmp_path / "private").iterdir()}
@@ -147,21 +147,21 @@ def test_what_other_programs_leave_is_neither_refused_nor_read_nor_copied(made, 
 @pytest.mark.parametrize("name", ["model.onnx", "schema.json", "example.json"])
 def test_what_every_bundle_has_must_be_in_the_manifest(copy, name):
     """Otherwise a file that nobody sealed would be opened."""
-    manifest = verify(copy)
-    del manifest["files"][name]
-    (copy / MANIFEST).write_bytes(manifest.document(manifest))
+    sealed = verify(copy)
+    del sealed["files"][name]
+    (copy / MANIFEST).write_bytes(manifest.document(sealed))
     assert f"{name} is not in the manifest" in refusal(copy)
 
 
 def test_the_same_content_has_the_same_identity_and_another_contract_another(made, copy):
     facts = {"seed": 0, "data_version": "c0ffee", "decision": PASSED}
     seal(copy, facts)
-    assert identity(copy) == identity(made)
+    assert identity_of(copy) == identity_of(made)
     schema = json.loads((copy / "schema.json").read_text())
     schema["inputs"][0]["contract"]["max"] = 100
     (copy / "schema.json").write_text(json.dumps(schema))
     seal(copy, facts)
-    assert identity(copy) != identity(made)
+    assert identity_of(copy) != identity_of(made)
 
 
 @pytest.mark.parametrize("name", ["model.pkl", "hook.py", "lib/custom.so", "model", "weights.pt"])

@@ -6,14 +6,15 @@ from app.state.fingerprint import dependencies
 
 def test_a_module_needs_what_it_imports_at_its_top_or_in_a_function_and_the_packages_of_both():
     modules, _ = dependencies("app.state.stages")
-    assert {
+    assert modules == {
         "app",
-        "app.state.stages",
-        "app.state.files",
-        "app.state.home",
         "app.errors",
+        "app.state",
+        "app.state.files",
         "app.state.fingerprint",
-    } == modules
+        "app.state.home",
+        "app.state.stages",
+    }
 
 
 def test_libraries_that_shape_a_result_are_named_by_release():

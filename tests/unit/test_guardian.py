@@ -11,7 +11,7 @@ from app.cluster import guardian
 
 HOLDER = """
 import os, subprocess, sys
-from app import guardian
+from app.cluster import guardian
 
 guardian.PREFIX = sys.argv[1]
 held = guardian.hold()

@@ -4,7 +4,7 @@ import pytest
 
 from app import console
 from app.errors import UserError
-from app.registry import versions
+from app.registry import connection
 from app.serving import issuer
 from app.state import stages
 from app.state.audit import Audit
@@ -32,7 +32,7 @@ def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_
         home.mkdir()
     with Audit() as audit:
         audit.add("traffic", "income", {})
-    versions.client().search_experiments()
+    connection.client().search_experiments()
     issuer.new_key()
     with studies.opened("s", ["maximize"], {}, print):
         pass

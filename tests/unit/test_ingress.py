@@ -101,13 +101,16 @@ def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, 
 
 def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypatch):
     """Else every request would take Serve's own way, several times as long."""
-    contexts = [SimpleNamespace(servable_object=None), SimpleNamespace(servable_object="the deployment")]
+    ours, other = SimpleNamespace(respond=None), SimpleNamespace()
+    contexts = [SimpleNamespace(servable_object=served) for served in (None, ours, other)]
     monkeypatch.setattr("ray.serve.context._get_internal_replica_context", lambda: contexts[0])
     middleware, _ = ingress.middlewares()
     guard = middleware.cls(None, *middleware.args)
     assert guard._deployment() is None
     del contexts[0]
-    assert guard._deployment() == "the deployment"
+    assert guard._deployment() is ours
+    del contexts[0]
+    assert guard._deployment() is None, "another application's gets its requests from Serve"
 
 
 def test_the_answer_is_whole_and_has_the_requests_id():

@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from app.bundle.manifest import manifest_of
 from app.config import Project
 from app.console import Console
 from app.data import sources
 from app.data.prepare import prepare
 from app.jobs import candidate, judging, pipeline
-from app.registry import versions
+from app.registry import runs, versions
 from app.registry.versions import CHALLENGER, CHAMPION
 from app.tasks import task_of
 from app.training.trainer import Trained
@@ -113,7 +114,7 @@ def judged(name, state, tmp_path, monkeypatch):
         save_file(task.network().state_dict(), folder / "model.safetensors")
         path = candidate.build(settled, task, Trained(folder, str(made), False), {}, fresh=True)
         metrics = json.loads((path / "metrics.json").read_text())["model"]
-        with versions.run(settled, str(made)) as run:
+        with runs.run(settled, str(made)) as run:
             path, decision, _ = judging.register(
                 settled.name, path, settled.gate, task, run, Console(io.StringIO())
             )
@@ -142,7 +143,7 @@ def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
     judged(project())
     _, decision, path = judged(project(data__split={"test": 0.6, "key": ["age"], "seed": 3}))
     assert "test rows that neither was trained on" in decision.reason
-    sealed = judging.bundle.manifest_of(path)["decision"]["champion"]["comparison"]
+    sealed = manifest_of(path)["decision"]["champion"]["comparison"]
     assert 200 <= sealed["num_rows"] < sealed["num_test_rows"]
 
 

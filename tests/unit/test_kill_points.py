@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from app.bundle import flavor, signature
+from app.bundle import signature
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import require_passed, seal, verify
-from app.registry import versions
+from app.registry import connection, flavor, versions
 from app.registry.versions import CHALLENGER, CHAMPION
 from app.state.audit import Audit
 from tests import killer
@@ -49,7 +49,7 @@ def templates(tmp_path_factory, bundles):
             patch.setenv("RAYLWAY_HOME", str(folder))
 
             def prepare(count: int = number) -> None:
-                versions.client()
+                connection.client()
                 for path in bundles[:count]:
                     registered(NAME, path, path.name)
 

@@ -16,12 +16,12 @@ import pytest
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
-from app.bundle import copies, flavor
+from app.bundle import copies
 from app.bundle.bundle import Bundle
-from app.bundle.manifest import identity, seal
+from app.bundle.manifest import identity_of, seal
 from app.cluster.ports import free_ports
 from app.errors import UserError
-from app.registry import versions
+from app.registry import connection, flavor, runs, versions
 from app.tuning import study as studies
 from tests.bundles import PASSED, build
 from tests.versions import project, registered
@@ -53,14 +53,14 @@ def home(tmp_path_factory):
 
 def source(name: str) -> Path:
     """Where MLflow's tools find a model's champion."""
-    entry = versions.client().get_model_version_by_alias(name, versions.CHAMPION)
+    entry = connection.client().get_model_version_by_alias(name, versions.CHAMPION)
     return Path(entry.source.removeprefix("file://"))
 
 
 def works(name: str) -> versions.Version:
     """The champion, which must be as it was registered."""
     version = versions.resolve(name, versions.CHAMPION)
-    assert identity(version.path) == version.identity
+    assert identity_of(version.path) == version.identity
     Bundle(version.path).check_example()
     return version
 
@@ -78,8 +78,8 @@ def run(*command: str | Path) -> str:
 def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
     """The README's own line, and then the next candidate."""
     registered("opened", bundles[0])
-    mlflow.set_tracking_uri(versions.uri())
-    mlflow.set_registry_uri(versions.uri())
+    mlflow.set_tracking_uri(connection.uri())
+    mlflow.set_registry_uri(connection.uri())
     mlflow.onnx.load_model("models:/opened@champion")
     left = names(source("opened")) - names(bundles[0])
     assert left, "MLflow no longer writes there; this test has lost its object"
@@ -92,7 +92,7 @@ def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
 
 def test_the_commands_of_mlflow(bundles, home, tmp_path):
     registered("commanded", bundles[0])
-    run_id = versions.client().get_model_version("commanded", "1").run_id
+    run_id = connection.client().get_model_version("commanded", "1").run_id
     path = source("commanded").name
     run(BIN / "mlflow", "runs", "describe", "--run-id", run_id)
     run(BIN / "mlflow", "artifacts", "list", "--run-id", run_id, "--artifact-path", path)
@@ -102,7 +102,7 @@ def test_the_commands_of_mlflow(bundles, home, tmp_path):
     works("commanded")
     # Runs that somebody has deleted are collected with their artifacts; a version that is kept goes on.
     run(BIN / "mlflow", "runs", "delete", "--run-id", run_id)
-    run(BIN / "mlflow", "gc", "--backend-store-uri", versions.uri())
+    run(BIN / "mlflow", "gc", "--backend-store-uri", connection.uri())
     assert not source("commanded").exists()
     assert versions.promote("commanded", "1") == works("commanded")
     assert registered("commanded", bundles[0], "again").number == "1"
@@ -228,7 +228,7 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
     monkeypatch.setenv("RAYLWAY_STORE", store)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     first = registered("elsewhere", bundles[0])
-    entry = versions.client().get_model_version("elsewhere", "1")
+    entry = connection.client().get_model_version("elsewhere", "1")
     assert entry.source.startswith(store)
     assert versions.resolve("elsewhere", "1") == first, "the same place at each call"
     fetched = first.path.stat().st_ino
@@ -237,10 +237,10 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
     shutil.rmtree(home / "bundles")  # as on another machine
     assert works("elsewhere") == first
     # An upload that was cut short: the manifest, which comes last, is missing.
-    client, run_id = versions.client(), entry.run_id
-    with versions.run(project("elsewhere"), "second") as run:
+    client, run_id = connection.client(), entry.run_id
+    with runs.run(project("elsewhere"), "second") as run:
         judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
-        name = f"bundle-{identity(judged)[:16]}"
+        name = f"bundle-{identity_of(judged)[:16]}"
         client.log_artifact(run.id, str(judged / "schema.json"), name)
         second = versions.register("elsewhere", run.id, judged, run.log_bundle(judged))
     assert run_id != run.id

@@ -15,12 +15,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import OperationalError
 
-from app.bundle import bundle, copies, flavor, manifest, signature
+from app.bundle import bundle, copies, manifest, signature
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import BrokenBundle, seal, verify
 from app.bundle.schema import columns_of
 from app.errors import Interrupted, UserError
-from app.registry import versions
+from app.registry import connection, flavor, runs, versions
 from app.serving import variants
 from app.state import audit as audit_module
 from app.state import database
@@ -128,7 +128,7 @@ def two_versions(bundles):
         registered("cut", path, f"cut {path}")
 
     def reset():
-        client = versions.client()
+        client = connection.client()
         client.set_registered_model_alias("cut", versions.CHAMPION, "1")
         client.set_registered_model_alias("cut", versions.CHALLENGER, "2")
 
@@ -206,7 +206,7 @@ def test_a_promotion_that_was_cut_short_does_not_overrule_what_came_later(two_ve
         kill_at(patch, "intent", "after")
         with pytest.raises(Killed):
             versions.promote("cut", "2")
-    versions.client().set_registered_model_alias("cut", versions.CHAMPION, "3")  # by MLflow's own page
+    connection.client().set_registered_model_alias("cut", versions.CHAMPION, "3")  # by MLflow's own page
     with Audit() as audit:
         versions.finish_promotion(audit, "cut")
         assert audit.last("cut", versions.PROMOTIONS).action == versions.NOT_PROMOTED
@@ -238,7 +238,7 @@ def cut_short(bundles):
         with pytest.raises(Killed):
             registered("short", bundles[1], "second")
     yield lambda: registered("short", bundles[1], "second")
-    versions.client().delete_registered_model("short")
+    connection.client().delete_registered_model("short")
 
 
 def test_a_registration_reads_the_log_from_the_creation_of_its_version_on(cut_short, bundles, monkeypatch):
@@ -290,17 +290,17 @@ def epoch(number: int, loss: float) -> dict[str, float]:
     return {"epoch": number, "train_loss": loss, "validation_auc": 0.5 + number / 10}
 
 
-def losses(run: versions.Run) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in versions.client().get_metric_history(run.id, "train_loss")]
+def losses(run: runs.Run) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in connection.client().get_metric_history(run.id, "train_loss")]
 
 
-def status(run: versions.Run) -> str:
-    return versions.client().get_run(run.id).info.status
+def status(run: runs.Run) -> str:
+    return connection.client().get_run(run.id).info.status
 
 
-def stopped(name: str, key: str, error: BaseException) -> versions.Run:
+def stopped(name: str, key: str, error: BaseException) -> runs.Run:
     """A run whose training broke off in its third epoch."""
-    with contextlib.suppress(type(error)), versions.run(project(name), key) as run:
+    with contextlib.suppress(type(error)), runs.run(project(name), key) as run:
         for number in (0, 1):
             run.log_epoch(epoch(number, 1 - number / 10))
         raise error
@@ -322,7 +322,7 @@ def test_a_run_whose_body_raises_says_whether_somebody_stopped_it(error, end):
 
 def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
     first = stopped("resumed", "key", KeyboardInterrupt())
-    with versions.run(project("resumed"), "key") as again:
+    with runs.run(project("resumed"), "key") as again:
         assert status(again) == "RUNNING"
         for number in (1, 2, 2):
             again.log_epoch(epoch(number, 0.5))
@@ -332,11 +332,11 @@ def test_a_run_with_the_same_key_goes_on_and_logs_no_epoch_twice():
 
 
 def test_another_key_and_fresh_are_runs_of_their_own():
-    with versions.run(project("several"), "key") as first:
+    with runs.run(project("several"), "key") as first:
         first.log_epoch(epoch(0, 1.0))
-    with versions.run(project("several"), "other") as other:
+    with runs.run(project("several"), "other") as other:
         pass
-    with versions.run(project("several"), "key", fresh=True) as fresh:
+    with runs.run(project("several"), "key", fresh=True) as fresh:
         fresh.log_epoch(epoch(0, 0.7))
     assert len({first.id, other.id, fresh.id}) == 3
     assert {other.resumed, fresh.resumed} == {False}
@@ -345,12 +345,12 @@ def test_another_key_and_fresh_are_runs_of_their_own():
 
 
 def test_a_run_has_the_parameters_results_and_tags():
-    with versions.run(project("described"), "key") as run:
+    with runs.run(project("described"), "key") as run:
         run.log_results({"auc": 0.9}, {"gate": "passed"})
-    data = versions.client().get_run(run.id).data
+    data = connection.client().get_run(run.id).data
     assert data.metrics == {"auc": 0.9}
     assert data.tags["gate"] == "passed"
-    assert data.tags[versions.KEY_TAG] == "key"
+    assert data.tags[runs.KEY_TAG] == "key"
     assert data.params.items() >= {"seed": "0", "model.kind": "mlp", "training.epochs": "1"}.items()
 
 
@@ -358,8 +358,8 @@ def test_mlflows_own_tools_open_the_bundle_and_predict_the_same(bundles):
     version = registered("pyfunc", bundles[0])
     opened = Bundle(version.path)
     columns = columns_of(opened.schema, ROWS)
-    mlflow.set_tracking_uri(versions.uri())
-    mlflow.set_registry_uri(versions.uri())
+    mlflow.set_tracking_uri(connection.uri())
+    mlflow.set_registry_uri(connection.uri())
     model = mlflow.pyfunc.load_model(f"models:/pyfunc@{versions.CHAMPION}")
     got = model.predict(bundle.inputs(columns))["probability"]
     np.testing.assert_array_equal(np.ravel(got), opened.predict(columns))
@@ -410,7 +410,7 @@ def test_the_same_graph_with_another_contract_is_another_version(bundles, tmp_pa
 
 def test_what_is_registered_is_not_written_again(bundles, home):
     version = registered("written", bundles[0])
-    entry = versions.client().get_model_version("written", "1")
+    entry = connection.client().get_model_version("written", "1")
     folders = (version.path, Path(entry.source.removeprefix("file://")))
 
     def state():
@@ -433,10 +433,10 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
     other = shutil.copytree(bundles[1], tmp_path / "other")
     facts = {} if decision is None else {"decision": {"passed": decision, "reason": "not good enough"}}
     seal(other, facts)
-    with versions.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
+    with runs.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
         versions.register("gated", run.id, other, run.log_bundle(other))
     # Somebody registers it with MLflow's own tools.
-    ours = versions.client()
+    ours = connection.client()
     number = str(ours.create_model_version("gated", run.log_bundle(other), run_id=run.id).version)
     with pytest.raises(UserError, match=f"gated version {number} must have passed the gate.*{message}"):
         versions.promote("gated", number)
@@ -449,9 +449,9 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
 
 def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
     version = registered("forged", bundles[0])
-    manifest = verify(version.path)
+    sealed = verify(version.path)
     before = (version.path / manifest.MANIFEST).read_bytes()
-    (version.path / manifest.MANIFEST).write_bytes(manifest.document({**manifest, "seed": 17}))
+    (version.path / manifest.MANIFEST).write_bytes(manifest.document({**sealed, "seed": 17}))
     verify(version.path)
     with pytest.raises(BrokenBundle, match=r"its MANIFEST\.json was changed"):
         versions.resolve("forged", "1")
@@ -462,7 +462,7 @@ def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
 def test_a_champion_that_changes_after_the_decision_is_found_out(bundles):
     """Two trainings at once: both were judged while there was no champion."""
     judged = [copies.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
-    with versions.run(project("raced"), "key") as run:
+    with runs.run(project("raced"), "key") as run:
         uris = [run.log_bundle(path) for path in judged]
         versions.register("raced", run.id, judged[0], uris[0])
         with pytest.raises(versions.Outdated):
@@ -497,20 +497,20 @@ def test_a_store_that_mlflow_has_no_means_for_is_refused_before_it_is_noted(monk
         pytest.raises(
             UserError, match=r"RAYLWAY_STORE: must be a folder or URL of a store .*; nonsense://bucket: "
         ),
-        versions.run(project("elsewhere"), "key"),
+        runs.run(project("elsewhere"), "key"),
     ):
         pass
     monkeypatch.delenv("RAYLWAY_STORE")
-    with versions.run(project("elsewhere"), "key") as run:
-        assert versions.client().get_run(run.id).info.artifact_uri.startswith("file://")
+    with runs.run(project("elsewhere"), "key") as run:
+        assert connection.client().get_run(run.id).info.artifact_uri.startswith("file://")
 
 
 def test_a_store_that_fails_is_told_with_what_to_do(bundles, monkeypatch):
     def fail(*_):
         raise RuntimeError("no credentials\nand much more")
 
-    with versions.run(project("failing"), "key") as run:
-        monkeypatch.setattr(versions.store, "place", fail)
+    with runs.run(project("failing"), "key") as run:
+        monkeypatch.setattr(runs.stages, "place", fail)
         with pytest.raises(
             UserError, match=r"must be stored at file://.*, but: RuntimeError: no credentials\. "
         ):
@@ -521,7 +521,7 @@ def test_a_database_that_does_not_answer_is_not_left_to_mlflow(monkeypatch):
     def never(**_):
         raise AssertionError("MLflow would try again for minutes")
 
-    monkeypatch.setattr(versions, "MlflowClient", never)
+    monkeypatch.setattr(connection, "MlflowClient", never)
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", "postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(OperationalError, match="Connection refused"):
         versions.versions("income")

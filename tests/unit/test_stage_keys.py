@@ -24,21 +24,21 @@ STAGES = {
     "compress": lambda project, prepared: quantization.key(project, "identity"),
 }
 USED = {
-    "prepare": "data.reading data.cells data.interactions config.data store files",
+    "prepare": "data.reading data.cells data.interactions config.data state.stages state.files",
     "baselines": "data.prepare tasks.{family}.baselines",
     "train": "data.prepare training.loop training.schedule training.horovod tasks tasks.{family}.task "
     "tasks.{family}.network",
     "bundle": "training.loop tasks.{family}.packager tasks.{family}.graph tasks.onnx evaluation.report "
-    "bundle flavor signature",
-    "compress": "quantization tasks.{family}.packager bundle evaluation.report",
+    "bundle.bundle bundle.manifest bundle.schema registry.flavor",
+    "compress": "jobs.quantization tasks.{family}.packager bundle.manifest evaluation.report",
 }
 UNUSED = {
-    "prepare": "bundle training.loop tasks.{family}.task cli",
+    "prepare": "bundle.bundle training.loop tasks.{family}.task cli.main",
     "baselines": "tasks.{family}.packager tasks.{family}.graph tasks.{other}.baselines training.loop",
     "train": "tasks.{family}.packager tasks.{family}.graph tasks.{family}.baselines tasks.{other}.network "
-    "tasks.{other}.task evaluation.report bundle console registry serving.endpoint",
-    "bundle": "tasks.{other}.graph tasks.{other}.packager registry console audit",
-    "compress": "tasks.{other}.packager compression registry audit",
+    "tasks.{other}.task evaluation.report bundle.bundle console registry.versions serving.endpoint",
+    "bundle": "tasks.{other}.graph tasks.{other}.packager registry.versions console state.audit",
+    "compress": "tasks.{other}.packager jobs.compress registry.versions state.audit",
 }
 OTHER = {"tabular": "text", "text": "recommender", "recommender": "tabular"}
 

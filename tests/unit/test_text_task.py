@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from app.bundle.bundle import Bundle
-from app.bundle.manifest import identity, manifest_of, seal
+from app.bundle.manifest import identity_of, manifest_of, seal
 from app.bundle.schema import Schema, columns_of
 from app.config import Project
 from app.data.prepare import LABEL
@@ -222,7 +222,7 @@ class TestCompression:
         assert before["ms_1"] > 0 < after["ms_32"]
         assert abs(before["score"] - after["score"]) < 0.2
         assert smaller.manifest["compressed_from"] == {
-            "identity": identity(bundle),
+            "identity": identity_of(bundle),
             "decision": bundles.PASSED,
         }
         assert "## Compression" in (made.path / "card.md").read_text()

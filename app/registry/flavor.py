@@ -1,11 +1,7 @@
 """What makes a bundle an MLflow model too."""
 
-import os
 import platform
 from pathlib import Path
-
-# Before the import: MLflow reads it when it is first imported.
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import onnx
 import onnxruntime
