@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -104,6 +105,7 @@ class Commands(RuleBasedStateMachine):
         patch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict(world.applications)))
         patch.setattr(serve, "delete", self._delete)
         patch.setattr(serve, "shutdown", self.world.applications.clear)
+        patch.setattr(ray, "get_actor", self._no_actor)
         for module in (applications, deploy):
             patch.setattr(module, "run", self._run)
         for module in (applications, deploy, follow):
@@ -136,6 +138,9 @@ class Commands(RuleBasedStateMachine):
             return None
         aliases = tuple(alias for alias, of in self.world.aliases.items() if of == number)
         return Version(name, number, aliases, f"{int(number):064x}")
+
+    def _no_actor(self, *_, **__):
+        raise ValueError("Serve's controller has ended")
 
     def _run(self, bound, application, deployment, route):
         self.world.write()
