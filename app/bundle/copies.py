@@ -37,12 +37,8 @@ def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:
 
     Copies the manifest's files and no other. Raises BrokenBundle if they are not as the manifest says.
     """
-    facts_of_source = verify(source)
-    content = (
-        manifest.document({**facts_of_source, **facts})
-        if facts
-        else (source / manifest.MANIFEST).read_bytes()
-    )
+    sealed = verify(source)
+    content = manifest.document({**sealed, **facts}) if facts else (source / manifest.MANIFEST).read_bytes()
     target = folder(hashlib.sha256(content).hexdigest())
     stages.place(target, lambda draft: manifest.copy(source, draft, content))
     return target

@@ -145,9 +145,8 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
 
 
 def _silence_serve() -> None:
-    """Before Ray is left: a thread of Serve's goes on asking the controller, and prints that it cannot.
-
-    Worse, Ray would start a cluster for it, as it does for the first call of who has not joined one.
+    """Call this before `ray.shutdown()`: a thread of Ray Serve in this process keeps polling the controller.
+    It would print a traceback, and Ray would start or join a cluster for its next call.
     """
     router: Any = sys.modules.get("ray.serve._private.router")
     if router:

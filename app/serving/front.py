@@ -187,17 +187,17 @@ def _admission(connections_per_address: int | None) -> str:
 
 
 def _successor(text: str, secured: str) -> str:
-    """Who took the place of a HAProxy that was replaced. Clients still have connections to the old one, which
-    knows neither the replicas nor the endpoints that came after it."""
+    """A backend that leads to the HAProxy that has replaced this one. Clients still have connections to the
+    old one, which knows neither the replicas nor the endpoints that came after it."""
     found = re.search(r"^frontend http_frontend\n *bind (?:ipv6@)?(\S+):(\d+)", text, flags=re.MULTILINE)
     assert found
-    host = found[1].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(found[1], found[1])
     tls = " ssl verify none" if secured else ""  # it is this machine's own
     lines = [
-        # Whoever has taken the port by then must not learn it.
+        # If another process has taken the port by then, it must not learn this header's value.
         f"http-request del-header {SECRET_HEADER}",
         "retries 1",
-        # Its port would be that of the file, which may be an earlier Serve's with another port.
+        # HAProxy takes a server's port from the file, which an earlier Serve with another port may have left.
         "load-server-state-from-file none",
         f"server successor {host}:{found[2]}{tls}",
     ]

@@ -78,12 +78,14 @@ class Door:
                 return
 
     def _ask(self, command):
-        """The answer of HAProxy's admin socket."""
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.settimeout(30)
-            admin.connect(self._socket)
-            admin.sendall(f"{command}\n".encode())
-            return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+        """The answer of HAProxy's admin socket, which is put in place after the endpoints' port listens."""
+        while True:
+            with socket.socket(socket.AF_UNIX) as admin, contextlib.suppress(OSError):
+                admin.settimeout(30)
+                admin.connect(self._socket)
+                admin.sendall(f"{command}\n".encode())
+                return b"".join(iter(lambda: admin.recv(65536), b"")).decode()
+            time.sleep(0.01)
 
     def reload(self, other=None, states=None):
         """As Serve does: a new process, which takes the listening sockets over, so that none of those that

@@ -55,10 +55,16 @@ def check(text: str, file) -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "bound"),
-    [("10.1.2.3", "10.1.2.3"), ("0.0.0.0", "0.0.0.0"), ("::1", "ipv6@[::1]"), ("::", "ipv6@[::]")],
+    ("host", "bound", "reached"),
+    [
+        ("10.1.2.3", "10.1.2.3", "10.1.2.3"),
+        ("10.0.0.0", "10.0.0.0", "10.0.0.0"),
+        ("0.0.0.0", "0.0.0.0", "127.0.0.1"),
+        ("::1", "ipv6@[::1]", "[::1]"),
+        ("::", "ipv6@[::]", "[::1]"),
+    ],
 )
-def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, host, bound):
+def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, host, bound, reached):
     text = front.edited(configuration.read_text(), {"host": host})
     check(text, configuration)
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")] == [
@@ -66,6 +72,7 @@ def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, h
         f"bind {bound}:8000",
         "bind 127.0.0.1:8404",
     ]
+    assert f"    server successor {reached}:8000\n" in text
     assert "errorfile" not in text
     assert f"check maxconn {front.IN_HAND}" in text
 
