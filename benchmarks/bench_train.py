@@ -190,7 +190,8 @@ def _watched(normal: Callable, notes: str, take_turns: bool) -> Callable[[dict[s
     def train_loop(settings: dict[str, Any]) -> None:
         import ray.train
 
-        from app.training import checkpoint, loop, progress
+        from app.training import checkpoint, loop
+        from app.training.workers import progress
 
         epochs: list[list[float]] = []
         step, begin_epoch = loop._step, loop._begin_epoch

@@ -35,7 +35,7 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, server = [], [], None
     if backend == "horovod":
-        from app.training.horovod import _serve, slots
+        from app.training.workers.horovod import _serve, slots
 
         places = slots(["here", "here"])
         server = _serve("127.0.0.1", places)

@@ -20,8 +20,8 @@ from app.training import checkpoint, collective, schedule, shards
 from app.training.checkpoint import Checkpoints
 from app.training.collective import Collective
 from app.training.gradients import Gradients
-from app.training.progress import Here, Teller
 from app.training.watchdog import Watchdog
+from app.training.workers.progress import Here, Teller
 
 
 def train_loop(settings: dict[str, Any]) -> None:

@@ -24,10 +24,11 @@ from app.errors import Interrupted, UserError
 from app.state import files, stages
 from app.state.home import home
 from app.tasks import module_of
-from app.training import checkpoint, horovod, loop, preflight, progress
+from app.training import checkpoint, loop, preflight
 from app.training.checkpoint import Checkpoints
-from app.training.elastic import ElasticTrainer, Transitions
-from app.training.progress import Listener
+from app.training.workers import horovod, progress
+from app.training.workers.elastic import ElasticTrainer, Transitions
+from app.training.workers.progress import Listener
 
 NOT_OF_THE_RESULT = {"max_failures", "hang_timeout_s", "checkpoints", "timeline", "num_cpus", "num_gpus"}
 """Settings of a training that change nothing of the model that comes out."""
@@ -285,7 +286,7 @@ def _backend(project: Project) -> Any:
     if project.training.max_workers == 1 and not project.training.timeline:
         return BackendConfig()  # nobody to talk to
     if project.training.backend == "ddp":
-        from app.training.ddp import DdpConfig
+        from app.training.workers.ddp import DdpConfig
 
         return DdpConfig(backend="nccl" if use_gpu(project) else "gloo")
     return horovod.HorovodConfig()

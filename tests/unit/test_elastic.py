@@ -5,8 +5,8 @@ import ray
 from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
-from app.training import elastic
-from app.training.elastic import RoomNow
+from app.training.workers import elastic
+from app.training.workers.elastic import RoomNow
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import ray
 from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
-from app.training.ddp import DdpConfig
-from app.training.horovod import HorovodBackend, HorovodConfig, Slot, _serve, slots
+from app.training.workers.ddp import DdpConfig
+from app.training.workers.horovod import HorovodBackend, HorovodConfig, Slot, _serve, slots
 
 
 @pytest.mark.parametrize(

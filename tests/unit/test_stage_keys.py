@@ -26,8 +26,8 @@ STAGES = {
 USED = {
     "prepare": "data.reading data.cells data.interactions config.data state.stages state.files",
     "baselines": "data.prepare tasks.{family}.baselines",
-    "train": "data.prepare training.loop training.schedule training.horovod tasks tasks.{family}.task "
-    "tasks.{family}.network",
+    "train": "data.prepare training.loop training.schedule training.workers.horovod tasks "
+    "tasks.{family}.task tasks.{family}.network",
     "bundle": "training.loop tasks.{family}.packager tasks.{family}.graph tasks.onnx evaluation.report "
     "bundle.bundle bundle.manifest bundle.schema registry.flavor",
     "compress": "jobs.quantization tasks.{family}.packager bundle.manifest evaluation.report",

@@ -11,7 +11,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch import distributed
 
-from app.training.horovod import JOIN_TIMEOUT_S, giving_back, use_interface
+from app.training.workers.horovod import JOIN_TIMEOUT_S, giving_back, use_interface
 
 
 @dataclass

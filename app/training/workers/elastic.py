@@ -10,7 +10,7 @@ from ray.train.v2._internal.execution.controller.state import ResizingState, Res
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ScalingDecision
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from app.training.launch import Trainer
+from app.training.workers.launch import Trainer
 
 SAVE_TIMEOUT_S = 30
 SETTLE_S = 1.0
