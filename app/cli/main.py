@@ -19,7 +19,7 @@ import typer
 from rich.console import RenderableType
 from typer.core import TyperGroup
 
-from app.cli import options, surroundings
+from app.cli import options, failures
 from app.cli.finish import Finish
 from app.config import projectfile
 from app.config.project import require_name
@@ -443,16 +443,16 @@ def audit(
     if name is not None:
         require_name(name)
     with _working("audit", quiet=as_json) as console:
-        from app.cli import audit_lines
+        from app.cli import audit_text
         from app.state import audit_head
         from app.state.audit import Audit
 
         with Audit() as audit:
             entries = audit.entries(name, expected=expected)
         if as_json:
-            console.say(json.dumps(audit_lines.document(entries, audit_head.load())))
+            console.say(json.dumps(audit_text.document(entries, audit_head.load())))
             return
-        console.say(audit_lines.table(entries))
+        console.say(audit_text.table(entries))
         console.say(f"head: {audit_head.load() or 'the log is empty'}")
 
 
@@ -574,7 +574,7 @@ def _working(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[C
             raise typer.Exit(128 + stopped_by) from None
         except Exception as error:
             traceback.print_exc()
-            if message := surroundings.explained(error):
+            if message := failures.explained(error):
                 raise UserError(message) from None
             console.say(f"failed: {described(error)}", style="red")
             console.say(f"the log has the whole story: {short(log)}")
@@ -602,7 +602,7 @@ def main() -> None:
     except UserError as error:
         finish.status = _told(str(error))
     except Exception as error:  # before there is a log, or of a command that has none
-        message = surroundings.explained(error)
+        message = failures.explained(error)
         if message is None:
             raise
         finish.status = _told(message)

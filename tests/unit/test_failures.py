@@ -13,7 +13,7 @@ import ray.exceptions
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
-from app.cli.surroundings import explained
+from app.cli.failures import explained
 from app.errors import UserError
 from app.state.audit import Audit
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from app.cli import audit_lines
+from app.cli import audit_text
 from app.config import Serving
 from app.registry import versions
 from app.serving import traffic
@@ -37,7 +37,7 @@ def settings(**values: Any) -> Serving:
 
 
 def said(audit: Audit) -> list[str]:
-    return list(audit_lines.sentences(audit.entries()))
+    return list(audit_text.sentences(audit.entries()))
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_of_what_was_not_served_before_a_line_says_what_is(audit):
 
 def test_every_action_has_a_sentence():
     actions = {"register", "sign", *versions.PROMOTIONS, *traffic.ACTIONS}
-    assert actions == {*audit_lines.DONE, traffic.ACTION}
+    assert actions == {*audit_text.DONE, traffic.ACTION}
 
 
 def test_what_registry_did_is_a_sentence(audit):
@@ -132,7 +132,7 @@ def test_a_line_fits_a_terminal_and_what_is_long_goes_on_in_its_column(audit):
     place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local", port=8001, grpc_port=8002))
     audit.add("note", "[red]", {"[bold]": "x" * 500})
     screen = Console(file=io.StringIO(), width=100)
-    screen.print(audit_lines.table(audit.entries()), soft_wrap=True)
+    screen.print(audit_text.table(audit.entries()), soft_wrap=True)
     first, *others = screen.file.getvalue().splitlines()
     assert re.match(r"1  \d{4}-\d\d-\d\d \d\d:\d\d:\d\d  \S+ +income  serves champion \(version 1, ", first)
     column = first.index("serves")
