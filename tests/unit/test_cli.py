@@ -1,16 +1,19 @@
 import contextlib
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import typer
 
-from app.cli import options
+from app.cli import main, options
+from app.cli.main import COMMANDS
 from app.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
-COMMANDS = ("check", "train", "sweep", "compress", "serve", "versions", "promote", "up", "down", "demo")
 MUST = "must be a whole number from"
 
 
@@ -79,10 +82,32 @@ def test_a_path_with_brackets_is_told_as_it_is(tmp_path):
     assert done.stdout.startswith(f"{file}: valid: ")
 
 
+def listed(help_text: str) -> set[str]:
+    """The commands in a help text, of the box that lists them."""
+    (box,) = re.findall(r"─ Commands ─.*?╰", help_text, re.DOTALL)
+    return set(re.findall(r"^│ ([a-z]\S*) ", box, re.MULTILINE))
+
+
 def test_help_lists_every_command():
     done = raylway("--help")
-    assert done.returncode == 0
-    assert all(f" {command} " in done.stdout for command in COMMANDS)
+    assert (done.returncode, listed(done.stdout)) == (0, set(COMMANDS))
+
+
+@pytest.mark.parametrize(
+    "group", [name for name, command in COMMANDS.items() if isinstance(command, Mapping)]
+)
+def test_the_help_of_a_group_lists_its_commands(group):
+    done = raylway(group, "--help")
+    assert (done.returncode, listed(done.stdout)) == (0, set(COMMANDS[group]))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_parameter_has_a_help_text(name):
+    command = typer.main.get_command(main.command_line()).commands[name]
+    for each in [command, *getattr(command, "commands", {}).values()]:
+        assert each.help, each.name
+        for parameter in each.params:
+            assert parameter.help, f"{each.name}: {parameter.name}"
 
 
 @pytest.mark.parametrize(
@@ -139,13 +164,12 @@ def test_the_table_of_commands_needs_nothing_heavy():
     ids=" ".join,
 )
 def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name, home, monkeypatch):
-    from app.cli import main
     from app.cluster import session
 
     monkeypatch.setattr(session, "session", contextlib.nullcontext)
     monkeypatch.setenv("RAYLWAY_SIGNING_KEY", str(ROOT / "pyproject.toml"))
     with pytest.raises(UserError, match="there is no model"):
-        main.app([word.replace("NAME", name) for word in command], standalone_mode=False)
+        main.command_line()([word.replace("NAME", name) for word in command], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +179,10 @@ def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name
     "command", ["token x --hours={}", "traffic income --champion {}", "traffic a --b={}"]
 )
 def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
-    from app.cli import main
-
     with pytest.raises(
         UserError, match=rf"^--(hours|champion|b): must be a number from .*; it is '{value}'$"
     ):
-        main.app([word.format(value) for word in command.split()], standalone_mode=False)
+        main.command_line()([word.format(value) for word in command.split()], standalone_mode=False)
     assert not home.exists()
 
 
@@ -191,10 +213,8 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
     ],
 )
 def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, says, home):
-    from app.cli import main
-
     with pytest.raises(UserError) as caught:
-        main.app(command, standalone_mode=False)
+        main.command_line()(command, standalone_mode=False)
     assert str(caught.value).startswith(says)
     assert not home.exists()
 

@@ -1,0 +1,150 @@
+"""Commands on endpoints: serve, traffic, status, undeploy, token."""
+
+import json
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+
+from app.cli import options
+from app.cli.command import EndpointName, File, Json, Overrides, require_cluster, running, wait_for_signal
+from app.config import projectfile
+from app.config.project import require_name
+from app.errors import UserError
+
+MAX_TOKEN_HOURS = 10 * 365 * 24
+
+
+def serve(file: File, overrides: Overrides = None) -> None:
+    """Serve the project's variants over HTTP.
+
+    On a lasting cluster (`raylway up`, or a Ray Job) the endpoint stays when the command ends; otherwise it
+    runs until Ctrl-C.
+    """
+    project = projectfile.load(file, overrides or [])
+    with running("serve", hint="the endpoint is down") as console:
+        from app.cluster.session import lasts, session
+        from app.serving import deploy, follow
+
+        registered, notes = follow.registered(project.name, project.serving)
+        for note in notes:
+            console.say(note, style="yellow")
+        with session():
+            from app.cluster import capacity
+
+            num_cpus = project.serving.num_cpus * project.serving.autoscaling.min_replicas
+            setting = "serving.num_cpus x autoscaling.min_replicas"
+            console.wait(capacity.now().wait(num_cpus, setting, besides=project.name))
+            server = deploy.deploy(project.serving, project.name, registered, console.wait)
+            for name, variant in registered.variants.items():
+                console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
+            console.say(f"serving at {server}/v2/models/{project.name}; try:")
+            console.say(deploy.curl(server, project.name, next(iter(registered.variants.values()))))
+            if lasts():
+                console.say("it stays up with the cluster")
+                return
+            console.say("Ctrl-C stops it")
+            wait_for_signal()
+
+
+def traffic(
+    context: typer.Context,
+    name: EndpointName,
+    at: Annotated[
+        datetime | None,
+        typer.Option(
+            parser=options.time,
+            metavar="TIME",
+            help="Show the traffic at this time (UTC) instead.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Show the traffic, or change weights: `raylway traffic income --champion 90 --challenger 10`.
+
+    No replica restarts, and no request is lost. Variants that are not named keep their weight.
+    """
+    require_name(name)
+    weights = options.weights(context.args)
+    if weights and at:
+        raise UserError("--at only looks back; leave it out to change the weights")
+    with running("traffic") as console:
+        if weights:
+            require_cluster()
+            from app.cluster.session import session
+
+            with session():
+                from app.serving import applications
+
+                served = applications.reweight(name, weights, console.wait)
+        else:
+            from app.serving import traffic
+            from app.state.audit import Audit
+
+            with Audit() as audit:
+                current = traffic.current(audit, name, at.replace(tzinfo=UTC).timestamp() if at else None)
+            if current is None:
+                raise UserError(f"{name} {'was' if at else 'is'} not served{f' at {at}' if at else ''}")
+            served = current.traffic
+        for variant, deployed in served.variants.items():
+            share = "shadow" if deployed.shadow else f"weight {deployed.weight:g}"
+            console.say(f"  {variant}: version {deployed.version}, {share}")
+
+
+def status(as_json: Json = False) -> None:
+    """Show the endpoints: variants, weights, replicas, and the last minute's latencies and errors."""
+    with running("status", quiet=as_json) as console:
+        require_cluster()
+        from app.cluster.session import session
+
+        with session():
+            from app.serving import status
+
+            documents = [endpoint.document() for endpoint in status.endpoints()]
+        if as_json:
+            console.say(json.dumps(documents))
+            return
+        from app.cli import status_text
+
+        for renderable in status_text.renderables(documents):
+            console.say(renderable)
+
+
+def undeploy(name: EndpointName) -> None:
+    """Take one endpoint off the cluster. The others keep running."""
+    require_name(name)
+    with running("undeploy", hint="the same command goes on") as console:
+        require_cluster()
+        from app.cluster.session import session
+
+        with session():
+            from app.serving import deploy
+
+            deploy.take_off(name, console.wait)
+        console.say(f"{name} is not served any more")
+
+
+def token(
+    subject: Annotated[str, typer.Argument(help="The principal: the name that records and logs show.")],
+    scopes: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: predict, feedback, explain, admin. predict:income is for one model."
+        ),
+    ] = "predict,feedback,explain",
+    hours: Annotated[
+        float,
+        typer.Option(
+            parser=options.number("--hours", 0.01, MAX_TOKEN_HOURS),
+            metavar="HOURS",
+            help="Hours until it expires; at most ten years.",
+        ),
+    ] = 24,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
+) -> None:
+    """Issue a token for endpoints with `serving.auth: local`. Prints only the token."""
+    from app.serving import issuer
+
+    if new_key:
+        issuer.new_key()
+    print(issuer.issue(subject, [scope for scope in scopes.replace(",", " ").split() if scope], hours))
