@@ -1,4 +1,4 @@
-"""The raw data, its contract, and how the model sees it."""
+"""The sections `data` and `features`: source, label, contract, split, and encodings of the columns."""
 
 import re
 from typing import Annotated, Literal
@@ -10,20 +10,22 @@ from app.config.section import PositiveInt, Section, Width
 MAX_FOLDS = 1000
 
 RESERVED = re.compile(r"__.*__", re.DOTALL)
-"""Names of columns that Raylway adds to the parts of a prepared data set."""
+"""Names of the columns that Raylway adds to prepared data."""
 
 
 class Source(Section):
-    """Where the rows come from: exactly one of `sample` and `path`."""
+    """The source of the rows: exactly one of `sample` and `path`."""
 
     sample: str | None = None
-    """The name of a data set that set-up fetched, such as `adult`."""
+    """Name of a data set that set-up has fetched: adult, flights, tweets or movielens."""
     path: str | None = None
-    """A Parquet or CSV file, or a folder of them; relative to where the command runs, or any URI that
-    pyarrow opens. CSV is UTF-8; its separator is that of `,` `;` tab `|` by which the columns are found."""
+    """A Parquet or CSV file, or a folder of such files: a path relative to the working directory, or a URI
+    that pyarrow opens. CSV must be UTF-8; the separator is the one of `,` `;` tab `|` that yields the
+    contract's columns."""
     format: Literal["parquet", "csv"] = "parquet"
+    """Format of the files."""
     limit: PositiveInt | None = None
-    """Only the first so many rows, for trying something out."""
+    """Number of rows to read, from the first, for a trial run. null: all."""
 
     @model_validator(mode="after")
     def _one(self) -> "Source":
@@ -33,32 +35,34 @@ class Source(Section):
 
 
 class Label(Section):
-    """What the model predicts: a binary outcome, by exactly one of `positive` and `above`, or one of several
-    `classes`."""
+    """What the model predicts: a binary outcome (`positive` or `above`), or one of several `classes`. Exactly
+    one of the three must be given."""
 
     column: str
+    """Name of the column. It must not be one of `data.columns`."""
     positive: str | None = None
-    """The value that counts as 1; every other value of the column counts as 0."""
+    """Value that counts as 1; every other value counts as 0."""
     above: float | None = None
-    """Of a numerical column: the number beyond which a value counts as 1."""
+    """Threshold of a numerical column: larger values count as 1, others as 0."""
     classes: list[str] | None = Field(None, min_length=2)
-    """All the values of the column, for a model of several classes."""
+    """All values of the column, for a model of several classes."""
     missing: Literal["refuse", "drop"] = "refuse"
-    """drop: leave out the rows that have no label, such as those whose outcome is not known yet."""
+    """Rows without a label. refuse: the command fails. drop: they are left out, for outcomes not known
+    yet."""
 
     @model_validator(mode="after")
     def _one(self) -> "Label":
-        if sum(given is not None for given in (self.positive, self.above, self.classes)) != 1:
+        if sum(rule is not None for rule in (self.positive, self.above, self.classes)) != 1:
             raise ValueError("give exactly one of 'positive', 'above' and 'classes'")
         if self.classes and len(set(self.classes)) < len(self.classes):
-            raise ValueError("classes: each must stand once")
+            raise ValueError("classes: must be distinct")
         for name in set(self.classes or ()) & {"label", "violation"}:
             raise ValueError(f"classes: {name!r} is a column of the answers; rename the value in the data")
         return self
 
     @property
     def outcome(self) -> str:
-        """What counts as 1, in words: `>50K`, or `above 15`."""
+        """Outcome that counts as 1, such as `>50K` or `above 15`."""
         return f"above {self.above:g}" if self.positive is None else self.positive
 
 
@@ -67,22 +71,24 @@ class Number(Section):
 
     type: Literal["number"]
     nullable: bool = False
+    """Whether a value may be missing."""
     min: float | None = None
-    """Smallest value allowed."""
+    """Smallest value allowed. null: no bound."""
     max: float | None = None
-    """Largest value allowed."""
+    """Largest value allowed. null: no bound."""
 
 
 class Category(Section):
-    """A column of strings."""
+    """A column of strings with few distinct values."""
 
     type: Literal["category"]
     nullable: bool = False
+    """Whether a value may be missing."""
     values: list[str] | None = None
-    """The only values allowed, in training data and requests; any if left out."""
+    """Values allowed in training data and requests. null: any."""
     unseen: Literal["refuse", "ignore"] = "refuse"
-    """What a request gets whose value was never seen in training: an error that names the known ones, or
-    a prediction with this column left out (its encoding is all zeros)."""
+    """Requests with a value that was not in the training part. refuse: they get 422 with the known values.
+    ignore: they are answered, with the column encoded as all zeros."""
 
 
 class Text(Section):
@@ -90,38 +96,40 @@ class Text(Section):
 
     type: Literal["text"]
     nullable: bool = False
-    """A missing text is read as an empty one."""
+    """Whether a text may be missing; a missing text is read as an empty one."""
     max_characters: PositiveInt = 10_000
-    """Of a text in training data and requests."""
+    """Maximum length of a text in characters, in training data and requests."""
 
 
 Column = Annotated[Number | Category | Text, Field(discriminator="type")]
 
 
 class Split(Section):
-    """Shares of the rows by part. Neither the order of rows nor the layout of files matters."""
+    """The split into training, validation and test part. It does not depend on the order of rows or files."""
 
     by: Literal["content", "time"] = "content"
-    """content: a row's part is decided by a hash of `key` and `seed`, so equal rows stay together. time: the
-    last rows are the test part, those before them the validation part: what a model that is to predict the
-    future must be held against."""
+    """content: a hash of `key` and `seed` decides a row's part, so equal rows stay together. time: the last
+    rows are the test part and those before them the validation part, as suits a model that predicts the
+    future."""
     key: list[str] | None = Field(None, min_length=1)
-    """Of `by: content`: the columns of the contract that say which rows belong together, such as a customer's
-    id. If left out: the columns by which the registered champion was split, if the contract still has them;
-    otherwise all columns of the contract. The label is never part of the key: rows with the same inputs
-    stay together whatever their label."""
+    """Columns of the contract that are hashed (`by: content`): rows with equal values, such as those of one
+    customer, are in the same part. null: the columns by which the registered champion was split, if the
+    contract still has them; else all columns of the contract. The label is never hashed."""
     seed: int = Field(0, ge=0, lt=2**31)
-    """Of `by: content`: another seed gives other parts. Independent of the project's `seed`, so that models
-    trained with different seeds are judged on the same rows."""
+    """Seed of the hash (`by: content`). It is not the project's `seed`, so that models trained with different
+    seeds are evaluated on the same rows."""
     column: str | None = None
-    """Of `by: time`: when a row's event was; timestamps, dates, ISO 8601 text or numbers. Rows of the same
-    time stay together."""
+    """Column with the time of a row (`by: time`): timestamps, dates, ISO 8601 text or numbers. Rows of the
+    same time stay together."""
     validation: float = Field(0.1, gt=0, lt=1)
+    """Share of the rows in the validation part."""
     test: float = Field(0.2, gt=0, lt=1)
+    """Share of the rows in the test part."""
     fold: tuple[int, int] | None = None
-    """[i, k]: the i-th of k folds, from 0, is the validation part, and the other rows but for the test part
-    are trained on; `validation` has no effect. By time, fold i is a window of the length `validation`, k - i
-    such windows before the test part, and what lies between is left out (Tashman, 2000)."""
+    """[i, k]: the i-th of k folds, from 0, is the validation part; the other rows outside the test part are
+    the training part; `validation` has no effect. By time, fold i is a window of length `validation` that
+    starts k - i such windows before the test part; the rows between it and the test part are left out
+    (Tashman, 2000)."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Split":
@@ -136,40 +144,44 @@ class Split(Section):
             if self.by == "time" and k * self.validation + self.test >= 1:
                 raise ValueError(f"{k} folds of {self.validation:g} leave nothing before the first of them")
         if (self.by == "time") != (self.column is not None):
-            raise ValueError("column: by time needs the column to go by, by content takes none")
+            raise ValueError("column: must be given with by: time, and left out with by: content")
         if self.by == "time" and self.key is not None:
-            raise ValueError("key: by time takes none; leave it out")
+            raise ValueError("key: must be left out with by: time")
         if self.key and len(set(self.key)) < len(self.key):
-            raise ValueError("key: each column must stand once")
+            raise ValueError("key: columns must be distinct")
         return self
 
 
 class Interactions(Section):
-    """Whose rows are interactions of users with items: what a recommender learns from."""
+    """Columns of a table whose rows are interactions of users with items, for a recommender."""
 
     user: str
-    """The column of the contract, a category, that says who."""
+    """Column of the user: a category of the contract."""
     item: str
-    """The one that says what."""
+    """Column of the item: a category of the contract."""
     time: str
-    """When it was; timestamps, dates, ISO 8601 text or numbers, and no column of the contract. Each user's
-    last interaction is the test part and the one before it the validation part (leave one out)."""
+    """Column of the time: timestamps, dates, ISO 8601 text or numbers; not a column of the contract. Each
+    user's last interaction is the test part, and the one before it the validation part (leave one out)."""
     rating: str | None = None
-    """A number of the contract: how the user found the item; for explicit feedback."""
+    """Column of the rating: a number of the contract; required for explicit feedback."""
 
 
 class Data(Section):
-    """The raw data and the contract that it, and every request, must keep."""
+    """The raw data, and the contract that the data and every request must meet."""
 
     source: Source
+    """The source of the rows."""
     label: Label | None = None
+    """What the model predicts; required unless `interactions` are given."""
     interactions: Interactions | None = None
-    """What a recommender has instead of a label."""
+    """Columns of users, items and times: a recommender has them instead of a label."""
     columns: dict[str, Column] = Field(min_length=1)
+    """The contract: columns by name, with their type and what their values must meet."""
     missing: list[str] = Field([])
-    """Strings that stand for a missing value, beside null and the empty string, in the data and in requests.
-    One that spells a number, such as "-9", stands for that number too."""
+    """Strings that mean a missing value, besides null and the empty string, in data and requests. A string
+    that spells a number, such as "-9", covers that number too."""
     split: Split = Split()
+    """The split into training, validation and test part."""
 
     @model_validator(mode="after")
     def _one(self) -> "Data":
@@ -180,92 +192,92 @@ class Data(Section):
                 raise ValueError(f"split.key: no column {name!r}; data.columns has {', '.join(self.columns)}")
         for name in self.names:
             if not name or RESERVED.fullmatch(name):
-                kept = "names between double underscores are Raylway's own" if name else "it is empty"
-                raise ValueError(f"the column {name!r} cannot be used: {kept}; rename it in the data")
+                reason = "names between double underscores are reserved" if name else "its name is empty"
+                raise ValueError(f"the column {name!r} cannot be used: {reason}; rename it in the data")
         for name, column in self.columns.items():
             for value in (isinstance(column, Category) and column.values) or ():
                 if value in ("", *self.missing):
-                    raise ValueError(
-                        f"columns.{name}.values: {value!r} stands for a missing value; leave it out"
-                    )
+                    raise ValueError(f"columns.{name}.values: {value!r} means a missing value; leave it out")
         return self
 
     @property
     def split_key(self) -> list[str]:
-        """The columns that decide a row's part, where the split is by content."""
+        """Columns that are hashed for a split by content."""
         return sorted(self.split.key or self.columns)
 
     @property
     def target(self) -> Label:
-        """The label of data that have one."""
-        assert self.label, "interactions have no label"
+        """Label of data without interactions."""
+        assert self.label, "data with interactions have no label"
         return self.label
 
     @property
     def time(self) -> str | None:
-        """The column that says when, where the split goes by it."""
+        """Column of the time, if the split is by time."""
         return self.interactions.time if self.interactions else self.split.column
 
     @property
     def names(self) -> list[str]:
-        """Every column that is read."""
-        beside = [self.label.column if self.label else None, self.time]
-        return list(dict.fromkeys([*self.columns, *(name for name in beside if name)]))
+        """Names of all columns that are read."""
+        others = [self.label.column if self.label else None, self.time]
+        return list(dict.fromkeys([*self.columns, *(name for name in others if name)]))
 
 
 class NumberEncoding(Section):
-    """What the encodings of numbers share."""
+    """The base class of the encodings of numbers."""
 
     encode: str
     exact: PositiveInt | None = None
-    """Values that occur at least so often in the training part get an indicator of their own as well. For
-    numbers of which some are codes or round sums, whose meaning does not lie between their neighbours'."""
+    """Number of occurrences in the training part from which a value also gets an indicator column, for
+    numbers of which some are codes or round sums. null: no indicators."""
 
 
 class MinMax(NumberEncoding):
-    """Scale to 0..1 over the training part; beyond it is clipped; missing becomes the training mean."""
+    """Scale by the range of the training part to 0..1. Values outside are clipped; a missing one is the
+    mean."""
 
     encode: Literal["min_max"]
 
 
 class Quantile(NumberEncoding):
-    """The normal score of a number's quantile in the training part: outliers and skew lose their weight.
-    Linear between quantiles; clipped and missing as with min_max."""
+    """Normal score of the number's quantile in the training part, which removes skew and outliers. Linear
+    between quantiles; clipping and missing values as with min_max."""
 
     encode: Literal["quantile"]
     bins: Width = 256
-    """Between that many quantiles at most; fewer where values repeat."""
+    """Maximum number of quantiles; fewer if values repeat."""
 
 
 class PiecewiseLinear(NumberEncoding):
-    """A share of 0..1 for each bin of training quantiles: how far the number has come through it, so that
-    even a linear model bends at every edge (Gorishniy et al., 2022). Clipped and missing as with min_max."""
+    """One column per bin of training quantiles: 0 below the bin, 1 above it, linear inside (Gorishniy et al.,
+    2022). Even a linear model then bends at every edge. Clipping and missing values as with min_max."""
 
     encode: Literal["piecewise_linear"]
     bins: Width = 32
-    """At most; fewer where values repeat."""
+    """Maximum number of bins; fewer if values repeat."""
 
 
 class OneHot(Section):
-    """An indicator for each value of the training part (missing is a value if it occurred); unseen is
-    all zeros."""
+    """One indicator column per value of the training part, and one for missing values if any occurred. An
+    unseen value is all zeros."""
 
     encode: Literal["one_hot"]
 
 
 class Embedding(Section):
-    """A learnt vector for each value of the training part; unseen is the zero vector."""
+    """A learnt vector per value of the training part. An unseen value is the zero vector."""
 
     encode: Literal["embedding"]
     width: Width
+    """Length of the vector."""
 
 
 class Tokens(Section):
-    """The tokens of a text, by the tokenizer of the model's encoder."""
+    """Token ids of a text, by the tokenizer of the model's encoder."""
 
     encode: Literal["tokens"]
     max_length: int = Field(128, ge=3, le=65_536)
-    """Tokens of a text, the two that mark its ends included; what is beyond is cut off."""
+    """Maximum number of tokens of a text, including the two that mark its ends. Longer texts are cut off."""
 
 
 Encoding = Annotated[

@@ -1,4 +1,4 @@
-"""A search for better settings: what may vary, how it is searched, and when it ends."""
+"""The section `sweep`: search space, objectives, search algorithm, scheduler and budgets."""
 
 import ast
 import json
@@ -14,15 +14,15 @@ from app.config.faults import shown
 from app.config.section import NonNegativeInt, PositiveFloat, PositiveInt, Section
 
 SWEPT = ("data", "features", "model", "training", "seed")
-"""The keys of a project, or what stands below them, that can vary: those on which a trained model depends."""
+"""The sections and keys of a project that a sweep may vary: those on which a trained model depends."""
 EXPORTED = ("latency_ms", "size_mb")
-"""Objectives of the served graph: the median time of one row on one core, and the size of the file."""
+"""Objectives of the exported graph: its median latency for one row on one core, and its file size."""
 LOWER_IS_BETTER = ("loss", "rmse", *EXPORTED)
 FUNCTIONS = ("len", "min", "max", "sum", "abs")
-"""What a constraint may call."""
+"""The functions that a constraint may call."""
 MAX_CONSTRAINT_CHARACTERS = 1000
 MAX_EXACT = 2**40
-"""Largest integer of a range, and most steps: searches compute with floats, and need digits to spare."""
+"""Largest integer and largest number of steps of a range: searches compute with floats of 53 bits."""
 _ALLOWED = (
     *(ast.Expression, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop, ast.UnaryOp, ast.unaryop),
     *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
@@ -31,30 +31,32 @@ _ALLOWED = (
 
 
 class _Parameter(Section):
-    """What all kinds of parameters share."""
+    """The base class of the kinds of parameters."""
 
     type: str
     when: dict[str, Any] = Field({})
-    """Only where other keys have these values: a value, or a list of them. Keys of the project, or of
-    parameters that stand before this one."""
+    """Condition: the parameter varies only if these keys have these values (a value, or a list of values).
+    Keys of the project, or of parameters listed before this one."""
 
 
 class Float(_Parameter):
-    """A number between two bounds, both included."""
+    """A float between two bounds, both included."""
 
     type: Literal["float"]
     low: float
+    """Lower bound."""
     high: float
+    """Upper bound."""
     log: bool = False
-    """Uniform in its logarithm: for what is felt in factors, such as a learning rate."""
+    """Whether the logarithm is sampled uniformly, as suits a learning rate."""
     step: float | None = Field(None, gt=0)
-    """From `low` in such steps; what is left below `high` is not searched."""
+    """Distance between values, from `low` on. Values between the last step and `high` are not searched."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Float":
         _check_bounds(self.low, self.high, self.log)
         if self.log and self.step is not None:
-            raise ValueError("step: log takes none")
+            raise ValueError("step: must be left out with log")
         if not math.isfinite(self.high - self.low):
             raise ValueError(f"low and high are too far apart: {self.low:g} and {self.high:g}")
         if self.step is not None:
@@ -67,16 +69,17 @@ class Float(_Parameter):
         return self
 
     def _rest(self, value: float) -> Decimal:
-        """How far a value is from a step."""
+        """Distance of a value above the next lower step."""
         return (Decimal(repr(value)) - Decimal(repr(self.low))) % Decimal(repr(self.step))
 
     @property
     def num_values(self) -> int:
-        """How many values there are, with a step."""
+        """Number of values; `step` must be set."""
         return int((Decimal(repr(self.high)) - Decimal(repr(self.low))) // Decimal(repr(self.step))) + 1
 
     def nth(self, n: int) -> float:
-        """The n-th value from 0, with a step; in decimals, so that 3 steps of 0.1 are 0.3."""
+        """The n-th value, from 0; `step` must be set. Computed in decimals, so that 3 steps of 0.1 are
+        0.3."""
         return float(Decimal(repr(self.low)) + n * Decimal(repr(self.step)))
 
     @property
@@ -86,25 +89,28 @@ class Float(_Parameter):
 
 
 class Int(_Parameter):
-    """A whole number between two bounds, both included."""
+    """An integer between two bounds, both included."""
 
     type: Literal["int"]
     low: int = Field(ge=-MAX_EXACT, le=MAX_EXACT)
+    """Lower bound."""
     high: int = Field(ge=-MAX_EXACT, le=MAX_EXACT)
+    """Upper bound."""
     log: bool = False
+    """Whether the logarithm is sampled uniformly, as suits a batch size."""
     step: int = Field(1, ge=1, le=MAX_EXACT)
-    """From `low` in such steps; what is left below `high` is not searched."""
+    """Distance between values, from `low` on. Values between the last step and `high` are not searched."""
 
     @model_validator(mode="after")
     def _possible(self) -> "Int":
         _check_bounds(self.low, self.high, self.log)
         if self.log and self.step != 1:
-            raise ValueError("step: log takes none")
+            raise ValueError("step: must be left out with log")
         return self
 
     @property
     def num_values(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return (self.high - self.low) // self.step + 1
 
     def nth(self, n: int) -> int:
@@ -118,31 +124,32 @@ class Int(_Parameter):
 
 
 class Choice(_Parameter):
-    """One of some values; lists and mappings too, such as the layers of a network."""
+    """One of the listed values, which may be lists or mappings, such as the layers of a network."""
 
     type: Literal["choice"]
     values: list[Any] = Field(min_length=1)
+    """The values to choose from: text, numbers, booleans, null, lists or mappings of these."""
 
     @model_validator(mode="after")
     def _distinct(self) -> "Choice":
-        known: list[Any] = []
+        encoded_values: list[Any] = []
         for value in self.values:
             try:
-                stored = encode(value)
+                encoded = encode(value)
             except (TypeError, ValueError):
                 raise ValueError(
                     "values: must be text, finite numbers, booleans, null, or lists and mappings of these; "
                     f"one is {value!r}"
                 ) from None
-            if stored in known:
-                raise ValueError(f"values: {value!r} stands twice")
-            known.append(stored)
+            if encoded in encoded_values:
+                raise ValueError(f"values: must be distinct; {value!r} is listed twice")
+            encoded_values.append(encoded)
         return self
 
 
 def encode(value: Any) -> Any:
-    """A value as a study stores it: a list or a mapping as its JSON. Raises TypeError or ValueError for what
-    has none."""
+    """A value as a study stores it: lists and mappings as JSON. Raises TypeError or ValueError if the value
+    has no JSON."""
     text = json.dumps(value, allow_nan=False)
     return text if isinstance(value, list | dict) else value
 
@@ -151,43 +158,52 @@ Parameter = Annotated[Float | Int | Choice, Field(discriminator="type")]
 
 
 class Asha(Section):
-    """Asynchronous successive halving (Li et al., 2020): at a rung a trial goes on if it is among the best
-    1 / reduction_factor of those that have come so far; the next rung is reduction_factor times as far."""
+    """Asynchronous successive halving (Li et al., 2020): at each rung, a trial continues if it is among the
+    best 1 / reduction_factor of the trials that reached the rung. Each rung has reduction_factor times the
+    epochs of the one before."""
 
     kind: Literal["asha"]
     grace_epochs: PositiveInt = 1
-    """Before the first rung."""
+    """Number of epochs at the first rung."""
     reduction_factor: float = Field(3, gt=1)
+    """Inverse of the share of trials that continue at a rung."""
 
 
 class Median(Section):
-    """Stop a trial that is worse than the median of the others' means at its epoch (Golovin et al., 2017)."""
+    """Median rule (Golovin et al., 2017): stop a trial whose best value is below the median of the other
+    trials' running means at the same epoch."""
 
     kind: Literal["median"]
     grace_epochs: PositiveInt = 1
+    """Number of epochs before a trial may be stopped."""
     min_trials: PositiveInt = 3
-    """Others that a trial is held against."""
+    """Minimum number of other trials to compare with."""
 
 
 class Hyperband(Section):
-    """Asynchronous Hyperband: successive halving in several brackets, which begin to stop at other epochs."""
+    """Asynchronous Hyperband (Li et al., 2018): successive halving in several brackets, whose first rungs
+    differ."""
 
     kind: Literal["hyperband"]
     grace_epochs: PositiveInt = 1
+    """Number of epochs at the first rung of the first bracket."""
     reduction_factor: float = Field(3, gt=1)
+    """Inverse of the share of trials that continue at a rung."""
     brackets: PositiveInt = 3
+    """Number of brackets."""
 
 
 class PopulationBased(Section):
-    """Population based training (Jaderberg et al., 2017): the worst quarter goes on from the checkpoints of
-    the best, with settings that are changed a little. All trials train at once or take turns."""
+    """Population based training (Jaderberg et al., 2017): the worst quarter of the trials continues from the
+    checkpoints of the best, with slightly changed settings. All trials train at once or take turns."""
 
     kind: Literal["pbt"]
     every_epochs: PositiveInt = 1
+    """Number of epochs between changes."""
 
 
 class NoScheduler(Section):
-    """Every trial is trained to its end."""
+    """No trial is stopped early."""
 
     kind: Literal["none"]
 
@@ -195,7 +211,7 @@ class NoScheduler(Section):
 Scheduler = Annotated[Asha | Median | Hyperband | PopulationBased | NoScheduler, Field(discriminator="kind")]
 
 
-def _study(name: str) -> str:
+def _require_study_name(name: str) -> str:
     if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise ValueError(
             "must have at most 100 letters, digits, dots, dashes and underscores, and begin with a letter or "
@@ -205,48 +221,51 @@ def _study(name: str) -> str:
 
 
 class Sweep(Section):
-    """A search for better settings; `raylway sweep` runs it."""
+    """A search for better settings, run by `raylway sweep`."""
 
-    study: Annotated[str, AfterValidator(_study)] | None = None
-    """The name under which the trials are stored; the project's if left out."""
+    study: Annotated[str, AfterValidator(_require_study_name)] | None = None
+    """Name under which the trials are stored. null: the project's name."""
     space: dict[str, Parameter] = Field(min_length=1)
-    """What may vary, by the dotted key of the project that it sets."""
+    """Parameters by the dotted key of the project that they set, such as training.learning_rate."""
     set: dict[str, Any] = Field({})
-    """Keys that all trials have other than the project: `training.num_workers: 1` lets several train at once.
-    The best project has them too."""
+    """Values of keys that all trials have instead of the project's: `training.num_workers: 1` lets several
+    trials train at once. The best project has them too."""
     constraints: list[str] = Field([])
-    """Conditions on the project that a point makes, such as
-    `training.batch_size * training.num_workers <= 1024`. One that names what a point has not holds."""
+    """Conditions that a trial's project must meet, such as `training.batch_size * training.num_workers <=
+    1024`. A condition on a key that the project lacks is met."""
     objectives: list[str] = Field([])
-    """What is to be better: validation metrics, `latency_ms` and `size_mb`; several are weighed against each
-    other (Pareto). If left out, the score by which the best epoch is chosen."""
+    """Metrics to improve: validation metrics, `latency_ms` (one row on one core) and `size_mb` (the exported
+    graph). Several give a Pareto front. []: the validation metric by which the best epoch is chosen."""
     search: Literal["tpe", "gp", "cmaes", "nsga2", "random", "grid"] = "tpe"
-    """tpe: Parzen estimators, for any space. gp: a Gaussian process, for few dear trials. cmaes: evolution,
-    for many numbers and many trials. nsga2: evolution for several objectives. grid: every point once."""
+    """Search algorithm of Optuna. tpe: Parzen estimators, for any space. gp: a Gaussian process, for few
+    expensive trials. cmaes: an evolution strategy, for many numbers and many trials. nsga2: a genetic
+    algorithm for several objectives. grid: every point once."""
     startup_trials: PositiveInt = 10
-    """Random ones before the search begins to learn."""
+    """Number of random trials before the search uses the results of earlier ones."""
     seed: int | None = Field(None, ge=0, lt=2**31)
-    """Of what is drawn; the project's if left out. Rows and first weights go by the project's alone."""
+    """Seed of the search. null: the project's seed. Does not change the split of the rows or the initial
+    weights."""
     scheduler: Scheduler | None = None
-    """When a trial is given up; if left out, asha, and none with several objectives."""
+    """Rule that stops trials early. null: asha, or none with several objectives."""
     trials: PositiveInt = 20
-    """How many in all, with those that were stopped early and those that failed."""
+    """Number of trials in all, including those that were stopped early and those that failed."""
     folds: int | None = Field(None, ge=2, le=MAX_FOLDS)
-    """What a trial optimises is then the mean over so many folds, each trained and validated in turn."""
+    """Number of folds: a trial trains and validates each in turn, and its value is the mean. null: no
+    folds."""
     points: list[dict[str, Any]] = Field([])
-    """Tried first: values by key, of all parameters or of some."""
+    """Points to try first: values by key, of all parameters or some."""
     warm_start: list[str] = Field([])
-    """Earlier studies of the same space and objectives, from which the search learns before it begins."""
+    """Names of earlier studies of the same space and objectives, whose trials the search learns from."""
     concurrent: PositiveInt | None = None
-    """Trials at once; as many as the cluster has room for if left out."""
+    """Maximum number of trials at once. null: as many as the cluster has room for."""
     retries: NonNegativeInt = 1
-    """How many times a trial that failed is tried again before it is stored as failed."""
+    """Number of times that a failed trial is repeated before it is stored as failed."""
     max_hours: PositiveFloat | None = None
-    """Of wall time, for each call of the command."""
+    """Maximum duration of one run of the command, in hours. null: no limit."""
     max_core_hours: PositiveFloat | None = None
-    """Of all trials of the study together."""
+    """Maximum compute time of all trials of the study together, in core-hours. null: no limit."""
     target: float | None = None
-    """The sweep ends when a trial is as good; of one objective."""
+    """Value of the single objective at which the sweep ends. null: no target."""
 
     @field_validator("constraints")
     @classmethod
@@ -260,58 +279,56 @@ class Sweep(Section):
         for name, keys in (("space", self.space), ("set", self.set)):
             for key in keys:
                 if key.split(".")[0] not in SWEPT or key.startswith("data.split.fold"):
-                    raise ValueError(f"{name}: {key!r} cannot vary; keys below {', '.join(SWEPT)} can")
+                    raise ValueError(f"{name}: {key!r} cannot vary; must be a key of {', '.join(SWEPT)}")
         for key, parameter in self.space.items():
             before = list(self.space)[: list(self.space).index(key)]
             for other in parameter.when:
                 if other in self.space and other not in before:
-                    raise ValueError(f"space.{key}.when: {other!r} must stand before it in the space")
+                    raise ValueError(f"space.{key}.when: {other!r} must be listed before it in the space")
         for i, point in enumerate(self.points):
             for key in point:
                 if key not in self.space:
-                    raise ValueError(f"points.{i}: {key!r} is no key of the space")
+                    raise ValueError(f"points.{i}: {key!r} must be a key of sweep.space")
         for name in self.objectives:
             if self.objectives.count(name) > 1:
-                raise ValueError(f"objectives: {name!r} stands twice")
+                raise ValueError(f"objectives: must be distinct; {name!r} is listed twice")
         if len(self.objectives) > 1:
             self._check_several()
         if self.search == "grid":
             for key, parameter in self.space.items():
                 if isinstance(parameter, Float) and parameter.step is None:
-                    raise ValueError(f"search: a grid needs space.{key}.step, or a choice of values")
+                    raise ValueError(f"search: grid needs space.{key}.step, or a choice of values")
         if isinstance(self.scheduler, PopulationBased):
             self._check_population()
         return self
 
     def _check_several(self) -> None:
         if self.scheduler is not None and self.scheduler.kind != "none":
-            raise ValueError(f"scheduler: {self.scheduler.kind} goes by one objective; leave it out")
+            raise ValueError(f"scheduler: {self.scheduler.kind} needs a single objective; leave it out")
         if self.search == "cmaes":
-            raise ValueError("search: cmaes takes one objective; say nsga2, tpe or gp")
+            raise ValueError("search: must be nsga2, tpe or gp with several objectives; it is cmaes")
         if self.target is not None:
-            raise ValueError("target: of several objectives there is none; leave it out")
+            raise ValueError("target: needs a single objective; leave it out")
 
     def _check_population(self) -> None:
         if self.folds:
-            raise ValueError(
-                "folds: population based training goes on from checkpoints, which folds have not"
-            )
+            raise ValueError("folds: must be left out with scheduler pbt, which continues from checkpoints")
         allowed = {"training.learning_rate", "training.weight_decay", "training.clip_norm", "model.dropout"}
         for key, parameter in self.space.items():
             if key not in allowed or parameter.when:
                 raise ValueError(
-                    f"space.{key}: population based training changes it while a network trains; only "
-                    f"{', '.join(sorted(allowed))} can, without `when`"
+                    f"space.{key}: scheduler pbt changes parameters during training, so each must be one of "
+                    f"{', '.join(sorted(allowed))}, without `when`"
                 )
 
     @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
-        """Which way each objective is better."""
+        """Direction in which each objective improves."""
         return ["minimize" if name in LOWER_IS_BETTER else "maximize" for name in self.objectives]
 
     @property
     def pruned_by(self) -> Any:
-        """The scheduler in effect."""
+        """Scheduler in effect."""
         if self.scheduler is not None:
             return self.scheduler
         return NoScheduler(kind="none") if len(self.objectives) > 1 else Asha(kind="asha")
@@ -325,19 +342,17 @@ def _check_bounds(low: float, high: float, log: bool) -> None:
 
 
 def _check_expression(text: str) -> None:
-    """Raise ValueError if a constraint is anything but arithmetic and comparisons of keys."""
+    """Raise ValueError unless a constraint is a comparison of arithmetic expressions of keys."""
     if len(text) > MAX_CONSTRAINT_CHARACTERS:
         raise ValueError(f"must have at most {MAX_CONSTRAINT_CHARACTERS} characters; it has {len(text)}")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{text!r} is no expression: {getattr(error, 'msg', error)}") from None
+        raise ValueError(f"{text!r}: must be an expression: {getattr(error, 'msg', error)}") from None
     for node in ast.walk(tree):
         if not isinstance(node, _ALLOWED):
-            raise ValueError(
-                f"{text!r}: {type(node).__name__} is not for constraints; compare keys and numbers"
-            )
+            raise ValueError(f"{text!r}: must compare keys and numbers; {type(node).__name__} is not allowed")
         if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS):
-            raise ValueError(f"{text!r}: may call {', '.join(FUNCTIONS)} alone")
+            raise ValueError(f"{text!r}: must not call functions other than {', '.join(FUNCTIONS)}")
     if not isinstance(tree.body, ast.Compare | ast.BoolOp | ast.UnaryOp):
         raise ValueError(f"{text!r}: must be a comparison, such as training.batch_size <= 512")

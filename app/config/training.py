@@ -1,4 +1,4 @@
-"""How a model is fitted: the steps, the ranks, and what keeps them going."""
+"""The section `training`: optimizer, workers, gradient exchange, checkpoints and recovery."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,7 @@ from app.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, 
 MAX_WORKERS = 100_000
 
 
-def _workers(value: Any) -> int | tuple[int, int]:
+def _require_workers(value: Any) -> int | tuple[int, int]:
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_WORKERS:
         return value
     is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int for v in value)
@@ -21,108 +21,121 @@ def _workers(value: Any) -> int | tuple[int, int]:
 
 
 class EarlyStopping(Section):
-    """End the training when the validation score no longer rises."""
+    """End the training when the validation score stops improving."""
 
     patience: PositiveInt
-    """Epochs without a better score."""
+    """Number of epochs without a better score after which the training ends."""
     min_delta: NonNegativeFloat = 0.0
-    """What counts as better."""
+    """Minimum increase of the validation score that counts as better."""
 
 
 class Checkpointing(Section):
-    """When the training is written down, and what is kept of it."""
+    """When checkpoints are written, and which are kept."""
 
     every_steps: PositiveInt | None = None
-    """A checkpoint each so many steps within an epoch, beside the one at each epoch's end. A failure costs
-    what was done since the last one."""
+    """Number of steps between checkpoints within an epoch, besides the one at the end of each epoch. A
+    failure loses the steps since the last checkpoint."""
     keep_best: PositiveInt = 1
-    """Epochs with the best validation score."""
+    """Number of checkpoints kept of the epochs with the best validation score."""
     keep_last: PositiveInt = 2
-    """Latest ones: should the last be damaged, the one before it serves."""
+    """Number of latest checkpoints kept. If the last one is damaged, the one before it is used."""
 
 
 class Horovod(Section):
-    """Horovod's own settings. On small models none matters much; see each."""
+    """Settings of Horovod. They matter little for small models."""
 
     fusion_threshold_mb: NonNegativeFloat = 8
-    """Overlapped gradients of neighbouring layers are sent together, up to this size. Larger pays on slow
-    links with many small layers, smaller where the last ones are long in coming; 0 sends each alone."""
+    """Size in MB up to which overlapped gradients of neighbouring layers are sent together. Raise it for many
+    small layers on a slow network; lower it if the first gradients wait long for the last; 0 sends each
+    gradient alone."""
     cycle_time_ms: PositiveFloat = 10.0
-    """How long a rank waits between rounds of messages about what is ready, unless the step waits for it
-    already. Longer takes less from the backward pass; shorter sends the first gradients earlier."""
+    """Time in milliseconds between a rank's messages about which gradients are ready, unless the step is
+    already waiting for them. A longer time costs the backward pass less; a shorter one sends the first
+    gradients earlier."""
     adasum: bool = False
-    """Combine gradients by Adasum (Maleki et al., 2021) instead of their mean: large numbers of ranks then
-    need no other learning rate. Needs Horovod built with MPI or NCCL."""
+    """Whether gradients are combined by Adasum (Maleki et al., 2021) instead of their mean: the learning rate
+    then need not change with a large number of ranks. Needs Horovod built with MPI or NCCL."""
     autotune: bool = False
-    """Let Horovod search the cycle time, and how many of the above it sends together, during the first steps;
-    for runs of hours. The order of sums may change while it searches, so two runs are not bit-equal."""
+    """Whether Horovod tunes the fusion threshold and the cycle time during the first steps; for runs of
+    hours. The order of sums may change while it tunes, so two runs are not bit-equal."""
 
 
 class Training(Section):
-    """How the model is fitted: Adam with decoupled weight decay."""
+    """How the model is trained: Adam with decoupled weight decay (AdamW)."""
 
     backend: Literal["horovod", "ddp"] = "horovod"
-    """What carries the gradients: Horovod, or PyTorch's DistributedDataParallel. The same loop, the same
-    numbers."""
-    num_workers: Annotated[int | tuple[int, int], PlainValidator(_workers), PlainSerializer(lambda n: n)]
-    """Ranks, one process each. `[min, max]` is elastic: as many as the cluster has room for, more when nodes
-    come, fewer when they go."""
+    """What exchanges the gradients: Horovod, or PyTorch's DistributedDataParallel. Loop and results are the
+    same."""
+    num_workers: Annotated[
+        int | tuple[int, int], PlainValidator(_require_workers), PlainSerializer(lambda n: n)
+    ]
+    """Number of workers (ranks), one process each. `[min, max]` is elastic: as many as the cluster has room
+    for; the group grows when nodes join and shrinks when they leave."""
     num_cpus: PositiveFloat = 1.0
-    """Of each worker. Its loop uses one core; with a fraction, workers share one."""
+    """CPUs per worker. The training loop uses one core; with a fraction, workers share a core."""
     num_gpus: float = Field(1.0, gt=0, le=1)
-    """Of each worker when it trains on GPUs; with 0.5, two workers share one."""
+    """GPUs per worker, if it trains on GPUs; with 0.5, two workers share a GPU."""
     epochs: PositiveInt
+    """Number of passes over the training part."""
     batch_size: PositiveInt
-    """Rows per pass and worker."""
+    """Rows per backward pass and worker."""
     backward_passes_per_step: PositiveInt = 1
-    """Gradient accumulation: passes whose gradients are averaged before the ranks exchange them. Pays when
-    the batch that you want does not fit memory, or the network is slower than the passes."""
+    """Gradient accumulation: number of backward passes whose gradients are averaged before the ranks exchange
+    them. Pays if the desired batch does not fit memory, or if the network is slower than the passes."""
     learning_rate: float = Field(gt=0)
-    """At the peak, for one worker if `scale_learning_rate` is set, else as it is."""
+    """Peak learning rate. With `scale_learning_rate`, that of one worker."""
     scale_learning_rate: Literal["none", "sqrt", "linear"] = "none"
-    """Times the number of workers (Goyal et al., 2017), or its square root, which suits Adam: the batch grows
-    with the workers."""
+    """Multiply the learning rate by the number of workers (linear; Goyal et al., 2017) or by its square root
+    (sqrt, which suits Adam), since the batch of a step grows with the workers."""
     warmup_epochs: NonNegativeFloat = 0.0
-    """The learning rate rises from 0 over so many epochs."""
+    """Number of epochs over which the learning rate rises from 0 to its peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up: half a cosine or a line down to 0, or no change."""
+    """Learning rate after the warm-up: down to 0 along half a cosine or a line, or constant."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay: each step multiplies the weights by 1 - learning rate * weight_decay."""
     clip_norm: PositiveFloat | None = None
-    """Gradients longer than this are shortened to it."""
+    """Maximum norm of the gradient; a longer one is scaled down to it. null: no limit."""
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: a row counts in the loss by the inverse of its label's share, so that all labels together
-    count the same. Finds more of a rare label; the probabilities are no longer calibrated."""
+    """balanced: weight each row's loss by the inverse of its label's share, so that all labels have the same
+    total weight. Recall of a rare label rises; the probabilities are no longer calibrated."""
     early_stopping: EarlyStopping | None = None
+    """When to end the training early. null: after `epochs`."""
     gradients: Literal["auto", "flat", "overlapped"] = "auto"
-    """flat: one buffer and one exchange after the backward pass, best for small models. overlapped: bucket by
-    bucket while the backward pass goes on, best for large ones. auto goes by the number of parameters."""
+    """flat: one buffer, exchanged once after the backward pass; best for small models. overlapped: bucket by
+    bucket during the backward pass; best for large models. auto: overlapped from two million parameters
+    on."""
     compression: Literal["none", "fp16", "bf16"] = "none"
-    """Exchange gradients in 16 bits. Pays when the network is the bottleneck; fp16 may overflow above 65504,
-    bf16 has fewer digits."""
+    """Exchange gradients in 16 bits. Pays if the network is the bottleneck. fp16 overflows above 65504; bf16
+    has fewer digits."""
     horovod: Horovod = Horovod()
+    """Settings of Horovod; only with `backend: horovod`."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU for each worker when the cluster has them, else the CPU."""
+    """auto: a GPU per worker if the cluster has GPUs, else the CPU."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on GPUs that have it, fp16 with loss scaling on older ones, fp32 on the CPU."""
+    """Arithmetic of the passes. auto: bf16 on GPUs that support it, fp16 with loss scaling on older ones,
+    fp32 on the CPU."""
     deterministic: bool = False
-    """Only algorithms that give the same bits each time, also on a GPU, where they are slower; on the CPU
-    two runs with one seed are identical anyway."""
+    """Whether a GPU uses only algorithms that give the same bits each time, which are slower. On the CPU, two
+    runs with the same seed are identical anyway."""
     checkpoints: Checkpointing = Checkpointing()
+    """When checkpoints are written, and which are kept."""
     max_failures: NonNegativeInt = 3
-    """How many times a lost or hung worker group is started again from its last checkpoint."""
+    """Number of times that a lost or hung worker group is restarted from its last checkpoint."""
     hang_timeout_s: PositiveFloat = 45
-    """A rank that makes no step for so long is given up, and the group started again. Must be longer than
-    the longest step."""
+    """Seconds without a step after which a rank counts as hung and the group is restarted. Must be longer
+    than the longest step."""
     timeline: bool = False
-    """Record what Horovod did when, as `timeline.json` beside the history: open it in chrome://tracing or
-    ui.perfetto.dev. Slows the training a little."""
+    """Whether Horovod records its activity as `timeline.json` beside the history: open it in chrome://tracing
+    or ui.perfetto.dev. Slows the training a little."""
 
     @property
     def min_workers(self) -> int:
+        """Smallest number of workers to train with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
+        """Largest number of workers to train with."""
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
     @model_validator(mode="after")
@@ -133,7 +146,7 @@ class Training(Section):
             if self.horovod != Horovod():
                 raise ValueError("horovod: these settings have no effect with backend: ddp; leave them out")
             if self.timeline:
-                raise ValueError("timeline: Horovod records it; say backend: horovod")
+                raise ValueError("timeline: only Horovod records one; set backend: horovod, or leave it out")
         if self.horovod.adasum and self.compression == "bf16":
-            raise ValueError("compression: adasum does not go with bf16; say fp16 or none")
+            raise ValueError("compression: must be fp16 or none with horovod.adasum; it is bf16")
         return self

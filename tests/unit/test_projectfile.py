@@ -238,12 +238,12 @@ def test_all_faults_are_told_at_once(file):
         (
             '{column: bought, positive: "yes"}\n',
             '{column: bought, positive: "yes"}\n  split: {by: time}\n',
-            "small.yaml:5: data.split: column: by time needs the column to go by, by content takes none",
+            "small.yaml:5: data.split: column: must be given with by: time, and left out with by: content",
         ),
         (
             '{column: bought, positive: "yes"}\n',
             '{column: bought, positive: "yes"}\n  split: {column: day}\n',
-            "small.yaml:5: data.split: column: by time needs the column to go by, by content takes none",
+            "small.yaml:5: data.split: column: must be given with by: time, and left out with by: content",
         ),
         (
             "column: bought",
@@ -414,7 +414,7 @@ def test_a_text_classifier_takes_a_text_and_classes(tweets):
     ("old", "new", "expected"),
     [
         ("classes: [bad, good]", 'positive: "good"', "4: data.label.classes: a text_classifier needs them"),
-        ("[bad, good]", "[bad, bad]", "4: data.label: classes: each must stand once"),
+        ("[bad, good]", "[bad, bad]", "4: data.label: classes: must be distinct"),
         ("{encode: tokens, max_length: 32}", "{encode: one_hot}", "9: features.words: a text takes tokens"),
         (
             "  words: {encode",
@@ -520,8 +520,12 @@ def test_the_classes_that_a_message_names_can_be_written_so(tweets):
     ("old", "new", "says"),
     [
         ("column: bought", "column: __label__", "the column '__label__' cannot be used: names between"),
-        ("town: {type", "'': {type: category}\n    town: {type", "the column '' cannot be used: it is empty"),
-        ("{type: category}", "{type: category, values: [a, '']}", "columns.town.values: '' stands for"),
+        (
+            "town: {type",
+            "'': {type: category}\n    town: {type",
+            "the column '' cannot be used: its name is empty",
+        ),
+        ("{type: category}", "{type: category, values: [a, '']}", "columns.town.values: '' means a"),
     ],
 )
 def test_columns_that_cannot_be_used_are_refused(file, old, new, says):

@@ -260,8 +260,8 @@ def test_the_key_of_the_champion_stays_when_columns_are_added():
     ("split", "says"),
     [
         ({"key": ["gone"]}, "split.key: no column 'gone'; data.columns has town"),
-        ({"key": ["town", "town"]}, "key: each column must stand once"),
-        ({"key": ["town"], "by": "time", "column": "day"}, "key: by time takes none"),
+        ({"key": ["town", "town"]}, "key: columns must be distinct"),
+        ({"key": ["town"], "by": "time", "column": "day"}, "key: must be left out with by: time"),
     ],
 )
 def test_an_impossible_key_is_refused(split, says):
