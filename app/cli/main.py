@@ -20,6 +20,7 @@ RUN = "run"
 """The command of a group that runs if none is named: `raylway sweep FILE` is `raylway sweep run FILE`."""
 
 COMMANDS: Mapping[str, Command | Mapping[str, Command]] = {
+    "keys": train.keys,
     "check": train.check,
     "preflight": train.preflight,
     "train": train.train,

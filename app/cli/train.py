@@ -34,6 +34,20 @@ def check(file: File, overrides: Overrides = None) -> None:
             console.say(f"  {line}")
 
 
+def keys(
+    section: Annotated[
+        str | None,
+        typer.Argument(help="A section or key, such as training or serving.limits; all if left out."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write Markdown, as in docs/keys.md.")] = False,
+) -> None:
+    """Show the keys of the project file: type, default, bounds and meaning."""
+    from app.config import reference
+
+    selected = reference.groups() if section is None else reference.select(section)
+    print(reference.as_markdown(selected) if markdown else reference.as_text(selected), end="")
+
+
 def preflight(
     file: Annotated[Path | None, typer.Argument(help="A project file to check the machine against.")] = None,
     overrides: Overrides = None,

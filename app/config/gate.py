@@ -52,6 +52,7 @@ class Gate(Section):
     metric: Metric = "auc"
     """What is compared with the champion and the baselines."""
     minimum: dict[Metric, float] = Field({})
+    """Minimum of each named metric on the test part."""
     beat: list[Baseline] = Field(["constant"])
     """Baselines that the candidate's metric must exceed."""
     tolerance: NonNegativeFloat = 0.0

@@ -36,6 +36,7 @@ class PeriodicNumbers(Section):
     width: Width = 16
     """Of each number's vector."""
     frequencies: Width = 32
+    """Number of frequencies per number."""
     scale: PositiveFloat = 0.1
     """Standard deviation of the frequencies at the start, in cycles per unit: decides how wiggly."""
 
@@ -50,6 +51,7 @@ class Mlp(Section):
     hidden: list[Width] = Field(min_length=1)
     """Units of each hidden layer."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the units of each hidden layer that are set to 0 in training."""
     numbers: NumberEmbedding = PlainNumbers(embed="none")
     """How numbers enter the first layer."""
 
@@ -62,7 +64,9 @@ class TabM(Section):
     hidden: list[Width] = Field(min_length=1)
     """Units of each hidden layer."""
     members: Width = 16
+    """Number of members of the ensemble."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the units of each hidden layer that are set to 0 in training."""
     numbers: NumberEmbedding = PlainNumbers(embed="none")
     """How numbers enter the first layer."""
 

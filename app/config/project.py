@@ -49,18 +49,26 @@ class Project(Section):
     name: Annotated[str, AfterValidator(_name)]
     """The registered model's name and the endpoint's: small letters, digits and dashes."""
     seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of initial weights, shuffling, dropout and sampling."""
     data: Data
+    """The raw data, and the contract that the data and every request must meet."""
     features: dict[str, Encoding] = Field({})
     """The columns that the model sees, and how. A column of the contract that is not named here is
     checked, but no input of the model. A recommender takes none: it sees users and items alone."""
     model: Model
+    """The kind of model and its architecture."""
     training: Training
+    """How the model is trained."""
     sweep: Sweep | None = None
     """How `raylway sweep` searches for better settings; a training takes no notice of it."""
     evaluation: Evaluation = Evaluation()
+    """Further results on the test part."""
     gate: Gate = Gate()
+    """What a candidate must show on the test part to be registered."""
     compression: Compression = Compression()
+    """What `raylway compress` accepts."""
     serving: Serving
+    """The endpoint: variants, replicas, limits and authentication."""
 
     @property
     def score(self) -> str:

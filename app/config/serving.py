@@ -143,7 +143,7 @@ class Tls(Section):
 
 
 class Serving(Section):
-    """The endpoint under /v2/models/<name>."""
+    """The endpoint under `/v2/models/<name>`."""
 
     host: str = "127.0.0.1"
     """Network interface to listen on: an address of this machine, or a name for one. Beyond loopback it needs
