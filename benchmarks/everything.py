@@ -34,7 +34,7 @@ from load import Target, hammer
 from app.bundle.manifest import verify
 from app.cluster import session
 from app.cluster.ports import free_ports
-from app.cluster.record import recorded
+from app.cluster.record import read_record
 from app.registry import versions
 from app.state.records import Records
 
@@ -129,7 +129,7 @@ def _start(folder: Path) -> Run:
     ]  # fmt: skip
     settings = [part for setting in settings for part in ("--set", setting)]
     _raylway("up")
-    head = recorded()
+    head = read_record()
     assert head
     for seed in (0, 1):
         _raylway("train", PROJECT, *settings, "--set", f"seed={seed}")

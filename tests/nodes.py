@@ -56,8 +56,8 @@ class Nodes:
 
     def __init__(self, host: Host = HERE):
         self.host = host
-        self._held = guardian.hold()
-        self._directory = self._held.directory
+        self._owned = guardian.create_directory()
+        self._directory = self._owned.path
         self._started: list[subprocess.Popen] = []
         ensure_token()
         self.environment = local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
@@ -88,7 +88,7 @@ class Nodes:
 
     def stop(self) -> None:
         """All nodes of this cluster, and no other."""
-        self._held.end()
+        self._owned.destroy()
         for process in self._started:
             process.wait()
 

@@ -71,9 +71,9 @@ def running(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[Co
 
 def require_cluster() -> None:
     """Raise UserError unless a cluster runs that outlives the command."""
-    from app.cluster.session import lasts
+    from app.cluster.session import joins_lasting_cluster
 
-    if not lasts():
+    if not joins_lasting_cluster():
         raise UserError("no cluster is up, so nothing is served; see `raylway up` and `raylway serve`")
 
 

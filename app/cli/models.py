@@ -66,11 +66,11 @@ def compress(
     """
     passed = True
     with running("compress") as console:
-        from app.cluster.session import lasts, session
+        from app.cluster.session import joins_lasting_cluster, session
         from app.jobs import compress, quantization
         from app.state import stages
 
-        if lasts():
+        if joins_lasting_cluster():
             with session():
                 stages.require_shared()
         compressed = quantization.compress(bundle)

@@ -23,7 +23,7 @@ def serve(file: File, overrides: Overrides = None) -> None:
     """
     project = projectfile.load(file, overrides or [])
     with running("serve", hint="the endpoint is down") as console:
-        from app.cluster.session import lasts, session
+        from app.cluster.session import joins_lasting_cluster, session
         from app.serving import deploy, follow
 
         registered, notes = follow.registered(project.name, project.serving)
@@ -34,13 +34,13 @@ def serve(file: File, overrides: Overrides = None) -> None:
 
             num_cpus = project.serving.num_cpus * project.serving.autoscaling.min_replicas
             setting = "serving.num_cpus x autoscaling.min_replicas"
-            console.wait(capacity.now().wait(num_cpus, setting, besides=project.name))
+            console.wait(capacity.current().wait_message(num_cpus, setting, excluding=project.name))
             server = deploy.deploy(project.serving, project.name, registered, console.wait)
             for name, variant in registered.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
             console.say(deploy.curl(server, project.name, next(iter(registered.variants.values()))))
-            if lasts():
+            if joins_lasting_cluster():
                 console.say("it stays up with the cluster")
                 return
             console.say("Ctrl-C stops it")

@@ -1,1 +1,1 @@
-"""A Ray cluster: the local one of a state directory, a command's own, or somebody else's that is joined."""
+"""Ray clusters: the local one of a state directory, one for a single command, or an existing one to join."""

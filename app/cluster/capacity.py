@@ -1,4 +1,4 @@
-"""CPUs of the cluster: how many are free, who holds the others, and how many to claim. Needs Ray."""
+"""CPUs of the cluster: how many are free, what holds the others, how many a command may claim. Needs Ray."""
 
 import math
 from collections import Counter
@@ -7,99 +7,101 @@ from dataclasses import dataclass
 
 from app.errors import UserError
 
-MIN_SHARE = 0.01
-"""Ray counts CPUs to four digits; a share is rounded down to two."""
-REPLICA = "ServeReplica:"
-"""How the class of a Serve replica's actor begins; then come its application and deployment."""
-APART = "@"
-"""Between a model's name and a version, in the name of the application of the version's own workers."""
+MIN_CPUS = 0.01
+"""Fewest CPUs that a worker can claim. Ray counts CPUs to four decimals; claims are rounded down to two."""
+REPLICA_CLASS_PREFIX = "ServeReplica:"
+"""Start of the actor class name of every Serve replica; the application and the deployment follow."""
+VERSION_SEPARATOR = "@"
+"""Separates model and version in the name of the application that runs a version's own workers."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the cluster has at one moment."""
+    """CPUs of the cluster at one moment."""
 
     total: float
     free: float
     endpoints: Mapping[str, float]
-    """CPUs that each endpoint's replicas hold: they come back only when it is taken off."""
-    grows: bool
-    """Whether an autoscaler adds nodes when there is no room."""
+    """CPUs that the replicas of each endpoint hold. They become free only when the endpoint is undeployed."""
+    autoscales: bool
+    """Whether an autoscaler adds nodes when CPUs are short."""
 
-    def room(self, besides: str = "") -> float:
-        """CPUs that endpoints leave to others; one of them, `besides`, is not counted."""
-        return self.total - sum(cpus for name, cpus in self.endpoints.items() if name != besides)
+    def left_by_endpoints(self, excluding: str = "") -> float:
+        """CPUs that no endpoint holds; those of the endpoint `excluding` count as free."""
+        return self.total - sum(cpus for name, cpus in self.endpoints.items() if name != excluding)
 
-    def holders(self) -> str:
-        """Who holds CPUs, in words."""
-        named = [f"endpoint {name} {cpus:g}" for name, cpus in sorted(self.endpoints.items())]
+    def usage(self) -> str:
+        """Which endpoints and commands hold CPUs, as text."""
+        parts = [f"endpoint {name} {cpus:g}" for name, cpus in sorted(self.endpoints.items())]
         others = self.total - self.free - sum(self.endpoints.values())
-        if others > MIN_SHARE:
-            named.append(f"other commands {others:g}")
-        return ", ".join(named) or "nobody"
+        if others > MIN_CPUS:
+            parts.append(f"other commands {others:g}")
+        return ", ".join(parts) or "nothing"
 
-    def wait(self, num_cpus: float, setting: str, besides: str = "") -> str | None:
-        """What a command waits for until it has so many CPUs, in words; None if they are free now.
+    def wait_message(self, num_cpus: float, setting: str, excluding: str = "") -> str | None:
+        """A message if fewer than `num_cpus` are free now, else None.
 
-        Raises UserError, which names the setting to lower, if it would wait for ever.
+        CPUs of the endpoint `excluding` count as free. Raises UserError, which names `setting` as the one to
+        lower, if `num_cpus` can never become free.
         """
-        if not self.grows and self.total < num_cpus:
+        if not self.autoscales and self.total < num_cpus:
             raise UserError(
                 f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {self.total:g}; lower it with "
                 "--set, or use a larger cluster"
             )
-        if not self.grows and self.room(besides) < num_cpus:
+        left = self.left_by_endpoints(excluding)
+        if not self.autoscales and left < num_cpus:
             raise UserError(
-                f"{setting} asks for {num_cpus:g} CPUs, but endpoints leave {self.room(besides):g} of the "
-                f"cluster's {self.total:g} ({self.holders()}); serve with a smaller serving.num_cpus, take "
-                "an endpoint off, or use a larger cluster"
+                f"{setting} asks for {num_cpus:g} CPUs, but endpoints leave {left:g} of the cluster's "
+                f"{self.total:g} ({self.usage()}); serve with a smaller serving.num_cpus, undeploy an "
+                "endpoint, or use a larger cluster"
             )
-        free = self.free + self.endpoints.get(besides, 0.0)
-        if free + MIN_SHARE / 2 >= num_cpus:
+        free = self.free + self.endpoints.get(excluding, 0.0)
+        if free + MIN_CPUS / 2 >= num_cpus:
             return None
         return (
-            f"waiting for {num_cpus:g} CPUs: {free:g} of {self.total:g} are free (held by: "
-            f"{self.holders()}); Ctrl-C ends the command"
+            f"waiting for {num_cpus:g} CPUs: {free:g} of {self.total:g} are free (in use: {self.usage()}); "
+            "Ctrl-C ends the command"
         )
 
-    def share(self, num_cpus: float, count: int, setting: str) -> tuple[float, str | None]:
-        """How many CPUs each of `count` processes claims, at most `num_cpus`, and what to tell the user.
+    def cpus_per_worker(self, num_cpus: float, num_workers: int, setting: str) -> tuple[float, str | None]:
+        """CPUs that each of `num_workers` claims, at most `num_cpus`, and a message for the user or None.
 
-        Fewer than `num_cpus` where endpoints leave fewer: processes then share cores. Raises UserError if
-        the whole cluster has too few, or endpoints leave none.
+        Each claims fewer than `num_cpus` if endpoints leave fewer: the workers then share cores. Raises
+        UserError if the whole cluster has too few CPUs, or endpoints leave none.
         """
-        room = self.room()
-        if self.grows or room >= num_cpus * count or self.total < num_cpus * count:
-            return num_cpus, self.wait(num_cpus * count, setting)
-        share = math.floor(100 * room / count) / 100
-        if share < MIN_SHARE:
-            self.wait(num_cpus * count, setting)  # raises
+        left = self.left_by_endpoints()
+        if self.autoscales or left >= num_cpus * num_workers or self.total < num_cpus * num_workers:
+            return num_cpus, self.wait_message(num_cpus * num_workers, setting)
+        claim = math.floor(100 * left / num_workers) / 100
+        if claim < MIN_CPUS:
+            self.wait_message(num_cpus * num_workers, setting)  # raises
         note = (
-            f"endpoints leave {room:g} of {self.total:g} CPUs ({self.holders()}): each of {count} workers "
-            f"claims {share:g} instead of {num_cpus:g}, and is slower"
+            f"endpoints leave {left:g} of {self.total:g} CPUs ({self.usage()}): each of {num_workers} "
+            f"workers claims {claim:g} instead of {num_cpus:g}, and is slower"
         )
-        waiting = self.wait(share * count, setting)
-        return share, f"{note}; {waiting}" if waiting else note
+        waiting = self.wait_message(claim * num_workers, setting)
+        return claim, f"{note}; {waiting}" if waiting else note
 
 
-def now() -> Capacity:
-    """What the cluster has now."""
+def current() -> Capacity:
+    """The capacity of the cluster that this process is connected to."""
     import ray
 
     total, free = (r.get("CPU", 0.0) for r in (ray.cluster_resources(), ray.available_resources()))
-    grows = bool(ray._private.state.state.get_max_resources_from_cluster_config())
-    return Capacity(total, free, _endpoints(), grows)
+    autoscales = bool(ray._private.state.state.get_max_resources_from_cluster_config())
+    return Capacity(total, free, _endpoint_cpus(), autoscales)
 
 
-def _endpoints() -> dict[str, float]:
-    """By model; the workers of a version are its model's."""
+def _endpoint_cpus() -> dict[str, float]:
+    """CPUs that Serve replicas hold, by model; workers of a version count for their model."""
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import ActorTableData
 
-    held: Counter[str] = Counter()
+    cpus: Counter[str] = Counter()
     for row in state._connect_and_get_accessor().get_actor_table(None, "ALIVE"):
         actor = ActorTableData.FromString(row)
-        if actor.class_name.startswith(REPLICA) and actor.required_resources.get("CPU"):
-            application = actor.class_name.removeprefix(REPLICA).split(":")[0]
-            held[application.split(APART)[0]] += actor.required_resources["CPU"]
-    return dict(held)
+        if actor.class_name.startswith(REPLICA_CLASS_PREFIX) and actor.required_resources.get("CPU"):
+            application = actor.class_name.removeprefix(REPLICA_CLASS_PREFIX).split(":")[0]
+            cpus[application.split(VERSION_SEPARATOR)[0]] += actor.required_resources["CPU"]
+    return dict(cpus)

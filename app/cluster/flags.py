@@ -1,4 +1,4 @@
-"""Every environment flag that Ray is started with, each with its reason."""
+"""Every environment variable that Ray's processes are started with, each with its reason."""
 
 import hashlib
 import hmac
@@ -11,85 +11,94 @@ from app.state.home import SECRET, home
 SQLITE = "sqlite:///"
 
 FLAGS = {
-    # Ray runs its workers at nice 15, so anything else on the machine starves training and serving.
+    # Ray runs its workers at nice 15, so anything else on the machine slows training and serving down.
     "RAY_worker_niceness": "0",
-    # Nothing is reported to Ray's or MLflow's makers.
+    # No usage reports to Ray's or MLflow's makers.
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A pickle is a program: no model from disk or net may bring one. MLflow allows it by default.
+    # Loading a pickle runs code: no model file may contain one. MLflow allows it by default.
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    # Bars that redraw themselves fill the log of a job with one line for each redraw.
+    # A progress bar adds one line to a job's log at each redraw.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    # The end of a training, or of a rank, is seen at the controller's next poll, every 2 s by default.
+    # Interval at which Train's controller polls the ranks, and notices that one or all have ended; default 2
+    # s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # A rank that answers no poll for so long is replaced; 10 minutes by default.
+    # A rank that answers no poll for this long is replaced; default 10 minutes.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "45",
-    # An elastic group that finds no place, because somebody was faster, counts anew; after 60 s by default.
+    # An elastic group that finds no room, because another command took it, is resized after this time;
+    # default 60 s.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
-    # How often it is asked whether a node is about to be taken away; 5 s by default.
+    # Interval at which Train checks whether a node is about to be preempted; default 5 s.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # `ray job stop` kills what has not ended after so long; 3 s by default, too short for a checkpoint.
+    # `ray job stop` kills a job that still runs after this time; default 3 s, too short to write a
+    # checkpoint.
     "RAY_JOB_STOP_WAIT_TIME_S": "60",
-    # HAProxy in front of the replicas instead of Serve's Python proxy, and no thread hop for user code:
-    # about eight times the requests a second on two cores.
+    # HAProxy in front of the replicas instead of Serve's Python proxy, and user code in the server's own
+    # thread: about eight times as many requests per second on two cores.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-    # Lines of a replica's log are written at once; the flag above has 1,000 of them wait.
+    # Write each line of a replica's log at once; the flag above buffers 1,000 of them.
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
-    # HAProxy's manager would make metrics of each request, in Python, for a fifth of a core; ours are told
-    # together, by the replicas.
+    # HAProxy's manager would compute metrics for each request in Python, which takes a fifth of a core. The
+    # replicas report their own in batches.
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-    # One thread carries more than the replicas of a small node answer; the default 4 take their cores.
+    # One HAProxy thread serves more requests than a small node's replicas answer; the default 4 take their
+    # cores.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-    # A replica that dies with a request in hand closes the connection without an answer; ask another one.
-    # A request may then run twice, so what an endpoint writes has to be idempotent.
-    # One that does not fit HAProxy's buffer (16 KB) is not repeated: the client gets 502 or, if it is not the
-    # first of its connection, has the connection closed.
+    # A replica that dies during a request closes the connection without an answer: retry on another replica.
+    # A request may then run twice, so whatever an endpoint writes must be idempotent. A request larger than
+    # HAProxy's buffer (16 KB) is not retried: the client gets 502, or a closed connection if the request is
+    # not the first on its connection.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     "RAY_SERVE_HAPROXY_RETRIES": "4",
-    # HAProxy that has died is replaced after three failed checks, with one every 10 s by default.
+    # HAProxy is replaced after three failed health checks, one per period; default 10 s.
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-    # A replica that is to stop goes on answering for so long, until HAProxy knows of it; 30 s by default.
+    # A replica that is being stopped keeps answering for this long, until HAProxy has removed it; default 30
+    # s.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     # HAProxy's manager imports Serve and starts HAProxy, which takes seconds on a busy machine. If it is not
-    # ready by then, Serve kills it, and `serve` fails; 5 s by default.
+    # ready within this time, Serve kills it, and `raylway serve` fails; default 5 s.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
-    # Strips the client headers that steer Serve and limits bodies, before Serve reads either.
+    # Removes client headers that control Serve, and limits bodies, before Serve reads either.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
 }
+"""Variables for every cluster. The user's environment overrides them."""
 
 LOCAL_FLAGS = {
     # Read on Linux too: "0" makes 127.0.0.1 the node's address, so that Ray's own ports (control store,
-    # raylet, workers, agents) listen on loopback alone, and a change of network does not break the cluster.
+    # raylet, workers, agents) listen on loopback only, and a change of network does not break the cluster.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # Ray's processes retitle themselves over their environment, where `reap` looks for the mark.
+    # Ray's processes overwrite their environment with their title, and `guardian.reap` reads the mark there.
     "SPT_NOENV": "1",
 }
+"""More variables for a cluster of one node on this machine."""
 
 
 def environment() -> dict[str, str]:
-    """The environment for Ray's processes: ours, completed by FLAGS. What the user has set wins, except that
-    authentication is always by the token in the state directory, and paths are made absolute: the processes
-    have other working directories."""
-    # RAY_AUTH_TOKEN would shadow the file.
-    ours = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
-    if (store := ours.get("RAYLWAY_STORE")) and "://" not in store:
-        ours["RAYLWAY_STORE"] = _absolute(store)
-    if (url := ours.get("RAYLWAY_DATABASE_URL", "")).startswith(SQLITE):
-        ours["RAYLWAY_DATABASE_URL"] = SQLITE + _absolute(url.removeprefix(SQLITE))
+    """The environment for Ray's processes: this process's, completed by FLAGS.
+
+    The user's values override FLAGS, with two exceptions. Authentication always uses the token file of the
+    state directory. Paths are made absolute, because Ray's processes have other working directories.
+    """
+    # RAY_AUTH_TOKEN would override the token file.
+    user = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    if (store := user.get("RAYLWAY_STORE")) and "://" not in store:
+        user["RAYLWAY_STORE"] = _absolute(store)
+    if (url := user.get("RAYLWAY_DATABASE_URL", "")).startswith(SQLITE):
+        user["RAYLWAY_DATABASE_URL"] = SQLITE + _absolute(url.removeprefix(SQLITE))
     root = str(Path(__file__).resolve().parents[2])
     fixed = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),
         "RAYLWAY_HOME": str(home()),
-        # HAProxy, with what Serve's configuration of it leaves out: see app.serving.front.
+        # Starts HAProxy with an edited configuration, see app.serving.front.
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylway-haproxy"),
-        # A job's `python -m app` has to be this Python, and Serve's own actors have to find the callback
-        # above. A job's working directory comes before PYTHONPATH.
+        # `python -m app` in a job must be this Python, and Serve's own actors must find the callback in
+        # FLAGS. A job's working directory comes before PYTHONPATH.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
-    return FLAGS | ours | fixed
+    return FLAGS | user | fixed
 
 
 def _absolute(path: str) -> str:
@@ -97,8 +106,11 @@ def _absolute(path: str) -> str:
 
 
 def node_environment() -> dict[str, str]:
-    """`environment()` for a node of a cluster of several: all of them have the same SECRET, because they have
-    the same token. Raises FileNotFoundError if there is none."""
+    """`environment()` for a node of a cluster of several nodes.
+
+    SECRET is derived from the token, which all nodes have, so that it is the same on all of them. Raises
+    FileNotFoundError if there is no token file.
+    """
     values = environment()
     token = Path(values["RAY_AUTH_TOKEN_PATH"]).read_bytes().strip()
     return {SECRET: hmac.new(token, SECRET.encode(), hashlib.sha256).hexdigest()} | values

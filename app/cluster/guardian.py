@@ -1,13 +1,15 @@
-"""A local cluster ends with the process that holds it, whatever ends that process.
+"""Ends a local cluster together with the process that owns it, however that process ends.
 
-Three things see to it, so that one that is killed does not matter:
-- The guardian, a process beside the cluster. When the holder has ended it kills what bears the cluster's mark
-  and removes the cluster's directory. (`python -m app.cluster.guardian DIRECTORY`; started by `hold`.)
-- The parent-death signal: HAProxy sets it (app.serving.front), and so does Ray for its own servers.
-- The next command that holds a cluster: it reaps the clusters of this user that nobody holds any more.
+Three mechanisms, so that it does not matter if one of them is killed:
+- The guardian, a process beside the cluster. When the owner has ended, it kills every process that carries
+  the cluster's mark, and removes the cluster's directory. (`python -m app.cluster.guardian DIRECTORY`,
+  started by `create_directory`.)
+- The parent-death signal, which HAProxy's stand-in (app.serving.gateway.haproxy) sets for HAProxy, and Ray
+  for its own servers.
+- The next command that starts a cluster: it reaps this user's clusters that no process owns any more.
 
-A cluster is held by whoever has the lock of its directory. The kernel releases the lock when the last process
-that has it ends, so neither a process id nor a file can be taken for somebody who is gone.
+The owner of a cluster is the process that holds the lock of its directory. The kernel releases the lock when
+the last process that inherited it ends. Unlike a process id or a file, a lock cannot outlive its owner.
 """
 
 import contextlib
@@ -23,49 +25,53 @@ from pathlib import Path
 import psutil
 
 MARK = "RAYLWAY_CLUSTER"
-"""Names a local cluster's directory in the environment of each of its processes."""
+"""Environment variable that names a local cluster's directory in each of its processes."""
 PREFIX = "/tmp/raylway-"
-"""Directly in /tmp and short: the paths of the sockets in it must fit 107 bytes, and $TMPDIR can be long."""
-LOCK = "lock"
-"""File in a cluster's directory. A directory without one is no cluster's, or is still being made."""
+"""Start of the path of every cluster's directory. In /tmp and short: the paths of sockets in the directory
+must fit 107 bytes, and $TMPDIR can be long."""
+LOCK_NAME = "lock"
+"""Name of the lock file in a cluster's directory. A directory without one is not a cluster's, or not
+ready."""
 
 
 @dataclass(frozen=True)
-class Held:
-    """A local cluster's directory, held by this process."""
+class OwnedDirectory:
+    """A local cluster's directory, locked by this process."""
 
-    directory: Path
-    """Only this user can enter it."""
+    path: Path
+    """The directory. Only this user can enter it."""
     lock: int
-    """File descriptor. A process that inherits it holds the cluster too."""
+    """File descriptor of the lock. A process that inherits it owns the cluster too."""
     _pipe: int
-    """The guardian reads it: a byte when the holder has changed, its end when this process has ended."""
+    """Write end of the guardian's standard input: one byte says that the owner has changed, its end that this
+    process has ended."""
     _guardian: int
+    """Process id of the guardian."""
 
     def hand_over(self) -> None:
-        """From now on the cluster ends with the process that inherited `lock`, not with this one."""
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the guardian
+        """Make the process that inherited `lock` the only owner: the cluster then ends with that process."""
+        with contextlib.suppress(BrokenPipeError):  # the guardian was killed
             os.write(self._pipe, b".")
         os.close(self._pipe)
         os.close(self.lock)
 
-    def end(self) -> None:
-        """Kill what is left of the cluster, and remove its directory."""
-        reap(self.directory)
+    def destroy(self) -> None:
+        """Kill the cluster's remaining processes, and remove its directory."""
+        reap(self.path)
         os.close(self._pipe)
         os.close(self.lock)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self._guardian, 0)
 
 
-def hold() -> Held:
-    """Make the directory of a new cluster, and start its guardian. Reaps dead clusters first."""
-    reap_dead()
-    directory, lock = _locked_directory()
+def create_directory() -> OwnedDirectory:
+    """Create and lock the directory of a new cluster, and start its guardian. Reaps orphans first."""
+    reap_orphans()
+    directory, lock = _create_locked()
     read_end, write_end = os.pipe()
     path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
-    # Not subprocess: its objects expect to see the end of what they started. In a session of its own, so that
-    # Ctrl-C in the terminal does not reach it.
+    # Not subprocess: a Popen object warns when its process outlives it. A session of its own keeps Ctrl-C in
+    # the terminal away from the guardian.
     pid = os.posix_spawn(
         sys.executable,
         [sys.executable, "-m", "app.cluster.guardian", str(directory)],
@@ -78,65 +84,67 @@ def hold() -> Held:
         setsid=True,
     )
     os.close(read_end)
-    return Held(directory, lock, write_end, pid)
+    return OwnedDirectory(directory, lock, write_end, pid)
 
 
 def reap(directory: Path) -> None:
-    """Kill what is left of the cluster in `directory`, by its mark, and remove the directory.
+    """Kill the processes that carry the mark of the cluster in `directory`, and remove the directory.
 
-    HAProxy and Ray's agents can outlive a head that was killed, and go on holding their ports.
+    HAProxy and Ray's agents can survive a head that was killed, and keep their ports.
     """
-    # Again until a look finds none: a process that is about to be killed may start another.
-    while marked := _marked(directory):
-        for process in marked:
+    # Repeat until no process is left: one that is about to be killed may start another.
+    while processes := _marked_processes(directory):
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        _, alive = psutil.wait_procs(marked, timeout=5)
+        _, alive = psutil.wait_procs(processes, timeout=5)
         if alive:
-            break  # in the kernel's hands
+            break  # blocked in the kernel
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def reap_dead() -> None:
-    """Reap this user's clusters that nobody holds, such as after a kill of both holder and guardian."""
+def reap_orphans() -> None:
+    """Reap this user's clusters without an owner: both owner and guardian were killed."""
     for directory in Path(PREFIX).parent.glob(f"{Path(PREFIX).name}*"):
-        with contextlib.suppress(OSError):  # gone meanwhile, or without a lock
+        with contextlib.suppress(OSError):  # already removed, or without a lock file
             status = directory.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
-            with (directory / LOCK).open("r+") as file:
-                # BlockingIOError, an OSError: somebody holds it.
+            with (directory / LOCK_NAME).open("r+") as file:
+                # Raises BlockingIOError, an OSError, if the cluster has an owner.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 reap(directory)
 
 
-def _locked_directory() -> tuple[Path, int]:
+def _create_locked() -> tuple[Path, int]:
+    """A new directory, and the descriptor of its locked lock file."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=Path(PREFIX).name, dir=Path(PREFIX).parent))
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (directory / LOCK).exists():
+        if (directory / LOCK_NAME).exists():
             return directory, lock
-        os.close(lock)  # somebody reaped it before it was locked
+        os.close(lock)  # another process reaped the directory before it was locked
 
 
-def _marked(directory: Path) -> list[psutil.Process]:
-    found = []
+def _marked_processes(directory: Path) -> list[psutil.Process]:
+    """Processes with the mark of the cluster in `directory`, without this one."""
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            marked = process.environ().get(MARK) == str(directory)
-            if marked and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+            is_marked = process.environ().get(MARK) == str(directory)
+            if is_marked and process.pid != os.getpid() and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
+    return processes
 
 
 def main() -> None:
-    """The guardian's process."""
+    """Run the guardian: wait until the cluster has no owner, then reap it."""
     os.chdir("/")
     directory = Path(sys.argv[1])
     if sys.stdin.buffer.read(1):
-        # Handed over: wait for the holder that has the lock now.
-        with contextlib.suppress(FileNotFoundError), (directory / LOCK).open("r+") as file:
+        # Handed over: the lock becomes free when its new owner ends.
+        with contextlib.suppress(FileNotFoundError), (directory / LOCK_NAME).open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
     reap(directory)
 

@@ -1,4 +1,4 @@
-"""`up` and `down`: a Ray cluster on this machine that outlives the command which started it."""
+"""`raylway up` and `raylway down`: a Ray cluster on this machine that outlives the command that starts it."""
 
 import contextlib
 import fcntl
@@ -6,43 +6,46 @@ import json
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import httpx
 import psutil
 
-from app.cluster.guardian import Held, hold, reap
+from app.cluster.guardian import OwnedDirectory, create_directory, reap
 from app.cluster.ports import free_ports
-from app.cluster.record import Cluster, recorded
+from app.cluster.record import Cluster, read_record
+from app.cluster.requirements import require_tested_versions
 from app.cluster.session import ensure_token, local_environment, temp_dir
 from app.errors import UserError
+from app.state import files
 from app.state.home import home, make_private
 
 START_TIMEOUT_S = 90.0
-"""A head takes about 7 s on two idle cores."""
+"""Limit for a head to start; takes about 7 s on two idle cores."""
 STOP_TIMEOUT_S = 15.0
-"""How long the head may take to stop its processes before they are killed; about 4 s when idle."""
+"""Time for a head to stop its processes before they are killed; takes about 4 s on an idle machine."""
+ADDRESS_FILE = "ray_current_cluster"
+"""File in Ray's directory that holds the head's address. Ray writes it when the head is up."""
 
 
 @dataclass(frozen=True)
-class Up:
-    """What `up` found or made; `str()` of it tells the user how to reach the cluster."""
+class UpResult:
+    """Result of `up`; `str()` of it tells the user how to reach the cluster."""
 
     cluster: Cluster
     started: bool
-    """False when it was up already."""
+    """Whether this call started the cluster; False if it was up already."""
 
     def __str__(self) -> str:
         cluster = self.cluster
-        # A token in the shell's environment would win over the file that the cluster was started with.
+        # A token in the shell's environment would override the file that the cluster was started with.
         unset = ["unset RAY_AUTH_TOKEN"] if "RAY_AUTH_TOKEN" in os.environ else []
         lines = [
             f"A Ray cluster {'is' if self.started else 'was already'} up: {cluster.dashboard_url}",
-            "To send it jobs from a shell:",
+            "To submit jobs to it from a shell:",
             *unset,
             f"export RAY_API_SERVER_ADDRESS={cluster.dashboard_url}",
             f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={shlex.quote(str(cluster.token_path))}",
@@ -51,34 +54,35 @@ class Up:
         return "\n".join(lines)
 
 
-def up() -> Up:
-    """Start a head on loopback, with token authentication, and wait until it takes jobs.
+def up() -> UpResult:
+    """Start a head on loopback with token authentication, and wait until it accepts jobs.
 
-    :raises UserError: it did not come up; names the log file.
+    Raises UserError if another version of Ray or Optuna is installed, or the head does not start.
     """
+    require_tested_versions()
     with _lock():
-        cluster = recorded()
+        cluster = read_record()
         if cluster and cluster.alive():
-            return Up(cluster, started=False)
+            return UpResult(cluster, started=False)
         if cluster:
-            _forget(cluster)
-        held = hold()
+            _remove(cluster)
+        owned = create_directory()
         try:
-            cluster = _start(held)
+            cluster = _start(owned)
         except BaseException:
-            held.end()
+            owned.destroy()
             raise
-        held.hand_over()
-        return Up(cluster, started=True)
+        owned.hand_over()
+        return UpResult(cluster, started=True)
 
 
 def down() -> Cluster | None:
-    """Stop the cluster of this state directory and everything that runs on it; no other.
+    """Stop the cluster of this state directory and everything that runs on it, but no other cluster.
 
-    Returns what was stopped, or None when nothing was up.
+    Returns the stopped cluster, or None if none was up.
     """
     with _lock():
-        cluster = recorded()
+        cluster = read_record()
         if cluster is None:
             return None
         alive = cluster.alive()
@@ -86,18 +90,18 @@ def down() -> Cluster | None:
             head = psutil.Process(cluster.pid)
             head.terminate()
             psutil.wait_procs([head], timeout=STOP_TIMEOUT_S)
-        _forget(cluster)
+        _remove(cluster)
         return cluster if alive else None
 
 
-def _start(held: Held) -> Cluster:
-    """A head that holds the cluster beside this process."""
-    directory = held.directory
+def _start(owned: OwnedDirectory) -> Cluster:
+    """Start a head that owns the cluster together with this process, and record it."""
+    directory = owned.path
     log = home() / "logs" / "cluster.log"
     make_private(log.parent)
     token_path = ensure_token()
     dashboard_port, client_port = free_ports(2)
-    # On one node there is nowhere to drain to; with an application deployed, Ray would wait 30 s for it.
+    # With an application deployed, Ray would wait 30 s for a drain, but one node cannot drain to another.
     env = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"} | local_environment(directory)
     ray = str(Path(sys.executable).with_name("ray"))
     command = [
@@ -110,13 +114,13 @@ def _start(held: Held) -> Cluster:
             f"--temp-dir={temp_dir(directory)}",
         ),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}"),
-        # 0: any free port, so that a second Ray on this machine is no problem. Ray's client server cannot
-        # choose its own, and starts whenever grpc is installed.
+        # 0: any free port, so that several Rays can run on this machine. Ray's client server cannot choose a
+        # free port, and starts whenever grpc is installed.
         *("--port=0", "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0"),
         f"--ray-client-server-port={client_port}",
     ]
-    os.set_inheritable(held.lock, True)
-    # Not subprocess: its objects expect to see the end of what they started.
+    os.set_inheritable(owned.lock, True)
+    # Not subprocess: a Popen object warns when its process outlives it.
     pid = os.posix_spawn(
         ray,
         command,
@@ -137,44 +141,37 @@ def _start(held: Held) -> Cluster:
         directory=str(directory),
     )
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not _takes_jobs(cluster):
+    while not _accepts_jobs(cluster):
         if not cluster.alive() or time.monotonic() > deadline:
-            raise UserError(f"Ray must start, within {START_TIMEOUT_S:.0f} s, and did not. See {log}")
+            raise UserError(f"Ray must start within {START_TIMEOUT_S:.0f} s, but did not; see {log}")
         time.sleep(0.1)
-    # Ray writes its address here once the head stands.
-    address = (temp_dir(directory) / "ray_current_cluster").read_text().strip()
-    cluster = Cluster(**asdict(cluster) | {"address": address})
-    _record(cluster)
+    cluster = replace(cluster, address=(temp_dir(directory) / ADDRESS_FILE).read_text().strip())
+    files.write(home() / "cluster.json", json.dumps(asdict(cluster), indent=2), mode=0o600)
     return cluster
 
 
-def _takes_jobs(cluster: Cluster) -> bool:
-    if not (temp_dir(Path(cluster.directory)) / "ray_current_cluster").exists():
+def _accepts_jobs(cluster: Cluster) -> bool:
+    """Whether the head is up and its Jobs API answers."""
+    if not (temp_dir(Path(cluster.directory)) / ADDRESS_FILE).exists():
         return False
     token = Path(cluster.token_path).read_text()
     try:
-        # trust_env off: a proxy in the environment is not for loopback.
+        # trust_env=False: a proxy from the environment must not be used for loopback.
         with httpx.Client(trust_env=False, headers={"Authorization": f"Bearer {token}"}) as client:
             return client.get(f"{cluster.dashboard_url}/api/jobs/").status_code == 200
     except httpx.TransportError:
         return False
 
 
-def _record(cluster: Cluster) -> None:
-    descriptor, name = tempfile.mkstemp(dir=home())  # mode 0600
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(cluster), file, indent=2)
-    Path(name).replace(home() / "cluster.json")
-
-
-def _forget(cluster: Cluster) -> None:
+def _remove(cluster: Cluster) -> None:
+    """Kill the cluster's remaining processes, and remove its directory and its record."""
     reap(Path(cluster.directory))
     (home() / "cluster.json").unlink()
 
 
 @contextlib.contextmanager
 def _lock() -> Iterator[None]:
-    """One `up` or `down` at a time for one state directory."""
+    """Let one `up` or `down` at a time change the cluster of this state directory."""
     make_private(home())
     with (home() / "cluster.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The cluster that `raylway up` has started, as the state directory tells of it."""
+"""The record of the cluster that `raylway up` started, in the state directory."""
 
 import json
 from dataclasses import dataclass
@@ -11,32 +11,38 @@ from app.state.home import home
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """A cluster that `up` started, as recorded in `home() / "cluster.json"`."""
+    """A cluster that `raylway up` started, as recorded in `home() / "cluster.json"`."""
 
     address: str
-    """Where drivers connect: host:port of Ray's control store."""
+    """Address that drivers connect to: host:port of Ray's control store."""
     dashboard_url: str
-    """Serves the dashboard and the Jobs API."""
+    """URL of the dashboard and the Jobs API."""
     pid: int
-    """The process that holds the others, `ray start --block`."""
+    """Process id of `ray start --block`, which owns the cluster."""
     created_s: float
-    """When that process was created, seconds since the epoch: tells it from a later one with its pid."""
+    """Start time of that process, in seconds since the epoch; tells it from a later process with the same
+    id."""
     token_path: str
+    """File with the authentication token."""
     directory: str
-    """Ray's own directory: sessions, logs, sockets. Gone after `down`."""
+    """Directory of the cluster: sessions, logs, sockets. `raylway down` removes it."""
 
     def alive(self) -> bool:
+        """Whether the process that owns the cluster still runs."""
         try:
             head = psutil.Process(self.pid)
-            # A tolerance, because psutil derives the time from the boot time, which clock steps move.
-            same = abs(head.create_time() - self.created_s) < 1.0
-            return same and head.status() != psutil.STATUS_ZOMBIE
+            # With a tolerance: psutil derives start times from the boot time, which clock steps move.
+            is_same = abs(head.create_time() - self.created_s) < 1.0
+            return is_same and head.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
 
-def recorded() -> Cluster | None:
-    """The cluster in this state directory's record, dead or alive. Raises UserError if it cannot be read."""
+def read_record() -> Cluster | None:
+    """The recorded cluster, alive or not; None if there is no record.
+
+    Raises UserError if the record cannot be read.
+    """
     record = home() / "cluster.json"
     try:
         return Cluster(**json.loads(record.read_text()))

@@ -1,7 +1,7 @@
-"""How Ray is started and joined: the cluster there is, or one for a single command.
+"""Starts and joins Ray: the cluster that is up, or one for a single command.
 
-`python -m app.cluster.session COMMAND...` runs a command, such as `ray start`, with these flags: the nodes of
-cluster.yaml start that way, so the flags are written down once.
+`python -m app.cluster.session COMMAND...` runs a command, such as `ray start`, in the environment that every
+Ray process of Raylway has. The nodes of cluster.yaml start that way, so the flags are written down once.
 """
 
 import contextlib
@@ -14,32 +14,33 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from app.cluster.flags import FLAGS, LOCAL_FLAGS, environment, node_environment
-from app.cluster.guardian import MARK, hold
+from app.cluster.guardian import MARK, create_directory
 from app.cluster.ports import free_block, free_ports
-from app.cluster.record import recorded
+from app.cluster.record import read_record
+from app.cluster.requirements import require_tested_versions
 from app.errors import UserError
 from app.state.home import FRONT, SECRET, home, make_private
 
 NUM_REPLICA_PORTS = 500
 """Ports for the replicas of one local cluster."""
-LOOK_S = 3.0
-"""How often a command looks whether its cluster is there."""
-LOST_AFTER, REMOTE_LOST_AFTER = 3, 15
-"""Looks in a row that find none, until a cluster on this machine counts as ended, and one elsewhere: its head
-may be started anew, which Ray's commands outlive for a minute."""
+PROBE_INTERVAL_S = 3.0
+"""Time between two checks that the cluster still answers."""
+MAX_FAILED_PROBES, MAX_FAILED_REMOTE_PROBES = 3, 15
+"""Consecutive failed checks after which a cluster counts as ended: on this machine, and on another one. A
+remote head may restart, and Ray's commands survive that for a minute."""
 
 
 def local_environment(directory: Path) -> dict[str, str]:
-    """`environment()` for a one-node cluster of its own, whose files are below `directory`.
+    """`environment()` for a local cluster of one node, whose files are in `directory`.
 
-    HAProxy's admin socket is open to everyone by its own mode, so it goes where only we can enter; its ports
-    are free ones, because HAProxy shares a taken port with whoever has it instead of failing. Replicas have
-    ports of this cluster alone, so that two clusters on a machine do not meet.
+    HAProxy's admin socket is writable by everyone, so it is in a directory that only its owner can enter.
+    HAProxy's ports are free ones: it shares a port that is in use instead of failing. The replicas' ports
+    belong to this cluster alone, so that two clusters on one machine never reach each other's replicas.
     """
     stats_port, metrics_port, fallback_port = free_ports(3)
     replica_port = free_block(NUM_REPLICA_PORTS)
@@ -56,31 +57,33 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + NUM_REPLICA_PORTS - 1),
         SECRET: secrets.token_hex(32),
     }
-    return LOCAL_FLAGS | environment() | serve | _places(directory) | {MARK: str(directory)}
+    return LOCAL_FLAGS | environment() | serve | _locations(directory) | {MARK: str(directory)}
 
 
-def _places(directory: Path) -> dict[str, str]:
-    """Where a local cluster's processes and the commands that join it find what is the cluster's alone."""
+def _locations(directory: Path) -> dict[str, str]:
+    """Variables by which the processes of a local cluster, and commands that join it, find its files."""
     return {"RAY_TMPDIR": str(directory), FRONT: str(directory)}
 
 
 def temp_dir(directory: Path) -> Path:
-    """Ray's own part of a local cluster's directory.
+    """Ray's own directory inside the directory of a local cluster.
 
-    It is where RAY_TMPDIR leads Ray's processes, so that they find their cluster there and not the one that
-    /tmp/ray happens to name: Train's cleaner, for one, waits 10 s for a cluster that is gone.
+    Ray's processes find their cluster by RAY_TMPDIR/ray. Without it they would look in /tmp/ray, which
+    another cluster may own; Ray Train's cleanup process, for example, waits 10 s for a cluster that has
+    ended.
     """
     return directory / "ray"
 
 
 def ensure_token() -> Path:
-    """The state directory's token file, made once, readable by its owner only."""
+    """Create the token file of the state directory if it does not exist; only its owner can read it."""
     path = home() / "auth_token"
     make_private(path.parent)
     descriptor, name = tempfile.mkstemp(dir=path.parent)
     try:
         os.write(descriptor, secrets.token_hex(32).encode())
-        # A link appears whole and never replaces: of two commands that begin together, one token wins.
+        # A link appears with its whole content and never replaces a file: of two commands that start at the
+        # same time, one token wins.
         with contextlib.suppress(FileExistsError):
             os.link(name, path)
     finally:
@@ -90,71 +93,78 @@ def ensure_token() -> Path:
     return path
 
 
-def lasts() -> bool:
-    """Whether `session` joins a cluster that goes on when the command has ended."""
-    cluster = recorded()
+def joins_lasting_cluster() -> bool:
+    """Whether `session` joins a cluster that continues after the command has ended."""
+    cluster = read_record()
     return os.environ.get("RAY_ADDRESS", "local") != "local" or bool(cluster and cluster.alive())
 
 
 @contextlib.contextmanager
 def session(*, log_to_driver: bool = True) -> Iterator[None]:
-    """Ray for one command: joined where there is one for us, started and stopped again where there is none.
+    """Connect to Ray for one command: join a running cluster, or start one and stop it at the end.
 
-    In order: the Ray this process already uses; RAY_ADDRESS, which Ray sets in a job; the cluster that `up`
-    started for this state directory; a local one. Never another cluster that happens to run on the machine.
+    Order of choice: the Ray that this process already uses; RAY_ADDRESS, which Ray sets in a job; the cluster
+    that `raylway up` started for this state directory; a new local one. Another cluster that happens to run
+    on the machine is never joined.
 
     Serve reads its flags when `ray.serve` is first imported: import it inside the session.
 
-    :param log_to_driver: show what the workers print.
-    :raises UserError: the cluster to join does not answer or refuses our token; it ended before the command.
+    :param log_to_driver: print the workers' output in this process.
+    :raises UserError: another version of Ray or Optuna is installed; the cluster to join does not answer or
+        refuses the token; the cluster ended before the command.
     """
+    require_tested_versions()
     if "ray" in sys.modules and sys.modules["ray"].is_initialized():
         yield
         return
-    before = dict(os.environ)
     address = os.environ.get("RAY_ADDRESS", "local")
-    cluster = recorded()
-    held = directory = None
+    cluster = read_record()
     lost = threading.Event()
-    try:
+    with contextlib.ExitStack() as stack:
+        directory = None
         if address != "local":
-            # Someone else's cluster: its own authentication, read from the user's environment.
-            os.environ.update(FLAGS | before | {"RAYLWAY_HOME": str(home())})
+            # Somebody else's cluster: its authentication comes from the user's environment.
+            stack.enter_context(_environ(FLAGS | dict(os.environ) | {"RAYLWAY_HOME": str(home())}))
         elif cluster and cluster.alive():
             address = cluster.address
-            _replace_environ(LOCAL_FLAGS | environment() | _places(Path(cluster.directory)))
+            locations = _locations(Path(cluster.directory))
+            stack.enter_context(_environ(LOCAL_FLAGS | environment() | locations))
         else:
             ensure_token()
-            held = hold()
-            directory = held.directory
-            _replace_environ(local_environment(directory))
+            owned = create_directory()
+            stack.callback(owned.destroy)
+            directory = owned.path
+            stack.enter_context(_environ(local_environment(directory)))
+        stack.callback(_disconnect, lost)
         _connect(address, directory, log_to_driver)
         if directory:
-            # Only Ray's processes are the cluster's; what the command starts for itself is not.
+            # The mark is for Ray's processes only. What the command itself starts outlives the cluster.
             del os.environ[MARK]
-        is_client = "://" in address  # Ray's client has a watch of its own
-        with contextlib.nullcontext() if is_client else _ending_with(_gcs_address(), lost):
-            yield
-    finally:
-        _silence_serve()
-        if "ray" in sys.modules and not lost.is_set():  # there is nothing to leave any more
-            sys.modules["ray"].shutdown()
-        if held:
-            held.end()
-        _replace_environ(before)
+        if "://" not in address:  # Ray's client watches the cluster itself
+            stack.enter_context(_watching(_gcs_address(), lost))
+        yield
+
+
+def _disconnect(lost: threading.Event) -> None:
+    """Leave the cluster, unless it ended (`lost` is set) and there is nothing left to leave."""
+    _silence_serve()
+    if "ray" in sys.modules and not lost.is_set():
+        sys.modules["ray"].shutdown()
 
 
 def _silence_serve() -> None:
-    """Call this before `ray.shutdown()`: a thread of Ray Serve in this process keeps polling the controller.
-    It would print a traceback, and Ray would start or join a cluster for its next call.
+    """Stop Serve's polling thread in this process from reconnecting. Call this before `ray.shutdown()`.
+
+    The thread keeps polling the controller. Its next call would print a traceback, and Ray would start or
+    join another cluster for it.
     """
     router: Any = sys.modules.get("ray.serve._private.router")
     if router:
-        hook: Any = sys.modules["ray._private.auto_init_hook"]
-        hook.enable_auto_connect = False
+        auto_init: Any = sys.modules["ray._private.auto_init_hook"]
+        auto_init.enable_auto_connect = False
         if loop := router.SingletonThreadRouter._asyncio_loop:
             loop.set_exception_handler(lambda *_: None)
-        # Who joins again needs a new one.
+        # A later session needs a new polling client.
         router.SharedRouterLongPollClient.get_or_create.cache_clear()
 
 
@@ -163,56 +173,78 @@ def _gcs_address() -> str:
 
 
 @contextlib.contextmanager
-def _ending_with(address: str, lost: threading.Event) -> Iterator[None]:
-    """Interrupt the main thread when the cluster ends, set `lost`, and raise UserError.
+def _watching(address: str, lost: threading.Event) -> Iterator[None]:
+    """Watch the control store at `address`: if it stops answering, set `lost`, interrupt the main thread and
+    raise UserError at the end of the block.
 
-    Ray itself would end the process after a minute, without a word.
+    Ray itself would end the process after a minute, without a message.
     """
     host, _, port = address.rpartition(":")
-    is_here = host == "localhost" or host.startswith("127.")
-    patience = LOST_AFTER if is_here else REMOTE_LOST_AFTER
+    is_local = host == "localhost" or host.startswith("127.")
+    max_failed = MAX_FAILED_PROBES if is_local else MAX_FAILED_REMOTE_PROBES
     ended = threading.Event()
 
-    def look() -> None:
-        missed, spent_s = 0, 0.0
-        while missed < patience:
-            # A host that is gone refuses nothing: the look itself takes LOOK_S then.
-            if ended.wait(max(0.0, LOOK_S - spent_s)):
+    def probe() -> None:
+        failed, probe_s = 0, 0.0
+        while failed < max_failed:
+            # To a host that is gone, a connection is not refused: the probe itself takes PROBE_INTERVAL_S.
+            if ended.wait(max(0.0, PROBE_INTERVAL_S - probe_s)):
                 return
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_S).close()
-                missed = 0
+                socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_INTERVAL_S).close()
+                failed = 0
             except OSError:
-                missed += 1
-            spent_s = time.monotonic() - begun
+                failed += 1
+            probe_s = time.monotonic() - started
         if ended.is_set():
             return
         lost.set()
-        # A command in the background of a script ignores SIGINT.
+        # A script's background command ignores SIGINT.
         number = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
         signal.pthread_kill(threading.main_thread().ident or 0, number)
 
-    threading.Thread(target=look, name="cluster", daemon=True).start()
+    threading.Thread(target=probe, name="cluster", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
         if lost.is_set():
             raise UserError(
-                f"the Ray cluster at {address} must go on while a command runs, but it does not answer any "
-                "more; start it again (`raylway up`), and give the command again: what is done is kept"
+                f"the Ray cluster at {address} must run until the command ends, but it no longer answers; "
+                "start it again (`raylway up`), and give the command again: what is done is kept"
             )
 
 
-def _replace_environ(values: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(values)
+@contextlib.contextmanager
+def _environ(values: Mapping[str, str]) -> Iterator[None]:
+    """Make `values` the environment of this process for the time of the block.
+
+    Only variables that differ are set or deleted, and only those that still have the block's value are
+    restored: other threads, such as a notebook's, read the environment and change it meanwhile.
+    """
+    before = dict(os.environ)
+    changes = {name: values.get(name) for name in {*before, *values} if values.get(name) != before.get(name)}
+    _update_environ(changes)
+    try:
+        yield
+    finally:
+        ours = [name for name, value in changes.items() if os.environ.get(name) == value]
+        _update_environ({name: before.get(name) for name in ours})
+
+
+def _update_environ(changes: Mapping[str, str | None]) -> None:
+    """Set variables, and delete those whose value is None."""
+    for name, value in changes.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
 def _keeping_sigterm() -> Iterator[None]:
-    """Keep the command's own handler: Ray's ends the process without a word, and with exit code 15."""
+    """Keep the command's SIGTERM handler. Ray's ends the process without a message, with exit code 15."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -220,16 +252,20 @@ def _keeping_sigterm() -> Iterator[None]:
 
 
 def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
+    """Join the cluster at `address`, or start one whose files are in `directory`.
+
+    Raises UserError if the cluster does not answer or refuses the token.
+    """
     import ray
     from ray._private import ray_constants
     from ray._raylet import AuthenticationTokenLoader, Config
 
-    # Ray reads these settings once, at import; something may have imported it before us.
+    # Ray reads these settings at import, and may have been imported before the environment was set.
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
     ray_constants.ENABLE_RAY_CLUSTER = ray_constants.env_bool(name, True)
-    # The dashboard costs seconds to start and nobody looks at it in a session of one command.
+    # The dashboard takes seconds to start, and a cluster of one command does not need it.
     local = {"include_dashboard": False, "_temp_dir": str(temp_dir(directory))} if directory else {}
     try:
         if ":" in address and "://" not in address:
@@ -248,6 +284,14 @@ def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
         ) from error
 
 
+def main() -> None:
+    """Replace this process by the command in its arguments, in the environment of a node."""
+    try:
+        require_tested_versions()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    os.execvpe(sys.argv[1], sys.argv[1:], node_environment())
+
+
 if __name__ == "__main__":
-    _environment = node_environment()
-    os.execvpe(sys.argv[1], sys.argv[1:], _environment)
+    main()

@@ -42,7 +42,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     stages.require_shared()
     project = with_key(project)
     # Ray Data's tasks take a CPU each.
-    console.wait(capacity.now().wait(1, "preparing data"))
+    console.wait(capacity.current().wait_message(1, "preparing data"))
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_described(prepared), cached=prepared.cached)

@@ -169,7 +169,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
     path = folder(model)
     stages.require_shared(output.parent)
     bundle = Bundle(path)
-    on_wait(capacity.now().wait(1, "predict"))
+    on_wait(capacity.current().wait_message(1, "predict"))
     rows, names = _read(source, bundle.schema)
     suffix = _suffix(bundle.schema, names)
     answered = rows.map_batches(
@@ -177,7 +177,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
         fn_constructor_args=(path, k, suffix),
         batch_format="pyarrow",
         batch_size=ROWS_AT_ONCE,
-        **_actors(capacity.now().room()),
+        **_actors(capacity.current().left_by_endpoints()),
     ).materialize()
     if not stages.place(output, lambda draft: _write(answered, draft)):
         raise UserError(f"--output: {output} was made by another command meanwhile")

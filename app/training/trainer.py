@@ -299,7 +299,7 @@ def resources(project: Project, num_workers: int) -> tuple[dict[str, float], str
     """
     training = project.training
     setting = "training.num_workers x training.num_cpus"
-    num_cpus, note = capacity.now().share(training.num_cpus, num_workers, setting)
+    num_cpus, note = capacity.current().cpus_per_worker(training.num_cpus, num_workers, setting)
     return {"CPU": num_cpus} | ({"GPU": training.num_gpus} if use_gpu(project) else {}), note
 
 

@@ -220,8 +220,8 @@ def _less_one_cpu(per_worker: Mapping[str, float]) -> dict[str, float]:
     Ray Data's tasks would wait for one forever, as the trial waits for them.
     """
     smallest = min(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
-    there = capacity.now()
-    smallest = max(1.0, smallest - (there.total - there.room()))
+    there = capacity.current()
+    smallest = max(1.0, smallest - (there.total - there.left_by_endpoints()))
     return {**per_worker, "CPU": per_worker["CPU"] * max(0.0, 1 - 1 / smallest)}
 
 
@@ -238,7 +238,7 @@ def _most_workers(space: Space) -> int:
 def _room(cores: float, per_worker: Mapping[str, float], workers: int) -> int:
     """How many trials the cluster has room for at once."""
     there = ray.cluster_resources()
-    rooms = [int(capacity.now().room() / cores + 1e-9)]
+    rooms = [int(capacity.current().left_by_endpoints() / cores + 1e-9)]
     if "GPU" in per_worker:
         rooms.append(int(there.get("GPU", 0.0) / (workers * per_worker["GPU"]) + 1e-9))
     if min(rooms) < 1:

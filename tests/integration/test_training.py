@@ -289,4 +289,4 @@ def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster):
     from app.errors import UserError
 
     with pytest.raises(UserError, match=r"training.num_workers asks for 999 CPUs, but the cluster has \d+"):
-        capacity.now().share(1, 999, "training.num_workers")
+        capacity.current().cpus_per_worker(1, 999, "training.num_workers")

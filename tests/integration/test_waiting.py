@@ -118,7 +118,7 @@ def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, m
 
 
 def test_who_holds_cpus_is_known(endpoint):
-    assert capacity.now().endpoints == {NAME: endpoint}
+    assert capacity.current().endpoints == {NAME: endpoint}
 
 
 def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):

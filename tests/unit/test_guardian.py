@@ -9,22 +9,22 @@ import pytest
 
 from app.cluster import guardian
 
-HOLDER = """
+OWNER = """
 import os, subprocess, sys
 from app.cluster import guardian
 
 guardian.PREFIX = sys.argv[1]
-held = guardian.hold()
+owned = guardian.create_directory()
 command = [sys.executable, "-c", "import signal; signal.pause()"]
-environment = {**os.environ, guardian.MARK: str(held.directory)}
-fds = [held.lock] if sys.argv[2] == "hand over" else []
+environment = {**os.environ, guardian.MARK: str(owned.path)}
+fds = [owned.lock] if sys.argv[2] == "hand over" else []
 child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, pass_fds=fds)
 if sys.argv[2] == "hand over":
-    held.hand_over()
-print(held.directory, held._guardian, child.pid, flush=True)
+    owned.hand_over()
+print(owned.path, owned._guardian, child.pid, flush=True)
 sys.stdin.read()
 """
-"""Holds a cluster of one process until it is killed."""
+"""Program that owns a cluster of one process until it is killed."""
 
 
 @pytest.fixture
@@ -34,17 +34,17 @@ def prefix(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hold(prefix):
-    """Starts a holder; gives its process, the cluster's directory, the guardian and the cluster's process."""
+def own(prefix):
+    """Starts an owner; returns its process, the cluster's directory, the guardian and a member."""
     started = []
 
     def start(how: str = ""):
-        command = [sys.executable, "-c", HOLDER, prefix, how]
-        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        directory, *pids = holder.stdout.readline().split()
+        command = [sys.executable, "-c", OWNER, prefix, how]
+        owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        directory, *pids = owner.stdout.readline().split()
         processes = [psutil.Process(int(pid)) for pid in pids]
-        started.extend([holder, *processes])
-        return holder, Path(directory), *processes
+        started.extend([owner, *processes])
+        return owner, Path(directory), *processes
 
     yield start
     for process in started:
@@ -55,10 +55,10 @@ def hold(prefix):
             process.communicate()
 
 
-def wait_until(true) -> None:
+def wait_until(condition) -> None:
     deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline, "nothing happened"
+    while not condition():
+        assert time.monotonic() < deadline, "not true within 60 s"
         time.sleep(0.02)
 
 
@@ -69,29 +69,29 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
-def test_a_directory_is_held_until_the_end(prefix):
-    held = guardian.hold()
-    assert held.directory.stat().st_mode & 0o777 == 0o700
-    guardian.reap_dead()
-    assert held.directory.exists(), "it is held"
-    held.end()
-    assert not held.directory.exists()
-    assert not psutil.pid_exists(held._guardian)
+def test_an_owned_directory_is_not_reaped(prefix):
+    owned = guardian.create_directory()
+    assert owned.path.stat().st_mode & 0o777 == 0o700
+    guardian.reap_orphans()
+    assert owned.path.exists()
+    owned.destroy()
+    assert not owned.path.exists()
+    assert not psutil.pid_exists(owned._guardian)
 
 
-def test_a_cluster_ends_with_the_killed_process_that_holds_it(hold):
-    holder, directory, watcher, member = hold()
+def test_a_cluster_ends_with_its_killed_owner(own):
+    owner, directory, watcher, member = own()
     assert directory.exists()
-    holder.kill()
+    owner.kill()
     wait_until(lambda: not directory.exists())
     wait_until(lambda: gone(member) and gone(watcher))
 
 
-def test_a_cluster_that_was_handed_over_ends_with_who_has_it_now(hold):
-    holder, directory, watcher, member = hold("hand over")
-    holder.kill()
-    holder.wait()
-    guardian.reap_dead()
+def test_a_cluster_that_was_handed_over_ends_with_its_new_owner(own):
+    owner, directory, watcher, member = own("hand over")
+    owner.kill()
+    owner.wait()
+    guardian.reap_orphans()
     assert directory.exists()
     assert not gone(member)
     member.kill()
@@ -99,16 +99,16 @@ def test_a_cluster_that_was_handed_over_ends_with_who_has_it_now(hold):
     wait_until(lambda: gone(watcher))
 
 
-def test_what_a_killed_guardian_leaves_is_reaped_by_the_next_command(hold, prefix):
-    other, kept, _, _ = hold()
-    holder, directory, watcher, member = hold()
-    older = Path(f"{prefix}older")  # without a lock: of an older version, or just being made
+def test_the_next_command_reaps_the_cluster_of_a_killed_guardian(own, prefix):
+    other, kept, _, _ = own()
+    owner, directory, watcher, member = own()
+    older = Path(f"{prefix}older")  # without a lock: of an older version, or not ready yet
     older.mkdir()
     watcher.kill()
-    holder.kill()
-    holder.wait()
+    owner.kill()
+    owner.wait()
     assert directory.exists()
-    guardian.hold().end()
+    guardian.create_directory().destroy()
     assert gone(member)
     assert not directory.exists()
     assert kept.exists()
@@ -116,7 +116,7 @@ def test_what_a_killed_guardian_leaves_is_reaped_by_the_next_command(hold, prefi
     assert other.poll() is None
 
 
-def test_reap_kills_what_bears_the_mark_and_nothing_else(tmp_path):
+def test_reap_kills_only_processes_with_the_mark(tmp_path):
     def start(mark: Path) -> subprocess.Popen:
         command = [sys.executable, "-c", "input()"]
         return subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {guardian.MARK: str(mark)})

@@ -1,0 +1,96 @@
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from app.cluster.requirements import TESTED, require_tested_versions
+from app.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = {"ray": "2.60.1", "optuna": "5.0.0"}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Replaces the versions that the environment reports; None: not installed."""
+    versions: dict[str, str | None] = dict(VERSIONS)
+
+    def version(library):
+        if (value := versions[library]) is None:
+            raise metadata.PackageNotFoundError(library)
+        return value
+
+    monkeypatch.setattr(metadata, "version", version)
+    return versions
+
+
+def test_the_installed_versions_are_the_tested_ones():
+    require_tested_versions()
+
+
+@pytest.mark.parametrize("version", ["2.59.1", "2.61.0", "2.6.0", "3.0.0.dev0", "2", None])
+def test_another_version_of_ray_is_refused_in_one_line(installed, version):
+    installed["ray"] = version
+    with pytest.raises(UserError) as refused:
+        require_tested_versions()
+    message = str(refused.value)
+    assert "ray must be version 2.60.x" in message
+    assert f"but the environment has {version or 'none'}; run `make setup`" in message
+    assert "\n" not in message
+
+
+def test_another_version_of_optuna_is_refused(installed):
+    installed["optuna"] = "5.1.0"
+    with pytest.raises(UserError, match=r"optuna must be version 5\.0\.x.* has 5\.1\.0"):
+        require_tested_versions()
+
+
+def test_pyproject_pins_the_tested_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {r.name: r.specifier for r in map(Requirement, project["dependencies"]) if r.name in TESTED}
+    assert pinned.keys() == TESTED.keys()
+    for library, tested in TESTED.items():
+        major, minor = map(int, tested.split("."))
+        assert pinned[library] == SpecifierSet(f">={tested}.0,<{major}.{minor + 1}")
+
+
+def test_constraints_have_a_tested_version():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    exact = dict(line.split("==") for line in lines if line.partition("==")[0] in TESTED)
+    assert exact.keys() == TESTED.keys()
+    assert all(exact[library].startswith(f"{minor}.") for library, minor in TESTED.items())
+
+
+@pytest.mark.parametrize(
+    ("module", "call"), [("session", "session().__enter__()"), ("local", "up()"), ("session", "main()")]
+)
+def test_nothing_starts_with_another_version(tmp_path, module, call):
+    """Each way to start or join a cluster ends before it imports Ray or writes a file."""
+    code = (
+        "import sys\n"
+        "from importlib import metadata\n"
+        f"from app.cluster import {module}\n"
+        "metadata.version = lambda library: '2.99.0'\n"
+        "sys.argv = ['session', 'true']\n"
+        "try:\n"
+        f"    {module}.{call}\n"
+        "except (Exception, SystemExit) as error:\n"
+        "    print(error, 'ray' in sys.modules)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"RAYLWAY_HOME": str(tmp_path / "home")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "ray must be version 2.60.x" in ran.stdout
+    assert ran.stdout.endswith(" False\n"), "Ray was imported"
+    assert not (tmp_path / "home").exists()
