@@ -34,6 +34,9 @@ MAX_FAILED_PROBES, MAX_FAILED_REMOTE_PROBES = 3, 15
 """Consecutive failed checks after which a cluster counts as ended: on this machine, and on another one. A
 remote head may restart, and Ray's commands survive that for a minute."""
 
+SET_BY_RAY = ("PYTHONBREAKPOINT",)
+"""Environment variables that `ray.init` sets in this process and leaves behind."""
+
 
 def local_environment(directory: Path) -> dict[str, str]:
     """`environment()` for a local cluster of one node, whose files are in `directory`.
@@ -135,6 +138,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
             stack.callback(owned.destroy)
             directory = owned.path
             stack.enter_context(_environ(local_environment(directory)))
+        stack.callback(_update_environ, {name: os.environ.get(name) for name in SET_BY_RAY})
         stack.callback(_disconnect, lost)
         _connect(address, directory, log_to_driver)
         if directory:
