@@ -18,19 +18,8 @@ from app.config.data import (
     Text,
     Tokens,
 )
+from app.config.families import FAMILIES, Model, family_of
 from app.config.gate import CLASS_METRICS, METRICS, Compression, Evaluation, Gate
-from app.config.model import (
-    Linear,
-    LinearNumbers,
-    MatrixFactorization,
-    Mlp,
-    Model,
-    NeuralCollaborativeFiltering,
-    NumberEmbedding,
-    PeriodicNumbers,
-    TabM,
-    TextClassifier,
-)
 from app.config.project import Project
 from app.config.section import Section
 from app.config.serving import Autoscaling, Serving, Variant
@@ -39,6 +28,7 @@ from app.config.training import Training
 
 __all__ = [
     "CLASS_METRICS",
+    "FAMILIES",
     "METRICS",
     "Autoscaling",
     "Category",
@@ -53,19 +43,12 @@ __all__ = [
     "Gate",
     "Int",
     "Label",
-    "Linear",
-    "LinearNumbers",
-    "MatrixFactorization",
     "MinMax",
-    "Mlp",
     "Model",
-    "NeuralCollaborativeFiltering",
     "Number",
-    "NumberEmbedding",
     "NumberEncoding",
     "OneHot",
     "Parameter",
-    "PeriodicNumbers",
     "PiecewiseLinear",
     "Project",
     "Quantile",
@@ -74,10 +57,9 @@ __all__ = [
     "Source",
     "Split",
     "Sweep",
-    "TabM",
     "Text",
-    "TextClassifier",
     "Tokens",
     "Training",
     "Variant",
+    "family_of",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from app.config import Project, TextClassifier, Tokens
+from app.config import Project, Tokens
 from app.config import data as config
 from app.data import features, interactions, schema, sources, split, tokens
 from app.data.features import Preprocessor
@@ -79,8 +79,8 @@ def key(project: Project, data_version: str) -> str:
         "data": project.data.model_dump(exclude={"source": {"path", "sample"}}),
         "features": project.model_dump()["features"],
     }
-    if isinstance(project.model, TextClassifier):
-        inputs["encoder"] = tokens.version(project.model.encoder)
+    if encoder := project.model.tokenizer:
+        inputs["encoder"] = tokens.version(encoder)
     return stages.key("prepare", inputs, __name__)
 
 
@@ -112,9 +112,9 @@ def _build(project: Project, version: str, draft: Path) -> None:
     statistics = parts["train"].map_batches(_statistics, fn_args=(project.features,), **whole).take_all()
     preprocessor = features.fit([json.loads(row["statistics"]) for row in statistics], project.features)
     (draft / "preprocessor.json").write_text(preprocessor.model_dump_json(indent=1))
-    if isinstance(project.model, TextClassifier):
+    if encoder := project.model.tokenizer:
         (encoding,) = (e for e in project.features.values() if isinstance(e, Tokens))
-        tokens.write(project.model.encoder, encoding.max_length, draft / tokens.FILE)
+        tokens.write(encoder, encoding.max_length, draft / tokens.FILE)
 
     summary: dict[str, Any] = {
         "data_version": version,

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 from app.bundle.bundle import Bundle
 from app.config import Project
 from app.config.gate import RATING_METRICS
-from app.config.model import Recommender
 from app.data import split
 from app.data.prepare import LABEL, Prepared
 
@@ -89,9 +88,8 @@ def differences(ours: Project, theirs: Project) -> list[str]:
             old, new = getattr(before, name), getattr(now, name)
             if old != new:
                 faults.append(f"data.{section}.{name} was {old!r} and is {new!r}")
-    by_rating = ours.gate.metric in RATING_METRICS
-    if by_rating and isinstance(theirs.model, Recommender) and theirs.model.feedback != "explicit":
-        faults.append(f"model.feedback was implicit, which has no {ours.gate.metric}")
+    if ours.gate.metric not in theirs.model.test_metrics:
+        faults.append(f"its model has no {ours.gate.metric}")
     if (now := sorted(ours.data.missing)) != (before := sorted(theirs.data.missing)):
         faults.append(f"data.missing was {before} and is {now}")
     for name in theirs.features:

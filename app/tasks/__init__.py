@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from app.config import Project
+from app.config import Project, family_of
 from app.data.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -82,24 +82,14 @@ class Packager(Protocol):
         """
 
 
-FAMILIES = {
-    "linear": "tabular",
-    "mlp": "tabular",
-    "tabm": "tabular",
-    "text_classifier": "text",
-    "mf": "recommender",
-    "ncf": "recommender",
-}
-"""The folder of `app.tasks` for each `model.kind`.
-
-It has the modules `task` with a class `Task`, `packager` with a class `Packager`, and `baselines` with a
-function of that name. They are imported when they are needed, because their libraries take seconds.
-"""
-
-
 def module_of(project: Project, part: Literal["task", "packager", "baselines"]) -> str:
-    """The name of a module of the project's family."""
-    return f"app.tasks.{FAMILIES[project.model.kind]}.{part}"
+    """The name of a module of the project's family.
+
+    Each family of `app.config.FAMILIES` has a folder here, with the modules `task` with a class `Task`,
+    `packager` with a class `Packager`, and `baselines` with a function of that name. They are imported when
+    they are needed, because their libraries take seconds.
+    """
+    return f"app.tasks.{family_of(project.model)}.{part}"
 
 
 def task_of(project: Project, prepared: Prepared) -> Task:

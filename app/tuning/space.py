@@ -45,7 +45,7 @@ class Space:
                 "sweep: is missing; it says what to vary, such as sweep: {space: {training.learning_rate: "
                 "{type: float, low: 0.0001, high: 0.1, log: true}}}"
             )
-        named = project.sweep.objectives or [project.score]
+        named = project.sweep.objectives or [project.model.score]
         self.sweep: Sweep = project.sweep.model_copy(update={"objectives": named})
         # What was not said is left out, so that a parameter can replace a branch without leftovers of it.
         self._document = project.model_dump(mode="json", exclude_unset=True, exclude={"sweep"})

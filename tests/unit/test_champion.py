@@ -216,7 +216,7 @@ AS_CATEGORY = {**COLUMNS, "age": {"type": "category"}}
         (
             changed(MOVIES, model__feedback="explicit", gate__metric="r2"),
             changed(MOVIES),
-            ["model.feedback was implicit, which has no r2"],
+            ["its model has no r2"],
         ),
     ],
 )

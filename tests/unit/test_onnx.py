@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from app.bundle.bundle import OUTPUT, inputs, session
-from app.config import LinearNumbers, PeriodicNumbers
+from app.config.families.tabular import LinearNumbers, PeriodicNumbers
 from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import MAX_DIFFERENCE
 from app.tasks.tabular.graph import difference, export

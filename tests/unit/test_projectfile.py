@@ -413,28 +413,32 @@ def test_a_text_classifier_takes_a_text_and_classes(tweets):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("classes: [bad, good]", 'positive: "good"', "4: data.label.classes: a text_classifier needs them"),
+        (
+            "classes: [bad, good]",
+            'positive: "good"',
+            "4: data.label.classes: model.kind text_classifier needs them",
+        ),
         ("[bad, good]", "[bad, bad]", "4: data.label: classes: must be distinct"),
         ("{encode: tokens, max_length: 32}", "{encode: one_hot}", "9: features.words: a text takes tokens"),
         (
             "  words: {encode",
             "  town: {encode: one_hot}\n  words: {encode",
-            "8: features: a text_classifier takes one",
+            "8: features: model.kind text_classifier takes one",
         ),
         (
             "text_classifier, encoder: minilm",
             "linear",
-            "4: data.label.classes: a linear takes a binary label",
+            "4: data.label.classes: model.kind linear takes a binary label",
         ),
         (
             "metric: macro_f1",
             "metric: auc",
-            "19: gate.metric: of a text_classifier, one of macro_f1, accuracy",
+            "19: gate.metric: with model.kind text_classifier, must be one of macro_f1, accuracy",
         ),
         (
             "tfidf_logistic_regression",
             "gradient_boosting",
-            "19: gate.beat: of a text_classifier, one of constant",
+            "19: gate.beat: with model.kind text_classifier, must be one of constant",
         ),
         ("slices: [town]", "slices: [words]", "20: evaluation.slices: 'words' must be a category"),
         ("max_length: 32", "max_length: 2", "9: features.words.max_length: "),
@@ -450,7 +454,7 @@ def test_a_tabular_model_takes_no_text(file):
     edit(file, "town: {type: category}", "town: {type: text}")
     edit(file, "town: {encode: one_hot}", "town: {encode: tokens}")
     (line,) = faults(file)
-    assert line.startswith("small.yaml:10: features.town: a mlp takes no text")
+    assert line.startswith("small.yaml:10: features.town: model.kind mlp takes no text")
 
 
 @pytest.mark.parametrize(

@@ -527,11 +527,14 @@ def test_metadata_names_the_outputs(made):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"features": {"stars": {"encode": "min_max"}}}, "features: a mf takes none"),
-        ({"model": {"kind": "linear"}}, "data.label: a linear needs one"),
-        ({"gate": {"metric": "auc"}}, "gate.metric: of a mf, one of hr@10, ndcg@10, mrr"),
-        ({"gate": {"metric": "hr@10", "beat": ["constant"]}}, "gate.beat: of a mf, one of popularity"),
-        ({"gate": {"metric": "r2"}}, "gate.metric: of a mf"),
+        ({"features": {"stars": {"encode": "min_max"}}}, "features: model.kind mf takes none"),
+        ({"model": {"kind": "linear"}}, "data.label: model.kind linear needs one"),
+        ({"gate": {"metric": "auc"}}, "gate.metric: with model.kind mf, must be one of hr@10, ndcg@10, mrr"),
+        (
+            {"gate": {"metric": "hr@10", "beat": ["constant"]}},
+            "gate.beat: with model.kind mf, must be one of pop",
+        ),
+        ({"gate": {"metric": "r2"}}, "gate.metric: with model.kind mf, must be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -4,6 +4,7 @@ Users and items are places in their catalogues. User 0 is whoever is not in it: 
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from app.config import MatrixFactorization as FactorizationSettings
-from app.config import NeuralCollaborativeFiltering as NeuralSettings
+from app.config.families import recommender as config
 
 SPREAD = 0.05
 """Standard deviation of the vectors' components at the start."""
@@ -146,12 +146,21 @@ def _embedding(
     return table
 
 
-def recommender(
-    settings: FactorizationSettings | NeuralSettings, num_users: int, num_items: int, mean: float
-) -> Recommender:
-    """The network of a project's model; `num_users` counts user 0."""
-    loss = settings.loss if settings.feedback == "implicit" else "squared_error"
-    shared = {"num_users": num_users, "num_items": num_items, "loss": loss, "mean": mean}
-    if isinstance(settings, FactorizationSettings):
-        return MatrixFactorization(settings.width, settings.dropout, **shared)
+def mf(settings: config.MatrixFactorization, **shared: Any) -> Recommender:
+    """A matrix factorization."""
+    return MatrixFactorization(settings.width, settings.dropout, **shared)
+
+
+def ncf(settings: config.NeuralCollaborativeFiltering, **shared: Any) -> Recommender:
+    """Neural collaborative filtering."""
     return NeuralCollaborativeFiltering(settings.width, list(settings.hidden), settings.dropout, **shared)
+
+
+NETWORKS: dict[str, Callable[..., Recommender]] = {"mf": mf, "ncf": ncf}
+"""The network of each `model.kind`, from its settings and the arguments of `Recommender`."""
+
+
+def recommender(settings: config.Recommender, num_users: int, num_items: int, mean: float) -> Recommender:
+    """The network of a project's model; `num_users` counts user 0, `mean` is the mean rating."""
+    loss = settings.loss if settings.feedback == "implicit" else "squared_error"
+    return NETWORKS[settings.kind](settings, num_users=num_users, num_items=num_items, loss=loss, mean=mean)

@@ -10,7 +10,7 @@ from torch import nn
 from app.bundle.bundle import Bundle
 from app.bundle.schema import MAX_ITEMS, Input, Schema
 from app.config import Project
-from app.config.model import Recommender as Settings
+from app.config.families.recommender import Recommender as Settings
 from app.data import interactions
 from app.data.interactions import ITEM, RATING, USER, Catalogue
 from app.evaluation import ranking

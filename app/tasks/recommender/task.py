@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from app.config import Project
-from app.config.model import Recommender as Settings
+from app.config.families.recommender import Recommender as Settings
 from app.data import interactions
 from app.data.interactions import AGE, ITEM, RATING, USER
 from app.data.prepare import Prepared
@@ -34,7 +34,7 @@ class Task:
         self.columns = of
         self.catalogue = interactions.catalogue(prepared.path)
         self.seen = self.seen_in("train")
-        self.score = project.score
+        self.score = project.model.score
 
     def seen_in(self, *parts: str) -> Tensor:
         """Which items each user has in the parts, bool (users, items); the new user, 0, has none."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from app.config import Linear, LinearNumbers, Mlp, NumberEmbedding, PeriodicNumbers, TabM
+from app.config.families.tabular import Linear, LinearNumbers, Mlp, NumberEmbedding, PeriodicNumbers, TabM
 from app.data.features import Layout
 
 

@@ -24,7 +24,7 @@ class Task:
 
     def __init__(self, project: Project, prepared: Prepared):
         self.project = project
-        self.score = project.score
+        self.score = project.model.score
         self.prepared = prepared
         self.preprocessor = prepared.preprocessor
 

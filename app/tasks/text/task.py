@@ -8,7 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from app.config import Project, TextClassifier
+from app.config import Project
+from app.config.families.text import TextClassifier
 from app.data import buckets, tokens
 from app.data.prepare import LABEL, Prepared
 from app.evaluation import metrics
@@ -25,7 +26,7 @@ class Task:
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, TextClassifier)
         self.project = project
-        self.score = project.score
+        self.score = project.model.score
         self.prepared = prepared
         self.model = project.model
         self.classes = project.data.target.classes or []
