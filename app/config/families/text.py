@@ -26,7 +26,7 @@ class TextClassifier(Model):
     """Learning rate of each layer, as a share of that of the layer above. Lower layers hold what all texts
     have in common and should change less (Howard and Ruder, 2018)."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Share of the mean vector's components that are set to 0 in training; the encoder has its own dropout."""
+    """Share of the mean vector's components that are set to 0 in training; the encoder has its own."""
 
     @property
     def score(self) -> str:
