@@ -37,6 +37,9 @@ FOR_COMMANDS = {
     "app.cluster.session",
 }
 COMMANDS = {"api", "cli", "cluster", "jobs", "__main__"}
+# Where private parts of a library may be used; tests/unit/test_private_hooks.py holds each to its signature.
+PRIVATE_ROOMS = ("app.cluster.", "app.serving.", "app.training.workers.", "app.tuning.")
+LIBRARIES = {"ray", "optuna", "mlflow"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -85,6 +88,38 @@ def test_imports_run_one_way(module):
 @pytest.mark.parametrize("module", [name for name in NAMES if room(name) != "registry"])
 def test_only_the_registry_imports_mlflow(module):
     assert not [name for name in imports(module) if name.split(".")[0] == "mlflow"]
+
+
+def private_parts(module: str) -> Iterator[str]:
+    """Names with a leading underscore that a module imports, reads or passes as keywords, of LIBRARIES."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            used = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            used = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            used = [ast.unparse(node)]
+        elif isinstance(node, ast.Call):
+            yield from (f"{keyword.arg}=" for keyword in node.keywords if (keyword.arg or "").startswith("_"))
+            continue
+        else:
+            continue
+        for name in used:
+            library, *parts = name.split(".")
+            if library in LIBRARIES and any(part.startswith("_") for part in parts):
+                yield name
+
+
+def test_private_parts_are_found():
+    assert {"ray._private.state.state", "ray._raylet.Config"} <= {
+        part for module in NAMES for part in private_parts(module)
+    }
+    assert "_internal=" in {part for module in NAMES for part in private_parts(module)}
+
+
+@pytest.mark.parametrize("module", [name for name in NAMES if not name.startswith(PRIVATE_ROOMS)])
+def test_private_parts_of_libraries_are_used_in_few_rooms(module):
+    assert list(private_parts(module)) == []
 
 
 @pytest.mark.parametrize("module", NAMES)

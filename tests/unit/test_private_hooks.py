@@ -195,7 +195,7 @@ CODE = (
 
 
 def parameters(function) -> str:
-    """The signature without annotations, and without the parameter that Ray's tracing adds to actor methods."""
+    """The signature without annotations, and without the parameter that Ray adds to methods of actors."""
     signature = inspect.signature(inspect.unwrap(function))
     kept = [p for p in signature.parameters.values() if p.name != "_ray_trace_ctx"]
     bare = [p.replace(annotation=p.empty) for p in kept]
