@@ -182,7 +182,7 @@ def _optimize(described: str, prepared: str, storage: str, count: int, seed: int
             trial.report(metrics["validation_auc"], int(metrics["epoch"]))
 
         trained = trainer.train(
-            of_trial, Prepared(Path(prepared), cached=True), on_epoch, stop=threading.Event(), here=True
+            of_trial, Prepared(Path(prepared), cached=True), on_epoch, stop=threading.Event(), in_process=True
         )
         return max(metrics["validation_auc"] for metrics in trained.history)
 

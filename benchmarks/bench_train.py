@@ -161,16 +161,12 @@ def _prepared(file: str, settings: tuple[str, ...]) -> tuple[Any, Any]:
 def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str, Any]:
     """A training as `raylway train` does it; with `take_turns`, every other epoch ends silently."""
     from app.state.home import home
-    from app.training import trainer
+    from app.training.workers.fit import fit
 
     notes = home() / f"{time.time_ns()}.json"
-    normal = trainer.loop.train_loop
-    trainer.loop.train_loop = _watched(normal, str(notes), take_turns)
-    try:
-        begun = time.time()
-        trainer._fit(project, prepared, home() / "runs" / notes.stem, _ignore, _ignore, threading.Event())
-    finally:
-        trainer.loop.train_loop = normal
+    run = home() / "runs" / notes.stem
+    begun = time.time()
+    fit(project, prepared, run, _ignore, _ignore, threading.Event(), _watched(str(notes), take_turns))
     epochs = json.loads(notes.read_text())
     step_s = [(steps[-1] - steps[0]) / (len(steps) - 1) for steps in epochs]
     rows = project.training.batch_size * project.training.max_workers
@@ -184,44 +180,42 @@ def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str,
     }
 
 
-def _watched(normal: Callable, notes: str, take_turns: bool) -> Callable[[dict[str, Any]], None]:
-    """The training loop, with a note of when each step was done, by epoch."""
+def _watched(notes: str, take_turns: bool) -> Callable[[Any], Any]:
+    """For `fit`: an observer that also notes when each step was done, by epoch."""
 
-    def train_loop(settings: dict[str, Any]) -> None:
+    def wrap(observer: Any) -> Any:
         import ray.train
 
-        from app.training import checkpoint, loop
-        from app.training.workers import progress
+        from app.training.checkpoint import Checkpoints
 
-        epochs: list[list[float]] = []
-        step, begin_epoch = loop._step, loop._begin_epoch
+        epochs: dict[int, list[float]] = {}
+        normal_save = Checkpoints.save
 
-        def noting_step(*arguments: Any) -> Any:
-            loss = step(*arguments)
-            epochs[-1].append(time.time())
-            return loss
+        class Noting:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(observer, name)
 
-        def noting_epoch(*arguments: Any) -> Any:
-            epochs.append([])
-            return begin_epoch(*arguments)
+            def step(self, epoch: int, step: int) -> None:
+                epochs.setdefault(epoch, []).append(time.time())
 
-        loop._step, loop._begin_epoch = noting_step, noting_epoch
+            def epoch(self, metrics: dict[str, float]) -> None:
+                if not take_turns or len(epochs) % 2 == 1:
+                    observer.epoch(metrics)
 
-        def in_turn(method: Callable) -> Callable:
-            def called(*arguments: Any) -> None:
-                if len(epochs) % 2 == 1:
-                    method(*arguments)
+            def end(self, ending: Any) -> None:
+                if ray.train.get_context().get_world_rank() == 0:
+                    Path(notes).write_text(json.dumps(list(epochs.values())))
+                observer.end(ending)
 
-            return called
+        def save(self: Checkpoints, *arguments: Any) -> None:
+            if len(epochs) % 2 == 1:
+                normal_save(self, *arguments)
 
         if take_turns:
-            checkpoint.Checkpoints.save = in_turn(checkpoint.Checkpoints.save)  # type: ignore[method-assign]
-            progress.Teller.epoch = in_turn(progress.Teller.epoch)  # type: ignore[method-assign]
-        normal(settings)
-        if ray.train.get_context().get_world_rank() == 0:
-            Path(notes).write_text(json.dumps(epochs))
+            Checkpoints.save = save  # type: ignore[method-assign]
+        return Noting()
 
-    return train_loop
+    return wrap
 
 
 def _peer(backend: str, project: Any, prepared: Any) -> dict[str, Any]:

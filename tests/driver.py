@@ -17,10 +17,10 @@ def say(kind: str, **facts) -> None:
     print(json.dumps({"kind": kind, "at": time.time(), **facts}), flush=True)
 
 
-def observed(folder: str, seconds_per_step: float):
-    """The training loop, slowed down, with notes of each rank."""
+def noting(folder: str, seconds_per_step: float):
+    """For `trainer.train`: slows each rank's observer down and has it write notes to a file in the folder."""
 
-    def train_loop(settings):
+    def wrap(observer):
         import hashlib
         import json
         import os
@@ -30,35 +30,48 @@ def observed(folder: str, seconds_per_step: float):
         import psutil
         import ray
 
-        from app.training import loop
-
-        def slowed(*arguments, step=loop._step):
-            sockets = psutil.Process().net_connections("tcp")
-            note["steps"] += 1
-            note["listens"] = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
-            time.sleep(seconds_per_step)
-            return step(*arguments)
-
-        loop._step = slowed
         context = ray.train.get_context()
-        note = {
-            "pid": os.getpid(),
-            "steps": 0,
-            "rank": context.get_world_rank(),
-            "size": context.get_world_size(),
-            "node": ray.get_runtime_context().get_node_id(),
-            "address": ray.util.get_node_ip_address(),
-            "hostname": os.uname().nodename,
-            "environment": {n: v for n, v in os.environ.items() if n.startswith(("HOROVOD_", "GLOO_"))},
-        }
-        file = Path(folder) / f"{time.time_ns()}-{note['rank']}-of-{note['size']}.json"
-        file.write_text(json.dumps(note))
-        model = loop.train(settings)
-        parameters = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-        note |= {"parameters": hashlib.sha256(parameters).hexdigest(), "bytes": len(parameters)}
-        file.write_text(json.dumps(note))
 
-    return train_loop
+        class Noting:
+            def __init__(self):
+                self._note = {
+                    "pid": os.getpid(),
+                    "steps": 0,
+                    "rank": context.get_world_rank(),
+                    "size": context.get_world_size(),
+                    "node": ray.get_runtime_context().get_node_id(),
+                    "address": ray.util.get_node_ip_address(),
+                    "hostname": os.uname().nodename,
+                    "environment": {
+                        n: v for n, v in os.environ.items() if n.startswith(("HOROVOD_", "GLOO_"))
+                    },
+                }
+                name = f"{time.time_ns()}-{self._note['rank']}-of-{self._note['size']}.json"
+                self._file = Path(folder) / name
+                self._file.write_text(json.dumps(self._note))
+
+            def __getattr__(self, name):
+                return getattr(observer, name)
+
+            def begin(self, network, epoch, step):
+                self._network = network
+
+            def step(self, epoch, step):
+                sockets = psutil.Process().net_connections("tcp")
+                self._note["steps"] += 1
+                self._note["listens"] = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
+                time.sleep(seconds_per_step)
+
+            def end(self, ending):
+                parameters = b"".join(p.detach().numpy().tobytes() for p in self._network.parameters())
+                digest = hashlib.sha256(parameters).hexdigest()
+                self._note |= {"parameters": digest, "bytes": len(parameters)}
+                self._file.write_text(json.dumps(self._note))
+                observer.end(ending)
+
+        return Noting()
+
+    return wrap
 
 
 def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
@@ -69,7 +82,6 @@ def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
 
         prepared = prepare(project)
         say("prepared")
-        trainer.loop.train_loop = observed(folder, seconds_per_step)
         try:
             trained = trainer.train(
                 project,
@@ -77,6 +89,7 @@ def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
                 lambda epoch: say("epoch", **epoch),
                 lambda note: say("note", text=note),
                 fresh=True,
+                wrap=noting(folder, seconds_per_step),
             )
             say("end", history=trained.history)
         except Exception as error:

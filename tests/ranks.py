@@ -35,10 +35,10 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, server = [], [], None
     if backend == "horovod":
-        from app.training.workers.horovod import _serve, slots
+        from app.training.workers.horovod import assign_slots, start_rendezvous
 
-        places = slots(["here", "here"])
-        server = _serve("127.0.0.1", places)
+        slots = assign_slots(["node", "node"])
+        server = start_rendezvous("127.0.0.1", slots)
         rendezvous = {
             "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
@@ -46,7 +46,7 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
             "HOROVOD_CPU_OPERATIONS": "gloo",
             "HOROVOD_GLOO_IFACE": "lo",
         }
-        environments = [{**place.environment(), **rendezvous} for place in places]
+        environments = [{**slot.environment(), **rendezvous} for slot in slots]
     else:
         environments = [{"GLOO_SOCKET_IFNAME": "lo"}] * 2
     try:

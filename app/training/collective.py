@@ -1,4 +1,4 @@
-"""What the ranks do together, the same over Horovod and over torch.distributed."""
+"""Collective operations of the ranks, the same over Horovod and over torch.distributed."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -14,36 +14,45 @@ from app.training.gradients import Gradients
 
 
 class Collective(Protocol):
-    """This process among the ranks. Every method but the properties is called by all ranks, in one order."""
+    """This process as one of the ranks.
+
+    All ranks must call every method except the properties, in the same order.
+    """
 
     rank: int
     size: int
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite the tensors with rank 0's."""
+        """Overwrite the tensors with those of rank 0."""
 
     def average(self, tensor: Tensor) -> None:
         """Overwrite a tensor with its mean over the ranks."""
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all ranks, in the order of the ranks; each may have another number of them."""
+        """The tensors of all ranks, joined along the first axis in the order of the ranks.
 
-    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
-        """How the gradients of this network are exchanged."""
+        The length of that axis may differ between ranks.
+        """
+
+    def gradients(self, network: nn.Module) -> Gradients:
+        """The exchange of this network's gradients."""
 
     def close(self) -> None:
         """Leave the group."""
 
 
 def join(training: Training, timeline: Path) -> Collective:
-    """Become a rank. Ray Train's backend has told this process where the others are."""
+    """Join the group of ranks. Ray Train's backend has set the addresses of the others in this process.
+
+    Horovod's rank 0 writes `timeline` if the project asks for it.
+    """
     if training.max_workers == 1 and not training.timeline:
         return Alone()
     return Horovod(training, timeline) if training.backend == "horovod" else TorchDistributed(training)
 
 
 class Alone:
-    """One rank, with nobody to talk to."""
+    """The only rank."""
 
     rank, size = 0, 1
 
@@ -56,8 +65,8 @@ class Alone:
     def gather(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
-        return gradients.Flat(network, optimizer, exchange=lambda buffer: None)
+    def gradients(self, network: nn.Module) -> Gradients:
+        return gradients.Flat(network, exchange=lambda buffer: None)
 
     def close(self) -> None:
         pass
@@ -67,13 +76,13 @@ class Horovod:
     """Ranks of Horovod (Sergeev and Del Balso, 2018)."""
 
     def __init__(self, training: Training, timeline: Path):
-        """`timeline` is the file that rank 0 writes if the project asks for one."""
         os.environ["HOROVOD_AUTOTUNE"] = str(int(training.horovod.autotune))
-        # Gradients come in buckets; to gather those again would be one more copy of each.
+        # A fusion threshold of 0: our gradients are in buckets already, and fusing these would copy them
+        # again.
         fixed = {"FUSION_THRESHOLD": "0", "CYCLE_TIME": str(training.horovod.cycle_time_ms)}
         for name, value in fixed.items():
             os.environ[f"HOROVOD_{name}"] = value
-            if training.horovod.autotune:  # what is set, Horovod does not tune
+            if training.horovod.autotune:  # Horovod does not tune what the environment sets
                 del os.environ[f"HOROVOD_{name}"]
         if training.timeline:
             timeline.parent.mkdir(parents=True, exist_ok=True)
@@ -94,49 +103,51 @@ class Horovod:
         self._hvd.allreduce_(tensor, name="average", op=self._hvd.Average)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        # As bytes: neither library knows all types of numbers.
+        # As bytes, because neither library supports all dtypes.
         rows = tensor.contiguous().view(torch.uint8)
         return self._hvd.allgather(rows, name=f"gather.{tensor.dim()}").view(tensor.dtype)
 
-    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
-        begin = self._begin_bf16 if self._training.compression == "bf16" else self._begin
+    def gradients(self, network: nn.Module) -> Gradients:
+        bf16 = self._training.compression == "bf16"
+        begin_exchange = self._begin_bf16_exchange if bf16 else self._begin_exchange
         if gradients.overlaps(self._training, network):
             bucket_bytes = int(self._training.horovod.fusion_threshold_mb * 2**20)
-            return gradients.Overlapped(network, optimizer, bucket_bytes, begin)
-        return gradients.Flat(network, optimizer, lambda buffer: begin(buffer, "gradients")())
+            return gradients.Overlapped(network, bucket_bytes, begin_exchange)
+        return gradients.Flat(network, lambda buffer: begin_exchange(buffer, "gradients")())
 
-    def _begin(self, buffer: Tensor, name: str) -> Callable[[], None]:
-        """Begin to overwrite a buffer with its combination over the ranks, and return what waits for it."""
+    def _begin_exchange(self, buffer: Tensor, name: str) -> Callable[[], None]:
+        """Start to overwrite a buffer with its mean (or Adasum) over the ranks; returns what waits for it."""
         hvd = self._hvd
         fp16 = self._training.compression == "fp16"
-        small = buffer.half() if fp16 else buffer
+        exchanged = buffer.half() if fp16 else buffer
         operation = hvd.Adasum if self._training.horovod.adasum else hvd.Average
-        handle = hvd.allreduce_async_(small, name=name, op=operation)
+        handle = hvd.allreduce_async_(exchanged, name=name, op=operation)
 
-        def finish() -> None:
+        def wait() -> None:
             hvd.synchronize(handle)
             if fp16:
-                buffer.copy_(small)
+                buffer.copy_(exchanged)
 
-        return finish
+        return wait
 
-    def _begin_bf16(self, buffer: Tensor, name: str) -> Callable[[], None]:
-        """The same. Horovod adds no bfloat16 numbers: each rank adds those of all."""
+    def _begin_bf16_exchange(self, buffer: Tensor, name: str) -> Callable[[], None]:
+        """As `_begin_exchange`. Horovod cannot add bfloat16, so each rank gathers all buffers and adds
+        them."""
         rows = buffer.to(torch.bfloat16)[None].view(torch.uint8)
         handle = self._hvd.allgather_async(rows, name=name)
 
-        def finish() -> None:
+        def wait() -> None:
             gathered = self._hvd.synchronize(handle).view(torch.bfloat16)
             torch.mean(gathered, dim=0, dtype=torch.float32, out=buffer)
 
-        return finish
+        return wait
 
     def close(self) -> None:
         self._hvd.shutdown()
 
 
 class TorchDistributed:
-    """Ranks of torch.distributed: NCCL on GPUs, else Gloo."""
+    """Ranks of torch.distributed, over NCCL on GPUs and over Gloo otherwise."""
 
     def __init__(self, training: Training):
         from torch import distributed
@@ -147,10 +158,10 @@ class TorchDistributed:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            there = self._on_device(tensor)
-            self._distributed.broadcast(there, 0)
-            if there is not tensor:
-                tensor.copy_(there)
+            on_device = self._on_device(tensor)
+            self._distributed.broadcast(on_device, 0)
+            if on_device is not tensor:
+                tensor.copy_(on_device)
 
     def average(self, tensor: Tensor) -> None:
         self._distributed.all_reduce(tensor)
@@ -158,29 +169,29 @@ class TorchDistributed:
 
     def gather(self, tensor: Tensor) -> Tensor:
         rows = self._on_device(tensor.contiguous().view(torch.uint8))
-        counts = [self._on_device(torch.zeros(1, dtype=torch.int64)) for _ in range(self.size)]
-        self._distributed.all_gather(counts, self._on_device(torch.tensor([len(rows)])))
-        most = int(torch.cat(counts).max())
-        padded = rows.new_zeros((most, *rows.shape[1:]))
+        lengths = [self._on_device(torch.zeros(1, dtype=torch.int64)) for _ in range(self.size)]
+        self._distributed.all_gather(lengths, self._on_device(torch.tensor([len(rows)])))
+        longest = int(torch.cat(lengths).max())
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         self._distributed.all_gather(parts, padded)
-        joined = torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+        joined = torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
         return joined.view(tensor.dtype)
 
-    def gradients(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> Gradients:
+    def gradients(self, network: nn.Module) -> Gradients:
         compression = self._training.compression
         if gradients.overlaps(self._training, network):
-            return gradients.OverlappedByDdp(network, optimizer, compression)
+            return gradients.OverlappedByDdp(network, compression)
         dtype = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}[compression]
 
         def exchange(buffer: Tensor) -> None:
-            small = buffer.to(dtype) if dtype else buffer
-            self.average(small)
+            exchanged = buffer.to(dtype) if dtype else buffer
+            self.average(exchanged)
             if dtype:
-                buffer.copy_(small)
+                buffer.copy_(exchanged)
 
-        return gradients.Flat(network, optimizer, exchange)
+        return gradients.Flat(network, exchange)
 
     def close(self) -> None:
         self._distributed.destroy_process_group()

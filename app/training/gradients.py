@@ -1,4 +1,4 @@
-"""How the gradients of all ranks become their mean: in one buffer, or layer by layer as they are ready."""
+"""Averaging the gradients over all ranks: in one buffer after the backward pass, or in buckets during it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,50 +10,44 @@ from torch import Tensor, distributed, nn
 
 from app.config import Training
 
-OVERLAP_FROM = 2_000_000
-"""Parameters from which the exchange is overlapped with the backward pass: below, what an exchange costs is
-its start, not its bytes."""
+MIN_OVERLAPPED_PARAMETERS = 2_000_000
+"""Number of parameters from which `gradients: auto` overlaps the exchange with the backward pass. In a
+smaller network the cost of an exchange is its start, not its bytes, so one exchange is faster than
+several."""
 
 
 def overlaps(training: Training, network: nn.Module) -> bool:
-    """Whether the project, or the size of the network, asks for the overlapped exchange."""
+    """Whether to overlap the exchange with the backward pass, by the project's setting or the network's
+    size."""
     if training.gradients == "auto":
-        return sum(p.numel() for p in network.parameters() if p.requires_grad) >= OVERLAP_FROM
+        return sum(p.numel() for p in network.parameters() if p.requires_grad) >= MIN_OVERLAPPED_PARAMETERS
     return training.gradients == "overlapped"
 
 
 class Gradients(Protocol):
-    """Goes through each step in this order: `zero`, passes under `accumulating`, `reduce`, `stepping`."""
+    """The gradients of one network on one rank. Each step calls `zero`, one or more passes, and `reduce`."""
 
-    optimizer: torch.optim.Optimizer
-    """The one to step, to save and to restore."""
-
-    def zero(self) -> None: ...
+    def zero(self) -> None:
+        """Clear the gradients of the step before."""
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The network's loss of a batch, whose backward pass fills the gradients."""
+        """The network's loss of a batch, float32 (); its backward pass adds to the gradients."""
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Around forward and backward of a pass; `last` is the one after which the ranks exchange."""
+        """Context of one forward and backward pass. The ranks exchange gradients after the `last` one."""
 
     def reduce(self) -> None:
-        """Returns when every parameter's `.grad` is the mean over the ranks."""
-
-    def stepping(self) -> AbstractContextManager:
-        """Around the optimizer's step."""
+        """Wait until every parameter's `.grad` is the mean over the ranks."""
 
 
 class Flat:
-    """All gradients as views of one buffer, averaged over the ranks by a single exchange.
+    """All gradients as views of one buffer, which a single exchange averages over the ranks.
 
-    A small model has many small gradients, and what each exchange costs is its start, not its bytes.
+    Best for small networks: they have many small gradients, and the cost of each exchange is its start.
     """
 
-    def __init__(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer, exchange: Callable[[Tensor], None]
-    ):
-        """`exchange` overwrites the buffer, float32 (parameters,), with the mean over the ranks."""
-        self.optimizer = optimizer
+    def __init__(self, network: nn.Module, exchange: Callable[[Tensor], None]):
+        """`exchange` overwrites the buffer, float32 (parameters,), with its mean over the ranks."""
         self._network = network
         self._exchange = exchange
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -74,42 +68,37 @@ class Flat:
     def reduce(self) -> None:
         self._exchange(self.buffer)
 
-    def stepping(self) -> AbstractContextManager:
-        return nullcontext()
-
 
 class Overlapped:
-    """Gradients gathered in buckets, each averaged once the backward pass has filled it (Li et al., 2020).
+    """Gradients in buckets; each bucket is averaged once the backward pass has filled it (Li et al., 2020).
 
-    Horovod's own optimizer copies each gradient into a buffer and out of it again, and both copies wait for
-    the exchange; here a gradient is copied once, and is a view of its bucket from then on.
+    Horovod's own optimizer copies each gradient into a buffer and back, and both copies wait for the
+    exchange. Here a gradient is copied once and is a view of its bucket from then on.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        optimizer: torch.optim.Optimizer,
         bucket_bytes: int,
-        begin: Callable[[Tensor, str], Callable[[], None]],
+        begin_exchange: Callable[[Tensor, str], Callable[[], None]],
     ):
-        """`begin` begins to overwrite a bucket, float32, with the mean over the ranks, under a name that
-        is its own; what it returns waits for the end of that. A gradient above `bucket_bytes` has one for
-        itself.
+        """`begin_exchange(buffer, name)` starts to overwrite a bucket, float32 (parameters,), with its mean
+        over the ranks, and returns a function that waits for the end of it. Names are unique. A gradient of
+        more than `bucket_bytes` has a bucket of its own.
         """
-        self.optimizer = optimizer
         self._network = network
-        self._begin = begin
+        self._begin_exchange = begin_exchange
         self._is_last = True
-        self._finish: dict[int, Callable[[], None]] = {}
-        # The gradients of the last layers come first.
+        self._pending: dict[int, Callable[[], None]] = {}
+        # Reversed, because the backward pass computes the gradients of the last layers first.
         named = [(name, p) for name, p in network.named_parameters() if p.requires_grad][::-1]
         self._buckets = [_Bucket(dict(group)) for group in _grouped(named, bucket_bytes)]
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._ready, number))
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, number))
 
     def zero(self) -> None:
-        self.optimizer.zero_grad()
+        self._network.zero_grad()
 
     def loss(self, *batch: Tensor) -> Tensor:
         return self._network.loss(*batch)
@@ -121,99 +110,97 @@ class Overlapped:
 
     def reduce(self) -> None:
         for number, bucket in enumerate(self._buckets):
-            if number not in self._finish:  # a parameter had no part in the loss
-                bucket.fill()
+            if number not in self._pending:  # the loss does not depend on one of its parameters
+                bucket.fill_missing()
                 self._send(number)
         for number in range(len(self._buckets)):
-            self._finish.pop(number)()
+            self._pending.pop(number)()
 
-    def stepping(self) -> AbstractContextManager:
-        return nullcontext()
-
-    def _ready(self, number: int, parameter: Tensor) -> None:
+    def _on_gradient(self, number: int, parameter: Tensor) -> None:
         if self._is_last and self._buckets[number].take(parameter):
             self._send(number)
 
     def _send(self, number: int) -> None:
         bucket = self._buckets[number]
-        self._finish[number] = self._begin(bucket.buffer, bucket.name)
+        self._pending[number] = self._begin_exchange(bucket.buffer, bucket.name)
 
 
 class _Bucket:
-    """The buffer of a few gradients."""
+    """A buffer that holds the gradients of a few parameters."""
 
     def __init__(self, parameters: dict[str, Tensor]):
         names, self.parameters = list(parameters), list(parameters.values())
         self.name = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         sizes = [p.numel() for p in self.parameters]
         self.buffer = torch.zeros(sum(sizes), device=self.parameters[0].device)
-        self._places = {
+        self._views = {
             p: part.view_as(p) for p, part in zip(self.parameters, self.buffer.split(sizes), strict=True)
         }
         self._missing = set(self.parameters)
 
     def take(self, parameter: Tensor) -> bool:
-        """Copy a gradient to its place, which takes its role; whether all are there now."""
+        """Copy a parameter's gradient into the buffer and make the gradient a view of it.
+
+        Returns whether the bucket now has all its gradients.
+        """
         assert parameter.grad is not None
-        parameter.grad = self._places[parameter].copy_(parameter.grad)
+        parameter.grad = self._views[parameter].copy_(parameter.grad)
         self._missing.remove(parameter)
-        return not self._missing and self._all_there()
-
-    def fill(self) -> None:
-        """Zeros for the gradients that are not there."""
-        for parameter in self._missing:
-            parameter.grad = self._places[parameter].zero_()
-        self._all_there()
-
-    def _all_there(self) -> bool:
-        self._missing = set(self.parameters)  # of the next step
+        if self._missing:
+            return False
+        self._missing = set(self.parameters)  # for the next step
         return True
 
+    def fill_missing(self) -> None:
+        """Set the gradients that the backward pass did not compute to zero."""
+        for parameter in self._missing:
+            parameter.grad = self._views[parameter].zero_()
+        self._missing = set(self.parameters)
 
-def _grouped(named: list[tuple[str, Tensor]], most_bytes: int) -> list[list[tuple[str, Tensor]]]:
+
+def _grouped(named: list[tuple[str, Tensor]], max_bytes: int) -> list[list[tuple[str, Tensor]]]:
+    """Neighbouring parameters in groups of at most `max_bytes`; a larger parameter is a group of its own."""
     groups: list[list[tuple[str, Tensor]]] = []
-    size = 0
+    group_bytes = 0
     for name, parameter in named:
-        size += (own := parameter.numel() * parameter.element_size())
-        if size > most_bytes or not groups:
+        parameter_bytes = parameter.numel() * parameter.element_size()
+        group_bytes += parameter_bytes
+        if group_bytes > max_bytes or not groups:
             groups.append([])
-            size = own
+            group_bytes = parameter_bytes
         groups[-1].append((name, parameter))
     return groups
 
 
 class OverlappedByDdp:
-    """PyTorch's DistributedDataParallel: the same, by its own means."""
+    """The overlapped exchange of PyTorch's DistributedDataParallel."""
 
-    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer, compression: str):
+    def __init__(self, network: nn.Module, compression: str):
         from torch.nn.parallel import DistributedDataParallel
 
-        self.optimizer = optimizer
-        self._wrapped = DistributedDataParallel(_Loss(network), gradient_as_bucket_view=True)
+        self._network = network
+        self._ddp = DistributedDataParallel(_Loss(network), gradient_as_bucket_view=True)
         if compression != "none":
             dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[compression]
-            self._wrapped.register_comm_hook(dtype, _average_in)
+            self._ddp.register_comm_hook(dtype, _average_compressed)
 
     def zero(self) -> None:
-        self.optimizer.zero_grad()
+        self._network.zero_grad()
 
     def loss(self, *batch: Tensor) -> Tensor:
-        return self._wrapped(*batch)
+        return self._ddp(*batch)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        with nullcontext() if last else self._wrapped.no_sync():
+        with nullcontext() if last else self._ddp.no_sync():
             yield
 
     def reduce(self) -> None:
-        """Nothing is left to do: the backward pass has waited for the exchange."""
-
-    def stepping(self) -> AbstractContextManager:
-        return nullcontext()
+        """Nothing: DistributedDataParallel's backward pass waits for the exchange."""
 
 
 class _Loss(nn.Module):
-    """The loss as a forward pass, where DistributedDataParallel can see it."""
+    """The network's loss as a forward pass, which is the method that DistributedDataParallel wraps."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -223,8 +210,8 @@ class _Loss(nn.Module):
         return self.network.loss(*batch)
 
 
-def _average_in(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """A communication hook as PyTorch's own, whose bfloat16 one refuses Gloo."""
-    small = bucket.buffer().to(dtype).div_(distributed.get_world_size())
-    sent = distributed.all_reduce(small, async_op=True).get_future()
-    return sent.then(lambda future: bucket.buffer().copy_(future.value()[0]))
+def _average_compressed(dtype: torch.dtype, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """A communication hook that exchanges a bucket in 16 bits. PyTorch's own bfloat16 hook refuses Gloo."""
+    compressed = bucket.buffer().to(dtype).div_(distributed.get_world_size())
+    exchange = distributed.all_reduce(compressed, async_op=True).get_future()
+    return exchange.then(lambda future: bucket.buffer().copy_(future.value()[0]))

@@ -1,4 +1,4 @@
-"""Finds a rank that hangs: itself, or waiting for another that does."""
+"""Ends a rank that hangs, or that waits for another rank that hangs."""
 
 import faulthandler
 import os
@@ -6,48 +6,58 @@ import signal
 import sys
 import threading
 import time
+from types import TracebackType
 
 
 class Watchdog:
-    """Ends this process if there is no `beat` for too long, counted from the first one.
+    """Kills this process when `beat` has not been called for `timeout_s`, counted from the first call.
 
     When one rank hangs (a deadlock, a dead network, a stopped process), the others wait for it in the next
-    exchange, for hours by default. Each of them then ends itself, Ray Train sees it at once, and starts the
-    group again from the last checkpoint.
+    exchange, by default for hours. With a watchdog each of them kills itself, Ray Train notices at once, and
+    starts the group again from the last checkpoint. As a context manager, it ends with its block.
     """
 
     def __init__(self, timeout_s: float):
-        self._timeout = timeout_s
-        self._last = time.monotonic()
-        self._done = threading.Event()
+        self._timeout_s = timeout_s
+        self._last_beat = time.monotonic()
+        self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def __enter__(self) -> "Watchdog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
     def beat(self) -> None:
-        """The training goes on."""
-        self._last = time.monotonic()
+        """Record that training makes progress."""
+        self._last_beat = time.monotonic()
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        self._done.set()
+        """Stop watching."""
+        self._stopped.set()
         if self._thread is not None:
             self._thread.join()
 
     def _watch(self) -> None:
-        # Counted in own looks, not by the clock: after a pause of the whole process (SIGSTOP, a suspended
-        # machine) the clock has jumped, though this rank was never given the time to make a step.
-        interval = min(1.0, self._timeout / 4)
-        silent, seen = 0.0, self._last
-        while not self._done.wait(interval):
-            if self._last != seen:
-                silent, seen = 0.0, self._last
+        # Silence is counted in intervals of this thread, not by the clock: after a pause of the whole process
+        # (SIGSTOP, a suspended machine) the clock has jumped, though this rank had no time to make a step.
+        interval_s = min(1.0, self._timeout_s / 4)
+        silence_s, last_beat = 0.0, self._last_beat
+        while not self._stopped.wait(interval_s):
+            if self._last_beat != last_beat:
+                silence_s, last_beat = 0.0, self._last_beat
                 continue
-            silent += interval
-            if silent >= self._timeout:
+            silence_s += interval_s
+            if silence_s >= self._timeout_s:
                 try:
-                    note = f"no step for {self._timeout:g} s; the threads stand here:"
-                    print(note, file=sys.stderr, flush=True)
+                    message = f"no step for {self._timeout_s:g} s; killing this process. Its threads:"
+                    print(message, file=sys.stderr, flush=True)
                     faulthandler.dump_traceback(sys.stderr)
-                finally:  # nobody may read what is written
+                finally:  # also if stderr is closed
                     os.kill(os.getpid(), signal.SIGKILL)

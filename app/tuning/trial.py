@@ -172,7 +172,7 @@ class Trial(tune.Trainable):
             self._results.put(result)
 
         return trainer.train(
-            project, prepared, on_epoch, print, lineage=lineage, stop=self._stop, here=self._here
+            project, prepared, on_epoch, print, lineage=lineage, stop=self._stop, in_process=self._here
         )
 
 

@@ -20,6 +20,8 @@ from app.errors import Interrupted, UserError
 from app.state import files
 from app.state.home import home
 from app.training import trainer
+from app.training.signals import stopping_on_signal
+from app.training.workers.fit import resources
 from app.tuning import plan
 from app.tuning import study as studies
 from app.tuning.progress import Progress, Watch
@@ -96,7 +98,7 @@ def _tune(
     """Have Ray Tune run the trials that are left; returns the signals that came."""
     sweep = space.sweep
     workers = _most_workers(space)
-    per_worker, note = trainer.resources(space.base, workers)
+    per_worker, note = resources(space.base, workers)
     if note:
         say(note)
     here = workers == 1
@@ -112,7 +114,7 @@ def _tune(
     # Several workers are placed by Ray Train, beside the trial, which only waits for them.
     # Tune takes no trial that takes nothing: a byte of memory.
     claimed = {"memory": 1.0} if not here else per_worker if prepared else _less_one_cpu(per_worker)
-    resources = tune.PlacementGroupFactory([claimed])
+    placement = tune.PlacementGroupFactory([claimed])
     several = len(sweep.objectives) > 1
     folder = home() / "sweeps" / progress.study / "tune"
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,10 +125,10 @@ def _tune(
     failure: list[BaseException] = []
     at_once = sweep.concurrent or _room(cores, per_worker, workers)
 
-    def fit() -> None:
+    def run_tuner() -> None:
         try:
             tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(Trial, settings=settings), resources),
+                tune.with_resources(tune.with_parameters(Trial, settings=settings), placement),
                 tune_config=tune.TuneConfig(
                     search_alg=search,
                     scheduler=scheduler,
@@ -155,8 +157,8 @@ def _tune(
 
     try:
         # In a thread of its own: in the main one, signals would have to wait for Tune.
-        with trainer.passing_signals_on(recorder.stop.set) as caught:
-            thread = threading.Thread(target=fit, name="tune", daemon=True)
+        with stopping_on_signal(recorder.stop.set) as caught:
+            thread = threading.Thread(target=run_tuner, name="tune", daemon=True)
             thread.start()
             said = False
             while thread.is_alive():
@@ -190,7 +192,7 @@ def _facts(space: Space) -> dict[str, Any]:
     """What the trials of a study must have in common to be compared."""
     asked = {"space", "constraints", "objectives", "folds"}
     document = space.base.model_dump(mode="json", include=set(SWEPT))
-    for key in trainer.NOT_OF_THE_RESULT:
+    for key in trainer.SETTINGS_WITHOUT_EFFECT:
         del document["training"][key]
     for key in space.sweep.space:
         _remove(document, key.split("."))

@@ -85,47 +85,66 @@ def replicas(reach):
     return of
 
 
-class Observed:
-    """What the ranks of a training have noted, as files in a folder."""
+class Ranks:
+    """What the ranks of a training note, as files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def observe(self, before: Callable | None = None, seconds_per_step: float = 0.0) -> Callable:
-        """The loop, but each rank calls `before(loop, rank)`, and notes its process, steps and parameters."""
+    def wrap(
+        self,
+        seconds_per_step: float = 0.0,
+        on_begin: Callable[[int, int, int], None] = lambda rank, epoch, step: None,
+        on_step: Callable[[int, int], None] = lambda rank, num_steps: None,
+    ) -> Callable:
+        """For `trainer.train`: slows each rank's observer down and has it note process, steps and parameters.
+
+        A rank calls `on_begin` with its rank and position, and `on_step` after each step with its rank and
+        the number of steps that its process has made.
+        """
         folder = self.folder
 
-        def train_loop(settings):
+        def wrap(observer):
             import hashlib
             import os
             import time
 
             import ray.train
 
-            from app.training import loop
+            rank = ray.train.get_context().get_world_rank()
 
-            rank, step = ray.train.get_context().get_world_rank(), loop._step
-            with (folder / f"steps-{rank}").open("ab", buffering=0) as steps:
+            class Noting:
+                def __init__(self):
+                    self._num_steps = 0
+                    self._steps = (folder / f"steps-{rank}").open("ab", buffering=0)
+                    (folder / f".pid-{rank}").write_text(str(os.getpid()))
+                    (folder / f".pid-{rank}").rename(folder / f"pid-{rank}")
 
-                def noted(*arguments):
+                def __getattr__(self, name):
+                    return getattr(observer, name)
+
+                def begin(self, network, epoch, step):
+                    self._network = network
+                    on_begin(rank, epoch, step)
+
+                def step(self, epoch, step):
+                    self._steps.write(b".")
+                    self._num_steps += 1
                     time.sleep(seconds_per_step)
-                    loss = step(*arguments)
-                    steps.write(b".")
-                    return loss
+                    on_step(rank, self._num_steps)
 
-                loop._step = noted
-                if before:
-                    before(loop, rank)
-                (folder / f".pid-{rank}").write_text(str(os.getpid()))
-                (folder / f".pid-{rank}").rename(folder / f"pid-{rank}")
-                model = loop.train(settings)
-            parameters = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
-            (folder / f"parameters-{rank}").write_text(hashlib.sha256(parameters).hexdigest())
+                def end(self, ending):
+                    parameters = b"".join(p.detach().numpy().tobytes() for p in self._network.parameters())
+                    (folder / f"parameters-{rank}").write_text(hashlib.sha256(parameters).hexdigest())
+                    self._steps.close()
+                    observer.end(ending)
 
-        return train_loop
+            return Noting()
+
+        return wrap
 
     def pids(self) -> dict[int, int]:
-        """The process of each rank, of those that have begun last."""
+        """The process of each rank, of the group that started last."""
         return {
             int(file.name.removeprefix("pid-")): int(file.read_text()) for file in self.folder.glob("pid-*")
         }
@@ -140,13 +159,5 @@ class Observed:
 
 
 @pytest.fixture
-def observed(monkeypatch, tmp_path):
-    """Has the next trainings observed: `observed(before, seconds_per_step)`, see Observed.observe."""
-    from app.training import trainer
-
-    def observe(*arguments) -> Observed:
-        seen = Observed(tmp_path)
-        monkeypatch.setattr(trainer.loop, "train_loop", seen.observe(*arguments))
-        return seen
-
-    return observe
+def ranks(tmp_path) -> Ranks:
+    return Ranks(tmp_path)

@@ -128,7 +128,8 @@ def train_on_rank(training: Training) -> list[Tensor]:
     """Steps as the loop takes them; returns the gradients of each step, and the parameters at the end."""
     ours = collective.join(training, Path(os.devnull))
     network = Network()
-    gradients = ours.gradients(network, torch.optim.AdamW(network.parameters(), lr=RATE))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
+    gradients = ours.gradients(network)
     passes, seen = training.backward_passes_per_step, []
     for step in range(STEPS):
         gradients.zero()
@@ -137,8 +138,7 @@ def train_on_rank(training: Training) -> list[Tensor]:
                 (gradients.loss(*one) / passes).backward()
         gradients.reduce()
         seen.append(flat(p.grad for p in network.parameters()))
-        with gradients.stepping():
-            gradients.optimizer.step()
+        optimizer.step()
     return [*seen, flat(p.detach() for p in network.parameters())]
 
 

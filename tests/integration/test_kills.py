@@ -67,47 +67,40 @@ def meanwhile(what):
 
 
 def note_positions(folder):
-    """Has rank 0 note, when a group begins, where it goes on and how many steps were made before it."""
+    """An `on_begin` with which rank 0 notes where its group resumes, and how many steps were made before."""
 
-    def before(loop, rank):
+    def on_begin(rank, epoch, step):
         import json
 
-        resume = loop._resume
+        if rank == 0:
+            made = max(file.stat().st_size for file in folder.glob("steps-*"))
+            with (folder / "positions").open("a") as file:
+                file.write(json.dumps([epoch * STEPS + step, made]) + "\n")
 
-        def noted(*arguments):
-            start = resume(*arguments)
-            if rank == 0:
-                made = max(file.stat().st_size for file in folder.glob("steps-*"))
-                with (folder / "positions").open("a") as file:
-                    file.write(json.dumps([start.epoch * STEPS + start.step, made]) + "\n")
-            return start
-
-        loop._resume = noted
-
-    return before
+    return on_begin
 
 
-def test_killed_ranks_cost_at_most_one_checkpoint_interval_each(prepared, observed, tmp_path):
+def test_killed_ranks_cost_at_most_one_checkpoint_interval_each(prepared, ranks, tmp_path):
     project = slow("training.epochs=40", f"training.checkpoints.every_steps={EVERY}")
-    seen = observed(note_positions(tmp_path), SLOW_S)
+    wrap = ranks.wrap(SLOW_S, on_begin=note_positions(tmp_path))
     dice, killed = random.Random(0), []
 
     def kill_ranks() -> None:
         before: set[int] = set()
         for _ in range(NUM_KILLS):
-            wait_until(lambda: len(pids := seen.pids()) == 2 and not before & set(pids.values()))  # noqa: B023
-            before = set(seen.pids().values())
-            made = seen.num_steps()
+            wait_until(lambda: len(pids := ranks.pids()) == 2 and not before & set(pids.values()))  # noqa: B023
+            before = set(ranks.pids().values())
+            made = ranks.num_steps()
             if dice.random() < 0.8:  # else it may be while the ranks find each other
-                wait_until(lambda: seen.num_steps() > made)  # noqa: B023
+                wait_until(lambda: ranks.num_steps() > made)  # noqa: B023
             time.sleep(dice.uniform(0, 2))
             rank = dice.randrange(2)
-            os.kill(seen.pids()[rank], signal.SIGKILL)
+            os.kill(ranks.pids()[rank], signal.SIGKILL)
             killed.append(rank)
 
     began = time.monotonic()
     with meanwhile(kill_ranks):
-        history = train(project, prepared).history
+        history = train(project, prepared, wrap=wrap).history
     seconds = time.monotonic() - began
     assert len(killed) == NUM_KILLS
 
@@ -115,39 +108,37 @@ def test_killed_ranks_cost_at_most_one_checkpoint_interval_each(prepared, observ
     lost = []
     for (place, made), (next_place, next_made) in itertools.pairwise(positions):
         lost.append(place + next_made - made - next_place)
-    assert seen.num_steps() == 40 * STEPS + sum(lost)
+    assert ranks.num_steps() == 40 * STEPS + sum(lost)
     print(f"\n{NUM_KILLS} kills in {seconds:.0f} s; steps made again: {lost}, mean {mean(lost):.1f}")
     # The last checkpoint may have been in the making, and one rank is up to a step ahead of the other.
     assert max(lost) <= EVERY + 2
 
-    observed()
     check_same(history, train(project, prepared).history)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_found_within_a_minute(prepared, observed, rank):
+def test_a_stopped_rank_is_found_within_a_minute(prepared, ranks, rank):
     """In the default settings."""
     project = slow("training.epochs=6")
-    seen, measured = observed(None, SLOW_S), {}
+    measured = {}
 
     def stop_rank() -> None:
-        wait_until(lambda: len(seen.pids()) == 2 and seen.num_steps() > 3 * STEPS)
-        stopped = seen.pids()
+        wait_until(lambda: len(ranks.pids()) == 2 and ranks.num_steps() > 3 * STEPS)
+        stopped = ranks.pids()
         os.kill(stopped[rank], signal.SIGSTOP)
         began = time.monotonic()
         wait_until(lambda: not psutil.pid_exists(stopped[1 - rank]))
         measured["found"] = time.monotonic() - began
-        wait_until(lambda: not set(stopped.values()) & set(seen.pids().values()))
+        wait_until(lambda: not set(stopped.values()) & set(ranks.pids().values()))
         measured["again"] = time.monotonic() - began
         with contextlib.suppress(psutil.NoSuchProcess):
             measured["left"] = psutil.Process(stopped[rank]).status()
 
     with meanwhile(stop_rank):
-        history = train(project, prepared).history
+        history = train(project, prepared, wrap=ranks.wrap(SLOW_S)).history
     print(f"\nrank {rank} stopped: {measured}")
     assert measured["found"] < 60
     assert measured.get("left") in (None, psutil.STATUS_ZOMBIE), "the stopped process must be gone"
-    observed()
     check_same(history, train(project, prepared).history)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from app.config import projectfile
-from tests.integration.conftest import ROOT, Observed
+from tests.integration.conftest import ROOT, Ranks
 
 pytestmark = [
     pytest.mark.integration,
@@ -35,10 +35,10 @@ def prepared(ray_cluster):
     return prepare(small())
 
 
-def train(project, prepared, on_epoch=lambda epoch: None, on_note=print):
+def train(project, prepared, on_epoch=lambda epoch: None, on_note=print, **options):
     from app.training import trainer
 
-    return trainer.train(project, prepared, on_epoch, on_note, fresh=True)
+    return trainer.train(project, prepared, on_epoch, on_note, fresh=True, **options)
 
 
 def timeless(history):
@@ -54,24 +54,20 @@ def check_same(history, other, tolerance=1e-6):
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """A plain training: its history, what was heard meanwhile, and what the ranks noted."""
-    from app.training import trainer
-
-    seen, heard = Observed(tmp_path_factory.mktemp("ranks")), []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.loop, "train_loop", seen.observe())
-        trained = train(small(), prepared, heard.append)
-    return trained.history, heard, seen
+    """A plain training: its history, the epochs reported meanwhile, and what the ranks noted."""
+    ranks, epochs = Ranks(tmp_path_factory.mktemp("ranks")), []
+    trained = train(small(), prepared, epochs.append, wrap=ranks.wrap())
+    return trained.history, epochs, ranks
 
 
 def test_two_processes_end_with_equal_parameters(uninterrupted):
-    history, heard, seen = uninterrupted
-    assert len(set(seen.pids().values())) == 2
-    first, second = seen.parameters()
+    history, epochs, ranks = uninterrupted
+    assert len(set(ranks.pids().values())) == 2
+    first, second = ranks.parameters()
     assert first == second
-    assert seen.num_steps() == 4 * STEPS
-    assert [epoch["epoch"] for epoch in heard] == [0, 1, 2, 3]
-    assert history == heard
+    assert ranks.num_steps() == 4 * STEPS
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2, 3]
+    assert history == epochs
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
@@ -85,47 +81,40 @@ def test_ddp_gives_the_history_that_horovod_gives(prepared, uninterrupted):
 
 
 def die_once(marker, victim: int, step: int, first=lambda: None):
-    """Has a rank kill itself in that step of its life, once; before, it calls `first`."""
+    """An `on_step` with which a rank kills itself after that many steps, once; before, it calls `first`."""
 
-    def before(loop, rank):
-        import itertools
+    def on_step(rank, num_steps):
         import os
         import signal
 
-        count, original = itertools.count(), loop._step
+        if rank == victim and num_steps == step and not marker.exists():
+            marker.touch()
+            first()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        def counted(*arguments):
-            if rank == victim and next(count) == step and not marker.exists():
-                marker.touch()
-                first()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments)
-
-        loop._step = counted
-
-    return before
+    return on_step
 
 
 def test_a_rank_killed_mid_epoch_costs_what_was_done_since_the_last_checkpoint(
-    prepared, observed, uninterrupted, tmp_path
+    prepared, ranks, uninterrupted, tmp_path
 ):
-    marker, heard, notes = tmp_path / "killed", [], []
-    seen = observed(die_once(marker, victim=1, step=2 * STEPS + 30), 0.005)
+    marker, epochs, notes = tmp_path / "killed", [], []
+    wrap = ranks.wrap(0.005, on_step=die_once(marker, victim=1, step=2 * STEPS + 30))
     project = small("training.checkpoints.every_steps=20")
-    trained = train(project, prepared, heard.append, notes.append)
+    trained = train(project, prepared, epochs.append, notes.append, wrap=wrap)
     assert marker.exists()
     check_same(trained.history, uninterrupted[0])
-    assert sorted({epoch["epoch"] for epoch in heard}) == [0, 1, 2, 3]
+    assert sorted({epoch["epoch"] for epoch in epochs}) == [0, 1, 2, 3]
     (note,) = notes
     epoch, step = map(
         int, re.match(rf"going on from epoch (\d), step (\d+) of {STEPS}, 2 workers", note).groups()
     )
     assert (epoch, step) == (3, 20)
-    assert 10 <= seen.num_steps() - 4 * STEPS <= 11
-    assert seen.parameters() == uninterrupted[2].parameters()
+    assert 10 <= ranks.num_steps() - 4 * STEPS <= 11
+    assert ranks.parameters() == uninterrupted[2].parameters()
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, observed, uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, ranks, uninterrupted, tmp_path):
     from app.state.home import home
 
     runs = home() / "runs"
@@ -138,16 +127,17 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, observ
         (last / "model.safetensors").write_bytes(b"no tensors")
 
     marker, notes = tmp_path / "killed", []
-    seen = observed(die_once(marker, 0, 2 * STEPS + 30, damage))
-    trained = train(small("training.checkpoints.every_steps=20"), prepared, on_note=notes.append)
+    wrap = ranks.wrap(on_step=die_once(marker, 0, 2 * STEPS + 30, damage))
+    project = small("training.checkpoints.every_steps=20")
+    trained = train(project, prepared, on_note=notes.append, wrap=wrap)
     check_same(trained.history, uninterrupted[0])
     damaged, going_on = notes
     assert damaged.startswith("the checkpoint 000002-000000020 is damaged (model.safetensors changed)")
     assert going_on == "going on from epoch 3, 2 workers"
-    assert 30 <= seen.num_steps() - 4 * STEPS <= 31, "two intervals"
+    assert 30 <= ranks.num_steps() - 4 * STEPS <= 31, "two intervals"
 
 
-def test_many_settings_at_once_and_a_timeline(prepared, observed, uninterrupted):
+def test_many_settings_at_once_and_a_timeline(prepared, ranks, uninterrupted):
     """Each changes something; together they still train, and stop early."""
     project = small(
         "training.epochs=8",
@@ -165,16 +155,16 @@ def test_many_settings_at_once_and_a_timeline(prepared, observed, uninterrupted)
         "training.horovod={fusion_threshold_mb: 0.5, cycle_time_ms: 2}",
         "training.checkpoints={keep_best: 2, keep_last: 1}",
     )
-    seen, notes = observed(), []
-    trained = train(project, prepared, on_note=notes.append)
+    notes = []
+    trained = train(project, prepared, on_note=notes.append, wrap=ranks.wrap())
     history = trained.history
     assert notes == ["stopped early: the validation auc no longer rises"]
     scores = [epoch["validation_auc"] for epoch in history]
     assert 2 <= len(history) < 8
     assert scores[-1] <= max(scores[:-1]) + 0.01
     assert max(scores) > 0.75
-    assert seen.num_steps() == len(history) * math.ceil(STEPS / 3)
-    assert len(set(seen.parameters())) == 1
+    assert ranks.num_steps() == len(history) * math.ceil(STEPS / 3)
+    assert len(set(ranks.parameters())) == 1
     # A warm-up to 0.05 * sqrt(2) in the middle of the second epoch, then a line.
     rates = [epoch["learning_rate"] for epoch in history]
     assert rates[0] < rates[1] < 0.05 * 2**0.5

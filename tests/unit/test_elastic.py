@@ -6,7 +6,7 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 
 from app.training.workers import elastic
-from app.training.workers.elastic import RoomNow
+from app.training.workers.elastic import FreeResources
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def policy(monkeypatch):
             get_draining_nodes=lambda: dict.fromkeys(draining, 0),
         )
         monkeypatch.setattr(ray._private.state, "state", state)
-        monkeypatch.setattr(elastic, "SETTLE_S", 0.0)
-        monkeypatch.setattr(RoomNow, "_maybe_send_resource_request", lambda self: None)
-        return RoomNow(ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0))
+        monkeypatch.setattr(elastic, "RELEASE_S", 0.0)
+        monkeypatch.setattr(FreeResources, "_maybe_send_resource_request", lambda self: None)
+        return FreeResources(ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0))
 
     return make
 

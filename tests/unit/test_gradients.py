@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from app.config import Training
 from app.training import gradients
-from app.training.gradients import OVERLAP_FROM, Flat, Overlapped, overlaps
+from app.training.gradients import MIN_OVERLAPPED_PARAMETERS, Flat, Overlapped, overlaps
 
 
 class Network(nn.Module):
@@ -22,7 +22,7 @@ BATCH = (torch.tensor([[0.1, 0.2], [0.3, -0.4]]), torch.tensor([1, 2]))
 
 
 def flat(network: nn.Module, exchange=lambda buffer: None) -> Flat:
-    return Flat(network, torch.optim.AdamW(network.parameters(), lr=0.1), exchange)
+    return Flat(network, exchange)
 
 
 def test_gradients_are_views_of_one_buffer_that_backward_fills():
@@ -48,8 +48,7 @@ def test_the_exchange_gets_the_buffer_and_the_optimizer_steps_from_it():
     ours = flat(network, exchange=lambda buffer: buffer.mul_(2))
     ours.loss(*BATCH).backward()
     ours.reduce()
-    with ours.stepping():
-        ours.optimizer.step()
+    torch.optim.AdamW(network.parameters(), lr=0.1).step()
     (2 * plain.loss(*BATCH)).backward()
     torch.optim.AdamW(plain.parameters(), lr=0.1).step()
     for one, other in zip(network.parameters(), plain.parameters(), strict=True):
@@ -76,8 +75,7 @@ class Exchange:
 
 
 def overlapped(network: nn.Module, exchange: Exchange, bucket_bytes: int = 60) -> Overlapped:
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
-    return Overlapped(network, optimizer, bucket_bytes, exchange.begin)
+    return Overlapped(network, bucket_bytes, exchange.begin)
 
 
 def gradients_of(network: nn.Module) -> list[Tensor]:
@@ -153,9 +151,9 @@ def sized(count: int, frozen: int = 0) -> nn.Module:
 @pytest.mark.parametrize(
     ("size", "frozen", "wanted"),
     [
-        (OVERLAP_FROM - 1, 0, False),
-        (OVERLAP_FROM, 0, True),
-        (OVERLAP_FROM - 1, OVERLAP_FROM, False),
+        (MIN_OVERLAPPED_PARAMETERS - 1, 0, False),
+        (MIN_OVERLAPPED_PARAMETERS, 0, True),
+        (MIN_OVERLAPPED_PARAMETERS - 1, MIN_OVERLAPPED_PARAMETERS, False),
     ],
 )
 def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen, wanted):
@@ -163,7 +161,7 @@ def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen,
 
 
 def test_a_project_may_say_which(monkeypatch):
-    monkeypatch.setattr(gradients, "OVERLAP_FROM", 5)
+    monkeypatch.setattr(gradients, "MIN_OVERLAPPED_PARAMETERS", 5)
     assert overlaps(training(gradients="overlapped"), sized(4))
     assert not overlaps(training(gradients="flat"), sized(6))
 

@@ -6,7 +6,7 @@ import ray
 from horovod.runner.common.util.hosts import HostInfo, get_host_assignments
 
 from app.training.workers.ddp import DdpConfig
-from app.training.workers.horovod import HorovodBackend, HorovodConfig, Slot, _serve, slots
+from app.training.workers.horovod import HorovodBackend, HorovodConfig, Slot, assign_slots, start_rendezvous
 
 
 @pytest.mark.parametrize(
@@ -15,13 +15,13 @@ from app.training.workers.horovod import HorovodBackend, HorovodConfig, Slot, _s
 def test_places_are_those_that_horovod_gives(layout):
     names = [f"node-{i}" for i in range(len(layout))]
     theirs = get_host_assignments([HostInfo(n, c) for n, c in zip(names, layout, strict=True)], sum(layout))
-    ours = slots([name for name, count in zip(names, layout, strict=True) for _ in range(count)])
+    ours = assign_slots([name for name, count in zip(names, layout, strict=True) for _ in range(count)])
     assert [asdict(slot) for slot in ours] == [asdict(slot) for slot in theirs]
 
 
 @pytest.mark.parametrize("nodes", ["abab", "abba", "aababcb", "bca"])
 def test_ranks_that_are_not_grouped_by_node_have_consistent_places(nodes):
-    places = slots(list(nodes))
+    places = assign_slots(list(nodes))
     assert [(p.hostname, p.rank, p.size) for p in places] == [(n, i, len(nodes)) for i, n in enumerate(nodes)]
     assert len({(p.hostname, p.local_rank) for p in places}) == len(nodes)
     for place in places:
@@ -47,7 +47,7 @@ def test_the_environment_is_what_horovod_reads():
 
 @pytest.fixture
 def server():
-    server = _serve("127.0.0.1", slots(["a", "a", "b"]))
+    server = start_rendezvous("127.0.0.1", assign_slots(["a", "a", "b"]))
     yield server
     server.shutdown()
     server.server_close()
@@ -64,7 +64,7 @@ def test_the_rendezvous_is_on_the_given_address_alone(server):
 def test_the_backend_lets_go_of_its_port():
     backend = HorovodConfig().backend_cls()
     assert isinstance(backend, HorovodBackend)
-    backend._server = _serve("127.0.0.1", slots(["a"]))
+    backend._server = start_rendezvous("127.0.0.1", assign_slots(["a"]))
     port = backend._server.server_port
     for _ in range(2):  # a group that died is shut down once more
         backend.on_shutdown(None, HorovodConfig())

@@ -1,5 +1,8 @@
+import itertools
+
 import pandas as pd
 import pytest
+import torch
 
 from app.training import shards
 
@@ -34,3 +37,35 @@ def test_a_rank_opens_only_the_files_with_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(pd, "read_parquet", lambda file: (opened.append(file.stem), read(file))[1])
     assert shards.read(tmp_path, 1, 4)["row"].tolist() == [6, 7, 8, 9, 10, 11]
     assert opened == ["1", "2"]
+
+
+# The order of an epoch
+
+
+def test_an_epoch_is_determined_by_seed_epoch_and_rank():
+    keys = list(itertools.product(range(3), repeat=3))
+    orders = {key: shards.begin_epoch(*key, num_rows=50, length=50) for key in keys}
+    for key in keys:
+        torch.rand(3)  # whatever was drawn before
+        assert torch.equal(shards.begin_epoch(*key, num_rows=50, length=50), orders[key])
+    assert len({tuple(order.tolist()) for order in orders.values()}) == len(keys)
+
+
+def test_the_global_generator_is_seeded_by_seed_epoch_and_rank_too():
+    def drawn(*key: int) -> tuple[float, ...]:
+        shards.begin_epoch(*key, num_rows=5, length=5)
+        return tuple(torch.rand(4).tolist())
+
+    keys = list(itertools.product(range(2), repeat=3))
+    first = [drawn(*key) for key in keys]
+    assert [drawn(*key) for key in keys] == first
+    assert len(set(first)) == len(keys)
+
+
+@pytest.mark.parametrize(("num_rows", "length"), [(10, 10), (10, 12), (3, 10), (1, 4), (10, 4)])
+def test_an_order_has_every_row_once_and_then_starts_again(num_rows, length):
+    order = shards.begin_epoch(0, 0, 0, num_rows, length).tolist()
+    assert len(order) == length
+    assert len(set(order[:num_rows])) == min(num_rows, length)
+    assert all(0 <= row < num_rows for row in order)
+    assert order[num_rows:] == order[: length - num_rows][: max(0, length - num_rows)]

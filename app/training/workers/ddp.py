@@ -1,4 +1,5 @@
-"""torch.distributed as a backend of Ray Train: as Ray's own, but on the cluster's interface alone."""
+"""torch.distributed as a backend of Ray Train. Unlike Ray's own, it listens on the cluster's interface
+only."""
 
 import socket
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from torch import distributed
 
-from app.training.workers.horovod import JOIN_TIMEOUT_S, giving_back, use_interface
+from app.training.workers.horovod import JOIN_TIMEOUT_S, releasing_resources, use_cluster_interface
 
 
 @dataclass
 class DdpConfig(TorchConfig):
-    """Given as `backend_config` to `DataParallelTrainer`."""
+    """A `backend_config` for `DataParallelTrainer`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -25,22 +26,28 @@ class DdpConfig(TorchConfig):
 
 class DdpBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        with giving_back(worker_group):
-            place = worker_group.execute_single(0, _serve)
+        with releasing_resources(worker_group):
+            address, port = worker_group.execute_single(0, _start_store)
             size = len(worker_group)
-            arguments = [(backend_config.backend, *place, rank, size) for rank in range(size)]
-            ray.get([worker_group.execute_single_async(a[-2], _join, *a) for a in arguments])
+            ray.get(
+                [
+                    worker_group.execute_single_async(
+                        rank, _join, backend_config.backend, address, port, rank, size
+                    )
+                    for rank in range(size)
+                ]
+            )
 
 
 _store: distributed.TCPStore
-"""On rank 0: serves the rendezvous for as long as the process lives."""
+"""On rank 0, the store through which the ranks find each other, kept alive as long as the process."""
 
 
-def _serve() -> tuple[str, int]:
-    """On rank 0: start the rendezvous and return its address; left to itself, it listens everywhere."""
+def _start_store() -> tuple[str, int]:
+    """Start the store on rank 0 and return its address and port."""
     global _store
     address = ray.util.get_node_ip_address()
-    listener = socket.create_server((address, 0))
+    listener = socket.create_server((address, 0))  # left to itself, the store listens on every interface
     port = listener.getsockname()[1]
     _store = distributed.TCPStore(
         address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -49,8 +56,8 @@ def _serve() -> tuple[str, int]:
 
 
 def _join(backend: str, address: str, port: int, rank: int, size: int) -> None:
-    """On every rank: become one."""
-    use_interface()
+    """Join the process group, on each rank."""
+    use_cluster_interface()
     _set_torch_distributed_env_vars()
     timeout = timedelta(seconds=JOIN_TIMEOUT_S)
     store = distributed.TCPStore(address, port, is_master=False, timeout=timeout)

@@ -1,7 +1,7 @@
-"""Horovod as a backend of Ray Train V2 (Ray's own was dropped with V1).
+"""Horovod as a backend of Ray Train V2, which dropped Ray's own with V1.
 
-The controller starts Horovod's rendezvous server and tells every worker its place; `hvd.init()` in the
-training function then finds the other ranks through Gloo.
+The controller starts Horovod's rendezvous server and sets each worker's place in its environment;
+`hvd.init()` in the training function then finds the other ranks through Gloo.
 """
 
 import os
@@ -17,12 +17,12 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 
 JOIN_TIMEOUT_S = 120
-"""How long a rank waits for the others to come to the rendezvous."""
+"""Maximum time that a rank waits for the others at the rendezvous."""
 
 
 @dataclass
 class HorovodConfig(BackendConfig):
-    """Given as `backend_config` to `ray.train.v2.api.data_parallel_trainer.DataParallelTrainer`."""
+    """A `backend_config` for `DataParallelTrainer`."""
 
     @property
     def backend_cls(self) -> type[Backend]:
@@ -30,16 +30,16 @@ class HorovodConfig(BackendConfig):
 
 
 class HorovodBackend(Backend):
-    """Lives in the Train controller; one rendezvous server for each worker group that it starts."""
+    """Runs in the Train controller: starts a rendezvous server for each group of workers."""
 
     _server: Any = None
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        self._stop()  # of a group that died without a shutdown
-        with giving_back(worker_group):
-            places = slots(worker_group.execute(_node_id))
+        self._stop_server()  # that of a group which died without a shutdown
+        with releasing_resources(worker_group):
+            slots = assign_slots(worker_group.execute(_node_id))
             address = ray.util.get_node_ip_address()
-            self._server = _serve(address, places)
+            self._server = start_rendezvous(address, slots)
             rendezvous = {
                 "HOROVOD_GLOO_RENDEZVOUS_ADDR": address,
                 "HOROVOD_GLOO_RENDEZVOUS_PORT": str(self._server.server_port),
@@ -50,16 +50,16 @@ class HorovodBackend(Backend):
             ray.get(
                 [
                     worker_group.execute_single_async(
-                        rank, _set_environment, {**place.environment(), **rendezvous}
+                        rank, _set_environment, {**slot.environment(), **rendezvous}
                     )
-                    for rank, place in enumerate(places)
+                    for rank, slot in enumerate(slots)
                 ]
             )
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        self._stop()
+        self._stop_server()
 
-    def _stop(self) -> None:
+    def _stop_server(self) -> None:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -67,8 +67,8 @@ class HorovodBackend(Backend):
 
 
 @contextmanager
-def giving_back(worker_group: Any) -> Iterator[None]:
-    """If the block fails, give back the places of the group: Ray would keep them from the next one."""
+def releasing_resources(worker_group: Any) -> Iterator[None]:
+    """Release the group's resources if the block fails; Ray would keep them from the next group."""
     try:
         yield
     except BaseException:
@@ -78,7 +78,8 @@ def giving_back(worker_group: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A rank's place: among all ranks, on its node (local), and among those with its local rank (cross)."""
+    """A rank's place: among all ranks, on its node (local), and among the ranks with its local rank
+    (cross)."""
 
     hostname: str
     rank: int
@@ -89,37 +90,37 @@ class Slot:
     cross_size: int
 
     def environment(self) -> dict[str, str]:
-        """What `hvd.init()` reads."""
+        """Environment variables that `hvd.init()` reads."""
         return {f"HOROVOD_{name.upper()}": str(value) for name, value in vars(self).items()}
 
 
-def slots(nodes: list[str]) -> list[Slot]:
-    """The place of each rank, given the id of the node that it runs on."""
+def assign_slots(nodes: list[str]) -> list[Slot]:
+    """The slot of each rank, from the ids of the nodes that the ranks run on."""
     local_sizes = Counter(nodes)
-    order = list(local_sizes)  # nodes by their first rank
-    seen: Counter[str] = Counter()
-    places = []
+    node_order = list(local_sizes)  # nodes by their first rank
+    num_assigned: Counter[str] = Counter()
+    slots = []
     for rank, node in enumerate(nodes):
-        local_rank = seen[node]
-        seen[node] += 1
-        peers = [n for n in order if local_sizes[n] > local_rank]
-        places.append(
+        local_rank = num_assigned[node]
+        num_assigned[node] += 1
+        peers = [n for n in node_order if local_sizes[n] > local_rank]
+        slots.append(
             Slot(node, rank, len(nodes), local_rank, local_sizes[node], peers.index(node), len(peers))
         )
-    return places
+    return slots
 
 
-def _serve(address: str, places: list[Slot]) -> Any:
-    """Horovod's rendezvous server, bound to the cluster's interface alone.
+def start_rendezvous(address: str, slots: list[Slot]) -> Any:
+    """Start Horovod's rendezvous server, on one address only; it serves in a thread.
 
-    It takes unauthenticated writes, so it is not for the world, and it lives no longer than the worker
-    group. Only the Gloo path uses it, which stores raw bytes; nothing here unpickles what it holds.
+    It accepts writes without authentication, so it must not be reachable from outside of the cluster, and it
+    ends with the group of workers. Only Gloo uses it, to store raw bytes; nothing unpickles them.
     """
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 
     server = RendezvousHTTPServer((address, 0), RendezvousHandler, 0)
     server.daemon_threads = True
-    server.init(places)
+    server.init(slots)
     threading.Thread(target=server.serve_forever, name="horovod-rendezvous", daemon=True).start()
     return server
 
@@ -129,14 +130,14 @@ def _node_id() -> str:
 
 
 def _set_environment(variables: dict[str, str]) -> None:
-    """On a worker: its place among the ranks."""
+    """Set a worker's slot and the address of the rendezvous in its environment."""
     os.environ.update(variables)
-    use_interface()
+    use_cluster_interface()
 
 
-def use_interface() -> None:
-    """On a worker: have Gloo listen on the network interface that has the node's address, and no other."""
-    address = ray.util.get_node_ip_address()
+def use_cluster_interface() -> None:
+    """Have Gloo listen only on the network interface that has this node's address."""
+    node_address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
-        if any(a.address == address for a in addresses):
+        if any(a.address == node_address for a in addresses):
             os.environ["HOROVOD_GLOO_IFACE"] = os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -1,8 +1,9 @@
-"""Ray's trainer, quicker to its first step. Imports little: Ray Train's controller opens it.
+"""Ray's trainer with a faster start. Imports little, because the process of Ray Train's controller imports
+it.
 
-Most of the time from `fit()` to the first step goes into starting Python processes and their imports. Ray
-gives the controller and each rank a runtime environment of their own, only to pass on flags that our clusters
-have anyway, and so a new process each; and it starts helpers that this training has no use for.
+Most of the time from `fit()` to the first step goes into starting Python processes and into their imports.
+Ray gives the controller and each rank a runtime environment of its own, and with it a new process, only to
+set flags that our clusters set anyway; and it starts helper actors that this training does not use.
 """
 
 from typing import Any
@@ -15,16 +16,16 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-UNUSED = (
-    DatasetsCallback,  # each rank reads its rows itself
-    ControllerMetricsCallback,  # of checkpoints that Ray writes; ours it does not see
+UNUSED_CALLBACKS = (
+    DatasetsCallback,  # each rank reads its own rows
+    ControllerMetricsCallback,  # measures Ray's checkpoints, not ours
     WorkerMetricsCallback,
-    PlacementGroupCleanerCallback,  # the group's places go with the controller anyway
+    PlacementGroupCleanerCallback,  # the placement group ends with the controller anyway
 )
 
 
 class Group(WorkerGroup):
-    """Ranks in processes that Ray has ready."""
+    """Ranks without a runtime environment, so that they run in processes that Ray has started in advance."""
 
     @staticmethod
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
@@ -32,19 +33,19 @@ class Group(WorkerGroup):
 
 
 class Controller(TrainController):
-    """Starts its ranks in such processes."""
+    """Starts its ranks as a `Group`."""
 
     worker_group_cls = Group
 
 
 class Trainer(DataParallelTrainer):
-    """Ray's trainer, with what it does not need left out."""
+    """Ray's trainer without a runtime environment and without the callbacks that are not used."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [c for c in super()._create_default_callbacks() if not isinstance(c, UNUSED)]
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, UNUSED_CALLBACKS)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
-        controller = ray.remote(num_cpus=0, label_selector=here)(Controller).remote(**arguments)
+        this_node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        controller = ray.remote(num_cpus=0, label_selector=this_node)(Controller).remote(**arguments)
         ray.get(controller.run.remote())
         return ray.get(controller.get_result.remote())

@@ -1,4 +1,5 @@
-"""What the ranks and the one who started them tell each other. Imports little: it is an actor."""
+"""Messages between the ranks and the command that trains, through an actor. Imports little, so that it starts
+fast."""
 
 import asyncio
 import contextlib
@@ -12,209 +13,177 @@ import ray
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-WAIT_S = 10.0
-"""How long a question for news waits for some: questions without end would take CPU time from
-the ranks."""
+from app.training.observer import Ending, Observer, Request
+
+EVENTS_TIMEOUT_S = 10.0
+"""Maximum time that a request for new events waits in the actor. Polling would take CPU time from the
+ranks."""
+RETRY_S = 1.0
+"""Pause before events are requested again after a failure."""
 
 
 @ray.remote(num_cpus=0)
 class _Progress:
-    """Hears of epochs from rank 0, on whatever node that is, and passes on the wish to stop."""
+    """Holds the events that rank 0 reports, from whatever node it is on, and the requests to the ranks."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
-        self._wishes: list[str] = []
-        self._change = asyncio.Condition()
+        self._requests: list[Request] = []
+        self._changed = asyncio.Condition()
 
-    async def add(self, kind: str, what: Any) -> None:
-        async with self._change:
-            self._events.append((kind, what))
-            self._change.notify_all()
+    async def report(self, kind: str, content: Any) -> None:
+        async with self._changed:
+            self._events.append((kind, content))
+            self._changed.notify_all()
 
-    async def since(self, count: int, wait_s: float) -> list[tuple[str, Any]]:
-        """The events after the first `count`, as soon as there are any, or none after `wait_s` seconds."""
-        async with self._change:
+    async def events(self, start: int, timeout_s: float) -> list[tuple[str, Any]]:
+        """The events after the first `start`, as soon as there is one; none after `timeout_s` seconds."""
+        async with self._changed:
             with contextlib.suppress(TimeoutError):
-                news = self._change.wait_for(lambda: len(self._events) > count)
-                await asyncio.wait_for(news, wait_s)
-        return self._events[count:]
+                new = self._changed.wait_for(lambda: len(self._events) > start)
+                await asyncio.wait_for(new, timeout_s)
+        return self._events[start:]
 
-    async def want(self, wish: str) -> None:
-        """`stop` or `save`, for the ranks."""
-        async with self._change:
-            self._wishes.append(wish)
-            self._change.notify_all()
+    async def request(self, request: Request) -> None:
+        """Pass a request to the ranks."""
+        async with self._changed:
+            self._requests.append(request)
+            self._changed.notify_all()
 
-    async def wish(self, count: int) -> str:
-        """The wish after the first `count`, as soon as there is one."""
-        async with self._change:
-            await self._change.wait_for(lambda: len(self._wishes) > count)
-        return self._wishes[count]
+    async def next_request(self, start: int) -> Request:
+        """The request after the first `start`, as soon as there is one."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._requests) > start)
+        return self._requests[start]
 
-    async def num_wishes(self) -> int:
-        return len(self._wishes)
+    async def num_requests(self) -> int:
+        return len(self._requests)
 
     async def save(self) -> None:
-        """Have the ranks write a checkpoint; answers when it is on the disk."""
-        count = len(self._events)
-        await self.want("save")
-        async with self._change:
-            await self._change.wait_for(lambda: ("saved", None) in self._events[count:])
+        """Have the ranks write a checkpoint; returns when it is on disk."""
+        start = len(self._events)
+        await self.request(Request.SAVE)
+        async with self._changed:
+            await self._changed.wait_for(lambda: ("saved", None) in self._events[start:])
 
 
-class Teller:
-    """Rank 0's side: tells what happens, and hears what is wished. The other ranks' is silent and deaf."""
-
-    look_s = 1.0
-    """How often the ranks look up from their steps whether one of them has to stop or move."""
+class Reporter(Observer):
+    """Observer of a worker. Rank 0 reports to the actor and takes requests from it; the other ranks do
+    not."""
 
     def __init__(self, actor: Any, rank: int):
         self._actor = actor
         self._rank = rank
         if rank == 0:
-            # Of the wishes to another group of ranks before this one, only the last may still stand.
-            self._heard = max(0, ray.get(actor.num_wishes.remote()) - 1)
-            self._wish = actor.wish.remote(self._heard)
+            # Of the requests to an earlier group of ranks, only the last may still be open.
+            self._num_taken = max(0, ray.get(actor.num_requests.remote()) - 1)
+            self._next = actor.next_request.remote(self._num_taken)
 
     def epoch(self, metrics: dict[str, float]) -> None:
-        """An epoch is done; the metrics are of all ranks."""
-        self._tell("epoch", metrics)
+        self._report("epoch", metrics)
 
     def note(self, text: str) -> None:
-        """A line for the person who waits."""
-        self._tell("note", text)
-
-    def end(self, outcome: str, **facts: Any) -> None:
-        """How the training ended: `finished`, `stopped`, `moved` or `diverged`. Heard before this returns."""
-        if self._rank == 0:
-            ray.get(self._actor.add.remote("end", {"outcome": outcome, **facts}))
+        self._report("note", text)
 
     def saved(self) -> None:
-        """The checkpoint that was wished for is on the disk."""
-        self._tell("saved", None)
+        self._report("saved", None)
 
-    def wish(self) -> str:
-        """A new wish, `stop` or `save`, if there is one; else empty."""
-        if self._rank != 0 or not ray.wait([self._wish], timeout=0)[0]:
-            return ""
-        wish = ray.get(self._wish)
-        self._heard += 1
-        self._wish = self._actor.wish.remote(self._heard)
-        return wish
-
-    def leaving(self) -> bool:
-        """Whether Ray has heard that this group's node will be taken away."""
-        return get_train_context().preemption_context.preemption_info is not None
-
-    def _tell(self, kind: str, what: Any) -> None:
+    def end(self, ending: Ending) -> None:
+        """Report the end. Returns when the actor has it, because this process may end next."""
         if self._rank == 0:
-            self._actor.add.remote(kind, what)
+            ray.get(self._actor.report.remote("end", ending))
 
+    def request(self) -> Request:
+        if self._rank == 0 and ray.wait([self._next], timeout=0)[0]:
+            request = ray.get(self._next)
+            self._num_taken += 1
+            self._next = self._actor.next_request.remote(self._num_taken)
+            return request
+        # Ray has been told that a node of this group will be taken away.
+        is_leaving = get_train_context().preemption_context.preemption_info is not None
+        return Request.MOVE if is_leaving else Request.NONE
 
-class Here:
-    """A teller, where the only rank trains in the process of the one who started it."""
-
-    look_s = 0.0
-
-    def __init__(
-        self,
-        on_epoch: Callable[[dict[str, float]], None],
-        on_note: Callable[[str], None],
-        stop: threading.Event,
-    ):
-        self.epoch = on_epoch
-        self.note = on_note
-        self.ended: dict[str, Any] = {}
-        self._stop = stop
-
-    def end(self, outcome: str, **facts: Any) -> None:
-        self.ended = {"outcome": outcome, **facts}
-
-    def saved(self) -> None:
-        """Nobody wishes for it."""
-
-    def wish(self) -> str:
-        return "stop" if self._stop.is_set() else ""
-
-    def leaving(self) -> bool:
-        return False
+    def _report(self, kind: str, content: Any) -> None:
+        if self._rank == 0:
+            self._actor.report.remote(kind, content)
 
 
 class Listener:
-    """The starter's side: an actor for the ranks, and a thread here that passes on what it hears."""
+    """The command's side: owns the actor and passes its events to callbacks."""
 
     def __init__(self, on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]):
-        # On this node: if it were on another, the training could not outlive that one.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.actor: Any = _Progress.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        self._hear: dict[str, Callable[[Any], None]] = {
+        # On this node: a training must not depend on a third one.
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor: Any = _Progress.options(scheduling_strategy=this_node).remote()  # type: ignore[attr-defined]
+        self._handlers: dict[str, Callable[[Any], None]] = {
             "epoch": on_epoch,
             "note": on_note,
-            "end": self._ends,
-            "runs": self._changes,
+            "end": self._on_end,
+            "running": self._on_running,
         }
-        self._end: dict[str, Any] = {}
-        self._runs = False
-        self._count = 0
+        self._ending: Ending | None = None
+        self._is_running = False
+        self._num_handled = 0
         self._lock = threading.Lock()
 
     def stop(self) -> None:
-        """Ask the ranks to write a checkpoint and end."""
-        self.actor.want.remote("stop")
+        """Request a checkpoint and the end of the training."""
+        self.actor.request.remote(Request.STOP)
 
-    def end(self) -> dict[str, Any]:
-        """What `Teller.end` said: `outcome`, and the `epoch` and `step` at which it was."""
-        self._listen_once()
-        return self._end
+    def ending(self) -> Ending | None:
+        """How the ranks ended; None if they have not."""
+        self.handle_events()
+        return self._ending
 
-    def waits(self) -> bool:
-        """Whether there are no ranks that could write a checkpoint, and none has told an end."""
-        self._listen_once()
-        return not self._runs and not self._end
+    def is_waiting(self) -> bool:
+        """Whether no ranks are running that could write a checkpoint, and none have ended."""
+        self.handle_events()
+        return not self._is_running and not self._ending
 
-    def _changes(self, runs: bool) -> None:
-        self._runs = runs
-
-    def _ends(self, what: dict[str, Any]) -> None:
-        self._end = what
-
-    def _listen_once(self, wait_s: float = 0.0) -> None:
-        first = self._count
-        events = ray.get(self.actor.since.remote(first, wait_s))
-        with self._lock:  # another thread may have heard some of them meanwhile
-            for kind, what in events[self._count - first :]:
-                self._count += 1
-                if kind not in self._hear:  # `saved` is for whoever waits in `save`
+    def handle_events(self, timeout_s: float = 0.0) -> None:
+        """Pass new events to the callbacks; waits up to `timeout_s` for one."""
+        start = self._num_handled
+        events = ray.get(self.actor.events.remote(start, timeout_s))
+        with self._lock:  # another thread may have handled some of them meanwhile
+            for kind, content in events[self._num_handled - start :]:
+                self._num_handled += 1
+                if kind not in self._handlers:  # "saved", for which the actor itself waits
                     continue
                 try:
-                    self._hear[kind](what)
-                except Exception:  # what is done with the news must not end the training: its history is kept
-                    logging.getLogger(__name__).exception("nobody could be told of: %s %s", kind, what)
+                    self._handlers[kind](content)
+                except Exception:  # a callback must not end the training; the history has the epoch anyway
+                    logging.getLogger(__name__).exception("the callback failed for: %s %s", kind, content)
+
+    def _on_running(self, is_running: bool) -> None:
+        self._is_running = is_running
+
+    def _on_end(self, ending: Ending) -> None:
+        self._ending = ending
 
 
 @contextmanager
 def listening(
     on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]
 ) -> Iterator[Listener]:
-    """A listener for the time of the block."""
+    """A listener whose events are handled by a thread until the block ends."""
     listener = Listener(on_epoch, on_note)
     done = threading.Event()
 
     def listen() -> None:
         while not done.is_set():
             try:
-                listener._listen_once(WAIT_S)
+                listener.handle_events(EVENTS_TIMEOUT_S)
             except ray.exceptions.RayActorError:
-                return  # it is killed below, or its node is gone, and the training with it
-            except Exception:  # such as a control store that starts again
-                logging.getLogger(__name__).exception("the training's news are not heard; asking again")
-                done.wait(1.0)
+                return  # it is killed below, or its node is gone and the training with it
+            except Exception:  # for example while Ray's control store restarts
+                logging.getLogger(__name__).exception("cannot get the training's events; trying again")
+                done.wait(RETRY_S)
 
     thread = threading.Thread(target=listen, name="progress", daemon=True)
     thread.start()
     try:
         yield listener
-        listener._listen_once()
+        listener.handle_events()
     finally:
         done.set()
         ray.kill(listener.actor)
