@@ -1,4 +1,4 @@
-"""Training on one GPU, by one rank and without Ray. Needs a CUDA device; the tests of NCCL skip without it."""
+"""Training on one GPU, by one rank and without Ray."""
 
 import contextlib
 import os
