@@ -8,7 +8,7 @@ import torch
 
 from app.bundle import bundle
 from app.bundle.manifest import seal
-from app.bundle.schema import Schema, schema_of
+from app.bundle.schema import Schema, label_schema
 from app.config import Project
 from app.data.features import Categories, Preprocessor, Scaled
 from app.tasks.tabular import graph
@@ -63,7 +63,7 @@ def preprocessor(education: list[str]) -> Preprocessor:
 
 def schema(education: list[str] = EDUCATION) -> Schema:
     """What the bundle takes; `education` is what training saw of that column."""
-    return schema_of(Project.model_validate(PROJECT), preprocessor(education))
+    return label_schema(Project.model_validate(PROJECT), preprocessor(education))
 
 
 def build(folder: Path, seed: int) -> Path:

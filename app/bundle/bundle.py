@@ -1,11 +1,12 @@
-"""The bundle: the immutable directory that training makes and everything else consumes."""
+"""The bundle: an immutable folder with a graph and all that is needed to predict with it. Training makes it;
+everything after training reads it."""
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,87 +21,96 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 OUTPUT = "probability"
-"""The graph's only output, float32: the probability of the positive label (rows, 1), or of each class
-(rows, classes)."""
+"""The only output of a graph that predicts a label, float32: the probability of the positive label (rows, 1),
+or of each class (rows, classes)."""
 ITEMS, SCORES, KNOWN = "items", "scores", "known"
-"""A recommender's outputs: strings and float32 (rows, n), and bool (rows,)."""
+"""The outputs of a graph that ranks items: strings and float32 (rows, n), and bool (rows,)."""
 NUM_EXAMPLES = 8
-TEXTS_AT_ONCE = 32
+MAX_EXAMPLE_DIFFERENCE = 1e-4
+"""Largest difference to a stored prediction; of scores, relative to their size."""
+TEXTS_PER_BATCH = 32
+
+Columns: TypeAlias = Mapping[str, np.ndarray] | pd.DataFrame
+"""An array (rows,) for each input at least: numbers with NaN, and strings with None, for missing values."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The best items for some users, best first, without those that they have had."""
+    """The best items for some users, best first, without those that the users have had."""
 
     items: np.ndarray
-    """str (rows, n); empty strings at the end where fewer are left."""
+    """str (rows, n); empty strings at the end of a row where fewer items are left."""
     scores: np.ndarray
-    """float32 (rows, n): comparable within a row alone."""
+    """float32 (rows, n); comparable within a row only."""
     known: np.ndarray
-    """bool (rows,): whether training saw the user; who is not known gets the most popular items."""
+    """bool (rows,): whether the user was in the training data. Other users get the most popular items."""
 
 
 class Bundle:
     """A verified bundle, open for predictions. Safe to use from several threads."""
 
     def __init__(self, path: Path, *, sealed: bool = True):
-        """Verify and open. Raises BrokenBundle if a file of the manifest was changed or removed.
+        """Verify and open the bundle in a folder.
 
-        Not `sealed` is one that is being made, and has no manifest yet.
+        A bundle that is still being made has no manifest and is not `sealed`. Raises BrokenBundle if a file
+        of the manifest was changed or removed.
         """
         self.path = path
         self.manifest = verify(path) if sealed else {}
         self.schema = schema_at(path)
-        self._session = session(path / "model.onnx")
-        # Only what was verified is opened: others may put files of this name into the folder.
+        self._session = open_graph(path / "model.onnx")
+        # Open a tokenizer only if the manifest lists it: other programs may put files into the folder.
         has_tokenizer = tokens.FILE in self.manifest["files"] if sealed else (path / tokens.FILE).exists()
         self._tokenizer = tokens.load(path / tokens.FILE) if has_tokenizer else None
 
-    def predict(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Probabilities, float32: of the positive label (rows,), or of each class (rows, classes).
+    def answer(self, columns: Columns) -> np.ndarray | Ranking:
+        """A ranking of items, or probabilities of a label, by the kind of model."""
+        return self.rank(columns) if self.schema.task == "ranking" else self.predict(columns)
 
-        `columns` has an array (rows,) for each of `schema.inputs`: numbers with NaN and strings with None
-        for what is missing.
-        """
-        arrays = {i.name: np.asarray(columns[i.name]) for i in self.schema.inputs}
+    def predict(self, columns: Columns) -> np.ndarray:
+        """Probabilities, float32: of the positive label (rows,), or of each class (rows, classes)."""
+        arrays = self._inputs(columns)
         if self._tokenizer is None:
-            given = self._session.run([OUTPUT], inputs(arrays))[0]
+            probabilities = self._session.run([OUTPUT], inputs(arrays))[0]
         else:
             (texts,) = arrays.values()
-            given = self._of_texts(self._tokenizer, texts)
-        return given[:, 0] if self.schema.task == "binary" else given
+            probabilities = self._predict_texts(self._tokenizer, texts)
+        return probabilities[:, 0] if self.schema.task == "binary" else probabilities
 
-    def rank(self, columns: Mapping[str, np.ndarray]) -> Ranking:
-        """A recommender's answer for each user; `columns` as of `predict`."""
-        arrays = {i.name: np.asarray(columns[i.name]) for i in self.schema.inputs}
-        return Ranking(*self._session.run([ITEMS, SCORES, KNOWN], inputs(arrays)))
+    def rank(self, columns: Columns) -> Ranking:
+        """The best items for each user."""
+        return Ranking(*self._session.run([ITEMS, SCORES, KNOWN], inputs(self._inputs(columns))))
 
-    def _of_texts(self, tokenizer: "Tokenizer", texts: np.ndarray) -> np.ndarray:
-        """In batches of texts of like length: padding is computed like text."""
+    def _inputs(self, columns: Columns) -> dict[str, np.ndarray]:
+        return {item.name: np.asarray(columns[item.name]) for item in self.schema.inputs}
+
+    def _predict_texts(self, tokenizer: "Tokenizer", texts: np.ndarray) -> np.ndarray:
+        """Predict in batches of texts of similar length: the graph computes padding like text."""
         ids, lengths = tokens.encode(tokenizer, texts)
-        given = np.empty((len(texts), len(self.schema.classes)), dtype=np.float32)
+        probabilities = np.empty((len(texts), len(self.schema.classes)), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
-        for rows in np.array_split(order, max(1, math.ceil(len(order) / TEXTS_AT_ONCE))):
+        for rows in np.array_split(order, max(1, math.ceil(len(order) / TEXTS_PER_BATCH))):
             feed = tokens.pad(ids[rows], lengths[rows])
-            given[rows] = self._session.run([OUTPUT], feed)[0]
-        return given
+            probabilities[rows] = self._session.run([OUTPUT], feed)[0]
+        return probabilities
 
     def check_example(self) -> None:
-        """Predict the stored example again. Raises BrokenBundle if the answer is not the stored one."""
+        """Predict the stored example again. Raises BrokenBundle if the predictions differ from the stored
+        ones."""
         example = json.loads((self.path / "example.json").read_text())
-        columns = columns_of(self.schema, example["rows"])
-        if self.schema.task == "ranking":
-            scores, stored = self.rank(columns).scores, np.array(example[SCORES])
-            worst = float((np.abs(scores - stored) / np.maximum(1, np.abs(stored))).max())
+        answer = self.answer(columns_of(self.schema, example["rows"]))
+        if isinstance(answer, Ranking):
+            stored = np.array(example[SCORES])
+            difference = float((np.abs(answer.scores - stored) / np.maximum(1, np.abs(stored))).max())
         else:
-            worst = float(np.abs(self.predict(columns) - example[OUTPUT]).max())
-        if not worst <= 1e-4:
-            raise BrokenBundle(f"{self.path}: answers its own example with a difference of {worst:.2g}")
+            difference = float(np.abs(answer - example[OUTPUT]).max())
+        if not difference <= MAX_EXAMPLE_DIFFERENCE:
+            raise BrokenBundle(f"{self.path}: predicts its own example with a difference of {difference:.2g}")
 
 
-def session(model: Path) -> "onnxruntime.InferenceSession":
-    """ONNX Runtime on one thread: replicas, not threads, are how serving scales."""
-    # Imported here: a training rank imports this module, and never runs a graph.
+def open_graph(model: Path) -> "onnxruntime.InferenceSession":
+    """Open a graph with ONNX Runtime on one thread: serving scales by replicas, not by threads."""
+    # Imported on first use: training imports this module and runs no graph.
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -111,13 +121,13 @@ def session(model: Path) -> "onnxruntime.InferenceSession":
 
 
 def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays (rows,) as the graph takes them: float64, or str with MISSING for None and NaN."""
+    """Convert arrays (rows,) to the graph's inputs: float64, or str with MISSING for None and NaN."""
     feed = {}
     for name, values in columns.items():
         if values.dtype.kind in "fiub":
             feed[name] = values.astype(np.float64)
         else:
-            # For the few rows of a request, faster than pandas' isna.
+            # Faster than pandas' isna for the few rows of a request.
             feed[name] = np.array([MISSING if _is_missing(v) else v for v in values.tolist()], dtype=object)
     return feed
 
@@ -126,14 +136,14 @@ def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or value != value
 
 
-def write_example(opened: Bundle, frame: pd.DataFrame) -> None:
-    """Store a few rows with the bundle's answers: for `Bundle.check_example`, and for a first request."""
-    head = frame[[i.name for i in opened.schema.inputs]].head(NUM_EXAMPLES).astype(object)
+def write_example(bundle: Bundle, frame: pd.DataFrame) -> None:
+    """Store the first rows of a table with the bundle's predictions, for `Bundle.check_example` and as a
+    first request."""
+    head = frame[[item.name for item in bundle.schema.inputs]].head(NUM_EXAMPLES).astype(object)
     rows = head.where(head.notna(), None).to_dict("records")
-    columns = columns_of(opened.schema, rows)
-    if opened.schema.task == "ranking":
-        ranking = opened.rank(columns)
-        answers = {ITEMS: ranking.items.tolist(), SCORES: ranking.scores.tolist()}
+    answer = bundle.answer(columns_of(bundle.schema, rows))
+    if isinstance(answer, Ranking):
+        predictions = {ITEMS: answer.items.tolist(), SCORES: answer.scores.tolist()}
     else:
-        answers = {OUTPUT: opened.predict(columns).tolist()}
-    (opened.path / "example.json").write_text(json.dumps({"rows": rows, **answers}, indent=1))
+        predictions = {OUTPUT: answer.tolist()}
+    (bundle.path / "example.json").write_text(json.dumps({"rows": rows, **predictions}, indent=1))

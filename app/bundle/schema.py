@@ -1,4 +1,4 @@
-"""What a bundle takes and gives: the contract of each input, the labels, the outputs."""
+"""The schema of a bundle: the contract of each input, the labels and the outputs."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from app.data.cells import Cells
 from app.data.features import MISSING, Categories, Preprocessor
 
 MAX_ITEMS = 100
-"""Items of a recommender's answer."""
+"""Maximum number of items that a ranking has for a user."""
 
 
 class Input(BaseModel):
@@ -23,38 +23,40 @@ class Input(BaseModel):
     name: str
     contract: Column
     known: list[str] | None
-    """Of a category: the values of the training part."""
+    """Values of a category in the training part; None for other columns."""
 
     @property
     def allowed(self) -> list[str] | None:
-        """The values that a row to be predicted may have; None if any."""
+        """Values that a request may have; None if all are allowed."""
         if not isinstance(self.contract, Category):
             return None
         return self.known or [] if self.contract.unseen == "refuse" else self.contract.values
 
 
 class Schema(BaseModel):
-    """What goes into the model and what comes out."""
+    """Inputs and outputs of a bundle."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    """The registered model's."""
+    """Name of the registered model."""
     task: Literal["binary", "classes", "ranking"] = "binary"
+    """Kind of answer: the probability of a positive label, a probability for each class, or a ranking of
+    items."""
     inputs: list[Input]
     missing: list[str] = []
     """Strings that stand for a missing value, beside null and the empty string."""
     label: str
-    """The column that is predicted; of a ranking, the items'."""
+    """Column that is predicted; in a ranking, the column of the items."""
     positive: str = ""
-    """Of a binary task: what counts as 1."""
+    """Label that the probability is of, in a binary task."""
     negatives: list[str] = []
-    """Of a binary task: the label's other values in training; empty if there are many."""
+    """The other labels in the training data, in a binary task; empty if there are many."""
     above: float | None = None
-    """Of a binary task with a threshold: the number beyond which a value counts as 1."""
+    """Threshold above which the label counts as positive, in a binary task that has one."""
     classes: list[str] = []
-    """Of several classes: their names, in the order of the graph's output."""
+    """Names of the classes, in the order of the graph's output."""
     num_items: int = 0
-    """Of a ranking: how many items the graph gives."""
+    """Number of items that the graph ranks for a user, in a ranking."""
 
     def cells(self) -> dict[str, Cells]:
         """The reader of each input's cells."""
@@ -62,44 +64,48 @@ class Schema(BaseModel):
 
 
 def schema_at(path: Path) -> Schema:
-    """What the bundle in a folder takes and gives."""
+    """Read the schema of the bundle in a folder."""
     schema = Schema.model_validate_json((path / "schema.json").read_text())
     project = path / "project.json"
     if "missing" not in schema.model_fields_set and project.exists():
-        # Older bundles have the markers in their project alone.
+        # Bundles of earlier releases have these strings in their project file only.
         missing = json.loads(project.read_text())["data"]["missing"]
         schema = schema.model_copy(update={"missing": missing})
     return schema
 
 
-def schema_of(project: Project, preprocessor: Preprocessor, labels: Sequence[str] = ()) -> Schema:
-    """What the bundle of a project takes and gives; `labels` are the label's values in training."""
-    known = {
-        c.column: [v for v in c.values if v != MISSING]
-        for c in preprocessor.columns
-        if isinstance(c, Categories)
-    }
+def label_schema(project: Project, preprocessor: Preprocessor, labels: Sequence[str] = ()) -> Schema:
+    """Make the schema of a bundle that predicts the project's label.
+
+    `labels` are the label's values in the training data. Only a binary label needs them.
+    """
     label = project.data.target
-    return Schema(
-        name=project.name,
-        task="binary" if label.classes is None else "classes",
-        inputs=[
-            Input(name=n, contract=project.data.columns[n], known=known.get(n)) for n in project.features
-        ],
-        missing=project.data.missing,
-        label=label.column,
-        positive=label.outcome if label.classes is None else "",
-        negatives=[value for value in labels if value != label.outcome] if label.classes is None else [],
-        above=label.above,
-        classes=label.classes or [],
-    )
+    known = {
+        column.column: [value for value in column.values if value != MISSING]
+        for column in preprocessor.columns
+        if isinstance(column, Categories)
+    }
+    inputs = [
+        Input(name=name, contract=project.data.columns[name], known=known.get(name))
+        for name in project.features
+    ]
+    outputs: dict[str, Any]
+    if label.classes:
+        outputs = {"task": "classes", "classes": label.classes}
+    else:
+        negatives = [value for value in labels if value != label.outcome]
+        outputs = {
+            "task": "binary",
+            "positive": label.outcome,
+            "negatives": negatives,
+            "above": label.above,
+        }
+    missing = project.data.missing
+    return Schema(name=project.name, inputs=inputs, missing=missing, label=label.column, **outputs)
 
 
 def columns_of(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows that were read before, by column, as `Bundle.predict` takes them.
-
-    None or an absent key is missing.
-    """
+    """Convert rows whose cells are read to columns for `Bundle.predict`. None or an absent key is missing."""
     columns = {}
     for item in schema.inputs:
         values = [row.get(item.name) for row in rows]

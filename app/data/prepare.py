@@ -55,9 +55,10 @@ class Prepared:
         """The folder of Parquet files with one part's rows: the contract's columns and LABEL."""
         return self.path / name
 
-    def frame(self, name: str) -> pd.DataFrame:
-        """One part in memory, in its fixed order."""
-        return pd.read_parquet(self.part(name))
+    def frame(self, name: str, rows: np.ndarray | None = None) -> pd.DataFrame:
+        """One part in memory, in its fixed order; of its rows those where the mask `rows` is true."""
+        frame = pd.read_parquet(self.part(name))
+        return frame if rows is None else frame[rows].reset_index(drop=True)
 
 
 def prepare(project: Project, *, fresh: bool = False) -> Prepared:

@@ -1,18 +1,14 @@
-"""The tasks: what differs between the families of models, from prepared rows to a bundle.
+"""What every family of models implements, from prepared rows to a bundle."""
 
-`app.training` and `app.jobs.pipeline` know no family; they ask the task.
-"""
-
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from app.config import Project, family_of
+from app.config import Project
 from app.data.prepare import Prepared
 
 if TYPE_CHECKING:
@@ -20,88 +16,70 @@ if TYPE_CHECKING:
     from app.bundle.schema import Schema
 
 Arrays = Mapping[str, Tensor]
-"""Rows of a part as the training keeps them: tensors whose first axis is the rows."""
+"""Rows of a part as training keeps them: tensors whose first axis is the rows."""
 
 
 class Task(Protocol):
-    """A project and its prepared data, seen by one family of models."""
+    """A project and its prepared data, as one family of models sees them: what training needs."""
 
     score: str
-    """The validation metric that says which epoch is best; higher is better."""
+    """Validation metric that decides which epoch is best; higher is better."""
     project: Project
     prepared: Prepared
 
     def __init__(self, project: Project, prepared: Prepared): ...
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Rows of a part as arrays, made once by each rank for its own rows."""
+        """Convert rows of a part to arrays with as many rows. Each rank does so once for its own rows."""
 
     def network(self) -> nn.Module:
-        """A network initialised from torch's global seed.
+        """Make a network with random parameters from torch's global seed.
 
-        Its `forward` is what is served; its `loss(*batch)` the mean loss of a batch.
+        Its `forward` is what the graph computes; its `loss(*batch)` is the mean loss of a batch.
         """
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Groups for the optimizer; `lr_scale` in one multiplies its learning rate."""
+        """Groups for the optimizer, with every trainable parameter in one of them. A group's `lr_scale`
+        multiplies the learning rate."""
 
     def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
-        """An epoch's random order of row numbers, rearranged if batches should hold rows that go together."""
+        """Rearrange an epoch's random order of row numbers, for a family whose batches should hold similar
+        rows."""
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
-        """What `network.loss` takes, for these row numbers. Random choices are torch's global ones."""
+        """The arguments of `network.loss` for these row numbers. Draws from torch's global generator."""
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
-        """What `metrics` needs of this rank's validation rows; the ranks' are joined along the rows."""
+        """What `metrics` needs of a rank's validation rows, (rows, ...) each. The ranks' outputs are
+        concatenated."""
 
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
-        """`loss` and the score, and what else is worth a curve."""
+        """Metrics of the validation part: `loss`, the score and others worth a curve. NaN if the outputs
+        are not finite."""
 
 
 class Packager(Protocol):
-    """Makes a bundle of a task's trained network, and measures it. The training needs none of it, so that a
-    change here trains nothing anew."""
+    """Makes a bundle of a task's trained network and evaluates it.
+
+    Training does not import this, so a change of a packager leaves trained networks valid.
+    """
 
     task: Task
 
     def __init__(self, task: Task): ...
 
     def export(self, network: nn.Module, folder: Path) -> float:
-        """Write `model.onnx` and all that a bundle needs to predict with it.
+        """Write `model.onnx` and the family's other files of a bundle.
 
-        Returns the largest difference to PyTorch on the test part; raises RuntimeError if that is too large.
+        Returns the largest difference between the graph's and PyTorch's outputs on the test part. Raises
+        RuntimeError if it exceeds `onnx.MAX_DIFFERENCE`.
         """
 
     def schema(self) -> "Schema":
-        """What the bundle takes and gives."""
+        """Inputs and outputs of the bundle."""
 
     def evaluate(self, bundle: "Bundle", rows: np.ndarray | None = None) -> dict[str, Any]:
-        """A bundle on the test part, or on those of its rows where the mask `rows` is true.
+        """Evaluate a bundle on the test part, or on its rows where the mask `rows` is true.
 
-        `model` has the metrics by name, other keys are for the card.
+        `model` holds the metrics by name; other keys are for the card.
         """
-
-
-def module_of(project: Project, part: Literal["task", "packager", "baselines"]) -> str:
-    """The name of a module of the project's family.
-
-    Each family of `app.config.FAMILIES` has a folder here, with the modules `task` with a class `Task`,
-    `packager` with a class `Packager`, and `baselines` with a function of that name. They are imported when
-    they are needed, because their libraries take seconds.
-    """
-    return f"app.tasks.{family_of(project.model)}.{part}"
-
-
-def task_of(project: Project, prepared: Prepared) -> Task:
-    """The task of a project."""
-    return importlib.import_module(module_of(project, "task")).Task(project, prepared)
-
-
-def packager_of(task: Task) -> Packager:
-    """The packager of a task."""
-    return importlib.import_module(module_of(task.project, "packager")).Packager(task)
-
-
-def baselines_of(task: Task) -> dict[str, dict[str, float]]:
-    """The metrics of each baseline on the test part, fitted on the training part with the same columns."""
-    return importlib.import_module(module_of(task.project, "baselines")).baselines(task)

@@ -210,11 +210,10 @@ def _exported(task: Task, trained: Trained) -> dict[str, float]:
         opened = Bundle(folder, sealed=False)
         row = task.prepared.frame("test").head(1)
         columns = {i.name: row[i.name].to_numpy() for i in schema.inputs}
-        answer = opened.rank if schema.task == "ranking" else opened.predict
         seconds = []
         for _ in range(LATENCY_REPEATS):
             started = time.perf_counter()
-            answer(columns)
+            opened.answer(columns)
             seconds.append(time.perf_counter() - started)
         size = (folder / "model.onnx").stat().st_size
     return {"latency_ms": statistics.median(seconds) * 1e3, "size_mb": size / 1e6}

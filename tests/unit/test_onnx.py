@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from app.bundle.bundle import OUTPUT, inputs, session
+from app.bundle.bundle import OUTPUT, inputs, open_graph
 from app.config.families.tabular import LinearNumbers, PeriodicNumbers
 from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import MAX_DIFFERENCE
@@ -145,7 +145,7 @@ def mixed(tmp_path_factory):
 def test_the_graph_answers_like_the_trained_model(exported, count):
     model, preprocessor, path = exported
     frame = rows(preprocessor, count, seed=count)
-    got = answers(session(path), frame)
+    got = answers(open_graph(path), frame)
     assert got.shape == (count, 1)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got[:, 0], expected(model, preprocessor, frame), atol=MAX_DIFFERENCE / 10)
@@ -170,7 +170,7 @@ def test_a_column_may_be_called_like_something_inside(tmp_path, names):
 
 def test_takes_each_raw_column_by_name_and_type(mixed):
     _, _, path = mixed
-    graph = session(path)
+    graph = open_graph(path)
     assert {i.name: (i.type, i.shape) for i in graph.get_inputs()} == {
         "x": ("tensor(double)", ["rows"]),
         "c": ("tensor(string)", ["rows"]),
@@ -185,7 +185,7 @@ def test_values_beyond_ascii_are_told_apart(mixed):
     frame = pd.DataFrame(
         {"x": 0.0, "c": ["größe ✓", "grösse ✓", "größe", None], "d": ["c", "c", "c", "größe ✓"]}
     )
-    got = answers(session(path), frame)[:, 0]
+    got = answers(open_graph(path), frame)[:, 0]
     np.testing.assert_allclose(got, expected(model, preprocessor, frame), atol=1e-6)
     assert got[1] == got[2], "both are unseen"
     assert len(set(got)) == 3

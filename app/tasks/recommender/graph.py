@@ -9,7 +9,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from app.bundle.bundle import ITEMS, KNOWN, SCORES, session
+from app.bundle.bundle import ITEMS, KNOWN, SCORES, open_graph
 from app.bundle.schema import MAX_ITEMS
 from app.data.interactions import Catalogue
 from app.tasks.onnx import exported, inner_prefix, require_equal, write
@@ -100,7 +100,7 @@ def difference(
     with the same score may change places. Raises RuntimeError if it exceeds MAX_DIFFERENCE, relative to the
     size of the scores.
     """
-    graph, best, worst = session(path), _Best(network.cpu().eval(), catalogue, seen.cpu()), 0.0
+    graph, best, worst = open_graph(path), _Best(network.cpu().eval(), catalogue, seen.cpu()), 0.0
     users = np.append(users, "")
     for start in range(0, len(users), USERS_AT_ONCE):
         asked = users[start : start + USERS_AT_ONCE].astype(object)

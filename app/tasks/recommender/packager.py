@@ -55,9 +55,7 @@ class Packager:
         most popular items, and an item that it does not know comes last.
         """
         network, theirs = _open(bundle)
-        test, seen = self.task.frame("test"), self.task.seen_in("train", "validation")
-        if rows is not None:
-            test = test[rows].reset_index(drop=True)
+        test, seen = self.task.frame("test", rows), self.task.seen_in("train", "validation")
         columns = torch.from_numpy(theirs.item_places(self.task.catalogue.items))
         popularity = torch.tensor(theirs.popularity, dtype=torch.float32)
         found = []

@@ -45,9 +45,9 @@ class Task:
             seen[users, torch.from_numpy(self.catalogue.item_places(frame[ITEM]))] = True
         return seen
 
-    def frame(self, part: str) -> pd.DataFrame:
-        """One part, its columns named USER, ITEM, RATING and AGE."""
-        return self._named(self.prepared.frame(part))
+    def frame(self, part: str, rows: np.ndarray | None = None) -> pd.DataFrame:
+        """One part, or its rows where the mask `rows` is true; the columns are USER, ITEM, RATING and AGE."""
+        return self._named(self.prepared.frame(part, rows))
 
     def _named(self, frame: pd.DataFrame) -> pd.DataFrame:
         return frame.rename(columns={self.columns.user: USER, self.columns.item: ITEM})

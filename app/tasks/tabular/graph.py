@@ -11,7 +11,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from app.bundle.bundle import OUTPUT, inputs, session
+from app.bundle.bundle import OUTPUT, inputs, open_graph
 from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import OPSET, exported, inner_prefix, require_equal, write
 
@@ -50,7 +50,7 @@ def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: 
         matrix = torch.from_numpy(preprocessor.transform(frame))
         expected = model.cpu().eval()(matrix).numpy()
     columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
-    got = session(path).run([OUTPUT], inputs(columns))[0]
+    got = open_graph(path).run([OUTPUT], inputs(columns))[0]
     return require_equal(float(np.abs(got[:, 0] - expected).max()))
 
 

@@ -7,9 +7,8 @@ import numpy as np
 from torch import nn
 
 from app.bundle.bundle import Bundle
-from app.bundle.schema import Schema, schema_of
-from app.data.prepare import LABEL
-from app.evaluation import metrics, slices
+from app.bundle.schema import Schema, label_schema
+from app.evaluation import predictions
 from app.tasks.tabular import graph
 from app.tasks.tabular.task import Task
 
@@ -29,20 +28,8 @@ class Packager:
 
     def schema(self) -> Schema:
         labels = self.task.prepared.summary["labels"]
-        return schema_of(self.task.project, self.task.preprocessor, labels)
+        return label_schema(self.task.project, self.task.preprocessor, labels)
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
-        test = self.task.prepared.frame("test")
-        if rows is not None:
-            test = test[rows].reset_index(drop=True)
-        labels = test[LABEL].to_numpy()
-        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
-        return {
-            "model": metrics.evaluate(labels, probabilities),
-            "reliability": metrics.reliability(labels, probabilities),
-            "slices": slices.slices(
-                test,
-                self.task.project.evaluation.slices,
-                lambda rows: slices.of_binary(labels[rows], probabilities[rows]),
-            ),
-        }
+        test = self.task.prepared.frame("test", rows)
+        return predictions.evaluate(self.task.project, test, bundle.predict(test))

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.bundle.bundle import OUTPUT, session
+from app.bundle.bundle import OUTPUT, open_graph
 from app.data import tokens
 from app.tasks.onnx import exported, require_equal, write
 
@@ -28,7 +28,7 @@ def difference(network: nn.Module, path: Path, ids: np.ndarray, lengths: np.ndar
     `ids` (rows, longest) and `lengths` (rows,) as of `tokens.encode`. Raises RuntimeError if it exceeds
     MAX_DIFFERENCE.
     """
-    graph, network, worst = session(path), network.cpu().eval(), 0.0
+    graph, network, worst = open_graph(path), network.cpu().eval(), 0.0
     for start in range(0, len(lengths), TEXTS_AT_ONCE):
         rows = slice(start, start + TEXTS_AT_ONCE)
         feed = tokens.pad(ids[rows], lengths[rows])

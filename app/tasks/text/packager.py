@@ -7,10 +7,9 @@ import numpy as np
 from torch import nn
 
 from app.bundle.bundle import Bundle
-from app.bundle.schema import Schema, schema_of
+from app.bundle.schema import Schema, label_schema
 from app.data import tokens
-from app.data.prepare import LABEL
-from app.evaluation import metrics, slices
+from app.evaluation import predictions
 from app.tasks.text import graph
 from app.tasks.text import network as networks
 from app.tasks.text.task import Task
@@ -35,22 +34,8 @@ class Packager:
         return graph.difference(network, folder / "model.onnx", ids, lengths)
 
     def schema(self) -> Schema:
-        return schema_of(self.task.project, self.task.prepared.preprocessor)
+        return label_schema(self.task.project, self.task.prepared.preprocessor)
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
-        test = self.task.prepared.frame("test")
-        if rows is not None:
-            test = test[rows].reset_index(drop=True)
-        labels = test[LABEL].to_numpy()
-        probabilities = bundle.predict({i.name: test[i.name].to_numpy() for i in bundle.schema.inputs})
-        right = (probabilities.argmax(axis=1) == labels).astype(float)
-        return {
-            "model": metrics.evaluate_classes(labels, probabilities),
-            "classes": dict(zip(self.task.classes, metrics.by_class(labels, probabilities), strict=True)),
-            "reliability": metrics.reliability(right, probabilities.max(axis=1)),
-            "slices": slices.slices(
-                test,
-                self.task.project.evaluation.slices,
-                lambda rows: slices.of_classes(labels[rows], probabilities[rows]),
-            ),
-        }
+        test = self.task.prepared.frame("test", rows)
+        return predictions.evaluate(self.task.project, test, bundle.predict(test))
