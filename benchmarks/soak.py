@@ -35,10 +35,10 @@ from app.cluster.session import session
 from app.config import Serving
 from app.errors import UserError
 from app.registry import versions
-from app.serving import deploy
-from app.serving.front import IN_HAND, MAX_WAIT_S
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy
+from app.serving.gateway.haproxy import IN_HAND, MAX_WAIT_S
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]

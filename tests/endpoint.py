@@ -10,9 +10,9 @@ from pathlib import Path
 
 from app.cluster.session import session
 from app.config import Serving
-from app.serving import deploy
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 
 
 def main(bundle: str, serving: str) -> None:

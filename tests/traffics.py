@@ -1,8 +1,7 @@
 """Entries of the audit log with a traffic, as deployments write them."""
 
 from app.config import Serving
-from app.serving import traffic
-from app.serving.traffic import Traffic
+from app.serving.traffic.traffic import Traffic, traffic
 from app.state.audit import Audit
 
 

@@ -63,7 +63,7 @@ DONE: Mapping[str, Callable[[Details], str]] = {
     "undeploy": lambda d: "took the endpoint off",
 }
 """What the other actions did. They are named where they are written: app.registry.versions and
-app.serving.traffic."""
+app.serving.traffic.traffic."""
 
 
 def _traffic(details: Details, before: Details) -> str:

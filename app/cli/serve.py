@@ -74,11 +74,11 @@ def traffic(
             from app.cluster.session import session
 
             with session():
-                from app.serving import applications
+                from app.serving.control import applications
 
                 served = applications.reweight(name, weights, console.wait)
         else:
-            from app.serving import traffic
+            from app.serving.traffic import traffic
             from app.state.audit import Audit
 
             with Audit() as audit:
@@ -98,7 +98,7 @@ def status(as_json: Json = False) -> None:
         from app.cluster.session import session
 
         with session():
-            from app.serving import status
+            from app.serving.control import status
 
             documents = [endpoint.document() for endpoint in status.endpoints()]
         if as_json:
@@ -118,7 +118,7 @@ def undeploy(name: EndpointName) -> None:
         from app.cluster.session import session
 
         with session():
-            from app.serving import deploy
+            from app.serving.control import deploy
 
             deploy.take_off(name, console.wait)
         console.say(f"{name} is not served any more")
@@ -143,7 +143,7 @@ def token(
     new_key: Annotated[bool, typer.Option("--new-key", help="Sign with a new key from now on.")] = False,
 ) -> None:
     """Issue a token for endpoints with `serving.auth: local`. Prints only the token."""
-    from app.serving import issuer
+    from app.serving.gateway import issuer
 
     if new_key:
         issuer.new_key()

@@ -60,7 +60,7 @@ FLAGS = {
     # ready within this time, Serve kills it, and `raylway serve` fails; default 5 s.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # Removes client headers that control Serve, and limits bodies, before Serve reads either.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.ingress.middlewares",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "app.serving.gateway.guard.middlewares",
 }
 """Variables for every cluster. The user's environment overrides them."""
 
@@ -91,7 +91,7 @@ def environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home() / "auth_token"),
         "RAYLWAY_HOME": str(home()),
-        # Starts HAProxy with an edited configuration, see app.serving.front.
+        # Starts HAProxy with an edited configuration, see app.serving.gateway.haproxy.
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "raylway-haproxy"),
         # `python -m app` in a job must be this Python, and Serve's own actors must find the callback in
         # FLAGS. A job's working directory comes before PYTHONPATH.

@@ -52,7 +52,8 @@ def run(console: Console) -> None:
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with session():
         from app.jobs import pipeline
-        from app.serving import deploy, follow
+        from app.monitoring import follow
+        from app.serving.control import deploy
 
         console.say("1. A first champion: logistic regression", style="bold")
         first = pipeline.run(incumbent, console)
@@ -138,7 +139,7 @@ def _summary(console: Console, trained: dict[str, Any], traffic: Traffic, varian
 
 
 def _next_steps(console: Console, name: str, variant: Any) -> None:
-    from app.serving import deploy
+    from app.serving.control import deploy
 
     folder = short(home())
     port = projectfile.load(PROJECT).serving.port

@@ -11,15 +11,15 @@ import starlette.requests
 import starlette.responses
 from starlette.types import Send
 
-from app.serving.body import Body, Whole
-from app.serving.protocol import Refused
+from app.serving.gateway.body import Body, Whole
+from app.serving.protocols.rows import Refused
 
 JSON = "application/json"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client sent, after `app.serving.ingress` has cleaned its headers."""
+    """What a client sent, after `app.serving.gateway.guard` has cleaned its headers."""
 
     method: str
     path: str
@@ -89,7 +89,7 @@ async def by_proxy(
     deployment: Responder, request: starlette.requests.Request
 ) -> starlette.responses.Response:
     """A request that came by way of Serve's proxy on the head node, which asks us when it finds no replica
-    that listens; `app.serving.ingress` has cleaned it there, and read its body."""
+    that listens; `app.serving.gateway.guard` has cleaned it there, and read its body."""
     headers = dict(request.headers.raw)
     request_id = headers[b"x-request-id"].decode()
     body = Whole(await request.body())

@@ -198,7 +198,7 @@ def test_token(killed, raylway, home):
 @pytest.fixture(scope="module")
 def project(ray_cluster, home):
     """Settings of an endpoint with a champion and a challenger; nothing is served at the end."""
-    from app.serving import deploy
+    from app.serving.control import deploy
 
     settings = [
         "name=served", f"serving.port={free_ports(1)[0]}", "serving.num_cpus=0.1",

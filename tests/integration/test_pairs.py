@@ -19,7 +19,7 @@ from app.cluster.ports import free_ports
 from app.config import projectfile
 from app.data import samples
 from app.registry import versions
-from app.serving import issuer
+from app.serving.gateway import issuer
 from tests.integration import whole
 from tests.integration.conftest import ROOT
 
@@ -42,7 +42,7 @@ from app.state.audit import Audit
 from app.state.records import Records
 with session(log_to_driver=False):
     from app.serving import bandit, traffic
-    from app.serving.follow import Follower
+    from app.monitoring.follow import Follower
     audit = Audit()
     held = traffic.current(audit, {NAME!r})
     if held is not None:

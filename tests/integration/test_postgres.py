@@ -11,7 +11,7 @@ from optuna.exceptions import StorageInternalError
 
 from app.errors import UserError
 from app.registry import connection
-from app.serving.recorder import REFUSED, NotStored, Recorder
+from app.serving.replica.recorder import REFUSED, NotStored, Recorder
 from app.state.audit import Audit
 from app.state.audit_head import Broken
 from app.state.database import Busy, alone

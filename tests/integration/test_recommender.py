@@ -10,7 +10,8 @@ import pytest
 
 from app.cluster.ports import free_ports
 from app.config import projectfile
-from app.serving import deploy, follow
+from app.monitoring import follow
+from app.serving.control import deploy
 
 pytestmark = [
     pytest.mark.integration,

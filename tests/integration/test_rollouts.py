@@ -16,9 +16,9 @@ from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
 from app.cluster.ports import free_ports
 from app.config import Serving
-from app.serving import deploy, routing, status, traffic
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy, status
+from app.serving.traffic.traffic import Traffic, routing, traffic
+from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from app.state.records import Records
 from tests.bundles import ROWS, build
@@ -349,8 +349,8 @@ def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundle
 
 
 def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, raylway, tmp_path):
+    from app.monitoring import follow
     from app.registry import versions
-    from app.serving import follow
     from tests.versions import registered
 
     for number in (1, 2):

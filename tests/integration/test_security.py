@@ -17,10 +17,11 @@ import pytest
 
 from app.cluster.ports import free_ports
 from app.config import Serving
-from app.serving import deploy, issuer
-from app.serving.front import IN_HAND
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy
+from app.serving.gateway import issuer
+from app.serving.gateway.haproxy import IN_HAND
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 from app.state.records import Records
 from tests.bundles import ROWS, build
 

@@ -20,10 +20,11 @@ from app.bundle.schema import columns_of
 from app.cluster.ports import free_ports
 from app.config import Serving
 from app.errors import UserError
-from app.serving import deploy, routing, shared
-from app.serving.traffic import Traffic
-from app.serving.traffic import current as traffic_that_holds
-from app.serving.variants import Deployed, load
+from app.serving.control import deploy
+from app.serving.gateway import frontend
+from app.serving.traffic.traffic import Traffic, routing
+from app.serving.traffic.traffic import current as traffic_that_holds
+from app.serving.traffic.variants import Deployed, load
 from app.state.audit import Audit
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
@@ -135,7 +136,7 @@ def test_a_first_deployment_that_fails_leaves_nothing_open(
     gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match="is not a bundle"):
         deploy.deploy(settings, "income", traffic(gone))
-    assert shared.read() is None
+    assert frontend.read() is None
     assert not listens(settings.port)
     assert not listens(settings.grpc_port)
 
@@ -440,8 +441,8 @@ import gc, time
 import ray
 from app.cluster.session import session
 with session(log_to_driver=False):
-    from app.serving.limits import ROOT
-    from app.serving.status import broadcast
+    from app.serving.gateway.limits import ROOT
+    from app.serving.control.status import broadcast
     from ray.serve._private.long_poll import LongPollClient
     assert len(broadcast(ROOT, ROOT, "watched")) == 1
     asking = [each for each in gc.get_objects() if isinstance(each, LongPollClient)]
@@ -490,7 +491,7 @@ def test_a_change_of_the_grpc_port_that_fails_changes_nothing(client, grpc, vari
         with pytest.raises(UserError, match=r"must be free.*serving\.grpc_port"):
             deploy.deploy(changed, "income", traffic(variants))
     assert grpc.is_model_ready("income")
-    assert shared.read().front.grpc_port == settings.grpc_port
+    assert frontend.read().front.grpc_port == settings.grpc_port
     try:
         deploy.deploy(settings.model_copy(update={"grpc_port": None}), "income", traffic(variants))
         assert not listens(settings.grpc_port)

@@ -13,10 +13,10 @@ from app.cluster.session import session
 from app.config import Project, Serving
 from app.errors import UserError
 from app.jobs import predict
-from app.serving import deploy
-from app.serving.protocol import Contract
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy
+from app.serving.protocols.rows import Contract
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 from tests import tables
 from tests.tables import TRAINED
 

@@ -14,9 +14,9 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from app.cluster import capacity
 from app.cluster.ports import free_ports
 from app.config import Serving
-from app.serving import deploy
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.control import deploy
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
 

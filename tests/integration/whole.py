@@ -7,7 +7,8 @@ import httpx
 
 from app.bundle.manifest import verify
 from app.registry import versions
-from app.serving import status, traffic
+from app.serving.control import status
+from app.serving.traffic.traffic import traffic
 from app.state.audit import Audit
 
 SETTLE_S = 120

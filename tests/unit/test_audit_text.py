@@ -14,8 +14,7 @@ from rich.console import Console
 from app.cli import audit_text
 from app.config import Serving
 from app.registry import versions
-from app.serving import traffic
-from app.serving.traffic import Traffic
+from app.serving.traffic.traffic import Traffic, traffic
 from app.state.audit import Audit
 from tests.traffics import place
 

@@ -11,9 +11,9 @@ from joserfc.jwk import ECKey, KeySet, RSAKey
 
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving import auth, issuer
-from app.serving.auth import Authenticator
-from app.serving.protocol import Refused
+from app.serving.gateway import auth, issuer
+from app.serving.gateway.auth import Authenticator
+from app.serving.protocols.rows import Refused
 
 
 def authenticator(path=None, audience="raylway"):

@@ -3,10 +3,9 @@ import time
 import numpy as np
 import pytest
 
-from app.serving import traffic
-from app.serving.bandit import FLOOR, WHO, Rewards, rebalance, weights
-from app.serving.traffic import ACTION, Traffic
-from app.serving.variants import Deployed
+from app.monitoring.bandit import FLOOR, WHO, Rewards, rebalance, weights
+from app.serving.traffic.traffic import ACTION, Traffic, traffic
+from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from app.state.records import Feedback, Prediction, Records, encode
 from tests.traffics import place

@@ -3,8 +3,8 @@ import contextlib
 
 import pytest
 
-from app.serving.body import GONE, Body, Room, Whole
-from app.serving.protocol import Refused
+from app.serving.gateway.body import GONE, Body, Room, Whole
+from app.serving.protocols.rows import Refused
 
 
 class Client:

@@ -17,8 +17,9 @@ from app.bundle.schema import Input, Schema
 from app.config import Category, Number, Text, projectfile
 from app.data import samples, schema
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells
-from app.serving import grpc, tensors
-from app.serving.protocol import Contract, Refused
+from app.serving.gateway import grpc
+from app.serving.protocols import tensors
+from app.serving.protocols.rows import Contract, Refused
 
 MISSING = ["?", "-9", "n/a"]
 CONTRACTS = [

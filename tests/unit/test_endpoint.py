@@ -5,10 +5,9 @@ import sys
 import pytest
 
 from app.config import Serving
-from app.serving import traffic
-from app.serving.endpoint import Endpoint
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.replica.endpoint import Endpoint
+from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.unit.test_records import prediction

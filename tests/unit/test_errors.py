@@ -7,7 +7,7 @@ from app.errors import UserError, described, described_in, root, unwrapped
 
 TRACE = """The deployment failed to start 3 times in a row. Error:
 ray::ServeReplica:income:endpoint.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
-  File "app/serving/endpoint.py", line 1, in __init__
+  File "app/serving/replica/endpoint.py", line 1, in __init__
     raise UserError("x")
 app.errors.UserError: the variants differ in
   column age

@@ -8,9 +8,9 @@ from captum.attr import ShapleyValues
 
 from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
-from app.serving import explain
-from app.serving.explain import Walks
-from app.serving.protocol import Answer, Question, Refused
+from app.serving.protocols import explain
+from app.serving.protocols.explain import Walks
+from app.serving.protocols.rows import Answer, Question, Refused
 from tests.bundles import ROWS, build
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from app.bundle.schema import Schema
 from app.config.serving import Limits
-from app.serving import feedback
-from app.serving.auth import Principal
-from app.serving.protocol import Refused
-from app.serving.recorder import Recorder
+from app.serving.gateway.auth import Principal
+from app.serving.protocols.rows import Refused
+from app.serving.replica import feedback
+from app.serving.replica.recorder import Recorder
 from app.state.records import Records, encode
 from tests.unit.test_records import prediction
 

@@ -5,11 +5,12 @@ import pytest
 from app.bundle import copies
 from app.config import Serving
 from app.errors import UserError
+from app.monitoring import follow
+from app.monitoring.follow import WHO, Follower
 from app.registry import versions
 from app.registry.versions import Version
-from app.serving import follow, traffic
 from app.serving.backoff import FIRST_S
-from app.serving.follow import WHO, Follower
+from app.serving.traffic.traffic import traffic
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.traffics import place

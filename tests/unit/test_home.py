@@ -5,7 +5,7 @@ import pytest
 from app import console
 from app.errors import UserError
 from app.registry import connection
-from app.serving import issuer
+from app.serving.gateway import issuer
 from app.state import stages
 from app.state.audit import Audit
 from app.state.home import database_url, make_private, private_file

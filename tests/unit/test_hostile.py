@@ -4,8 +4,9 @@ import tracemalloc
 
 import pytest
 
-from app.serving import feedback, tensors
-from app.serving.protocol import NUM_VIOLATIONS, Contract, Refused
+from app.serving.protocols import tensors
+from app.serving.protocols.rows import NUM_VIOLATIONS, Contract, Refused
+from app.serving.replica import feedback
 from tests.bundles import schema
 
 SIZE = 300_000

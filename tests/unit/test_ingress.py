@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.serving import front, ingress
-from app.serving.body import Whole
-from app.serving.front import PROOF_HEADER, SECRET_HEADER, proofs
+from app.serving.gateway import guard, haproxy
+from app.serving.gateway.body import Whole
+from app.serving.gateway.guard import Guard
+from app.serving.gateway.haproxy import PROOF_HEADER, SECRET_HEADER, proofs
 from app.serving.http import Request, Response
-from app.serving.ingress import Guard
-from app.serving.protocol import Refused
+from app.serving.protocols.rows import Refused
 from app.state.home import SECRET
 
 SHOWN_VALUE, PROOF_VALUE = (value.encode() for value in proofs("0123").values())
@@ -60,9 +60,9 @@ def ask(headers=(), chunks=(b"",), kind="http", path="/", deployment=None, metho
 
 
 def test_outside_of_a_replica_there_is_no_deployment():
-    guard, _ = ingress.middlewares()
-    assert guard.cls is Guard
-    assert guard.args[0]() is None
+    middleware, _ = guard.middlewares()
+    assert middleware.cls is Guard
+    assert middleware.args[0]() is None
 
 
 @pytest.mark.parametrize("secret", ["0123", ""])
@@ -88,7 +88,7 @@ def test_as_serve_puts_them_together_only_the_secret_opens(monkeypatch, secret, 
 
     headers = [(SECRET_HEADER.encode(), value) for value in shown]
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
-    asyncio.run(_apply_middlewares(serve, ingress.middlewares())(scope, receive, send))
+    asyncio.run(_apply_middlewares(serve, guard.middlewares())(scope, receive, send))
     proved = dict(sent[0]["headers"]).get(PROOF_HEADER.encode())
     if secret and shown == [SHOWN_VALUE]:
         assert SECRET_HEADER.encode() not in dict(seen[0]["headers"])
@@ -104,13 +104,13 @@ def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypat
     ours, other = SimpleNamespace(respond=None), SimpleNamespace()
     contexts = [SimpleNamespace(servable_object=served) for served in (None, ours, other)]
     monkeypatch.setattr("ray.serve.context._get_internal_replica_context", lambda: contexts[0])
-    middleware, _ = ingress.middlewares()
-    guard = middleware.cls(None, *middleware.args)
-    assert guard._deployment() is None
+    middleware, _ = guard.middlewares()
+    ours_only = middleware.cls(None, *middleware.args)
+    assert ours_only._deployment() is None
     del contexts[0]
-    assert guard._deployment() is ours
+    assert ours_only._deployment() is ours
     del contexts[0]
-    assert guard._deployment() is None, "another application's gets its requests from Serve"
+    assert ours_only._deployment() is None, "another application's gets its requests from Serve"
 
 
 def test_the_answer_is_whole_and_has_the_requests_id():
@@ -168,7 +168,7 @@ def test_a_refusal_does_not_wait_for_the_body():
     _, (start, content) = ask([], [b"x", SILENT], deployment=Deployment(refusal))
     headers = dict(start["headers"])
     assert (start["status"], headers[b"www-authenticate"]) == (401, b"Bearer")
-    assert (headers[b"connection"], headers[front.UNFINISHED_HEADER.encode()]) == (b"close", b"1")
+    assert (headers[b"connection"], headers[haproxy.UNFINISHED_HEADER.encode()]) == (b"close", b"1")
     assert b"who are you" in content["body"]
 
 

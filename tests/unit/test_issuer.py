@@ -5,7 +5,7 @@ import pytest
 from joserfc import jwt
 from joserfc.jwk import KeySet
 
-from app.serving import issuer
+from app.serving.gateway import issuer
 
 
 def good(token):

@@ -12,9 +12,9 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
 from app.config.serving import Issuer
-from app.serving import keys
-from app.serving.auth import Authenticator
-from app.serving.protocol import Refused
+from app.serving.gateway import keys
+from app.serving.gateway.auth import Authenticator
+from app.serving.protocols.rows import Refused
 
 OLD, NEW = (ECKey.generate_key("P-256", {"alg": "ES256"}, auto_kid=True) for _ in range(2))
 
@@ -219,7 +219,7 @@ def test_a_withdrawn_key_goes_with_the_next_fetch_whatever_the_wall_clock_does(m
         assert await status(checked, header) == 200
         server.keys = [NEW]
         stepped = time.time() + step_s
-        monkeypatch.setattr("app.serving.auth.time.time", lambda: stepped)
+        monkeypatch.setattr("app.serving.gateway.auth.time.time", lambda: stepped)
         clock.now += keys.REFRESH_S + 1
         await refresh(checked)
         assert checked.known(header) is None

@@ -5,8 +5,8 @@ import pytest
 from pydantic import ValidationError
 
 from app.config.serving import Limits
-from app.serving import limits
-from app.serving.limits import Buckets, Counter, Limiter
+from app.serving.gateway import limits
+from app.serving.gateway.limits import Buckets, Counter, Limiter
 
 
 class Clock:

@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from app.serving import logs
-from app.serving.body import Whole
+from app.serving.gateway.body import Whole
 from app.serving.http import Request
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

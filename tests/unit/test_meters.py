@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from app.serving.meters import WINDOW_S, Asked, Recent, Tally, at_most, merged
+from app.serving.replica.meters import WINDOW_S, Asked, Recent, Tally, at_most, merged
 
 
 class Clock:

@@ -8,11 +8,11 @@ import schemathesis
 from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
 from app.config.serving import Limits
-from app.serving import openapi, protocol
-from app.serving.live import Live
-from app.serving.protocol import Answer
-from app.serving.traffic import Traffic
-from app.serving.variants import Deployed
+from app.serving.protocols import openapi, rows
+from app.serving.protocols.rows import Answer
+from app.serving.replica.loaded import Live
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import Deployed
 from tests.bundles import ROWS, build, schema
 
 LIMITS = Limits(max_rows=5)
@@ -55,7 +55,7 @@ def test_the_example_of_a_bundle_is_a_request_that_is_answered_so(tmp_path):
         probabilities=bundle.predict(columns_of(bundle.schema, question.rows)),
     )  # fmt: skip
     answers = document["paths"]["/v2/models/income/predict"]["post"]["responses"]["200"]
-    answered = json.loads(protocol.answer(given, bundle.schema))
+    answered = json.loads(rows.answer(given, bundle.schema))
     shown = answers["content"]["application/json"]["example"]
     assert np.isclose(
         shown["predictions"][0].pop("probability"), answered["predictions"][0].pop("probability")

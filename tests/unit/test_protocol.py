@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from app.serving.protocol import NUM_VIOLATIONS, Answer, Contract, Refused, answer
+from app.serving.protocols.rows import NUM_VIOLATIONS, Answer, Contract, Refused, answer
 from tests.bundles import ROWS, schema
 
 GOOD = {"age": 39, "education": "Bachelors", "gender": "Male"}

@@ -5,8 +5,8 @@ import time
 import pytest
 from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 
-from app.serving import recorder
-from app.serving.recorder import CLOSED, FULL, OVERHEAD_BYTES, REFUSED, REPEATED, NotStored, Recorder
+from app.serving.replica import recorder
+from app.serving.replica.recorder import CLOSED, FULL, OVERHEAD_BYTES, REFUSED, REPEATED, NotStored, Recorder
 from app.state.records import Feedback, Records, Verdict, decode
 from tests.unit.test_records import prediction
 

@@ -3,7 +3,7 @@ from math import sqrt
 
 import pytest
 
-from app.serving.routing import choose
+from app.serving.traffic.routing import choose
 
 UNITS = [f"user-{i}" for i in range(20_000)]
 

@@ -3,8 +3,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from app.serving import shadow
-from app.serving.shadow import Copy, Shadow
+from app.serving.replica import shadow
+from app.serving.replica.shadow import Copy, Shadow
 from tests.bundles import ROWS, schema
 from tests.unit.test_records import prediction
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving import shared
-from app.serving.shared import Behind, Front, Shared, check
+from app.serving.gateway import frontend
+from app.serving.gateway.frontend import Behind, Front, Shared, check
 from app.state.home import FRONT
 
 SERVING = {"variants": {"champion": {"version": "1", "weight": 1}}}
@@ -121,7 +121,7 @@ def test_the_url_that_this_machine_reaches_it_by(host, url):
 )
 def test_a_host_becomes_an_address(host, address):
     serving = Serving.model_validate({**SERVING, "host": host, "auth": "local"})
-    assert shared.front_of(serving).host == address
+    assert frontend.front_of(serving).host == address
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
@@ -139,7 +139,7 @@ def test_any_other_host_does(host):
 def test_a_host_that_is_not_this_machines_is_refused(host):
     serving = Serving.model_validate({**SERVING, "host": host, "auth": "local"})
     with pytest.raises(UserError, match=r"serving\.host.*must be an address of this machine"):
-        shared.front_of(serving)
+        frontend.front_of(serving)
 
 
 def test_a_taken_port_is_refused():
@@ -147,22 +147,22 @@ def test_a_taken_port_is_refused():
         port = server.getsockname()[1]
         for host in ("127.0.0.1", "0.0.0.0"):
             with pytest.raises(UserError, match=rf"port {port} must be free on {host}.*serving\.grpc_port"):
-                shared.require_free(host, port, "serving.grpc_port")
-    shared.require_free("127.0.0.1", port, "serving.grpc_port")
+                frontend.require_free(host, port, "serving.grpc_port")
+    frontend.require_free("127.0.0.1", port, "serving.grpc_port")
 
 
 def test_a_front_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setenv(FRONT, str(tmp_path))
-    with pytest.raises(KeyError), shared.tried(Shared(front())):
+    with pytest.raises(KeyError), frontend.tried(Shared(front())):
         raise KeyError
-    assert shared.read() is None
+    assert frontend.read() is None
     held = Shared(front(host="127.0.0.2"), {"one": GUARDED})
-    with shared.tried(held):
+    with frontend.tried(held):
         pass
-    with pytest.raises(KeyError), shared.tried(Shared(front())):
-        raise KeyError(shared.read())
-    assert shared.read() == held
-    shared.forget()
+    with pytest.raises(KeyError), frontend.tried(Shared(front())):
+        raise KeyError(frontend.read())
+    assert frontend.read() == held
+    frontend.forget()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,10 +174,10 @@ def test_a_renewed_certificate_has_a_file_of_its_own(tmp_path, monkeypatch):
     key.write_text("key")
     held = Shared(front(certificate=str(certificate), key=str(key)))
     pems = lambda: sorted(file.read_text() for file in (tmp_path / "front").glob("*.pem"))  # noqa: E731
-    with shared.tried(held):
+    with frontend.tried(held):
         assert pems() == ["1\nkey"]
     certificate.write_text("2")
-    with shared.tried(held):
+    with frontend.tried(held):
         assert pems() == ["1\nkey", "2\nkey"]
     assert pems() == ["2\nkey"]
 
@@ -196,11 +196,11 @@ def test_files_that_are_none_are_refused(tmp_path):
         auth = {"issuer": "i", "jwks": jwks if jwks.startswith("http") else str(tmp_path / jwks)}
         return Serving.model_validate({**SERVING, "tls": tls, "auth": auth})
 
-    shared.check_files(serving("one.pem", "one.key", "keys.json"))
-    shared.check_files(serving("one.pem", "one.key", "https://issuer.example/keys"))
+    frontend.check_files(serving("one.pem", "one.key", "keys.json"))
+    frontend.check_files(serving("one.pem", "one.key", "https://issuer.example/keys"))
     for files in (("one.pem", "other.key"), ("gone.pem", "one.key"), ("one.key", "one.pem")):
         with pytest.raises(UserError, match=r"serving\.tls"):
-            shared.check_files(serving(*files, "keys.json"))
+            frontend.check_files(serving(*files, "keys.json"))
     for jwks in ("gone.json", "no.json", "one.pem"):
         with pytest.raises(UserError, match=r"serving\.auth\.jwks"):
-            shared.check_files(serving("one.pem", "one.key", jwks))
+            frontend.check_files(serving("one.pem", "one.key", jwks))

@@ -18,10 +18,12 @@ from ray import serve
 
 from app.config import Serving
 from app.errors import UserError
+from app.monitoring import bandit, follow
+from app.monitoring.follow import Follower
 from app.registry import versions
 from app.registry.versions import CHALLENGER, CHAMPION, Version
-from app.serving import applications, bandit, deploy, follow, traffic
-from app.serving.follow import Follower
+from app.serving.control import applications, deploy
+from app.serving.traffic.traffic import traffic
 from app.state import audit as audits
 from app.state import audit_head
 from app.state.audit import Audit, Changed

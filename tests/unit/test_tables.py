@@ -8,8 +8,9 @@ from tritonclient.grpc import service_pb2 as messages
 
 from app.bundle.schema import Input, Schema
 from app.errors import UserError
-from app.serving import grpc, tensors
-from app.serving.protocol import Contract
+from app.serving.gateway import grpc
+from app.serving.protocols import tensors
+from app.serving.protocols.rows import Contract
 from tests import tables
 from tests.tables import REFUSED, TRAINED
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from app.bundle.bundle import OUTPUT
-from app.serving import tensors
-from app.serving.protocol import Answer, Contract, Refused
+from app.serving.protocols import tensors
+from app.serving.protocols.rows import Answer, Contract, Refused
 from tests.bundles import ROWS, schema
 
 

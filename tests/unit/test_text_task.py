@@ -21,9 +21,9 @@ from app.errors import UserError
 from app.evaluation import report
 from app.jobs import quantization
 from app.registry import versions
-from app.serving import protocol, tensors
-from app.serving.protocol import Answer, Contract, Refused
-from app.serving.variants import common_schema
+from app.serving.protocols import rows, tensors
+from app.serving.protocols.rows import Answer, Contract, Refused
+from app.serving.traffic.variants import common_schema
 from app.tasks import baselines_of, task_of
 from app.tasks.text.packager import Packager
 from app.tasks.text.task import Task as Text
@@ -160,7 +160,7 @@ class TestServing:
 
     def test_the_answer_has_the_label_and_a_probability_for_each_class(self, opened):
         given = self.answered(opened, [{"text": "a good day"}, {"text": "awful"}])
-        document = orjson.loads(protocol.answer(given, opened.schema))
+        document = orjson.loads(rows.answer(given, opened.schema))
         assert document["label"] == {"column": "mood", "classes": texts.CLASSES}
         for prediction, row in zip(document["predictions"], given.probabilities, strict=True):
             assert list(prediction["probabilities"]) == texts.CLASSES

@@ -5,7 +5,7 @@ from app.bundle.manifest import BrokenBundle
 from app.errors import UserError
 from app.registry import versions
 from app.registry.versions import Version
-from app.serving.variants import Deployed, common_schema, load, located
+from app.serving.traffic.variants import Deployed, common_schema, load, located
 from tests.bundles import build, schema
 
 

@@ -1,0 +1,1 @@
+"""What looks after deployed endpoints: versions that get an alias, weights that a bandit sets."""

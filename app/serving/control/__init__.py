@@ -1,0 +1,1 @@
+"""Puts endpoints on the cluster, takes them off, and reports on them."""

@@ -1,0 +1,1 @@
+"""Which variant of a model answers which share of the units."""
