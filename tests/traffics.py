@@ -1,7 +1,8 @@
 """Entries of the audit log with a traffic, as deployments write them."""
 
 from app.config import Serving
-from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 
 

@@ -24,22 +24,19 @@ def serve(file: File, overrides: Overrides = None) -> None:
     project = projectfile.load(file, overrides or [])
     with running("serve", hint="the endpoint is down") as console:
         from app.cluster.session import joins_lasting_cluster, session
-        from app.serving import deploy, follow
+        from app.jobs import serve
+        from app.serving.control import deploy
+        from app.serving.traffic.registered import registered
 
-        registered, notes = follow.registered(project.name, project.serving)
+        traffic, notes = registered(project.name, project.serving)
         for note in notes:
             console.say(note, style="yellow")
         with session():
-            from app.cluster import capacity
-
-            num_cpus = project.serving.num_cpus * project.serving.autoscaling.min_replicas
-            setting = "serving.num_cpus x autoscaling.min_replicas"
-            console.wait(capacity.current().wait_message(num_cpus, setting, excluding=project.name))
-            server = deploy.deploy(project.serving, project.name, registered, console.wait)
-            for name, variant in registered.variants.items():
+            server = serve.deploy(project, traffic, console.wait)
+            for name, variant in traffic.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
-            console.say(deploy.curl(server, project.name, next(iter(registered.variants.values()))))
+            console.say(deploy.curl(server, project.name, next(iter(traffic.variants.values()))))
             if joins_lasting_cluster():
                 console.say("it stays up with the cluster")
                 return
@@ -98,9 +95,9 @@ def status(as_json: Json = False) -> None:
         from app.cluster.session import session
 
         with session():
-            from app.serving.control import status
+            from app.jobs import serve
 
-            documents = [endpoint.document() for endpoint in status.endpoints()]
+            documents = serve.statuses()
         if as_json:
             console.say(json.dumps(documents))
             return

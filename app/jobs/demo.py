@@ -51,9 +51,8 @@ def run(console: Console) -> None:
     incumbent = projectfile.load(PROJECT, INCUMBENT)
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with session():
-        from app.jobs import pipeline
-        from app.monitoring import follow
-        from app.serving.control import deploy
+        from app.jobs import pipeline, serve
+        from app.serving.traffic.registered import registered
 
         console.say("1. A first champion: logistic regression", style="bold")
         first = pipeline.run(incumbent, console)
@@ -61,8 +60,8 @@ def run(console: Console) -> None:
         second = pipeline.run(project, console)
         console.say("3. Both answer requests, in an A/B test", style="bold")
         with console.stage("serve") as done:
-            chosen, _ = follow.registered(project.name, project.serving)
-            server = deploy.deploy(project.serving, project.name, chosen)
+            chosen, _ = registered(project.name, project.serving)
+            server = serve.deploy(project, chosen)
             done(
                 ", ".join(f"{name} = version {variant.version}" for name, variant in chosen.variants.items())
             )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.errors import UserError
-from app.serving.traffic.traffic import ACTIONS, Held, Traffic, read, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import ACTIONS, Current, Traffic, read
 from app.state.audit import Audit, Changed
 from app.state.database import Busy
 from app.state.records import Records
@@ -47,7 +48,7 @@ def weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
     return dict(zip(rewards, shared.tolist(), strict=True))
 
 
-def rebalance(audit: Audit, records: Records, model: str, held: Held) -> None:
+def rebalance(audit: Audit, records: Records, model: str, held: Current) -> None:
     """Move the weights of an endpoint whose policy this is to what its rewards say.
 
     Does nothing if somebody has changed the endpoint since `held`: the next time is soon.

@@ -1,20 +1,48 @@
-"""HTTP as the deployments see it: the head of a request, its body when they ask for it, and an answer that is
-sent whole."""
+"""HTTP as deployments see it: a request with an unread body, a response that is sent whole, a refusal."""
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import starlette.requests
-import starlette.responses
+import orjson
 from starlette.types import Send
 
-from app.serving.gateway.body import Body, Whole
-from app.serving.protocols.rows import Refused
+from app.errors import UserError
 
 JSON = "application/json"
+NUM_VIOLATIONS = 100
+"""Violations that a refusal lists; the others are only counted."""
+CLIENT_GONE = 499
+"""Status of a request whose client closed the connection. It appears in metrics only."""
+
+
+class Body(Protocol):
+    """The body of a request, not read yet."""
+
+    async def read(self, max_bytes: int) -> bytes:
+        """The whole body; may be called once. Raises Refused if it is larger than `max_bytes`."""
+        ...
+
+
+class Refused(UserError):
+    """A request that is answered with an error status, with everything that is wrong with it."""
+
+    def __init__(
+        self,
+        status: int,
+        error: str,
+        violations: Sequence[Mapping[str, str]] = (),
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(error)
+        self.status = status
+        self.violations = violations
+        self.headers = headers or {}
+
+    def body(self) -> bytes:
+        return orjson.dumps({"error": str(self), "violations": list(self.violations[:NUM_VIOLATIONS])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +111,3 @@ class Responder(Protocol):
     """A deployment that answers HTTP. It refuses by a Refused or a Response, and reads the body last."""
 
     async def respond(self, request: Request) -> Response: ...
-
-
-async def by_proxy(
-    deployment: Responder, request: starlette.requests.Request
-) -> starlette.responses.Response:
-    """A request that came by way of Serve's proxy on the head node, which asks us when it finds no replica
-    that listens; `app.serving.gateway.guard` has cleaned it there, and read its body."""
-    headers = dict(request.headers.raw)
-    request_id = headers[b"x-request-id"].decode()
-    body = Whole(await request.body())
-    try:
-        response = await deployment.respond(
-            Request(request.method, request.scope["path"], headers, body, request_id)
-        )
-    except Refused as refused:
-        response = Response.of(refused)
-    return starlette.responses.Response(
-        response.body, response.status, dict(response.headers), response.media_type
-    )

@@ -10,8 +10,8 @@ import pytest
 
 from app.cluster.ports import free_ports
 from app.config import projectfile
-from app.monitoring import follow
 from app.serving.control import deploy
+from app.serving.traffic import registered
 
 pytestmark = [
     pytest.mark.integration,
@@ -67,7 +67,7 @@ def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
     assert "films version 1 (champion)" in done.stdout
 
     project = projectfile.load(file)
-    wanted, _ = follow.registered(project.name, project.serving)
+    wanted, _ = registered.registered(project.name, project.serving)
     card = (wanted.variants["champion"].path / "card.md").read_text()
     assert "which `what` a `who` takes next" in card
     assert "| ease |" in card

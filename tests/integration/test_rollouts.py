@@ -17,7 +17,8 @@ from app.bundle.schema import columns_of
 from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving.control import deploy, status
-from app.serving.traffic.traffic import Traffic, routing, traffic
+from app.serving.traffic import routing, traffic
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from app.state.records import Records
@@ -363,7 +364,7 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
             "variants": {"champion": {"version": "champion", "weight": 1}},
         }
     )
-    deploy.deploy(following, NAME, follow.registered(NAME, following)[0])
+    deploy.deploy(following, NAME, registered.registered(NAME, following)[0])
     with asking(served) as answers:
         done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr

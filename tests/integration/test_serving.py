@@ -22,7 +22,8 @@ from app.config import Serving
 from app.errors import UserError
 from app.serving.control import deploy
 from app.serving.gateway import frontend
-from app.serving.traffic.traffic import Traffic, routing
+from app.serving.traffic import routing
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.traffic import current as traffic_that_holds
 from app.serving.traffic.variants import Deployed, load
 from app.state.audit import Audit

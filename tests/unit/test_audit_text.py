@@ -14,7 +14,8 @@ from rich.console import Console
 from app.cli import audit_text
 from app.config import Serving
 from app.registry import versions
-from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 from tests.traffics import place
 

@@ -13,7 +13,7 @@ from app.config.serving import Issuer
 from app.errors import UserError
 from app.serving.gateway import auth, issuer
 from app.serving.gateway.auth import Authenticator
-from app.serving.protocols.rows import Refused
+from app.serving.http import Refused
 
 
 def authenticator(path=None, audience="raylway"):

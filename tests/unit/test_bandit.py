@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from app.monitoring.bandit import FLOOR, WHO, Rewards, rebalance, weights
-from app.serving.traffic.traffic import ACTION, Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import ACTION, Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from app.state.records import Feedback, Prediction, Records, encode

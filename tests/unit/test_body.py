@@ -3,8 +3,8 @@ import contextlib
 
 import pytest
 
-from app.serving.gateway.body import GONE, Body, Room, Whole
-from app.serving.protocols.rows import Refused
+from app.serving.gateway.body import ReceivedBody, StreamedBody, UnfinishedBodies
+from app.serving.http import CLIENT_GONE, Refused
 
 
 class Client:
@@ -28,7 +28,7 @@ class Client:
 
 def body(client, room=None, **headers):
     named = {name.replace("_", "-").encode(): value for name, value in headers.items()}
-    return Body(named, client.receive, room or Room())
+    return StreamedBody(named, client.receive, room or UnfinishedBodies())
 
 
 def refused(awaitable):
@@ -40,7 +40,7 @@ def refused(awaitable):
 def test_a_body_comes_whole():
     assert asyncio.run(body(Client(b"x" * 60, b"y" * 40)).read(100)) == b"x" * 60 + b"y" * 40
     assert asyncio.run(body(Client(b"")).read(100)) == b""
-    assert asyncio.run(Whole(b"abc").read(3)) == b"abc"
+    assert asyncio.run(ReceivedBody(b"abc").read(3)) == b"abc"
 
 
 @pytest.mark.parametrize("chunks", [(b"x" * 101,), (b"x" * 60, b"y" * 41, b"")])
@@ -63,7 +63,7 @@ def test_a_length_that_is_no_number_of_bytes_is_refused(length):
 
 
 def test_a_client_that_leaves_is_told_nothing():
-    assert refused(body(Client()).read(100)).status == GONE
+    assert refused(body(Client()).read(100)).status == CLIENT_GONE
 
 
 def test_a_body_that_drips_has_one_time_limit():
@@ -73,12 +73,12 @@ def test_a_body_that_drips_has_one_time_limit():
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
-    assert refused(Body({}, drip, Room(body_s=0.1)).read(10**6)).status == 408
+    assert refused(StreamedBody({}, drip, UnfinishedBodies(body_s=0.1)).read(10**6)).status == 408
 
 
 def test_the_oldest_unfinished_body_makes_room_for_a_new_one():
     async def scene():
-        room = Room(max_unfinished=2)
+        room = UnfinishedBodies(max_unfinished=2)
         silent = [Client(b"x", None, b"y") for _ in range(2)]
         reads = [asyncio.create_task(body(client, room).read(100)) for client in silent]
         await asyncio.sleep(0)
@@ -93,7 +93,7 @@ def test_the_oldest_unfinished_body_makes_room_for_a_new_one():
 
 def test_unfinished_bodies_are_bounded_together():
     async def scene():
-        room = Room(max_bytes=250)
+        room = UnfinishedBodies(max_bytes=250)
         silent = [Client(b"x" * 100, None, b"y") for _ in range(12)]
         reads = [asyncio.create_task(body(client, room).read(200)) for client in silent]
         for _ in range(3):

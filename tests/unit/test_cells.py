@@ -18,8 +18,10 @@ from app.config import Category, Number, Text, projectfile
 from app.data import samples, schema
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells
 from app.serving.gateway import grpc
+from app.serving.http import Refused
+from app.serving.protocols import rows as json_rows
 from app.serving.protocols import tensors
-from app.serving.protocols.rows import Contract, Refused
+from app.serving.protocols.contract import Contract
 
 MISSING = ["?", "-9", "n/a"]
 CONTRACTS = [
@@ -212,10 +214,10 @@ def test_rows_of_json_are_read_as_training_reads_them(census, trained, model, nu
     rows = census.select([i.name for i in model.inputs]).to_pylist()
     if num_rows == 1:
         rows, trained = rows[:3000], trained.head(3000)
-        read = [contract.parse(orjson.dumps({"rows": [row]})).columns for row in rows]
+        read = [json_rows.parse(orjson.dumps({"rows": [row]}), contract).columns for row in rows]
         columns = {name: np.concatenate([each[name] for each in read]) for name in trained}
     else:
-        columns = contract.parse(orjson.dumps({"rows": rows})).columns
+        columns = json_rows.parse(orjson.dumps({"rows": rows}), contract).columns
     assert_same(columns, trained)
 
 
@@ -233,7 +235,7 @@ def tensors_of(census: pa.Table, model: Schema) -> list[dict]:
 
 def test_tensors_are_read_as_training_reads_them(census, trained, model):
     body = orjson.dumps({"inputs": tensors_of(census, model)})
-    assert_same(tensors.parse(body, None, Contract(model, 50_000)).question.columns, trained)
+    assert_same(tensors.parse(body, None, Contract(model, 50_000)).query.columns, trained)
 
 
 @pytest.mark.parametrize("raw", [True, False])
@@ -255,7 +257,7 @@ def test_tensors_of_grpc_are_read_as_training_reads_them(census, trained, model,
     )
     head, tail = grpc._as_http(request)
     body = orjson.dumps(head)
-    read = tensors.parse(body + tail, str(len(body)), Contract(model, 50_000)).question.columns
+    read = tensors.parse(body + tail, str(len(body)), Contract(model, 50_000)).query.columns
     assert_same(read, trained)
 
 
@@ -286,7 +288,7 @@ def test_a_request_is_read_the_same_whether_it_is_one_row_or_many():
     good, bad = {"n": 5, "c": "x"}, {"n": "5", "c": "?", "more": 1}
     for count in (1, 99):
         with pytest.raises(Refused) as caught:
-            contract.parse(json.dumps({"rows": [good] * (count - 1) + [bad]}).encode())
+            json_rows.parse(json.dumps({"rows": [good] * (count - 1) + [bad]}).encode(), contract)
         assert [v["path"] for v in caught.value.violations] == [
             f"rows.{count - 1}.n",
             f"rows.{count - 1}.more",

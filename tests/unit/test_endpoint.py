@@ -6,7 +6,8 @@ import pytest
 
 from app.config import Serving
 from app.serving.replica.endpoint import Endpoint
-from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from tests.bundles import build

@@ -8,9 +8,10 @@ from captum.attr import ShapleyValues
 
 from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
+from app.serving.http import Refused
 from app.serving.protocols import explain
+from app.serving.protocols.contract import Answer, Query
 from app.serving.protocols.explain import Walks
-from app.serving.protocols.rows import Answer, Question, Refused
 from tests.bundles import ROWS, build
 
 
@@ -66,7 +67,7 @@ def explained(bundle, probabilities=None):
     given = bundle.predict(columns) if probabilities is None else probabilities
     answer = Answer(model="income", variant="champion", version="1", request_id="r", probabilities=given)
     points = bundle.predict(walks.points(columns))
-    return json.loads(explain.answer(answer, bundle.schema, walks, points)), bundle.predict(columns)
+    return json.loads(explain.encode(answer, bundle.schema, walks, points)), bundle.predict(columns)
 
 
 def test_a_bundle_is_explained_by_its_raw_columns(bundle):
@@ -102,6 +103,6 @@ def test_wide_tables_have_fewer_rows_explained_at_once():
 
 def test_more_rows_are_refused(bundle):
     most = explain.max_rows(len(bundle.schema.inputs))
-    explain.check(Question({}, most, None), bundle.schema)
+    explain.check(Query({}, most, None), bundle.schema)
     with pytest.raises(Refused, match=f"at most {most}"):
-        explain.check(Question({}, most + 1, None), bundle.schema)
+        explain.check(Query({}, most + 1, None), bundle.schema)

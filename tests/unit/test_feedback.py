@@ -7,7 +7,7 @@ import pytest
 from app.bundle.schema import Schema
 from app.config.serving import Limits
 from app.serving.gateway.auth import Principal
-from app.serving.protocols.rows import Refused
+from app.serving.http import Refused
 from app.serving.replica import feedback
 from app.serving.replica.recorder import Recorder
 from app.state.records import Records, encode

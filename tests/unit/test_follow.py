@@ -10,7 +10,7 @@ from app.monitoring.follow import WHO, Follower
 from app.registry import versions
 from app.registry.versions import Version
 from app.serving.backoff import FIRST_S
-from app.serving.traffic.traffic import traffic
+from app.serving.traffic import registered, traffic
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.traffics import place
@@ -59,12 +59,12 @@ def taken(monkeypatch):
 
 
 def test_a_variant_without_a_version_is_left_out(registered):
-    found, notes = follow.registered("income", SERVING)
+    found, notes = registered.registered("income", SERVING)
     assert found.weights == {"champion": 80}
     assert "challenger" in notes[0]
     registered.clear()
     with pytest.raises(UserError, match="train one first"):
-        follow.registered("income", SERVING)
+        registered.registered("income", SERVING)
 
 
 def looked(audit, follower):
@@ -74,7 +74,7 @@ def looked(audit, follower):
 
 def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, registered, taken):
     registered["challenger"] = "2"
-    deployed = follow.registered("income", SERVING)[0]
+    deployed = registered.registered("income", SERVING)[0]
     reweighted = traffic.reweighted(deployed, {"champion": 50, "challenger": 50})
     place(audit, "income", reweighted, SERVING)
     follower = Follower()
@@ -88,7 +88,7 @@ def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audi
 
 
 def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, taken):
-    deployed = follow.registered("income", SERVING)[0]
+    deployed = registered.registered("income", SERVING)[0]
     elsewhere = {
         name: variant.model_copy(update={"path": Path("/another/machine") / name})
         for name, variant in deployed.variants.items()
@@ -102,7 +102,7 @@ def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, tak
 
 
 def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken):
-    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
     registered["champion"] = "3"
     (versions.find("income", "champion").path / "model.onnx").write_bytes(b"")
     follower = Follower()
@@ -117,7 +117,7 @@ def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registere
 def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_later(
     audit, registered, taken, monkeypatch
 ):
-    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
     tried, now = [], [0.0]
 
     def refuse(name, entry):
@@ -143,7 +143,7 @@ def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_l
 
 def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, registered, taken):
     registered["challenger"] = "2"
-    deployed = follow.registered("income", SERVING)[0]
+    deployed = registered.registered("income", SERVING)[0]
     held = traffic.reweighted(deployed, {"champion": 0, "challenger": 100})
     place(audit, "income", held, SERVING)
     registered["champion"] = registered.pop("challenger")  # as `promote` does
@@ -159,14 +159,14 @@ def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes
 
 
 def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, registered, taken):
-    place(audit, "income", follow.registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
     registered["champion"] = "2"
     follower = Follower()
     with traffic.alone("income"):
         assert looked(audit, follower).variants["champion"].version == "1"
     assert follower.faults == {}
     read = traffic.current(audit, "income")
-    deployed = follow.registered("income", SERVING)[0].model_copy(update={"salt": "other"})
+    deployed = registered.registered("income", SERVING)[0].model_copy(update={"salt": "other"})
     place(audit, "income", deployed, SERVING)
     follower.look(audit, "income", read)
     assert traffic.current(audit, "income").traffic == deployed

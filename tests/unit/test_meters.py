@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from app.serving.replica.meters import WINDOW_S, Asked, Recent, Tally, at_most, merged
+from app.serving.replica.meters import WINDOW_S, Answered, Recent, Tally, at_most, merged
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
 
 
 def asked(seconds, variant="champion", status=200):
-    return Asked("predict", variant, status, seconds, 1)
+    return Answered("predict", variant, status, seconds, 1)
 
 
 def test_quantiles_are_those_of_the_latencies():

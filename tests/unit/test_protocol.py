@@ -4,7 +4,10 @@ import random
 import numpy as np
 import pytest
 
-from app.serving.protocols.rows import NUM_VIOLATIONS, Answer, Contract, Refused, answer
+from app.serving.http import NUM_VIOLATIONS, Refused
+from app.serving.protocols import rows as json_rows
+from app.serving.protocols.contract import Answer, Contract
+from app.serving.protocols.rows import encode
 from tests.bundles import ROWS, schema
 
 GOOD = {"age": 39, "education": "Bachelors", "gender": "Male"}
@@ -18,17 +21,17 @@ def contract():
 def refused(contract, body) -> Refused:
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     with pytest.raises(Refused) as caught:
-        contract.parse(content)
+        json_rows.parse(content, contract)
     document = json.loads(caught.value.body())
     assert document["error"] == str(caught.value)
     return caught.value
 
 
 def test_rows_and_unit_are_taken(contract):
-    question = contract.parse(json.dumps({"rows": ROWS, "unit": "user-17"}).encode())
+    question = json_rows.parse(json.dumps({"rows": ROWS, "unit": "user-17"}).encode(), contract)
     assert question.rows == ROWS
     assert question.unit == "user-17"
-    assert contract.parse(json.dumps({"rows": [GOOD], "unit": None}).encode()).unit is None
+    assert json_rows.parse(json.dumps({"rows": [GOOD], "unit": None}).encode(), contract).unit is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,9 @@ def test_each_bad_body_has_its_status(contract, status, body):
 
 
 def test_a_value_never_seen_is_ignored_where_the_contract_says_so(contract):
-    (row,) = contract.parse(json.dumps({"rows": [GOOD | {"workclass": "Astronaut"}]}).encode()).rows
+    (row,) = json_rows.parse(
+        json.dumps({"rows": [GOOD | {"workclass": "Astronaut"}]}).encode(), contract
+    ).rows
     assert row == GOOD | {"workclass": "Astronaut", "hours-per-week": None}
 
 
@@ -137,7 +142,7 @@ def test_the_answer_carries_the_decision_and_exactly_the_probability():
     given = Answer(
         model="income", variant="challenger", version="2", request_id="r", probabilities=probabilities
     )
-    assert json.loads(answer(given, schema())) == {
+    assert json.loads(encode(given, schema())) == {
         "model": "income",
         "variant": "challenger",
         "version": "2",
@@ -175,7 +180,7 @@ def test_whatever_bytes_come_they_are_taken_or_refused(contract):
             at = generator.randrange(len(body))
             body[at : at + generator.randint(0, 8)] = generator.choice([*scraps, generator.randbytes(1)])
         try:
-            contract.parse(bytes(body))
+            json_rows.parse(bytes(body), contract)
             statuses.append(200)
         except Refused as refusal:
             json.loads(refusal.body())

@@ -21,8 +21,9 @@ from app.data.interactions import AGE, ITEM, RATING, USER, fit, leave_one_out
 from app.data.prepare import Prepared
 from app.errors import UserError
 from app.evaluation import ranking
+from app.serving.http import Refused
 from app.serving.protocols import rows, tensors
-from app.serving.protocols.rows import Answer, Contract, Refused
+from app.serving.protocols.contract import Answer, Contract
 from app.serving.traffic.variants import common_schema
 from app.tasks import baselines_of, task_of
 from app.tasks.recommender.graph import LOWEST, difference
@@ -412,7 +413,7 @@ def contract(made):
 
 
 def asked(contract: Contract, **request: Any):
-    return contract.parse(orjson.dumps(request))
+    return rows.parse(orjson.dumps(request), contract)
 
 
 def answer_of(opened: Bundle, *users: str) -> Answer:
@@ -453,20 +454,20 @@ def test_an_unknown_user_is_refused_where_the_contract_says_so(prepared):
 
 def test_the_answer_has_the_best_first_and_says_who_is_new(made):
     task, _, opened = made
-    document = orjson.loads(rows.answer(answer_of(opened, "u1", "nobody"), opened.schema, 3))
+    document = orjson.loads(rows.encode(answer_of(opened, "u1", "nobody"), opened.schema, 3))
     assert document["item"] == "what"
     known, new = document["predictions"]
     assert known["known"] is True
     assert len(known["items"]) == len(known["scores"]) == 3
     assert known["scores"] == sorted(known["scores"], reverse=True)
     assert (new["known"], new["items"]) == (False, task.catalogue.items[:3])
-    ten = orjson.loads(rows.answer(answer_of(opened, "u1"), opened.schema))["predictions"][0]
+    ten = orjson.loads(rows.encode(answer_of(opened, "u1"), opened.schema))["predictions"][0]
     assert len(ten["items"]) == 10
 
 
 def test_who_has_had_nearly_all_gets_what_is_left(made):
     _, _, opened = made
-    (prediction,) = orjson.loads(rows.answer(answer_of(opened, "u1"), opened.schema, NUM_ITEMS))[
+    (prediction,) = orjson.loads(rows.encode(answer_of(opened, "u1"), opened.schema, NUM_ITEMS))[
         "predictions"
     ]
     assert len(prediction["items"]) == len(prediction["scores"]) == NUM_ITEMS - 11
@@ -481,7 +482,7 @@ def test_open_inference(made, contract, binary):
         "parameters": {"k": 2, "binary_data_output": binary},
     }
     inference = tensors.parse(orjson.dumps(request), None, contract)
-    body, _, headers = tensors.answer(answer_of(opened, "u1", "nobody"), inference)
+    body, _, headers = tensors.encode(answer_of(opened, "u1", "nobody"), inference)
     end = int(headers.get(tensors.HEADER_LENGTH, len(body)))
     items, scores, known = orjson.loads(body[:end])["outputs"]
     expected = opened.rank({"who": np.array(["u1", "nobody"], dtype=object)})

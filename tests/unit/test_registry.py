@@ -21,7 +21,7 @@ from app.bundle.manifest import BrokenBundle, seal, verify
 from app.bundle.schema import columns_of
 from app.errors import Interrupted, UserError
 from app.registry import connection, flavor, runs, versions
-from app.serving.traffic.traffic import variants
+from app.serving.traffic import variants
 from app.state import audit as audit_module
 from app.state import database
 from app.state.audit import AUDIT, Audit

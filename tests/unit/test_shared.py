@@ -11,19 +11,19 @@ from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
 from app.serving.gateway import frontend
-from app.serving.gateway.frontend import Behind, Front, Shared, check
+from app.serving.gateway.frontend import Backend, Frontend, Gateway, check
 from app.state.home import FRONT
 
 SERVING = {"variants": {"champion": {"version": "1", "weight": 1}}}
 
 
-def front(**changed) -> Front:
+def front(**changed) -> Frontend:
     values = {"host": "127.0.0.1", "port": 8000, "certificate": None, "key": None, "grpc_port": None}
-    return Front(**{**values, **changed})
+    return Frontend(**{**values, **changed})
 
 
-OPEN = Behind(None, 1.0, 1000)
-GUARDED = Behind(Issuer(issuer="i", jwks="/keys.json"), 1.0, 1000)
+OPEN = Backend(None, 1.0, 1000)
+GUARDED = Backend(Issuer(issuer="i", jwks="/keys.json"), 1.0, 1000)
 FRONTS = [
     front(),
     front(host="127.0.0.2"),
@@ -45,7 +45,9 @@ def test_nothing_is_served_behind_another_front_than_it_asks_for(held, asked, se
     """Whatever the order, and whether or not either asks for a token."""
     for theirs in (True, False):
         with pytest.raises(UserError) as refused:
-            check(Shared(held, {"open": OPEN if theirs else GUARDED}), "guarded", asked, secured, 1, {"open"})
+            check(
+                Gateway(held, {"open": OPEN if theirs else GUARDED}), "guarded", asked, secured, 1, {"open"}
+            )
         assert "guarded" in str(refused.value)
         assert "\n" not in str(refused.value)
         if secured:
@@ -55,11 +57,11 @@ def test_nothing_is_served_behind_another_front_than_it_asks_for(held, asked, se
 
 @pytest.mark.parametrize("same", FRONTS)
 def test_endpoints_that_ask_for_the_same_front_share_it(same):
-    check(Shared(same, {"one": GUARDED}), "other", same, True, 1, {"one"})
+    check(Gateway(same, {"one": GUARDED}), "other", same, True, 1, {"one"})
 
 
 def test_what_is_no_longer_deployed_does_not_count():
-    held = Shared(front(), {"one": GUARDED, "gone": OPEN})
+    held = Gateway(front(), {"one": GUARDED, "gone": OPEN})
     check(held, "one", front(host="127.0.0.2"), True, 1, {"one"})
     with pytest.raises(UserError, match=r"serving\.port"):
         check(held, "one", front(port=8001), True, 1, {"one"})
@@ -82,15 +84,15 @@ def test_an_endpoint_of_which_nothing_is_known_is_not_opened():
     ],
 )
 def test_the_first_and_every_later_endpoint_is_asked(host, secured, num_nodes, message, others):
-    held = Shared(front(host=host), dict.fromkeys(others, GUARDED))
+    held = Gateway(front(host=host), dict.fromkeys(others, GUARDED))
     with pytest.raises(UserError, match=f"two must.*{message}") as refused:
         check(held, "two", front(host=host), secured, num_nodes, others)
     assert "two" in str(refused.value)
 
 
 def test_while_replicas_of_two_settings_answer_what_both_take_is_taken():
-    larger = Behind(GUARDED.issuer, 2.0, 2000)
-    assert GUARDED.beside(larger) == Behind(GUARDED.issuer, 1.0, 2000)
+    larger = Backend(GUARDED.issuer, 2.0, 2000)
+    assert GUARDED.beside(larger) == Backend(GUARDED.issuer, 1.0, 2000)
     assert larger.beside(larger) == larger
     assert not OPEN.beside(GUARDED).secured
     assert not GUARDED.beside(OPEN).secured
@@ -121,7 +123,7 @@ def test_the_url_that_this_machine_reaches_it_by(host, url):
 )
 def test_a_host_becomes_an_address(host, address):
     serving = Serving.model_validate({**SERVING, "host": host, "auth": "local"})
-    assert frontend.front_of(serving).host == address
+    assert frontend.frontend_of(serving).host == address
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.2", "::1"])
@@ -139,7 +141,7 @@ def test_any_other_host_does(host):
 def test_a_host_that_is_not_this_machines_is_refused(host):
     serving = Serving.model_validate({**SERVING, "host": host, "auth": "local"})
     with pytest.raises(UserError, match=r"serving\.host.*must be an address of this machine"):
-        frontend.front_of(serving)
+        frontend.frontend_of(serving)
 
 
 def test_a_taken_port_is_refused():
@@ -153,13 +155,13 @@ def test_a_taken_port_is_refused():
 
 def test_a_front_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setenv(FRONT, str(tmp_path))
-    with pytest.raises(KeyError), frontend.tried(Shared(front())):
+    with pytest.raises(KeyError), frontend.tried(Gateway(front())):
         raise KeyError
     assert frontend.read() is None
-    held = Shared(front(host="127.0.0.2"), {"one": GUARDED})
+    held = Gateway(front(host="127.0.0.2"), {"one": GUARDED})
     with frontend.tried(held):
         pass
-    with pytest.raises(KeyError), frontend.tried(Shared(front())):
+    with pytest.raises(KeyError), frontend.tried(Gateway(front())):
         raise KeyError(frontend.read())
     assert frontend.read() == held
     frontend.forget()
@@ -172,7 +174,7 @@ def test_a_renewed_certificate_has_a_file_of_its_own(tmp_path, monkeypatch):
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     certificate.write_text("1")
     key.write_text("key")
-    held = Shared(front(certificate=str(certificate), key=str(key)))
+    held = Gateway(front(certificate=str(certificate), key=str(key)))
     pems = lambda: sorted(file.read_text() for file in (tmp_path / "front").glob("*.pem"))  # noqa: E731
     with frontend.tried(held):
         assert pems() == ["1\nkey"]

@@ -23,7 +23,7 @@ from app.monitoring.follow import Follower
 from app.registry import versions
 from app.registry.versions import CHALLENGER, CHAMPION, Version
 from app.serving.control import applications, deploy
-from app.serving.traffic.traffic import traffic
+from app.serving.traffic import registered, traffic
 from app.state import audit as audits
 from app.state import audit_head
 from app.state.audit import Audit, Changed
@@ -196,7 +196,7 @@ class Commands(RuleBasedStateMachine):
         with contextlib.suppress(UserError, ValueError):
             serving = Serving.model_validate({"variants": variants, "follow": True, "policy": policy})
             before = traffic.current(self.audit, NAME)
-            wanted, _ = follow.registered(NAME, serving)
+            wanted, _ = registered.registered(NAME, serving)
             done = False
             with self.world.killing(kill):
                 try:

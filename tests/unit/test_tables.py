@@ -9,8 +9,9 @@ from tritonclient.grpc import service_pb2 as messages
 from app.bundle.schema import Input, Schema
 from app.errors import UserError
 from app.serving.gateway import grpc
+from app.serving.protocols import rows as json_rows
 from app.serving.protocols import tensors
-from app.serving.protocols.rows import Contract
+from app.serving.protocols.contract import Contract
 from tests import tables
 from tests.tables import REFUSED, TRAINED
 
@@ -62,7 +63,7 @@ def test_a_table_is_read_as_it_is_meant(trained):
 
 def test_rows_of_json(trained, names, contract, asked):
     rows = [dict(zip(names, row, strict=True)) for row in zip(*asked.values(), strict=True)]
-    same(contract.parse(orjson.dumps({"rows": rows})).columns, trained)
+    same(json_rows.parse(orjson.dumps({"rows": rows}), contract).columns, trained)
 
 
 def test_tensors(trained, names, contract, asked):
@@ -75,7 +76,7 @@ def test_tensors(trained, names, contract, asked):
         }
         for name in names
     ]
-    same(tensors.parse(orjson.dumps({"inputs": inputs}), None, contract).question.columns, trained)
+    same(tensors.parse(orjson.dumps({"inputs": inputs}), None, contract).query.columns, trained)
 
 
 def test_tensors_of_grpc(trained, names, contract, asked):
@@ -93,7 +94,7 @@ def test_tensors_of_grpc(trained, names, contract, asked):
         inputs.append(tensor(name=name, datatype=kind, shape=shape, contents=contents))
     head, tail = grpc._as_http(messages.ModelInferRequest(model_name="m", inputs=inputs))
     body = orjson.dumps(head)
-    same(tensors.parse(body + tail, str(len(body)), contract).question.columns, trained)
+    same(tensors.parse(body + tail, str(len(body)), contract).query.columns, trained)
 
 
 def test_tables_and_data_frames(trained, contract, asked):

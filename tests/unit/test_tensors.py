@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from app.bundle.bundle import OUTPUT
+from app.serving.http import Refused
 from app.serving.protocols import tensors
-from app.serving.protocols.rows import Answer, Contract, Refused
+from app.serving.protocols.contract import Answer, Contract
 from tests.bundles import ROWS, schema
 
 
@@ -42,8 +43,8 @@ def bytes_of(*values: bytes) -> bytes:
 
 def test_json_tensors_become_rows(contract):
     inference = parse(contract, AGE, EDUCATION, GENDER, id="mine", parameters={"unit": "user-17"})
-    assert inference.question.rows == TWO
-    assert (inference.question.unit, inference.id, inference.outputs) == ("user-17", "mine", {OUTPUT: False})
+    assert inference.query.rows == TWO
+    assert (inference.query.unit, inference.id, inference.outputs) == ("user-17", "mine", {OUTPUT: False})
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_binary_and_json_tensors_mix_in_the_order_of_the_inputs(contract):
         tensor("age", "FP64", [0, 0], binary_data_size=len(ages)),
         binary=educations + ages,
     )
-    assert inference.question.rows == TWO
+    assert inference.query.rows == TWO
 
 
 def test_nan_and_the_empty_string_are_missing(contract):
@@ -114,7 +115,7 @@ def test_optional_members_may_be_null(contract):
     nothing = {"parameters": None}
     inputs = [{**each, **nothing} for each in (AGE, EDUCATION, GENDER)]
     inference = parse(contract, *inputs, id=None, outputs=None, **nothing)
-    assert inference.question.rows == TWO
+    assert inference.query.rows == TWO
     assert (inference.id, inference.outputs) == (None, {OUTPUT: False})
     outputs = [{"name": OUTPUT, **nothing}]
     parameters = {"unit": None, "k": None, "binary_data_output": None, "content_type": "pd", "headers": None}
@@ -127,7 +128,7 @@ def test_the_answer_can_be_read_as_the_protocol_says(contract, binary):
     inference = parse(contract, AGE, EDUCATION, GENDER, parameters={"binary_data_output": binary})
     values = np.array([0.25, 0.83], dtype=np.float32)
     given = Answer(model="income", variant="champion", version="3", request_id="r-1", probabilities=values)
-    body, media_type, headers = tensors.answer(given, inference)
+    body, media_type, headers = tensors.encode(given, inference)
     assert media_type == ("application/octet-stream" if binary else "application/json")
     end = int(headers[tensors.HEADER_LENGTH]) if binary else len(body)
     document = json.loads(body[:end])

@@ -21,8 +21,9 @@ from app.errors import UserError
 from app.evaluation import report
 from app.jobs import quantization
 from app.registry import versions
+from app.serving.http import Refused
 from app.serving.protocols import rows, tensors
-from app.serving.protocols.rows import Answer, Contract, Refused
+from app.serving.protocols.contract import Answer, Contract
 from app.serving.traffic.variants import common_schema
 from app.tasks import baselines_of, task_of
 from app.tasks.text.packager import Packager
@@ -160,7 +161,7 @@ class TestServing:
 
     def test_the_answer_has_the_label_and_a_probability_for_each_class(self, opened):
         given = self.answered(opened, [{"text": "a good day"}, {"text": "awful"}])
-        document = orjson.loads(rows.answer(given, opened.schema))
+        document = orjson.loads(rows.encode(given, opened.schema))
         assert document["label"] == {"column": "mood", "classes": texts.CLASSES}
         for prediction, row in zip(document["predictions"], given.probabilities, strict=True):
             assert list(prediction["probabilities"]) == texts.CLASSES
@@ -178,7 +179,7 @@ class TestServing:
     )
     def test_a_text_that_breaks_the_contract_is_refused(self, opened, text, says):
         with pytest.raises(Refused) as caught:
-            Contract(opened.schema, 8).parse(orjson.dumps({"rows": [{"text": text}]}))
+            rows.parse(orjson.dumps({"rows": [{"text": text}]}), Contract(opened.schema, 8))
         (violation,) = caught.value.violations
         assert violation["path"] == "rows.0.text"
         assert says in violation["message"]
@@ -189,8 +190,8 @@ class TestServing:
         tensor = {"name": "text", "datatype": "BYTES", "shape": [2, 1], "data": ["a good day", "awful"]}
         request = {"inputs": [tensor], "parameters": {"binary_data_output": binary}}
         inference = tensors.parse(orjson.dumps(request), None, contract)
-        given = self.answered(opened, inference.question.rows)
-        content, _, headers = tensors.answer(given, inference)
+        given = self.answered(opened, inference.query.rows)
+        content, _, headers = tensors.encode(given, inference)
         head = orjson.loads(content[: int(headers.get(tensors.HEADER_LENGTH, len(content)))])
         (output,) = head["outputs"]
         assert output["shape"] == [2, 3]

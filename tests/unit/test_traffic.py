@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from app.config import Serving
 from app.errors import UserError
-from app.serving.traffic.traffic import OFF, Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import OFF, Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit, Changed
 from tests.traffics import place

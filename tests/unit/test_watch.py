@@ -9,7 +9,7 @@ from app.monitoring import bandit, watch
 from app.monitoring.watch import REBALANCE_S, Watch
 from app.serving.backoff import FIRST_S, LAST_S, Backoff
 from app.serving.control import applications
-from app.serving.traffic.traffic import traffic
+from app.serving.traffic import traffic
 from app.state.audit import Audit
 from tests.traffics import place
 from tests.unit.test_traffic import of

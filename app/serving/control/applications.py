@@ -12,9 +12,11 @@ from typing import Any
 from app.config import Serving
 from app.config.serving import Workers
 from app.errors import UserError, described_in
-from app.serving.control.status import APART, broadcast, models
+from app.serving.control.status import broadcast
+from app.serving.names import models, workers_of
 from app.serving.replica.workers import Worker
-from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 from app.state.database import Busy
 from app.state.fingerprint import fingerprint
@@ -100,7 +102,7 @@ def stop_workers(audit: Audit, name: str) -> None:
         return  # it cannot be known which are needed
     needed = {variant.workers for variant in held.traffic.variants.values()} if held else set()
     for application in serve.status().applications:
-        if application.startswith(f"{name}{APART}") and application not in needed:
+        if application.startswith(workers_of(name, "")) and application not in needed:
             serve.delete(application)
 
 

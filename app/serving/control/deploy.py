@@ -24,12 +24,13 @@ from app.serving.control.applications import (
     stop_workers,
     version_of,
 )
-from app.serving.control.status import models
 from app.serving.gateway import frontend, issuer
-from app.serving.gateway.frontend import Behind, Front, Shared
+from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.serving.gateway.haproxy import MAX_BODY_BYTES
-from app.serving.replica.endpoint import Endpoint
-from app.serving.traffic.traffic import Traffic, traffic
+from app.serving.names import models
+from app.serving.replica.deployment import Replica
+from app.serving.traffic import traffic
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed, common_schema, load
 from app.state import database, stages
 from app.state.audit import Audit
@@ -38,18 +39,26 @@ READY_TIMEOUT_S = 60.0
 """For HAProxy to learn of replicas that run; about 1 s when idle."""
 
 
-def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str], None] | None = None) -> str:
+def deploy(
+    serving: Serving,
+    name: str,
+    wanted: Traffic,
+    on_wait: Callable[[str], None] | None = None,
+    *,
+    beside: Callable[[], None] = lambda: None,
+) -> str:
     """Serve a registered model with this traffic, instead of what its endpoint served; wait until it answers.
 
     Where only the traffic is another one, the replicas go on and swap it in.
 
     :param on_wait: told who is waited for, if somebody else is changing this endpoint.
+    :param beside: starts what runs on the server beside the endpoints, once the server runs.
     :returns: the server's URL; the endpoint is below it at `/v2/models/<name>`.
     :raises UserError: another endpoint of the cluster has another front, the port is taken, a bundle is
         broken, the variants take different inputs, or Serve could not start the replicas.
     """
     stages.require_shared()
-    asked = frontend.front_of(serving)
+    asked = frontend.frontend_of(serving)
     frontend.check_files(serving)
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:
         raise UserError(f"serving.limits.max_body_bytes must be at most {MAX_BODY_BYTES:,}")
@@ -59,15 +68,17 @@ def deploy(serving: Serving, name: str, wanted: Traffic, on_wait: Callable[[str]
     )
     # Whoever puts endpoints behind the front, or takes them off, is alone at it.
     with database.alone("front", on_wait), traffic.alone(name, on_wait):
-        _behind_front(serving, name, wanted, asked)
+        _behind_front(serving, name, wanted, asked, beside)
     return asked.url
 
 
-def _behind_front(serving: Serving, name: str, wanted: Traffic, asked: Front) -> None:
+def _behind_front(
+    serving: Serving, name: str, wanted: Traffic, asked: Frontend, beside: Callable[[], None]
+) -> None:
     """Serve it behind the cluster's front, which is changed if nobody else is behind it."""
     from ray import serve
 
-    ours = Behind(_issuer(serving), serving.limits.max_wait_s, serving.limits.max_body_bytes)
+    ours = Backend(_issuer(serving), serving.limits.max_wait_s, serving.limits.max_body_bytes)
     secured = ours.secured
     deployed = set(models(serve.status().applications))
     held = frontend.read() if deployed else None
@@ -76,16 +87,17 @@ def _behind_front(serving: Serving, name: str, wanted: Traffic, asked: Front) ->
         undeploy()  # what a command that was killed has left
     before = {other: it for other, it in held.endpoints.items() if other in deployed} if held else {}
     # The front narrows before requests without a token are admitted, and widens after they no longer are.
-    first = Shared(
+    first = Gateway(
         held.front if held and secured else asked, before | {name: ours.beside(before.get(name, ours))}
     )
-    last = Shared(asked, before | {name: ours})
+    last = Gateway(asked, before | {name: ours})
     try:
-        server.open_front(first)
+        server.open_frontend(first)
         server.start_root(secured or any(each.secured for each in before.values()))
+        beside()
         _replace(serving, name, wanted, first.front.url)
         if last != first:
-            server.open_front(last)
+            server.open_frontend(last)
             server.start_root(any(each.secured for each in last.endpoints.values()))
             _wait(asked.url, name)
     except BaseException:
@@ -121,9 +133,9 @@ def _application(serving: Serving, name: str) -> Any:
     autoscaling = serving.autoscaling
     fixed = serving.model_copy(update={"variants": {}, "salt": "", "policy": "weighted"})
     elsewhere = {"autoscaling", "host", "port", "grpc_port", "tls"}  # see `app.serving.control.server`
-    endpoint = serve.deployment(Endpoint).options(
+    endpoint = serve.deployment(Replica).options(
         name=name,
-        version=version_of(Endpoint, fixed.model_dump(exclude=elsewhere)),
+        version=version_of(Replica, fixed.model_dump(exclude=elsewhere)),
         _internal=True,  # for `version`: Serve would make one up, and start all replicas anew
         ray_actor_options={"num_cpus": serving.num_cpus},
         autoscaling_config={

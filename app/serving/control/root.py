@@ -9,10 +9,10 @@ import starlette.requests
 import starlette.responses
 
 from app import __version__
-from app.monitoring.watch import Watch, Watched
-from app.serving.control.status import models
+from app.serving.control.status import statuses
+from app.serving.gateway.guard import through_serve
 from app.serving.gateway.limits import Buckets
-from app.serving.http import Request, Response, by_proxy
+from app.serving.http import Request, Response
 from app.serving.protocols import openapi
 
 
@@ -24,20 +24,6 @@ class Root:
         """If `secured`, nobody is told which models there are: who asks here has shown no token."""
         self._secured = secured
         self._buckets = Buckets()
-        self._watch = Watch(_applications)
-        self._watch.start()
-
-    def __del__(self) -> None:
-        self._watch.stop()
-
-    def check_health(self) -> None:
-        """Called by Serve, which starts this deployment anew if it raises."""
-        if not self._watch.alive():
-            raise RuntimeError("the thread that watches the endpoints has ended")
-
-    def watched(self) -> Watched:
-        """For `raylway status`."""
-        return self._watch.watched()
 
     async def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
         """As `Buckets.borrow`, for the replicas of all endpoints."""
@@ -45,7 +31,7 @@ class Root:
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
         """A request by way of Serve's proxy."""
-        return await by_proxy(self, request)
+        return await through_serve(self, request)
 
     async def respond(self, request: Request) -> Response:
         path = request.path
@@ -88,14 +74,7 @@ class Root:
 
 async def _models() -> dict[str, str]:
     """Serve's status of each model's application."""
-    return await asyncio.to_thread(_applications)
-
-
-def _applications() -> dict[str, str]:
-    from ray import serve
-
-    applications = serve.status().applications
-    return {name: str(applications[name].status.value) for name in models(applications)}
+    return await asyncio.to_thread(statuses)
 
 
 def _json(status: int, document: dict[str, object]) -> Response:

@@ -15,9 +15,9 @@ from app.errors import UserError
 from app.serving.control.applications import run, version_of
 from app.serving.control.root import Root
 from app.serving.gateway import frontend
-from app.serving.gateway.frontend import Front, Shared
+from app.serving.gateway.frontend import Frontend, Gateway
 from app.serving.gateway.grpc import Grpc
-from app.serving.gateway.limits import ROOT
+from app.serving.names import ROOT
 
 LOOPBACK = "127.0.0.1"
 GRPC = "Grpc"
@@ -30,7 +30,7 @@ RETRY_S = 0.5
 """Pause before HAProxy, which has died, is asked again."""
 
 
-def open_front(wanted: Shared) -> None:
+def open_frontend(wanted: Gateway) -> None:
     """Have HAProxy and the server for gRPC go by `wanted`; start them if they do not run.
 
     A renewed certificate is taken in, too. Raises UserError if they cannot; what was before then goes on.
@@ -91,7 +91,7 @@ def num_nodes() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def _start(front: Front) -> None:
+def _start(front: Frontend) -> None:
     """Serve's controller and HAProxy; if they run, HAProxy reads its settings again."""
     from ray import serve
 
@@ -131,7 +131,7 @@ def _reload() -> None:
             ) from None
 
 
-def _start_grpc(wanted: Shared, before: Shared | None) -> None:
+def _start_grpc(wanted: Gateway, before: Gateway | None) -> None:
     """The server for gRPC, where there is to be one; the one of `before` goes on if it cannot start."""
     from ray import serve
 
@@ -153,7 +153,7 @@ def _start_grpc(wanted: Shared, before: Shared | None) -> None:
         raise
 
 
-def _grpc(wanted: Shared) -> Any:
+def _grpc(wanted: Gateway) -> Any:
     from ray import serve
 
     front, endpoints = wanted.front, wanted.endpoints.values()

@@ -1,45 +1,24 @@
 """What the endpoints do at the moment, as their replicas say."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.errors import UserError
-from app.serving.gateway.limits import ROOT
+from app.serving.names import models
 from app.serving.replica.meters import WINDOW_S, Tally, merged
 from app.serving.replica.recorder import Recording
-from app.serving.traffic.traffic import Traffic, cache
+from app.serving.replica.state import State
+from app.serving.traffic import cache
+from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 
-if TYPE_CHECKING:
-    from app.monitoring.watch import Watched
-
-APART = "@"
-"""Between a model's name and a version's number, in the name of the application of its own workers."""
 TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
-class State:
-    """What a replica says of itself."""
-
-    entry: int
-    """The number of the audit log's entry that holds for it."""
-    fault: str | None
-    """Why it did not take in a later one."""
-    versions: dict[str, str]
-    weights: dict[str, float]
-    recording: Recording | None
-    """How the recording of predictions does; None if the endpoint keeps no records."""
-    shadows: dict[str, int]
-    """Requests that each shadow did not get, or did not answer."""
-    recent: dict[str, Tally]
-    """Of each variant, over the last minute."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
+class EndpointStatus:
     """An endpoint with all of its replicas."""
 
     name: str
@@ -55,8 +34,6 @@ class Endpoint:
     """Of each variant with replicas of its own: how many run, and how many there are to be."""
     faults: Sequence[str]
     """Why it does not serve what it should."""
-    watches: Sequence["Watched"] = ()
-    """The watch over all endpoints; empty if it does not answer."""
 
     @property
     def _recordings(self) -> list[Recording]:
@@ -91,12 +68,7 @@ class Endpoint:
             },
             "not_shadowed": sum(sum(state.shadows.values()) for state in self.states),
             "faults": list(self.faults),
-            "watch": _described(self.watches[0]) if self.watches else None,
         }
-
-
-def _described(watch: "Watched") -> dict[str, Any]:
-    return {name: getattr(watch, name) for name in ("looked_s_ago", "failures", "last_error")}
 
 
 def _measured(tally: Tally) -> dict[str, float | None]:
@@ -110,18 +82,17 @@ def _measured(tally: Tally) -> dict[str, float | None]:
     }
 
 
-def endpoints() -> list[Endpoint]:
+def endpoints() -> list[EndpointStatus]:
     """All of the cluster. Call it in a session of `app.cluster`."""
     from ray import serve
 
     applications = serve.status().applications
-    watches = _asked(ROOT, ROOT, "watched") if ROOT in applications else []
     found = []
     with Audit() as audit:
         for name in models(applications):
             holds, fault = _holds(audit, name)
-            states = _asked(name, name, "state")
-            faults = {fault, *(state.fault for state in states), *(w.faults.get(name) for w in watches)}
+            states = ask_replicas(name, name, "state")
+            faults = {fault, *(state.fault for state in states)}
             workers = {
                 variant: _counts(applications[deployed.workers], "worker")
                 for variant, deployed in (holds.variants.items() if holds else ())
@@ -130,7 +101,7 @@ def endpoints() -> list[Endpoint]:
             _, target = _counts(applications[name], name)
             status = str(applications[name].status.value)
             texts = sorted(fault for fault in faults if fault)
-            found.append(Endpoint(name, status, holds, states, target, workers, texts, watches))
+            found.append(EndpointStatus(name, status, holds, states, target, workers, texts))
     return found
 
 
@@ -143,12 +114,6 @@ def _holds(audit: Audit, name: str) -> tuple[Traffic | None, str | None]:
     return found, fault
 
 
-def models(applications: Iterable[str]) -> list[str]:
-    """The models that have an endpoint, of Serve's applications."""
-    # A model's name has no capital, and a version's own workers have its number behind an @.
-    return [name for name in applications if name.islower() and APART not in name]
-
-
 def _counts(application: Any, deployment: str) -> tuple[int, int]:
     """Replicas that run, and that there are to be."""
     details = application.deployments.get(deployment)
@@ -159,8 +124,9 @@ def _counts(application: Any, deployment: str) -> tuple[int, int]:
     )
 
 
-def _asked(application: str, deployment: str, method: str) -> list[Any]:
-    """What each replica says; nothing if they do not answer in time, or run another version of Raylway."""
+def ask_replicas(application: str, deployment: str, method: str) -> list[Any]:
+    """The result of a method of each replica; empty if they do not answer in time, or run another version of
+    Raylway."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -186,3 +152,11 @@ def broadcast(application: str, deployment: str, method: str, timeout_s: float |
         return handle.broadcast(method).results(timeout_s=timeout_s)
     finally:
         handle.shutdown()
+
+
+def statuses() -> dict[str, str]:
+    """Ray Serve's status of each model's application, such as RUNNING."""
+    from ray import serve
+
+    applications = serve.status().applications
+    return {name: str(applications[name].status.value) for name in models(applications)}

@@ -17,7 +17,7 @@ from joserfc.jwk import KeySet
 
 from app.config.serving import Issuer
 from app.serving.gateway.keys import FETCH_S, Keys
-from app.serving.protocols.rows import Refused
+from app.serving.http import Refused
 
 ALGORITHMS = ["RS256", "ES256"]
 LEEWAY_S = 30

@@ -13,17 +13,15 @@ from collections.abc import AsyncIterator, Mapping
 from starlette.types import Receive
 
 from app.serving.gateway.haproxy import IN_HAND, MAX_BODY_BYTES
-from app.serving.protocols.rows import Refused
+from app.serving.http import CLIENT_GONE, Refused
 
 BODY_S = 10.0
 """Time for a whole body to arrive, however many chunks it comes in."""
 MAX_UNFINISHED = IN_HAND // 2
 """Unfinished bodies per process. The other half of a replica's places stays with complete requests."""
-GONE = 499
-"""Status of a request whose client closed the connection: for metrics, since nobody reads the answer."""
 
 
-class Room:
+class UnfinishedBodies:
     """The unfinished bodies of a process."""
 
     def __init__(
@@ -62,7 +60,7 @@ class Room:
             while True:
                 message = await receive()
                 if message["type"] != "http.request":
-                    raise Refused(GONE, "the client closed the connection before the end of the body")
+                    raise Refused(CLIENT_GONE, "the client closed the connection before the end of the body")
                 part = message.get("body", b"")
                 if len(body) + len(part) > max_bytes:
                     raise too_large(max_bytes)
@@ -85,10 +83,10 @@ class Room:
         return sum(self._unfinished.values())
 
 
-class Body:
+class StreamedBody:
     """A request's body, not read yet."""
 
-    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, room: Room):
+    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, room: UnfinishedBodies):
         self._declared = _declared(headers)
         self._receive = receive
         self._room = room
@@ -115,14 +113,14 @@ class Body:
         return not message.get("more_body", False)
 
 
-class Whole(Body):
+class ReceivedBody(StreamedBody):
     """A body that has been read by somebody else."""
 
     def __init__(self, content: bytes):
         async def receive() -> dict[str, object]:
             return {"type": "http.request", "body": content}
 
-        super().__init__({}, receive, Room())
+        super().__init__({}, receive, UnfinishedBodies())
 
 
 def too_large(max_bytes: int) -> Refused:

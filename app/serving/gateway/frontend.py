@@ -31,7 +31,7 @@ LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Front:
+class Frontend:
     """Where a cluster's endpoints are reached."""
 
     host: str
@@ -52,7 +52,7 @@ class Front:
 
 
 @dataclass(frozen=True)
-class Behind:
+class Backend:
     """What the front has to know of an endpoint behind it."""
 
     issuer: Issuer | None
@@ -65,25 +65,25 @@ class Behind:
         """Whether it asks for a token."""
         return self.issuer is not None
 
-    def beside(self, before: "Behind") -> "Behind":
+    def beside(self, before: "Backend") -> "Backend":
         """What holds while replicas of this and of `before` answer."""
         largest = max(self.max_body_bytes, before.max_body_bytes)
-        return Behind(self.issuer if self.issuer == before.issuer else None, self.max_wait_s, largest)
+        return Backend(self.issuer if self.issuer == before.issuer else None, self.max_wait_s, largest)
 
 
 @dataclass(frozen=True)
-class Shared:
+class Gateway:
     """A cluster's front, and the endpoints behind it."""
 
-    front: Front
-    endpoints: Mapping[str, Behind] = field(default_factory=dict)
+    front: Frontend
+    endpoints: Mapping[str, Backend] = field(default_factory=dict)
     """By name. An endpoint is written here before it is deployed."""
 
 
-def front_of(serving: Serving) -> Front:
+def frontend_of(serving: Serving) -> Frontend:
     """The front that a project asks for. Raises UserError if the host is no address of this machine."""
     tls = serving.tls
-    return Front(
+    return Frontend(
         host=_resolved(serving.host),
         port=serving.port,
         certificate=tls.certificate if tls else None,
@@ -94,7 +94,7 @@ def front_of(serving: Serving) -> Front:
 
 
 def check(
-    held: Shared | None, name: str, asked: Front, secured: bool, num_nodes: int, deployed: set[str]
+    held: Gateway | None, name: str, asked: Frontend, secured: bool, num_nodes: int, deployed: set[str]
 ) -> None:
     """Raise UserError unless `name` may be served behind this front.
 
@@ -137,7 +137,7 @@ def check(
         )
 
 
-def _differences(asked: Front, held: Front) -> list[str]:
+def _differences(asked: Frontend, held: Frontend) -> list[str]:
     keys = {"certificate": "tls", "key": "tls.key"}
     pairs = {keys.get(name, name): (value, getattr(held, name)) for name, value in asdict(asked).items()}
     return [
@@ -147,7 +147,7 @@ def _differences(asked: Front, held: Front) -> list[str]:
     ]
 
 
-def read() -> Shared | None:
+def read() -> Gateway | None:
     """What holds for this cluster; None if nothing is served."""
     try:
         document = json.loads((front_folder() / SETTINGS).read_text())
@@ -156,14 +156,14 @@ def read() -> Shared | None:
     if "front" not in document:  # of an older version
         return None
     endpoints = {
-        name: Behind(**{**values, "issuer": values["issuer"] and Issuer.model_validate(values["issuer"])})
+        name: Backend(**{**values, "issuer": values["issuer"] and Issuer.model_validate(values["issuer"])})
         for name, values in document["endpoints"].items()
     }
-    return Shared(Front(**document["front"]), endpoints)
+    return Gateway(Frontend(**document["front"]), endpoints)
 
 
 @contextlib.contextmanager
-def tried(shared: Shared) -> Iterator[None]:
+def tried(shared: Gateway) -> Iterator[None]:
     """Let HAProxy go by it from its next reload on; by what was before, if the block fails.
 
     Raises UserError if a file of the front is gone.

@@ -22,10 +22,10 @@ from tritonclient.grpc import service_pb2_grpc
 
 from app.config.serving import Issuer, Tls
 from app.serving.gateway.auth import Authenticator
-from app.serving.gateway.body import BODY_S, Room
+from app.serving.gateway.body import BODY_S, UnfinishedBodies
 from app.serving.gateway.frontend import bracketed
 from app.serving.gateway.haproxy import ANSWER_S, HEAD_S, IDLE_S, IN_HAND, MAX_BODY_BYTES
-from app.serving.protocols.rows import Refused
+from app.serving.http import Refused
 from app.serving.protocols.tensors import HEADER_LENGTH, NUMBERS
 
 FORWARDED = (
@@ -83,7 +83,7 @@ class Admission(grpc.aio.ServerInterceptor):
     """Reads a call's message only after its metadata have shown a good token, within the time and the number
     of unfinished ones that `app.serving.gateway.body` allows."""
 
-    def __init__(self, issuers: Sequence[Issuer], room: Callable[[], Room] = Room):
+    def __init__(self, issuers: Sequence[Issuer], room: Callable[[], UnfinishedBodies] = UnfinishedBodies):
         """Has no issuer: each endpoint checks the token itself."""
         self._authenticators = [Authenticator(issuer) for issuer in issuers]
         # Who shows no token must not take the places of those who do.

@@ -12,15 +12,16 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 
+import starlette.requests
+import starlette.responses
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.serving.gateway.body import GONE, Body, Room
+from app.serving.gateway.body import ReceivedBody, StreamedBody, UnfinishedBodies
 from app.serving.gateway.haproxy import MAX_BODY_BYTES, UNFINISHED_HEADER
-from app.serving.gateway.proof import OwnFront
-from app.serving.http import Request, Responder, Response, new_request_id
+from app.serving.gateway.proof import ProofMiddleware
+from app.serving.http import CLIENT_GONE, Refused, Request, Responder, Response, new_request_id
 from app.serving.logs import log
-from app.serving.protocols.rows import Refused
 from app.state.home import SECRET
 
 STEERING = {
@@ -45,7 +46,7 @@ HEALTH = "/-/healthz"
 
 def middlewares() -> list[Middleware]:
     """For Ray Serve, which wraps each in the next: the outermost is the last."""
-    return [Middleware(Guard, _deployment), Middleware(OwnFront, os.environ.get(SECRET, ""))]
+    return [Middleware(Guard, _deployment), Middleware(ProofMiddleware, os.environ.get(SECRET, ""))]
 
 
 class Guard:
@@ -60,13 +61,13 @@ class Guard:
         app: ASGIApp,
         deployment: Callable[[], Responder | None] = lambda: None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        room: Room | None = None,
+        room: UnfinishedBodies | None = None,
     ):
         """`deployment` is called for each request: Serve begins to listen before there is one."""
         self._app = app
         self._deployment = deployment
         self._max_body_bytes = max_body_bytes
-        self._room = room or Room()
+        self._room = room or UnfinishedBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -82,7 +83,7 @@ class Guard:
             headers = _clean(scope["headers"])
             request_id = headers.get(b"x-request-id", b"").decode()
             request_id = request_id or new_request_id()
-            body = Body(headers, receive, self._room)
+            body = StreamedBody(headers, receive, self._room)
             deployment = self._deployment()
             if deployment is None:
                 headers[b"x-request-id"] = request_id.encode()
@@ -98,7 +99,7 @@ class Guard:
             log.exception("request %s failed", request_id)
             error = f"this is our mistake, not yours; the log says more of the request {request_id}"
             response = Response(Refused(500, error).body(), 500)
-        if response.status == GONE:
+        if response.status == CLIENT_GONE:
             return
         if body is None or not await body.complete():
             # The rest of the body would be read as the connection's next request.
@@ -140,3 +141,24 @@ def _clean(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
                 continue
         kept[name] = value
     return kept
+
+
+async def through_serve(
+    deployment: Responder, request: starlette.requests.Request
+) -> starlette.responses.Response:
+    """Answer a request that Serve's own proxy on the head node passes on when no replica listens.
+
+    `Guard` has run in that proxy, so the headers are clean and the body has been read.
+    """
+    headers = dict(request.headers.raw)
+    request_id = headers[b"x-request-id"].decode()
+    body = ReceivedBody(await request.body())
+    try:
+        response = await deployment.respond(
+            Request(request.method, request.scope["path"], headers, body, request_id)
+        )
+    except Refused as refused:
+        response = Response.of(refused)
+    return starlette.responses.Response(
+        response.body, response.status, dict(response.headers), response.media_type
+    )

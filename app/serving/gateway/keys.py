@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 from joserfc.jwk import KeySet
 
+from app.serving.http import Refused
 from app.serving.logs import log
-from app.serving.protocols.rows import Refused
 
 REFRESH_S = 60.0
 """Time between two fetches."""

@@ -96,8 +96,8 @@ class Limiter:
 class Counter:
     """The count of all replicas' requests, kept by `app.serving.control.root`.
 
-    While it does not answer, each replica counts for itself and asks again after ALONE_S, so that a count that
-    hangs delays one request.
+    While it does not answer, each replica counts for itself and asks again after ALONE_S: a count that hangs
+    delays one request.
     """
 
     def __init__(self, ask: Borrow, clock: Callable[[], float] = time.monotonic):

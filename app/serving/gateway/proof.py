@@ -3,8 +3,11 @@
 A replica's port can be reached by others: other users of the machine, the HAProxy of another cluster whose
 replica had the port before, and on a cluster of several nodes everybody in its network. HAProxy therefore
 shows, with each request and health check, a value derived from the cluster's secret
-(`app.serving.gateway.haproxy`), and each answer of a replica shows another. HAProxy passes no other answer on,
-because a process that took a dead replica's port could give one.
+(`app.serving.gateway.haproxy`), and each answer of a replica shows another. HAProxy passes no other answer
+on, because a process that took a dead replica's port could give one.
+
+Both values are constant. They keep apart processes that do not know of each other. A process that takes a
+dead replica's port on purpose sees requests, and with them HAProxy's value, until the next health check.
 """
 
 import hmac
@@ -12,14 +15,13 @@ import hmac
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.gateway.haproxy import PROOF, PROOF_HEADER, SECRET_HEADER, SHOWN, proofs
-from app.serving.http import Response, new_request_id
+from app.serving.http import Refused, Response, new_request_id
 from app.serving.logs import log
-from app.serving.protocols.rows import Refused
 
 HEADER = SECRET_HEADER.encode()
 
 
-class OwnFront:
+class ProofMiddleware:
     """Lets through what HAProxy shows, and nothing else; adds the proof to the answers."""
 
     def __init__(self, app: ASGIApp, secret: str):

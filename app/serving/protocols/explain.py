@@ -19,8 +19,8 @@ import orjson
 import pandas as pd
 
 from app.bundle.schema import Schema
-from app.serving.protocols.rows import Answer, Question, Refused
-from app.serving.replica.workers import Columns
+from app.serving.http import Refused
+from app.serving.protocols.contract import Answer, Columns, Query
 
 NUM_WALKS = 32
 MAX_ROWS = 16
@@ -113,14 +113,14 @@ def max_rows(num_columns: int) -> int:
     return max(1, min(MAX_ROWS, MAX_CELLS // cells))
 
 
-def check(question: Question, schema: Schema) -> None:
+def check(query: Query, schema: Schema) -> None:
     """Raises Refused if there are too many rows."""
     most = max_rows(len(schema.inputs))
-    if question.num_rows > most:
+    if query.num_rows > most:
         raise Refused(413, f"too many rows to explain in one request: at most {most}")
 
 
-def answer(given: Answer, schema: Schema, walked: Walks, probabilities: np.ndarray) -> bytes:
+def encode(given: Answer, schema: Schema, walked: Walks, probabilities: np.ndarray) -> bytes:
     """The answer; `probabilities` are those of the points. Raises RuntimeError if the sums are not the
     answers."""
     assert given.probabilities is not None

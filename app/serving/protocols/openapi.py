@@ -12,7 +12,7 @@ from app.bundle.schema import Input, Schema
 from app.config import Category, Number, Text
 from app.config.serving import Limits
 from app.serving.protocols import explain
-from app.serving.protocols.rows import MAX_UNIT_LENGTH, UNIT
+from app.serving.protocols.contract import MAX_UNIT_LENGTH, UNIT_PATTERN
 
 ASSETS = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
 """What the page needs besides itself, of Swagger UI."""
@@ -79,7 +79,7 @@ def document(
     name: str, schema: Schema, limits: Limits, example: Mapping[str, Any], *, secured: bool, feedback: bool
 ) -> dict[str, Any]:
     """The description of a model's endpoint. `example` is a row that it answers, and what it says to it
-    (`app.serving.protocols.rows.said`)."""
+    (`app.serving.protocols.rows.document`)."""
     row = {
         "type": "object",
         "properties": {item.name: _value(item) for item in schema.inputs},
@@ -88,7 +88,8 @@ def document(
     }
     rows = {"type": "array", "items": row, "minItems": 1, "maxItems": limits.max_rows}
     unit = {
-        "type": "string", "minLength": 1, "maxLength": MAX_UNIT_LENGTH, "pattern": UNIT, "nullable": True,
+        "type": "string", "minLength": 1, "maxLength": MAX_UNIT_LENGTH, "pattern": UNIT_PATTERN,
+        "nullable": True,
         "description": "Whoever sends the same one is answered by the same variant.",
     }  # fmt: skip
     properties: dict[str, Any] = {"rows": rows, "unit": unit}
@@ -107,7 +108,7 @@ def document(
                 asked,
                 {"rows": [example["row"]], "unit": "user-17"},
                 _answer(schema),
-                {**answered, **example["said"]},
+                {**answered, **example["answer"]},
             )
         }
     }

@@ -22,15 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from app.bundle.bundle import ITEMS, KNOWN, OUTPUT, SCORES
 from app.bundle.schema import Schema
-from app.serving.protocols.rows import (
+from app.serving.http import Refused
+from app.serving.protocols.contract import (
+    DEFAULT_NUM_ITEMS,
     MAX_UNIT_LENGTH,
-    NUM_ITEMS,
-    UNIT,
+    UNIT_PATTERN,
     Answer,
     Contract,
     Location,
-    Question,
-    Refused,
+    Query,
     dotted,
     refusal,
 )
@@ -58,7 +58,7 @@ class _Part(BaseModel):
 
 class _Parameters(_Part):
     model_config = ConfigDict(extra="allow")  # the protocol lets clients send their own
-    unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH, pattern=UNIT)] | None = None
+    unit: Annotated[str, Field(min_length=1, max_length=MAX_UNIT_LENGTH, pattern=UNIT_PATTERN)] | None = None
     k: int | None = None
     binary_data_output: bool | None = None
 
@@ -100,7 +100,7 @@ class _Request(_Part):
 class Inference:
     """A request that keeps the contract, and how its answer is wanted."""
 
-    question: Question
+    query: Query
     id: str | None
     outputs: dict[str, bool]
     """Those wanted, and whether as raw bytes after the JSON."""
@@ -118,18 +118,18 @@ def parse(body: bytes, header_length: str | None, contract: Contract) -> Inferen
         raise refusal(error) from None
     columns, num_rows = _columns(request, memoryview(body)[end:], contract)
     parameters = request.parameters or _Parameters()
-    question = contract.check(columns, num_rows, parameters.unit, parameters.k, path=_path)
+    query = contract.check(columns, num_rows, parameters.unit, parameters.k, path=_path)
     wanted = {each.name: each.parameters and each.parameters.binary_data for each in request.outputs or ()}
     outputs = {
         name: bool(parameters.binary_data_output if wanted.get(name) is None else wanted[name])
         for name in wanted or _outputs(contract.schema)
     }
-    return Inference(question, request.id, outputs)
+    return Inference(query, request.id, outputs)
 
 
-def answer(given: Answer, inference: Inference) -> tuple[bytes, str, dict[str, str]]:
+def encode(given: Answer, inference: Inference) -> tuple[bytes, str, dict[str, str]]:
     """The answer's body, its media type and its further HTTP headers."""
-    values = _values(given, inference.question.k or NUM_ITEMS)
+    values = _values(given, inference.query.k or DEFAULT_NUM_ITEMS)
     outputs: list[dict[str, Any]] = []
     tail = b""
     for name, binary in inference.outputs.items():

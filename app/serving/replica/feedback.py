@@ -32,8 +32,8 @@ from app.bundle.schema import Schema
 from app.config.serving import Limits
 from app.data.cells import NUM_VALUES
 from app.serving.gateway.auth import Principal
-from app.serving.http import Response
-from app.serving.protocols.rows import UNIT, Refused, refusal
+from app.serving.http import Refused, Response
+from app.serving.protocols.contract import UNIT_PATTERN, refusal
 from app.serving.replica.recorder import Recorder
 from app.state.records import Feedback, Verdict
 
@@ -49,30 +49,30 @@ DAY_S = 86_400.0
 Outcome = Annotated[str, Field(max_length=1024)] | bool | float | None
 
 
-class Said(BaseModel):
+class Submission(BaseModel):
     """The body of a feedback."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     request_id: str = Field(pattern=r"^[A-Za-z0-9._:-]{1,64}$")
     outcomes: list[Outcome] | None = Field(None, min_length=1, max_length=100_000)
     reward: float | None = Field(None, ge=0, le=1)
-    principal: Annotated[str, Field(min_length=1, max_length=256, pattern=UNIT)] | None = None
+    principal: Annotated[str, Field(min_length=1, max_length=256, pattern=UNIT_PATTERN)] | None = None
     """Who got the prediction; the sender, if None."""
 
     @model_validator(mode="after")
-    def _says_something(self) -> "Said":
+    def _says_something(self) -> "Submission":
         if self.outcomes is None and self.reward is None:
             raise ValueError("must have outcomes, reward, or both")
         return self
 
 
-def parse(body: bytes, schema: Schema) -> Said:
+def parse(body: bytes, schema: Schema) -> Submission:
     """A feedback about a model's predictions, its outcomes as the label spells them.
 
     Raises Refused with all that is wrong.
     """
     try:
-        said = Said.model_validate_json(body)
+        said = Submission.model_validate_json(body)
     except ValidationError as error:
         raise refusal(error) from None
     outcomes: list[Outcome] = []
@@ -117,7 +117,7 @@ def outcome(value: str | bool | float, schema: Schema) -> str | float:
 
 
 async def answer(
-    said: Said, model: str, principal: Principal, recorder: Recorder, limits: Limits
+    said: Submission, model: str, principal: Principal, recorder: Recorder, limits: Limits
 ) -> Response:
     """Store it, and say what became of it. Raises Refused, or NotStored if the database is away."""
     now = time.time()

@@ -9,14 +9,15 @@ import numpy as np
 from app.bundle.bundle import ITEMS, OUTPUT, SCORES, Bundle, Ranking
 from app.bundle.schema import Schema, schema_at
 from app.serving.protocols import rows, tensors
+from app.serving.protocols.contract import Answer, Contract
 from app.serving.protocols.explain import Walks, walks
-from app.serving.protocols.rows import Answer, Contract
-from app.serving.replica.workers import Remote
-from app.serving.traffic.traffic import Traffic, routing
+from app.serving.replica.workers import WorkerHandle
+from app.serving.traffic import routing
+from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import common_schema, load
 
 
-class Live:
+class Loaded:
     """A traffic with its bundles, verified, and each having answered its own example. Never changes: a
     replica swaps one for the next, between two requests."""
 
@@ -24,7 +25,7 @@ class Live:
         self,
         traffic: Traffic,
         max_rows: int,
-        before: "Live | None" = None,
+        before: "Loaded | None" = None,
         trusted_keys: Sequence[str] = (),
     ):
         """Takes over what `before` has open. Raises UserError if a bundle is broken, or they differ."""
@@ -36,7 +37,7 @@ class Live:
             name: kept[v.path] if v.path in kept else opened[name] for name, v in local.items()
         }
         """Those that are in this replica."""
-        self.remotes = {name: Remote(v.workers) for name, v in traffic.variants.items() if v.workers}
+        self.workers = {name: WorkerHandle(v.workers) for name, v in traffic.variants.items() if v.workers}
         self.versions = {name: v.version for name, v in traffic.variants.items() if not v.shadow}
         """Those that answer, or would with a weight."""
         self.schema = common_schema({name: schema_at(v.path) for name, v in traffic.variants.items()})
@@ -61,7 +62,7 @@ class Live:
         variant = self.traffic.variants[next(iter(self.weights))]
         stored = json.loads((variant.path / "example.json").read_text())
         answer = Answer(model="", variant="", version="", request_id="", **_outputs(self.schema, stored))
-        return {"row": stored["rows"][0], "said": rows.said(answer, self.schema, None)}
+        return {"row": stored["rows"][0], "answer": rows.predictions(answer, self.schema)}
 
     def metadata(self, name: str, version: str | None) -> bytes:
         return tensors.metadata(name, [version] if version else list(self.versions.values()), self.schema)

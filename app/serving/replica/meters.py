@@ -24,7 +24,7 @@ FINENESS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Answered:
     """A request that was answered."""
 
     action: str
@@ -67,7 +67,7 @@ class Recent:
         self._clock = clock
         self._slots: deque[tuple[float, dict[str, Tally]]] = deque()
 
-    def add(self, asked: Iterable["Asked"]) -> None:
+    def add(self, asked: Iterable["Answered"]) -> None:
         now = self._clock()
         self._forget(now)
         if not self._slots or now - self._slots[-1][0] > SLOT_S:
@@ -145,11 +145,11 @@ class Meters:
         self._dropped = Gauge(DROPPED, "Predictions that were not recorded.", ("model",))
         self._share = Gauge(SHARE, "A variant's share of the units.", ("model", "variant"))
         self._model = model
-        self._asked: list[Asked] = []
+        self._asked: list[Answered] = []
         self._variants: set[str] = set()
         self.recent = Recent()
 
-    def note(self, asked: Asked) -> None:
+    def note(self, asked: Answered) -> None:
         if len(self._asked) < MAX_NOTES:
             self._asked.append(asked)
 
@@ -157,7 +157,7 @@ class Meters:
         """Everything noted since the last time, and what holds now."""
         asked, self._asked = self._asked, []
         self.recent.add(asked)
-        alike: dict[tuple[str, str, str], list[Asked]] = defaultdict(list)
+        alike: dict[tuple[str, str, str], list[Answered]] = defaultdict(list)
         for each in asked:
             alike[each.variant, each.action or "metadata", str(each.status)].append(each)
         for (variant, action, status), requests in alike.items():

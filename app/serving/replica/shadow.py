@@ -16,8 +16,9 @@ from app.bundle.bundle import Ranking
 from app.bundle.schema import Schema
 from app.serving.logs import log
 from app.serving.protocols import rows
-from app.serving.protocols.rows import Answer
-from app.serving.replica.workers import Columns, Remote
+from app.serving.protocols.contract import Answer, Columns
+from app.serving.replica.loaded import Loaded
+from app.serving.replica.workers import WorkerHandle
 from app.state.records import Prediction
 
 QUEUE, QUEUE_BYTES = 256, 8 * 2**20
@@ -46,7 +47,7 @@ class Shadow:
         self,
         variant: str,
         version: str,
-        remote: Remote,
+        remote: WorkerHandle,
         schema: Schema,
         record: Callable[[Prediction], object],
     ):
@@ -106,18 +107,57 @@ class Shadow:
                 probabilities=None if isinstance(part, Ranking) else part,
                 ranking=part if isinstance(part, Ranking) else None,
             )
-            said = rows.said(answer, self._schema, None)["predictions"]
+            predictions = rows.predictions(answer, self._schema)["predictions"]
             self._record(
                 replace(
                     copy.answered,
                     variant=self._variant,
                     version=self.version,
                     role="shadow",
-                    answer=said,
+                    answer=predictions,
                     seconds=seconds,
                 )
             )
             first = last
+
+
+class Shadows:
+    """The shadows of a replica, one for each variant that is one."""
+
+    def __init__(self, record: Callable[[Prediction], object] | None):
+        """`record` stores a shadow's prediction; if None, nothing is recorded, and no shadow is asked."""
+        self._record = record
+        self._shadows: dict[str, Shadow] = {}
+
+    def update(self, loaded: Loaded) -> None:
+        """Start the shadows of a traffic, and stop those that it does not have. Needs an event loop."""
+        previous, self._shadows = self._shadows, {}
+        if self._record is None:
+            return
+        for name, variant in loaded.traffic.variants.items():
+            if not variant.shadow:
+                continue
+            shadow = previous.get(name)
+            if shadow is None or shadow.version != variant.version:
+                shadow = Shadow(name, variant.version, loaded.workers[name], loaded.schema, self._record)
+            self._shadows[name] = shadow
+        for shadow in previous.values():
+            if shadow not in self._shadows.values():
+                shadow.close()
+
+    def offer(self, copy: Copy) -> None:
+        """Send a copy of a request to every shadow. Does not wait."""
+        for shadow in self._shadows.values():
+            shadow.offer(copy)
+
+    def dropped(self) -> dict[str, int]:
+        """Copies that each shadow dropped or failed to answer."""
+        return {name: shadow.dropped for name, shadow in self._shadows.items()}
+
+    def close(self) -> None:
+        """Stop all shadows."""
+        for shadow in self._shadows.values():
+            shadow.close()
 
 
 def _joined(requests: list[Columns]) -> Mapping[str, np.ndarray]:

@@ -59,7 +59,7 @@ class Worker:
         return [Ranking(*each) if len(each) == 3 else each[0] for each in given]
 
 
-class Remote:
+class WorkerHandle:
     """The way to it."""
 
     def __init__(self, application: str):

@@ -9,8 +9,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.errors import UserError
 from app.serving.logs import log
+from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.traffic import traffic as traffics
 from app.state.audit import Audit
 from app.state.home import home, make_private
 

@@ -62,7 +62,7 @@ class Traffic(BaseModel):
         return {name: v.weight for name, v in self.variants.items() if v.weight > 0}
 
 
-class Held(NamedTuple):
+class Current(NamedTuple):
     """What holds for an endpoint."""
 
     number: int
@@ -79,7 +79,7 @@ def alone(
     return database.alone(f"endpoint {model}", on_wait, wait=wait)
 
 
-def current(audit: Audit, model: str, at: float | None = None) -> Held | None:
+def current(audit: Audit, model: str, at: float | None = None) -> Current | None:
     """What holds, or held at a time (seconds since the epoch); None if the endpoint was not served.
 
     The order of the entries decides, not their times: a clock may have been set back. Raises UserError if the
@@ -90,13 +90,13 @@ def current(audit: Audit, model: str, at: float | None = None) -> Held | None:
     return None if entry is None or entry.action == OFF else read(entry)
 
 
-def read(entry: Entry) -> Held:
+def read(entry: Entry) -> Current:
     """The content of an entry. Raises UserError if it has none that this version of Raylway reads."""
     details = dict(entry.details)
     settings = details.pop(SETTINGS, None)
     try:
         serving = None if settings is None else Serving.model_validate(settings)
-        return Held(entry.number, Traffic.model_validate(details), serving)
+        return Current(entry.number, Traffic.model_validate(details), serving)
     except (ValidationError, UserError) as error:
         first = faults.explained(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise UserError(
@@ -111,7 +111,7 @@ def settings(audit: Audit, model: str) -> Serving | None:
     return held and held.serving
 
 
-def change(audit: Audit, model: str, held: Held, traffic: Traffic, who: str | None = None) -> int:
+def change(audit: Audit, model: str, held: Current, traffic: Traffic, who: str | None = None) -> int:
     """Replace what holds, and keep the settings; returns the entry's number. Writes nothing if it holds.
 
     Raises Changed if `held` does not hold any more.

@@ -1,0 +1,38 @@
+"""Serving a project's variants, and the status of all endpoints. Call these in a session of `app.cluster`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from app.cluster import capacity
+from app.config import Project
+from app.monitoring import deployment as monitor
+from app.serving.control import deploy as endpoints
+from app.serving.control import status
+from app.serving.traffic.traffic import Traffic
+
+
+def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], None] = lambda _: None) -> str:
+    """Serve a project with this traffic, and have its endpoint looked after; returns the server's URL.
+
+    Raises UserError as `app.serving.control.deploy.deploy`. `on_wait` is told what is waited for.
+    """
+    serving = project.serving
+    num_cpus = serving.num_cpus * serving.autoscaling.min_replicas
+    setting = "serving.num_cpus x autoscaling.min_replicas"
+    on_wait(capacity.current().wait_message(num_cpus, setting, excluding=project.name))
+    return endpoints.deploy(serving, project.name, traffic, on_wait, beside=monitor.start)
+
+
+def statuses() -> list[dict[str, Any]]:
+    """The status of every endpoint, as JSON values; `watch` is None if nothing looks after the endpoints."""
+    report = monitor.report()
+    watch = None
+    if report is not None:
+        watch = {name: getattr(report, name) for name in ("looked_s_ago", "failures", "last_error")}
+    documents = []
+    for endpoint in status.endpoints():
+        document = endpoint.document()
+        fault = report.faults.get(endpoint.name) if report else None
+        faults = sorted({*document["faults"], *([fault] if fault else [])})
+        documents.append({**document, "faults": faults, "watch": watch})
+    return documents

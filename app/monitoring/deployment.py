@@ -1,0 +1,45 @@
+"""The Ray Serve deployment that looks after the endpoints. It answers no requests."""
+
+from app.monitoring.watch import Watch, WatchReport
+from app.serving.control.applications import run, version_of
+from app.serving.control.status import ask_replicas, statuses
+from app.serving.names import WATCH
+
+
+class Monitor:
+    """One replica runs the watch for the whole cluster; Serve starts it again if it dies."""
+
+    def __init__(self) -> None:
+        self._watch = Watch(statuses)
+        self._watch.start()
+
+    def __del__(self) -> None:
+        self._watch.stop()
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises."""
+        if not self._watch.is_alive():
+            raise RuntimeError("the thread that watches the endpoints has ended")
+
+    def report(self) -> WatchReport:
+        """Called by `raylway status`."""
+        return self._watch.report()
+
+
+def start() -> None:
+    """Start the deployment, or replace it if its code has changed. Raises UserError if Serve cannot."""
+    from ray import serve
+
+    monitor = serve.deployment(Monitor).options(
+        name=WATCH,
+        version=version_of(Monitor, []),
+        _internal=True,  # see `app.serving.control.deploy`
+        ray_actor_options={"num_cpus": 0},
+    )
+    run(monitor.bind(), WATCH, WATCH, None)
+
+
+def report() -> WatchReport | None:
+    """What the watch does; None if it does not answer."""
+    reports = ask_replicas(WATCH, WATCH, "report")
+    return reports[0] if reports else None

@@ -1,0 +1,153 @@
+"""A request on its way through an endpoint."""
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+from ray.exceptions import RayError
+
+from app.bundle.bundle import Ranking
+from app.config.serving import Limits
+from app.serving.gateway.auth import ANYBODY, Authenticator, Principal
+from app.serving.gateway.limits import Limiter
+from app.serving.http import JSON, Refused, Request
+from app.serving.logs import log
+from app.serving.protocols import explain
+from app.serving.protocols.contract import MAX_UNIT_LENGTH, Answer, Columns, Query
+from app.serving.replica.loaded import Loaded
+from app.serving.replica.loader import Loader
+from app.serving.replica.meters import Meters
+from app.serving.replica.recorder import Recorder
+from app.serving.replica.shadow import Shadows
+
+RETRY = {"retry-after": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What an endpoint works with."""
+
+    model: str
+    limits: Limits
+    loader: Loader
+    shadows: Shadows
+    meters: Meters
+    authenticator: Authenticator | None = None
+    """None if requests need no token."""
+    limiter: Limiter | None = None
+    """None if there is no rate limit."""
+    recorder: Recorder | None = None
+    """None if the endpoint keeps no records."""
+    explaining: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(explain.MAX_AT_ONCE))
+    """Held while an explanation is computed."""
+
+
+@dataclass
+class Call:
+    """A request, and what the endpoint has worked out about it so far."""
+
+    request: Request
+    services: Services
+    loaded: Loaded
+    """The variants that answer the call, though others may be loaded meanwhile."""
+    version: str | None = None
+    """The version in the path."""
+    action: str = "none"
+    """Name of the action, for metrics."""
+    principal: Principal | None = None
+    """Who sent the request; None until that is known."""
+    variant: str = ""
+    """The variant that answers; empty until it is chosen."""
+    is_forced: bool = False
+    """Whether the client asked for the variant."""
+    unit: str = ""
+    """What the variant was chosen by."""
+    num_rows: int = 0
+    received_at: float = 0.0
+    """When the query was read, in seconds since the epoch."""
+    _started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def sender(self) -> Principal:
+        """Who sent the request, where every action may be called."""
+        return self.principal or ANYBODY
+
+    @property
+    def seconds(self) -> float:
+        """Time since the query was read."""
+        return time.perf_counter() - self._started
+
+    def forced_variant(self) -> str | None:
+        """The variant that the client asks for, by its version in the path or by name in a header.
+
+        Raises Refused if it is not served.
+        """
+        if self.version is not None:
+            for name, number in self.loaded.versions.items():
+                if number == self.version:
+                    return name
+            served = ", ".join(self.loaded.versions.values())
+            raise Refused(
+                404,
+                f"version {self.version[:20]} of {self.services.model} is not served; these are: {served}",
+            )
+        name = self.request.header(b"x-raylway-variant")
+        if name and name not in self.loaded.versions:
+            raise Refused(
+                422, f"the header x-raylway-variant must be one of {', '.join(self.loaded.versions)}"
+            )
+        return name or None
+
+    async def read_body(self, *media_types: str) -> bytes:
+        """The whole body, of one of `media_types`. Raises Refused, by the headers alone where they decide.
+
+        Other variants may be loaded while the body arrives: the call is answered by those.
+        """
+        allowed = media_types or (JSON,)
+        media_type = self.request.header(b"content-type", JSON).partition(";")[0].strip().lower()
+        if media_type not in allowed or self.request.header(b"content-encoding", "identity") != "identity":
+            raise Refused(415, f"the body must be {' or '.join(allowed)}, not compressed")
+        body = await self.request.body.read(self.services.limits.max_body_bytes)
+        self.loaded = self.services.loader.loaded
+        return body
+
+    def choose(self, query: Query) -> None:
+        """Choose the variant that answers: the one that the client asks for, or by the unit."""
+        self.received_at, self._started = time.time(), time.perf_counter()
+        forced = self.forced_variant()
+        self.unit = query.unit or self._header_unit() or self.request.request_id
+        self.variant, self.is_forced = forced or self.loaded.choose(self.unit), forced is not None
+        self.num_rows = query.num_rows
+
+    async def predict(self, columns: Columns) -> np.ndarray | Ranking:
+        """The chosen variant's prediction for columns of any number of rows, as `Bundle.predict` or `rank`.
+
+        Raises Refused if its workers do not answer.
+        """
+        bundle = self.loaded.bundles.get(self.variant)
+        if bundle is not None:
+            return bundle.rank(columns) if self.loaded.schema.task == "ranking" else bundle.predict(columns)
+        try:
+            return await self.loaded.workers[self.variant].predict(columns)
+        except (TimeoutError, RayError) as error:
+            log.error("%s of %s does not answer: %s", self.variant, self.services.model, error)
+            raise Refused(503, f"{self.variant} does not answer now; try again", headers=RETRY) from None
+
+    def answer(self, prediction: np.ndarray | Ranking) -> Answer:
+        """The answer with the chosen variant's prediction."""
+        return Answer(
+            model=self.services.model,
+            variant=self.variant,
+            version=self.loaded.versions[self.variant],
+            request_id=self.request.request_id,
+            probabilities=None if isinstance(prediction, Ranking) else prediction,
+            ranking=prediction if isinstance(prediction, Ranking) else None,
+        )
+
+    def _header_unit(self) -> str:
+        """The header x-raylway-unit, which the guard has checked to be UTF-8; empty if there is none."""
+        unit = self.request.headers.get(b"x-raylway-unit", b"").decode()
+        if len(unit) > MAX_UNIT_LENGTH:
+            raise Refused(422, f"the header x-raylway-unit must not exceed {MAX_UNIT_LENGTH} characters")
+        return unit

@@ -1,0 +1,140 @@
+"""The Ray Serve deployment of a model: an endpoint, and what it works with, in a replica."""
+
+import asyncio
+import gc
+import sys
+
+import starlette.requests
+import starlette.responses
+
+from app.config import Serving
+from app.config.serving import Issuer
+from app.serving.gateway import limits
+from app.serving.gateway.auth import Authenticator
+from app.serving.gateway.guard import through_serve
+from app.serving.gateway.limits import Limiter
+from app.serving.logs import log
+from app.serving.replica.autoscaling import LOAD, Busyness
+from app.serving.replica.call import Services
+from app.serving.replica.endpoint import Endpoint
+from app.serving.replica.loaded import Loaded
+from app.serving.replica.loader import Loader
+from app.serving.replica.meters import Meters
+from app.serving.replica.recorder import Recorder
+from app.serving.replica.shadow import Shadows
+from app.serving.replica.state import State
+from app.serving.traffic.traffic import Traffic
+from app.serving.traffic.variants import located
+from app.state.audit import Audit
+from app.state.records import Records
+
+UPDATE_S = 1.0
+"""Interval at which a replica looks for another traffic."""
+SWITCH_S = 0.0005
+"""The recorder's threads may hold the GIL this long before a request gets it (Python's default: 5 ms)."""
+
+
+class Replica:
+    """Every replica loads all variants of its model, except those that have workers of their own."""
+
+    def __init__(self, model: str, serving: Serving, issuer: Issuer | None):
+        """Raises UserError if a bundle is broken or the variants take different inputs."""
+        sys.setswitchinterval(SWITCH_S)
+        self._model = model
+        self._authenticator = Authenticator(issuer) if issuer else None
+        if self._authenticator is not None:
+            self._authenticator.keys.start()
+        limiter = None
+        if serving.limits.requests_per_s is not None:
+            borrow = limits.Counter(limits.ask_root).borrow
+            limiter = Limiter(model, serving.limits.requests_per_s, borrow)
+
+        def load(traffic: Traffic, previous: Loaded | None) -> Loaded:
+            local = traffic.model_copy(update={"variants": located(model, traffic.variants)})
+            return Loaded(local, serving.limits.max_rows, previous, serving.trusted_keys)
+
+        self._audit = Audit()
+        self._loader = Loader(model, self._audit, load)
+        self._recorder = Recorder(Records(), serving.limits.feedback_per_hour) if serving.record else None
+        self._shadows = Shadows(self._recorder.add if self._recorder else None)
+        self._shadows.update(self._loader.loaded)
+        self._meters = Meters(model)
+        self._busyness = Busyness()
+        endpoint = Endpoint(
+            Services(
+                model=model,
+                limits=serving.limits,
+                loader=self._loader,
+                shadows=self._shadows,
+                meters=self._meters,
+                authenticator=self._authenticator,
+                limiter=limiter,
+                recorder=self._recorder,
+            ),
+            serving.log_requests,
+        )
+        self.respond = endpoint.respond
+        """Called by `app.serving.gateway.guard` for each request."""
+        # Exclude everything loaded so far from garbage collection: a full pass would stall requests 50 ms.
+        gc.collect()
+        gc.freeze()
+        self._updates = asyncio.get_running_loop().create_task(self._update_forever())
+
+    async def __del__(self) -> None:
+        """Called by Serve when the last request is answered: what was recorded is written first."""
+        self._updates.cancel()
+        if self._authenticator is not None:
+            self._authenticator.keys.stop()
+        self._shadows.close()
+        if self._recorder:
+            await asyncio.to_thread(self._recorder.close)
+        self._audit.close()
+
+    async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
+        """A request that Serve's own proxy passes on."""
+        return await through_serve(self, request)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica if this raises: BrokenBundle if a variant answers its
+        stored example differently, RuntimeError if the replica does not look for another traffic any more."""
+        if self._updates.done():
+            raise RuntimeError("the task that looks for another traffic has ended")
+        for bundle in self._loader.loaded.bundles.values():
+            bundle.check_example()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, for `app.serving.replica.autoscaling`."""
+        return {LOAD: self._busyness.share()}
+
+    def state(self) -> State:
+        """Called by commands, through Serve's handle."""
+        loaded = self._loader.loaded
+        fault = self._loader.fault or (self._authenticator.keys.fault if self._authenticator else None)
+        return State(
+            entry=self._loader.entry,
+            fault=fault,
+            versions=loaded.versions,
+            weights=loaded.weights,
+            recording=self._recorder.recording() if self._recorder else None,
+            shadows=self._shadows.dropped(),
+            recent=self._meters.recent.tallies(),
+        )
+
+    async def refresh(self) -> State:
+        """Load the newest traffic now; returns the state after that."""
+        await self._update(retry_now=True)
+        return self.state()
+
+    async def _update(self, retry_now: bool = False) -> None:
+        if await self._loader.update(retry_now):
+            self._shadows.update(self._loader.loaded)
+
+    async def _update_forever(self) -> None:
+        while True:
+            await asyncio.sleep(UPDATE_S)
+            try:
+                await self._update()
+                dropped = self._recorder.recording().dropped if self._recorder else {}
+                self._meters.tell(sum(dropped.values()), self._loader.loaded.weights)
+            except Exception:
+                log.exception("%s cannot look for another traffic, or report its metrics", self._model)

@@ -1,0 +1,81 @@
+"""Keeps a replica in step with the newest traffic of its model."""
+
+import asyncio
+from collections.abc import Callable
+
+from app.errors import UserError
+from app.serving.backoff import Backoff
+from app.serving.logs import log
+from app.serving.replica.loaded import Loaded
+from app.serving.traffic import cache, traffic
+from app.serving.traffic.traffic import Traffic
+from app.state.audit import Audit
+
+
+class Loader:
+    """Loads the newest traffic, and exchanges it for the one that was loaded before."""
+
+    def __init__(
+        self,
+        model: str,
+        audit: Audit,
+        load: Callable[[Traffic, Loaded | None], Loaded],
+    ):
+        """Load the first traffic. Raises UserError if a bundle is broken, or the variants differ in inputs.
+
+        `load` opens a traffic; it is given what was loaded before, whose bundles it may take over.
+        """
+        self._model = model
+        self._audit = audit
+        self._load = load
+        self.fault: str | None
+        """Reason why the newest traffic is not loaded."""
+        self.entry, first, self.fault = cache.first(audit, model)
+        self.loaded = load(first, None)
+        """What the replica answers with."""
+        self._failed_entry = 0
+        """Number of the newest entry that could not be loaded."""
+        self._backoff = Backoff()
+        self._loading = asyncio.Lock()
+        cache.remember(model, self.entry, first)
+
+    async def update(self, retry_now: bool = False) -> bool:
+        """Load the newest traffic, if it is not loaded; returns whether another one was loaded.
+
+        Until then, the replica answers with the one before.
+
+        An entry that could not be loaded is tried again after a pause, or immediately if `retry_now`.
+        """
+        async with self._loading:  # two updates at once could end in the wrong order
+            number = self.entry
+            try:
+                current = await asyncio.to_thread(traffic.current, self._audit, self._model)
+                if current is None or current.number == self.entry:
+                    self.fault = None
+                    return False
+                if current.number < self.entry:  # a restored backup
+                    raise UserError(
+                        f"the audit log ends before entry {self.entry}, which this replica serves"
+                    )
+                number = current.number
+                if number == self._failed_entry and not (retry_now or self._backoff.due()):
+                    return False
+                loaded = await asyncio.to_thread(self._load, current.traffic, self.loaded)
+            except Exception as error:
+                self._fail(number, error)
+                return False
+            self.loaded, self.entry, self.fault = loaded, number, None
+            self._backoff.succeeded()
+            await asyncio.to_thread(cache.remember, self._model, number, current.traffic)
+            return True
+
+    def _fail(self, number: int, error: Exception) -> None:
+        """Remember, and log once, why an entry could not be loaded."""
+        is_expected = isinstance(error, UserError)
+        reason = str(error) if is_expected else f"{type(error).__name__}: {str(error)[:500]}"
+        if reason != self.fault:
+            log.error(
+                "the newest traffic of %s is not loaded: %s", self._model, reason, exc_info=not is_expected
+            )
+        self.fault, self._failed_entry = reason, number
+        self._backoff.failed()
