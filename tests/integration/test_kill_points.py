@@ -1,7 +1,7 @@
 """Whole commands on the cluster, killed before their writes in turn and given again: everything is whole.
 
 Every rename and every start of a file, and a sample of the commits, which MLflow and Optuna make many of;
-tests/unit/test_kill_points.py takes all of them of what registers, promotes and signs.
+tests/unit/state/test_kill_points.py takes all of them of what registers, promotes and signs.
 """
 
 import functools

@@ -21,7 +21,15 @@ from app.tuning import tuner
 from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, states
-from tests.unit.test_records import AWKWARD, VERSION_1, add, awkward, check_upgraded, feedback, prediction
+from tests.unit.state.test_records import (
+    AWKWARD,
+    VERSION_1,
+    add,
+    awkward,
+    check_upgraded,
+    feedback,
+    prediction,
+)
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,7 @@ from app.cli import main, options
 from app.cli.main import COMMANDS
 from app.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 MUST = "must be a whole number from"
 

@@ -14,7 +14,7 @@ import pytest
 from app.errors import UserError
 from app.setup.install import _digest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NEEDED = (
     "app/__init__.py",
     "app/errors.py",

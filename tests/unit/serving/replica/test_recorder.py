@@ -8,7 +8,7 @@ from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 from app.serving.replica import recorder
 from app.serving.replica.recorder import CLOSED, FULL, OVERHEAD_BYTES, REFUSED, REPEATED, NotStored, Recorder
 from app.state.records import Feedback, Records, Verdict, decode
-from tests.unit.test_records import prediction
+from tests.unit.state.test_records import prediction
 
 
 class Database:

@@ -12,7 +12,7 @@ from app.serving.control import applications
 from app.serving.traffic import traffic
 from app.state.audit import Audit
 from tests.traffics import place
-from tests.unit.test_traffic import of
+from tests.unit.serving.traffic.test_traffic import of
 
 FOLLOWING = Serving.model_validate(
     {"follow": True, "variants": {"champion": {"version": "champion", "weight": 1}}}

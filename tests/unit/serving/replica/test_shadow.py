@@ -6,7 +6,7 @@ import pytest
 from app.serving.replica import shadow
 from app.serving.replica.shadow import Copy, Shadow
 from tests.bundles import ROWS, schema
-from tests.unit.test_records import prediction
+from tests.unit.state.test_records import prediction
 
 
 class Remote:

@@ -11,7 +11,7 @@ from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 from app.state.audit import Audit
 from tests.bundles import build
-from tests.unit.test_records import prediction
+from tests.unit.state.test_records import prediction
 
 SERVING = Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}})
 

@@ -19,7 +19,7 @@ from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 from tests.traffics import place
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL = "income"
 
 

@@ -21,7 +21,7 @@ from app.cluster.session import ensure_token, local_environment
 from app.errors import UserError
 from app.state import home
 
-CONFIG = Path(__file__).parents[2] / "cluster.yaml"
+CONFIG = Path(__file__).parents[3] / "cluster.yaml"
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from app.tuning import progress, report, scheduler, tuner
 from app.tuning.plan import Planned, planned
 from app.tuning.search import Search, state_of
 from app.tuning.space import Space
-from tests.unit.test_space import HIDDEN, RATE, project
+from tests.unit.tuning.test_space import HIDDEN, RATE, project
 
 SPACE = {"training.learning_rate": RATE, "model.hidden": HIDDEN}
 

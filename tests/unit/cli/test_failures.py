@@ -17,7 +17,7 @@ from app.cli.failures import explained
 from app.errors import UserError
 from app.state.audit import Audit
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def failed(number: int, file: str | None = None) -> OSError:

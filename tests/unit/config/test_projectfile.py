@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from app.config import Project, Training, projectfile
 from app.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 
 TEXT = """\
 name: small

@@ -30,7 +30,7 @@ from app.tasks.text.packager import Packager
 from app.tasks.text.task import Task as Text
 from tests import bundles, encoders, texts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[4]
 
 
 @pytest.fixture(scope="module")

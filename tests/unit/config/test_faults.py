@@ -13,7 +13,7 @@ import yaml
 from app.config import projectfile
 from app.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BAD: list[Any] = [
     None, True, 0, -1, 1.5, 10**30, 10**400, -(10**30), float("inf"), float("nan"), 1e308, 5e-324,
     "", "o'brien", "x" * 300, [], [1], [None], ["a", "a"], {}, {"a": 1}, {1: 2}, datetime.date(2020, 1, 1),

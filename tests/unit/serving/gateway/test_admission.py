@@ -21,7 +21,7 @@ from app.serving.gateway.body import UnfinishedBodies
 from app.serving.gateway.guard import Guard
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import Refused, Response
-from tests.unit.test_front import written
+from tests.unit.serving.gateway.test_haproxy import written
 
 PATH = "/v2/models/income/predict"
 
