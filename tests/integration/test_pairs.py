@@ -49,7 +49,7 @@ with session(log_to_driver=False):
         {{}}
 """
 SCRIPTS = {
-    "follow": LOOK.format(f"Follower().look(audit, {NAME!r}, held)"),
+    "follow": LOOK.format(f"Follower().follow(audit, {NAME!r}, held)"),
     "bandit": LOOK.format(
         f"bandit.rebalance(audit, Records(), {NAME!r}, "
         'held._replace(traffic=held.traffic.model_copy(update={"policy": "bandit"})))'

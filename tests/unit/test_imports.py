@@ -20,7 +20,7 @@ LAYERS: tuple[set[str], ...] = (
     {"bundle"},
     {"evaluation", "registry"},
     {"serving", "tasks"},
-    {"training"},
+    {"training", "monitoring"},
     {"tuning"},
     {"jobs"},
     {"api", "cli"},

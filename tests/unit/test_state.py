@@ -231,7 +231,7 @@ class Commands(RuleBasedStateMachine):
             return
         with self.world.killing(kill):
             versions.finish_promotion(self.audit, NAME)
-            self.follower.look(self.audit, NAME, held)
+            self.follower.follow(self.audit, NAME, held)
             applications.tidy(self.audit, NAME)
             now = traffic.current(self.audit, NAME)
             if NAME in self.follower.faults:

@@ -6,11 +6,12 @@ from app.bundle import copies
 from app.config import Serving
 from app.errors import UserError
 from app.monitoring import follow
-from app.monitoring.follow import WHO, Follower
+from app.monitoring.follow import AUTHOR, Follower
 from app.registry import versions
 from app.registry.versions import Version
 from app.serving.backoff import FIRST_S
-from app.serving.traffic import registered, traffic
+from app.serving.traffic import traffic
+from app.serving.traffic.registered import registered
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.traffics import place
@@ -34,18 +35,18 @@ def audit():
 
 
 @pytest.fixture
-def registered(monkeypatch, tmp_path):
-    """What the registry has: aliases with their versions, to be changed by the test."""
-    held = {"champion": "1"}
+def aliases(monkeypatch, tmp_path):
+    """The registry's versions by alias; a test changes them."""
+    versions_by_alias = {"champion": "1"}
     identities = {number: copies.keep(build(tmp_path / number, seed=int(number))).name for number in "123"}
 
     def find(name, alias):
-        if alias not in held:
+        if alias not in versions_by_alias:
             return None
-        return Version(name, held[alias], (alias,), identities[held[alias]])
+        return Version(name, versions_by_alias[alias], (alias,), identities[versions_by_alias[alias]])
 
     monkeypatch.setattr(versions, "find", find)
-    return held
+    return versions_by_alias
 
 
 @pytest.fixture
@@ -58,37 +59,37 @@ def taken(monkeypatch):
     return seen
 
 
-def test_a_variant_without_a_version_is_left_out(registered):
-    found, notes = registered.registered("income", SERVING)
+def test_a_variant_without_a_version_is_left_out(aliases):
+    found, notes = registered("income", SERVING)
     assert found.weights == {"champion": 80}
     assert "challenger" in notes[0]
-    registered.clear()
+    aliases.clear()
     with pytest.raises(UserError, match="train one first"):
-        registered.registered("income", SERVING)
+        registered("income", SERVING)
 
 
 def looked(audit, follower):
-    follower.look(audit, "income", traffic.current(audit, "income"))
+    follower.follow(audit, "income", traffic.current(audit, "income"))
     return traffic.current(audit, "income").traffic
 
 
-def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, registered, taken):
-    registered["challenger"] = "2"
-    deployed = registered.registered("income", SERVING)[0]
+def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, aliases, taken):
+    aliases["challenger"] = "2"
+    deployed = registered("income", SERVING)[0]
     reweighted = traffic.reweighted(deployed, {"champion": 50, "challenger": 50})
     place(audit, "income", reweighted, SERVING)
     follower = Follower()
     looked(audit, follower)
     assert taken == [], "nothing has changed"
-    registered["champion"] = "3"
+    aliases["champion"] = "3"
     held = looked(audit, follower)
     assert held.variants["champion"].version == "3"
     assert held.weights == {"champion": 50, "challenger": 50}
-    assert (taken, audit.entries()[-1].who) == ([2], WHO)
+    assert (taken, audit.entries()[-1].who) == ([2], AUTHOR)
 
 
-def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, taken):
-    deployed = registered.registered("income", SERVING)[0]
+def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, aliases, taken):
+    deployed = registered("income", SERVING)[0]
     elsewhere = {
         name: variant.model_copy(update={"path": Path("/another/machine") / name})
         for name, variant in deployed.variants.items()
@@ -97,27 +98,27 @@ def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, registered, tak
     follower = Follower()
     assert looked(audit, follower).variants == elsewhere
     assert (taken, follower.faults) == ([], {})
-    registered["champion"] = "2"
+    aliases["champion"] = "2"
     assert looked(audit, follower).variants["champion"].version == "2"
 
 
-def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, registered, taken):
-    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
-    registered["champion"] = "3"
+def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
+    place(audit, "income", registered("income", SERVING)[0], SERVING)
+    aliases["champion"] = "3"
     (versions.find("income", "champion").path / "model.onnx").write_bytes(b"")
     follower = Follower()
     for _ in range(2):
         assert looked(audit, follower).variants["champion"].version == "1"
         assert "model.onnx was changed" in follower.faults["income"]
-    registered["champion"] = "1"
+    aliases["champion"] = "1"
     looked(audit, follower)
     assert follower.faults == {}
 
 
 def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_later(
-    audit, registered, taken, monkeypatch
+    audit, aliases, taken, monkeypatch
 ):
-    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered("income", SERVING)[0], SERVING)
     tried, now = [], [0.0]
 
     def refuse(name, entry):
@@ -126,7 +127,7 @@ def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_l
             raise UserError("the replicas do not take it in")
 
     monkeypatch.setattr(follow, "refresh", refuse)
-    registered["champion"] = "2"
+    aliases["champion"] = "2"
     follower = Follower(clock=lambda: now[0])
     for _ in range(3):
         assert looked(audit, follower).variants["champion"].version == "1"
@@ -141,12 +142,12 @@ def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_l
     assert follower.faults == {}
 
 
-def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, registered, taken):
-    registered["challenger"] = "2"
-    deployed = registered.registered("income", SERVING)[0]
+def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
+    aliases["challenger"] = "2"
+    deployed = registered("income", SERVING)[0]
     held = traffic.reweighted(deployed, {"champion": 0, "challenger": 100})
     place(audit, "income", held, SERVING)
-    registered["champion"] = registered.pop("challenger")  # as `promote` does
+    aliases["champion"] = aliases.pop("challenger")  # as `promote` does
     follower = Follower()
     for _ in range(2):
         assert looked(audit, follower) == held
@@ -158,15 +159,15 @@ def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes
     assert follower.faults == {}
 
 
-def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, registered, taken):
-    place(audit, "income", registered.registered("income", SERVING)[0], SERVING)
-    registered["champion"] = "2"
+def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, aliases, taken):
+    place(audit, "income", registered("income", SERVING)[0], SERVING)
+    aliases["champion"] = "2"
     follower = Follower()
     with traffic.alone("income"):
         assert looked(audit, follower).variants["champion"].version == "1"
     assert follower.faults == {}
     read = traffic.current(audit, "income")
-    deployed = registered.registered("income", SERVING)[0].model_copy(update={"salt": "other"})
+    deployed = registered("income", SERVING)[0].model_copy(update={"salt": "other"})
     place(audit, "income", deployed, SERVING)
-    follower.look(audit, "income", read)
+    follower.follow(audit, "income", read)
     assert traffic.current(audit, "income").traffic == deployed

@@ -35,7 +35,7 @@ class Follows:
         self.looked = []
         self.broken = {}
 
-    def look(self, audit, name, held):
+    def follow(self, audit, name, current):
         self.looked.append(name)
         if name in self.broken:
             raise self.broken[name]
@@ -74,22 +74,22 @@ def test_one_model_that_fails_holds_up_no_other_and_is_tried_again_later(watchin
     clock.now += 1
     watching.round()
     assert follows.looked == ["a", "b", "c", "a", "c"], "not due yet"
-    watched = watching.watched()
+    watched = watching.report()
     assert (watched.failures, list(watched.faults)) == (1, ["b"])
     assert watched.last_error == "following the registry failed: RuntimeError: the registry is away"
     del follows.broken["b"]
     clock.now += FIRST_S
     watching.round()
     assert follows.looked[-3:] == ["a", "b", "c"]
-    assert watching.watched().faults == {}
-    assert watching.watched().failures == 1, "it has failed, though it does not any more"
+    assert watching.report().faults == {}
+    assert watching.report().failures == 1, "it has failed, though it does not any more"
 
 
 def test_an_entry_that_cannot_be_read_is_the_fault_of_its_model_alone(watching, follows, audit):
     audit.add(traffic.ACTION, "b", {"of": "an older version"})
     watching.round()
     assert follows.looked == ["a", "c"]
-    assert "entry 4 of the audit log" in watching.watched().faults["b"]
+    assert "entry 4 of the audit log" in watching.report().faults["b"]
 
 
 def test_a_follower_that_fails_does_not_stop_the_bandit(watching, follows, clock, monkeypatch):
@@ -112,7 +112,7 @@ def test_a_database_that_is_away_when_the_watch_begins_is_tried_again(watching, 
         patch.setattr(watch, "Audit", away)
         watching.round()
     assert follows.looked == []
-    assert "connection refused" in watching.watched().last_error
+    assert "connection refused" in watching.report().last_error
     clock.now += FIRST_S
     watching.round()
     assert follows.looked == ["a", "b", "c"]
@@ -125,19 +125,19 @@ def test_a_model_that_is_taken_off_leaves_no_fault(clock, follows, audit):
     watching.round()
     models.remove("b")
     watching.round()
-    assert watching.watched().faults == {}
+    assert watching.report().faults == {}
 
 
 def test_the_thread_looks_until_it_is_stopped(follows, audit, monkeypatch):
-    monkeypatch.setattr(watch, "LOOK_S", 0.01)
+    monkeypatch.setattr(watch, "ROUND_S", 0.01)
     watching = Watch(lambda: ["a"], follower=follows)
-    assert not watching.alive()
+    assert not watching.is_alive()
     watching.start()
     while not follows.looked:
-        assert watching.alive()
+        assert watching.is_alive()
     watching.stop()
     watching._thread.join()
-    assert not watching.alive()
+    assert not watching.is_alive()
 
 
 def test_waits_between_tries_grow_to_a_bound(clock):

@@ -55,7 +55,7 @@ def test_raw_tensors_are_the_rows(contract):
     for tensor_ in TYPED[1:]:
         raw.append(b"".join(len(v).to_bytes(4, "little") + v for v in tensor_.contents.bytes_contents))
     request = messages.ModelInferRequest(model_name="income", inputs=bare, raw_input_contents=raw)
-    assert read(contract, request).question.rows == ROWS
+    assert read(contract, request).query.rows == ROWS
 
 
 @pytest.mark.parametrize("datatype", ["INT8", "INT64", "UINT32", "FP32"])

@@ -5,7 +5,7 @@ import tracemalloc
 import pytest
 
 from app.serving.http import NUM_VIOLATIONS, Refused
-from app.serving.protocols import tensors
+from app.serving.protocols import rows, tensors
 from app.serving.protocols.contract import Contract
 from app.serving.replica import feedback
 from tests.bundles import schema
@@ -66,7 +66,8 @@ def check(parse, text):
 
 @pytest.mark.parametrize("text", PREDICTIONS.values(), ids=PREDICTIONS.keys())
 def test_rows(text):
-    check(Contract(schema(), max_rows=1024).parse, text)
+    contract = Contract(schema(), max_rows=1024)
+    check(lambda body: rows.parse(body, contract), text)
 
 
 @pytest.mark.parametrize("text", INFERENCES.values(), ids=INFERENCES.keys())

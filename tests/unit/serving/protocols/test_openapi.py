@@ -9,7 +9,6 @@ from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
 from app.config.serving import Limits
 from app.serving.protocols import openapi, rows
-from app.serving.protocols import rows as json_rows
 from app.serving.protocols.contract import Answer
 from app.serving.replica.loaded import Loaded
 from app.serving.traffic.traffic import Traffic
@@ -19,11 +18,11 @@ from tests.bundles import ROWS, build, schema
 LIMITS = Limits(max_rows=5)
 
 
-def described(given=None, row=None, said=None, **options):
+def described(given=None, row=None, answer=None, **options):
     options = {"secured": False, "feedback": True, **options}
     example = {
         "row": row or ROWS[0],
-        "said": said or {"predictions": [{"probability": 0.5, "positive": True}]},
+        "answer": answer or {"predictions": [{"probability": 0.5, "positive": True}]},
     }
     return openapi.document("income", given or schema(), LIMITS, example, **options)
 
@@ -46,17 +45,19 @@ def test_it_can_be_loaded_by_a_client_of_openapi():
 def test_the_example_of_a_bundle_is_a_request_that_is_answered_so(tmp_path):
     path = build(tmp_path / "bundle", seed=1)
     variants = {"champion": Deployed(version="1", weight=1, path=path)}
-    live = Loaded(Traffic(salt="1", policy="weighted", variants=variants), max_rows=5)
-    document = openapi.document("income", live.schema, LIMITS, live.example(), secured=False, feedback=True)
+    loaded = Loaded(Traffic(salt="1", policy="weighted", variants=variants), max_rows=5)
+    document = openapi.document(
+        "income", loaded.schema, LIMITS, loaded.example(), secured=False, feedback=True
+    )
     document = json.loads(orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY))
-    question = json_rows.parse(orjson.dumps(asked(document)["example"]), live.contract)
+    question = rows.parse(orjson.dumps(asked(document)["example"]), loaded.contract)
     bundle = Bundle(path)
     given = Answer(
         model="income", variant="champion", version="1", request_id="0f3c2b7e",
         probabilities=bundle.predict(columns_of(bundle.schema, question.rows)),
     )  # fmt: skip
     answers = document["paths"]["/v2/models/income/predict"]["post"]["responses"]["200"]
-    answered = json.loads(rows.encode(given, bundle.schema))
+    answered = json.loads(rows.encode(given, rows.predictions(given, bundle.schema)))
     shown = answers["content"]["application/json"]["example"]
     assert np.isclose(
         shown["predictions"][0].pop("probability"), answered["predictions"][0].pop("probability")

@@ -7,7 +7,7 @@ import pytest
 from app.serving.http import NUM_VIOLATIONS, Refused
 from app.serving.protocols import rows as json_rows
 from app.serving.protocols.contract import Answer, Contract
-from app.serving.protocols.rows import encode
+from app.serving.protocols.rows import encode, predictions
 from tests.bundles import ROWS, schema
 
 GOOD = {"age": 39, "education": "Bachelors", "gender": "Male"}
@@ -142,7 +142,7 @@ def test_the_answer_carries_the_decision_and_exactly_the_probability():
     given = Answer(
         model="income", variant="challenger", version="2", request_id="r", probabilities=probabilities
     )
-    assert json.loads(encode(given, schema())) == {
+    assert json.loads(encode(given, predictions(given, schema()))) == {
         "model": "income",
         "variant": "challenger",
         "version": "2",

@@ -56,14 +56,14 @@ def test_json_tensors_become_rows(contract):
     ],
 )
 def test_shapes_and_types_of_a_number(contract, age):
-    assert parse(contract, age, EDUCATION, GENDER).question.rows == TWO
+    assert parse(contract, age, EDUCATION, GENDER).query.rows == TWO
 
 
 @pytest.mark.parametrize(("datatype", "dtype"), tensors.NUMBERS.items())
 def test_binary_numbers_of_every_type(contract, datatype, dtype):
     raw = np.array([39, 52], dtype=dtype).tobytes()
     age = tensor("age", datatype, [0, 0], binary_data_size=len(raw))
-    rows = parse(contract, age, EDUCATION, GENDER, binary=raw).question.rows
+    rows = parse(contract, age, EDUCATION, GENDER, binary=raw).query.rows
     assert [row["age"] for row in rows] == ([1, 1] if datatype == "BOOL" else [39, 52])
 
 
@@ -85,7 +85,7 @@ def test_nan_and_the_empty_string_are_missing(contract):
         tensor("hours-per-week", "FP64", [0, 0], binary_data_size=len(hours)),
         tensor("workclass", "BYTES", [0, 0], binary_data_size=len(work)),
     ]
-    rows = parse(contract, AGE, EDUCATION, GENDER, *missing, binary=hours + work).question.rows
+    rows = parse(contract, AGE, EDUCATION, GENDER, *missing, binary=hours + work).query.rows
     assert [row["hours-per-week"] for row in rows] == [None, 40.0]
     assert [row["workclass"] for row in rows] == [None, "Büro"]
 

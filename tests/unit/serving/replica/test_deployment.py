@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from app.config import Serving
-from app.serving.replica.endpoint import Endpoint
+from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
@@ -16,10 +16,10 @@ from tests.unit.state.test_records import prediction
 SERVING = Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}})
 
 
-class Local(Endpoint):
+class Local(Replica):
     """Serve awaits what `__del__` returns; Python would not."""
 
-    close = Endpoint.__del__
+    close = Replica.__del__
 
     def __del__(self):
         pass

@@ -421,6 +421,10 @@ def answer_of(opened: Bundle, *users: str) -> Answer:
     return Answer(model="films", variant="champion", version="1", request_id="r", ranking=found)
 
 
+def encoded(answer: Answer, *rest: Any) -> bytes:
+    return rows.encode(answer, rows.predictions(answer, *rest))
+
+
 def test_a_request_may_say_how_many(contract):
     assert asked(contract, rows=[{"who": "u1"}]).k is None
     assert asked(contract, rows=[{"who": "u1"}], k=3).k == 3
@@ -454,22 +458,20 @@ def test_an_unknown_user_is_refused_where_the_contract_says_so(prepared):
 
 def test_the_answer_has_the_best_first_and_says_who_is_new(made):
     task, _, opened = made
-    document = orjson.loads(rows.encode(answer_of(opened, "u1", "nobody"), opened.schema, 3))
+    document = orjson.loads(encoded(answer_of(opened, "u1", "nobody"), opened.schema, 3))
     assert document["item"] == "what"
     known, new = document["predictions"]
     assert known["known"] is True
     assert len(known["items"]) == len(known["scores"]) == 3
     assert known["scores"] == sorted(known["scores"], reverse=True)
     assert (new["known"], new["items"]) == (False, task.catalogue.items[:3])
-    ten = orjson.loads(rows.encode(answer_of(opened, "u1"), opened.schema))["predictions"][0]
+    ten = orjson.loads(encoded(answer_of(opened, "u1"), opened.schema))["predictions"][0]
     assert len(ten["items"]) == 10
 
 
 def test_who_has_had_nearly_all_gets_what_is_left(made):
     _, _, opened = made
-    (prediction,) = orjson.loads(rows.encode(answer_of(opened, "u1"), opened.schema, NUM_ITEMS))[
-        "predictions"
-    ]
+    (prediction,) = orjson.loads(encoded(answer_of(opened, "u1"), opened.schema, NUM_ITEMS))["predictions"]
     assert len(prediction["items"]) == len(prediction["scores"]) == NUM_ITEMS - 11
     assert "" not in prediction["items"]
 

@@ -161,7 +161,7 @@ class TestServing:
 
     def test_the_answer_has_the_label_and_a_probability_for_each_class(self, opened):
         given = self.answered(opened, [{"text": "a good day"}, {"text": "awful"}])
-        document = orjson.loads(rows.encode(given, opened.schema))
+        document = orjson.loads(rows.encode(given, rows.predictions(given, opened.schema)))
         assert document["label"] == {"column": "mood", "classes": texts.CLASSES}
         for prediction, row in zip(document["predictions"], given.probabilities, strict=True):
             assert list(prediction["probabilities"]) == texts.CLASSES
