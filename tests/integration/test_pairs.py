@@ -41,7 +41,8 @@ from app.cluster.session import session
 from app.state.audit import Audit
 from app.state.records import Records
 with session(log_to_driver=False):
-    from app.serving import bandit, traffic
+    from app.monitoring import bandit
+    from app.serving.traffic import traffic
     from app.monitoring.follow import Follower
     audit = Audit()
     held = traffic.current(audit, {NAME!r})
