@@ -1,4 +1,4 @@
-# Each target sets up .venv first (python3 -m app.setup.install), which takes minutes once and nothing afterwards.
+# Each target sets up .venv first (python3 -m app.setup.install): minutes the first time, nothing afterwards.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 

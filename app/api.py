@@ -3,12 +3,12 @@
     from app import api as raylway
 
     project = raylway.load("configs/income.yaml")
-    found = raylway.sweep(project, trials=20)
-    outcome = raylway.train(found.projects[0])
+    result = raylway.sweep(project, trials=20)
+    outcome = raylway.train(result.projects[0])
     raylway.predict(outcome, rows)
 
-Each call does what the command of the same name does, with the same files, studies and versions. Ray is
-joined as the commands join it: the cluster of `raylway up` if it is up, else one of the call's own.
+Each call does what the command of the same name does, with the same files, studies and versions. It joins the
+cluster of `raylway up` if that is up, and starts one for its own duration otherwise.
 """
 
 from pathlib import Path
@@ -29,17 +29,18 @@ from app.jobs.sweep import Swept
 
 
 def load(file: str | Path, *overrides: str) -> Project:
-    """Read a project file; `overrides` are as of `--set`, such as "training.epochs=3".
+    """Read a project file; `overrides` are those of `--set`, such as "training.epochs=3".
 
-    Raises UserError that names each fault with its line.
+    Raises UserError, which names each fault with its line.
     """
     return projectfile.load(file, overrides)
 
 
 def sweep(project: Project, *, trials: int | None = None) -> Swept:
-    """Search as the project's `sweep` says, or go on with the study that is stored.
+    """Run the search that the project's `sweep` describes, or resume the stored study.
 
-    `trials` is how many in all. Returns the best projects and trials, and where the page about them is.
+    `trials` is the number of trials in all, instead of `sweep.trials`. Returns the best projects, all trials,
+    and the path of the report.
     """
     if trials is not None and project.sweep is not None:
         require_within("trials", trials, 1, MAX_NUMBER)
@@ -49,18 +50,19 @@ def sweep(project: Project, *, trials: int | None = None) -> Swept:
 
 
 def train(project: Project, *, fresh: bool = False) -> Outcome:
-    """Prepare, train, evaluate, pass the gate and register; what was done before is not done again."""
+    """Prepare, train, evaluate, pass the gate and register. Stages that are done are skipped, unless
+    `fresh`."""
     with session(log_to_driver=False):
         return pipeline.run(project, Console(), fresh=fresh)
 
 
 def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> pd.DataFrame:
-    """A model's answers, a row for each of `rows` with their index.
+    """Predictions for `rows`, with their index.
 
     `model` is what `train` returned, the folder of a bundle, or a registered version such as
-    "income@champion" or "income@3". The columns are `probability` of a binary label; `label` and the
-    probability of each class of several; `items` and `scores`, the best `k`, of a recommender.
-    Raises UserError for a column that is missing.
+    "income@champion" or "income@3". The columns are `probability` for a binary label; `label` and the
+    probability of each class for several classes; `items` and `scores`, the best `k`, for a recommender.
+    Raises UserError if a column is missing or a row violates the contract.
     """
     folder = model.bundle if isinstance(model, Outcome) else predicting.folder(model)
     return predicting.predict(Bundle(folder), rows, k)

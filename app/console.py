@@ -1,4 +1,4 @@
-"""What a person sees: one line for each stage. Everything else goes to a log file that is named."""
+"""Output for people: one line per stage. All other output goes to a log file."""
 
 import contextlib
 import os
@@ -17,25 +17,27 @@ from app.state.home import home, private_file
 
 
 class Console:
-    """Writes for people, to the terminal that there was before the chatter was sent away."""
+    """Writes to the terminal, also while `chatter_to_log` redirects standard output."""
 
     def __init__(self, stream: IO[str] | None = None):
-        # Wide enough for a reason in one line where the output is no terminal (a job's log, a pipe).
+        # Outside a terminal (a job's log, a pipe), wide enough for a reason in one line.
         stream = stream or sys.stdout
         width = None if stream.isatty() else 160
         self._rich = Rich(file=stream, width=width, highlight=False, soft_wrap=True)
 
     def say(self, text: object = "", style: str | None = None) -> None:
+        """Print a text, without markup, or a renderable of Rich."""
         self._rich.print(text, style=style, markup=False)
 
     def wait(self, reason: str | None) -> None:
-        """Say what is waited for, if anything is."""
+        """Print what the command waits for, if `reason` is not None."""
         if reason:
             self.say(f"  {reason}", style="yellow")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
-        """Time a stage; yields a function that is told in a few words what was done, before it ends."""
+        """Run a stage and print its time; yields a function that sets its summary, to be called before it
+        ends."""
         started = time.perf_counter()
         summary: list[str] = []
 
@@ -49,18 +51,18 @@ class Console:
 
     @contextlib.contextmanager
     def live(self) -> Iterator[Callable[[RenderableType], None] | None]:
-        """A place that changes, for the time of the block: yields what shows something there.
+        """A display that is redrawn in place during the block: yields the function that draws it.
 
-        None where the output is no terminal.
+        Yields None if the output is no terminal.
         """
         if not self._rich.is_terminal:
             yield None
             return
-        with Live(console=self._rich, refresh_per_second=4, vertical_overflow="crop") as place:
-            yield place.update
+        with Live(console=self._rich, refresh_per_second=4, vertical_overflow="crop") as display:
+            yield display.update
 
     def epoch(self, metrics: dict[str, float], num_epochs: int, score: str) -> None:
-        """A line for each epoch, as it ends; `score` is the validation metric to show."""
+        """Print an epoch's line; `score` is the name of the validation metric to show."""
         self._rich.print(
             f"    epoch {metrics['epoch'] + 1:.0f}/{num_epochs}  train loss {metrics['train_loss']:.4f}"
             f"  validation {score} {metrics[f'validation_{score}']:.4f}  {metrics['rows_per_s']:,.0f} rows/s",
@@ -69,15 +71,15 @@ class Console:
 
 
 def short(path: Path) -> Path:
-    """A path as a person would type it here."""
+    """A path relative to the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextlib.contextmanager
 def chatter_to_log(command: str) -> Iterator[tuple[Console, Path]]:
-    """Send all that this process and its children print to a log file; yields a console and the file.
+    """Redirect the output of this process and its children to a log file; yields a console and the file.
 
-    At the level of file descriptors, since Ray's and Horovod's C++ parts do not ask Python.
+    Redirects file descriptors, since the C++ parts of Ray and Horovod do not write through Python.
     """
     log = home() / "logs" / f"{command}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.log"
     private_file(log)

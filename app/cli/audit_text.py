@@ -1,4 +1,4 @@
-"""The audit log for people: a line for each entry, which says what was done, and of settings what changed."""
+"""The audit log as text: a line per entry with what was done; of settings, what changed."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,19 +18,19 @@ Details = Mapping[str, Any]
 
 
 def table(entries: Sequence[Entry]) -> RenderableType:
-    """The entries as lines."""
-    lines = Table.grid(padding=(0, 2))
+    """The entries as a table: number, time in UTC, who, model, what was done."""
+    grid = Table.grid(padding=(0, 2))
     for column in ("number", "time", "who", "model"):
-        lines.add_column(column, no_wrap=True, justify="right" if column == "number" else "left")
-    lines.add_column("what", overflow="fold")
-    for entry, said in zip(entries, sentences(entries), strict=True):
+        grid.add_column(column, no_wrap=True, justify="right" if column == "number" else "left")
+    grid.add_column("what", overflow="fold")
+    for entry, sentence in zip(entries, sentences(entries), strict=True):
         at = datetime.fromtimestamp(entry.at, UTC).isoformat(sep=" ", timespec="seconds")[:19]
-        lines.add_row(*map(Text, (str(entry.number), at, entry.who, entry.model, said)))
-    return lines
+        grid.add_row(*map(Text, (str(entry.number), at, entry.who, entry.model, sentence)))
+    return grid
 
 
 def sentences(entries: Sequence[Entry]) -> Iterator[str]:
-    """What each entry says was done."""
+    """A sentence per entry: what was done."""
     served: dict[str, Details] = {}
     for entry in entries:
         details = entry.details
@@ -39,14 +39,14 @@ def sentences(entries: Sequence[Entry]) -> Iterator[str]:
                 yield _traffic(details, served.get(entry.model, {}))
             else:
                 yield DONE[entry.action](details)
-        except (KeyError, TypeError, AttributeError):  # of another version of Raylway
+        except (KeyError, TypeError, AttributeError):  # an entry of another version of Raylway
             yield f"{entry.action} {_short(details)}"
         if entry.action in ("traffic", "undeploy"):
             served[entry.model] = details
 
 
 def document(entries: Sequence[Entry], head: object) -> dict[str, Any]:
-    """The entries as they were written, for programs, and the log's head."""
+    """The entries as stored, and the log's head, as a JSON document."""
     return {"entries": [asdict(entry) for entry in entries], "head": None if head is None else str(head)}
 
 
@@ -56,27 +56,27 @@ DONE: Mapping[str, Callable[[Details], str]] = {
     ),
     "sign": lambda d: f"signed version {d['version']}",
     "promoting": lambda d: (
-        f"begins to make version {d['version']} the champion, in place of {_short(d['before'])}"
+        f"starts to make version {d['version']} the champion instead of {_short(d['before'])}"
     ),
-    "promote": lambda d: f"made version {d['version']} the champion, in place of {_short(d['before'])}",
-    "promote undone": lambda d: f"left the champion as it is: version {d['version']} came too late",
-    "undeploy": lambda d: "took the endpoint off",
+    "promote": lambda d: f"made version {d['version']} the champion instead of {_short(d['before'])}",
+    "promote undone": lambda d: f"kept the champion: the promotion of version {d['version']} came too late",
+    "undeploy": lambda d: "removed the endpoint",
 }
-"""What the other actions did. They are named where they are written: app.registry.versions and
+"""Sentences for all actions but `traffic`. The actions are defined in app.registry.versions and
 app.serving.traffic.traffic."""
 
 
 def _traffic(details: Details, before: Details) -> str:
-    """What is served, if nothing was before, or what changed."""
+    """What is served if nothing was served before, else what changed."""
     if before:
         parts = [*_variants(details["variants"], before["variants"])]
     else:
         parts = [f"serves {', '.join(map(_variant, details['variants'].items()))}"]
     settings, others = _settings(details), _settings(before) if before else _defaults()
-    changed = [_change(key, others, settings) for key in sorted({*settings, *others})]
-    if any(changed):
-        parts.append(f"serving: {', '.join(filter(None, changed))}")
-    return "; ".join(parts) or "as before"
+    changes = [_change(key, others, settings) for key in sorted({*settings, *others})]
+    if any(changes):
+        parts.append(f"serving: {', '.join(filter(None, changes))}")
+    return "; ".join(parts) or "no change"
 
 
 def _variants(variants: Mapping[str, Details], before: Mapping[str, Details]) -> Iterator[str]:
@@ -85,28 +85,29 @@ def _variants(variants: Mapping[str, Details], before: Mapping[str, Details]) ->
     if removed := [name for name in before if name not in variants]:
         yield f"without {', '.join(removed)}"
     for key in ("version", "weight", "shadow"):
-        now, then = ({name: v[key] for name, v in of.items()} for of in (variants, before))
-        changed = [_change(name, then, now) for name in variants if name in before]
-        if any(changed):
-            yield f"{key}{'' if key == 'shadow' else 's'} {', '.join(filter(None, changed))}"
+        new, old = ({name: v[key] for name, v in each.items()} for each in (variants, before))
+        changes = [_change(name, old, new) for name in variants if name in before]
+        if any(changes):
+            yield f"{key}{'' if key == 'shadow' else 's'} {', '.join(filter(None, changes))}"
 
 
-def _variant(named: tuple[str, Details]) -> str:
-    name, variant = named
+def _variant(item: tuple[str, Details]) -> str:
+    name, variant = item
     share = "shadow" if variant["shadow"] else f"weight {_short(variant['weight'])}"
     return f"{name} (version {variant['version']}, {share})"
 
 
-def _change(key: str, before: Details, now: Details) -> str:
-    """A key with its values before and now; empty if they are the same."""
-    then, value = before.get(key), now.get(key)
-    return "" if then == value else f"{key} {_short(then)} -> {_short(value)}"
+def _change(key: str, before: Details, after: Details) -> str:
+    """A key with its old and new value; empty if they are equal."""
+    old, new = before.get(key), after.get(key)
+    return "" if old == new else f"{key} {_short(old)} -> {_short(new)}"
 
 
 def _settings(details: Details) -> dict[str, Any]:
-    """What an endpoint runs with beside its variants, by the keys below `serving` in a project file."""
+    """An endpoint's settings by their keys below `serving` in a project file, without versions and
+    weights."""
     serving = dict(details.get("serving") or {})
-    # The salt, policy and weights that hold are the traffic's.
+    # Salt and policy in effect are those of the traffic.
     values = {**serving, "salt": details["salt"], "policy": details["policy"], "variants": {}}
     for name, variant in serving.get("variants", {}).items():
         alias = {} if variant["version"] == name else {"version": variant["version"]}
@@ -115,16 +116,16 @@ def _settings(details: Details) -> dict[str, Any]:
 
 
 def _defaults() -> dict[str, Any]:
-    """The settings of an endpoint whose project says nothing about them."""
+    """Default settings of an endpoint."""
     return dict(_flat(Serving.model_construct(variants={}).model_dump(mode="json")))
 
 
-def _flat(values: Details, above: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Details, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{above}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{above}{name}", value
+            yield f"{prefix}{name}", value
 
 
 def _short(value: Any) -> str:

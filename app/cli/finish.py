@@ -1,8 +1,8 @@
-"""How a process that used Ray ends.
+"""The end of a process that used Ray: without the destructors of its libraries.
 
-Ray's native threads outlive `ray.shutdown()`; one of each session goes on exporting metrics. If it wakes
-while the process takes its libraries down, it runs into what is there no longer, and work that was done ends
-as a segmentation fault. Ray's own workers leave without taking anything down, and so do we.
+Native threads of Ray outlive `ray.shutdown()`; one per session keeps exporting metrics. If it wakes while the
+process unloads its libraries, the process ends with a segmentation fault although its work is done. Ray's own
+workers exit without unloading, and so does this process.
 """
 
 import atexit
@@ -11,12 +11,14 @@ import sys
 
 
 class Finish:
-    """Make one before Ray is imported, and set `status`: the process then ends with it, after the exit
-    handlers of Python that were registered later and before those of the libraries."""
+    """An exit handler that ends the process with `status`, before the exit handlers of libraries.
+
+    Create it before Ray is imported: Python's exit handlers that are registered later run first.
+    """
 
     def __init__(self) -> None:
         self.status: int | None = None
-        """The exit status; while it is None the process ends as any other."""
+        """Exit code. While it is None, the process ends as Python would end it."""
         atexit.register(self._leave)
 
     def _leave(self) -> None:
@@ -26,5 +28,5 @@ class Finish:
             sys.stdout.flush()
             sys.stderr.flush()
         except (OSError, ValueError):
-            return  # what was to be said is lost: Python's own end says so, and with another status
+            return  # output is lost: let Python report it, and end with its own exit code
         os._exit(self.status)

@@ -1,4 +1,4 @@
-"""Reading the command line: numbers, times and weights, and what is wrong with it."""
+"""Parsers of options (numbers, times, weights), and the message of a wrong command line."""
 
 import math
 import re
@@ -14,11 +14,12 @@ from app.errors import UserError
 
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-"""As in project files and tables. Python's `int` and `float` take 1_0 for 10, spaces, and other digits."""
+"""Spelling of a number, as in project files and tables. Python's `float` also accepts 1_0, spaces and digits
+of other scripts."""
 
 
 def number(name: str, low: float, high: float, *, whole: bool = False) -> Callable[[Any], float]:
-    """A reader of an option that is a number between two bounds; it raises UserError in one line."""
+    """Return a parser of an option that is a number from `low` to `high`. The parser raises UserError."""
 
     def read(text: Any) -> float:
         text = str(text)
@@ -32,16 +33,22 @@ def number(name: str, low: float, high: float, *, whole: bool = False) -> Callab
 
 
 def time(text: Any) -> datetime:
-    """Reads a time, in UTC if it names no zone; returns it in UTC without one."""
+    """Parse a time in ISO 8601; without a zone it is UTC. Returns it in UTC without a zone.
+
+    Raises UserError if the text is no time.
+    """
     try:
-        read = datetime.fromisoformat(str(text))
-        return read.astimezone(UTC).replace(tzinfo=None) if read.tzinfo else read
+        parsed = datetime.fromisoformat(str(text))
+        return parsed.astimezone(UTC).replace(tzinfo=None) if parsed.tzinfo else parsed
     except (ValueError, OverflowError):
         raise UserError(f"--at: must be a time such as 2026-11-01T12:00:00; it is {shown(text)}") from None
 
 
 def weights(arguments: Sequence[str]) -> dict[str, float]:
-    """The weights by variant, of `--champion 90 --challenger=10`. Raises UserError."""
+    """Parse weights by variant, such as `--champion 90 --challenger=10`.
+
+    Raises UserError if a name has no number, or a number no name.
+    """
     words = [word for argument in arguments for word in argument.split("=", 1)]
     names, values = words[::2], words[1::2]
     if len(names) != len(values) or not all(name.startswith("--") for name in names):
@@ -55,15 +62,16 @@ def weights(arguments: Sequence[str]) -> dict[str, float]:
 
 
 def mistake(error: typer.TyperException) -> str:
-    """A command line that Typer refuses, in the words of all our errors; empty if help was shown instead."""
+    """Message for a command line that Typer refuses, in one line; empty if Typer has shown the help
+    instead."""
     text = error.format_message().rstrip(".")
-    context = getattr(error, "ctx", None)  # of a usage error; without it nothing says which command it was
+    context = getattr(error, "ctx", None)  # only usage errors know their command
     if context is None or not text:
         return text and f"{_lower(text)}; see --help"
     command = context.command
-    takes = sorted(getattr(command, "commands", ())) or [p.opts[0] for p in command.get_params(context)]
+    allowed = sorted(getattr(command, "commands", ())) or [p.opts[0] for p in command.get_params(context)]
     path = context.command_path
-    return f"{path}: {_lower(text)}; it takes {', '.join(takes)} (see `{path} --help`)"
+    return f"{path}: {_lower(text)}; it takes {', '.join(allowed)} (see `{path} --help`)"
 
 
 def _lower(text: str) -> str:

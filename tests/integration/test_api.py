@@ -42,7 +42,7 @@ def test_the_notebook_runs(home, reach):
     )
     last = notebook.cells[-1].outputs[-1]["data"]["text/plain"]
     assert "probability" in last
-    table = next(c for c in notebook.cells if "found.table()" in c.source).outputs[-1]["data"]["text/plain"]
+    table = next(c for c in notebook.cells if "result.table()" in c.source).outputs[-1]["data"]["text/plain"]
     assert "complete" in table
     assert "training.learning_rate" in table
 

@@ -1,4 +1,4 @@
-"""What a person reads of the audit log, and what a program does."""
+"""The audit log as text for people and as a document for programs."""
 
 import io
 import json
@@ -24,7 +24,7 @@ MODEL = "income"
 
 
 def served(**variants: dict[str, Any]) -> Traffic:
-    """A traffic of variants; each is version 1 unless it says so."""
+    """A traffic of variants, version 1 by default."""
     located = {"version": "1", "path": "/bundles/1", "identity": "f" * 64}
     return Traffic.model_validate(
         {"salt": "1", "policy": "weighted", "variants": {n: {**located, **v} for n, v in variants.items()}}
@@ -76,26 +76,26 @@ BOTH = served(champion={"weight": 90}, challenger={"weight": 10})
         (
             BOTH,
             settings(variants={"champion": {"version": "champion", "weight": 9}}),
-            "as before",
+            "no change",
         ),
         (BOTH.model_copy(update={"salt": "2"}), settings(salt="2"), "serving: salt 1 -> 2"),
     ],
 )
-def test_of_settings_a_line_says_what_changed(audit, wanted, serving, sentence):
+def test_a_line_shows_the_settings_that_changed(audit, wanted, serving, sentence):
     place(audit, MODEL, BOTH, settings())
     place(audit, "flights", served(champion={"weight": 1}), settings(port=9000))
     place(audit, MODEL, wanted, serving)
     assert said(audit)[-1] == sentence
 
 
-def test_of_what_was_not_served_before_a_line_says_what_is(audit):
+def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
     place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local"))
     audit.add(traffic.OFF, MODEL, {})
     place(audit, MODEL, served(champion={"weight": 1}), settings())
     assert said(audit) == [
         "serves champion (version 1, weight 90), challenger (version 1, weight 10); "
         "serving: auth none -> local, host 127.0.0.1 -> 0.0.0.0",
-        "took the endpoint off",
+        "removed the endpoint",
         "serves champion (version 1, weight 1)",
     ]
 
@@ -105,7 +105,7 @@ def test_every_action_has_a_sentence():
     assert actions == {*audit_text.DONE, traffic.ACTION}
 
 
-def test_what_registry_did_is_a_sentence(audit):
+def test_actions_of_the_registry_are_sentences(audit):
     audit.add("register", MODEL, {"version": "1", "alias": "champion", "identity": "f" * 64})
     audit.add("register", MODEL, {"version": "2", "alias": None, "identity": "f" * 64})
     audit.add(versions.PROMOTING, MODEL, {"version": "2", "before": "1"})
@@ -114,8 +114,8 @@ def test_what_registry_did_is_a_sentence(audit):
     assert said(audit) == [
         "registered version 1 as champion",
         "registered version 2",
-        "begins to make version 2 the champion, in place of 1",
-        "made version 2 the champion, in place of 1",
+        "starts to make version 2 the champion instead of 1",
+        "made version 2 the champion instead of 1",
         "signed version 2",
     ]
 
@@ -128,7 +128,7 @@ def test_entries_of_other_versions_of_raylway_are_shown_as_they_are(audit):
     assert said(audit)[2].startswith("traffic {")
 
 
-def test_a_line_fits_a_terminal_and_what_is_long_goes_on_in_its_column(audit):
+def test_a_long_line_is_wrapped_in_its_column(audit):
     place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local", port=8001, grpc_port=8002))
     audit.add("note", "[red]", {"[bold]": "x" * 500})
     screen = Console(file=io.StringIO(), width=100)
@@ -146,7 +146,7 @@ def raylway(*arguments: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
-def test_the_whole_record_is_one_document(audit):
+def test_the_log_is_one_json_document(audit):
     place(audit, MODEL, BOTH, settings())
     audit.add("sign", "flights", {"version": "2"})
     document = json.loads(raylway("audit", "--json"))

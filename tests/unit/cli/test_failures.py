@@ -1,4 +1,4 @@
-"""What a command says of a disk, a database or a cluster that fails it."""
+"""Messages for failures of the disk, a database or the cluster."""
 
 import errno
 import os
@@ -25,14 +25,14 @@ def failed(number: int, file: str | None = None) -> OSError:
 
 
 def wrapped(error: Exception, by: type[Exception] = RuntimeError) -> Exception:
-    """As a library raises one of its own."""
+    """An error as a library raises it from another one."""
     outer = by("outer")
     outer.__cause__ = error
     return outer
 
 
 def in_a_worker(error: Exception) -> Exception:
-    """As Ray raises what was raised in a task."""
+    """An error of a task as Ray raises it in the driver."""
     raised = ray.exceptions.RayTaskError("read", "Traceback ...", error)
     return pickle.loads(pickle.dumps(raised)).as_instanceof_cause()
 
@@ -44,7 +44,7 @@ def in_a_worker(error: Exception) -> Exception:
         (failed(errno.ENOSPC), "the disk: must have space left, but: "),
         (wrapped(failed(errno.EDQUOT, "/x")), "/x: must have space left, but: Disk quota exceeded"),
         (in_a_worker(failed(errno.ENOSPC, "/x")), "/x: must have space left"),
-        (failed(errno.EACCES, "/etc/x"), "/etc/x: cannot be used: Permission denied. Change its mode"),
+        (failed(errno.EACCES, "/etc/x"), "/etc/x: must be accessible, but: Permission denied. Change its mode"),
         (
             sqlite3.OperationalError("database or disk is full"),
             "must have space left for its databases, but: ",
@@ -72,11 +72,11 @@ def in_a_worker(error: Exception) -> Exception:
         ),
         (
             ray.exceptions.NodeDiedError("node x"),
-            "the Ray cluster must go on while a command runs, but one ended",
+            "the Ray cluster must run while a command runs, but one ended",
         ),
     ],
 )
-def test_a_fault_of_the_surroundings_is_told_with_what_to_do(error, says):
+def test_a_failure_is_reported_with_what_to_do(error, says):
     message = explained(error)
     assert message is not None
     assert says in message
@@ -93,14 +93,14 @@ def test_a_fault_of_the_surroundings_is_told_with_what_to_do(error, says):
         sqlite3.OperationalError("no such table: x"),
         sqlite3.IntegrityError("UNIQUE constraint failed"),
         MlflowException("anything else"),
-        wrapped(UserError("said already")),
+        wrapped(UserError("for the user")),
     ],
 )
-def test_a_defect_is_not_explained_away(error):
+def test_a_defect_has_no_message(error):
     assert explained(error) is None
 
 
-def test_what_was_handled_before_a_defect_is_not_its_reason():
+def test_an_error_that_was_handled_before_is_no_cause():
     defect = KeyError("ours")
     defect.__context__ = failed(errno.EACCES, "/x")
     assert explained(defect) is None
@@ -110,11 +110,11 @@ def test_the_state_directory_is_named_by_its_variable(home):
     message = explained(failed(errno.EROFS, str(home / "logs" / "x")))
     assert message == (
         f"RAYLWAY_HOME: must be a folder that you can write to; it is {home}, but: {home}/logs/x: Read-only "
-        "file system. Name another one, or change its mode"
+        "file system. Set another one, or change its mode"
     )
 
 
-def test_a_server_that_does_not_answer_is_told_without_its_password():
+def test_the_password_of_a_server_is_not_shown():
     engine = sqlalchemy.create_engine("postgresql+psycopg://nobody:secret@127.0.0.1:1/none")
     with pytest.raises(sqlalchemy.exc.OperationalError) as caught:
         engine.connect()
@@ -131,7 +131,7 @@ def damage(file: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [lambda file: file.write_bytes(b"x" * 20_000), damage])
-def test_a_database_that_is_damaged_is_named(home, how):
+def test_a_damaged_database_is_named(home, how):
     with Audit() as audit:
         audit.add("sign", "income", {"version": "1"})
     (home / "mlflow.db").write_bytes((home / "production.db").read_bytes())
@@ -144,16 +144,16 @@ def test_a_database_that_is_damaged_is_named(home, how):
 
 
 @pytest.mark.parametrize("command", ["audit", "up", "down", "token x"])
-def test_a_state_directory_that_is_none_is_one_line(home, command):
+def test_a_state_directory_that_is_a_file_is_refused_in_one_line(home, command):
     home.write_text("")
     done = subprocess.run(
         [sys.executable, "-m", "app", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: RAYLWAY_HOME: must be a folder; {home} is none. Name another one\n"
+    assert done.stderr == f"error: RAYLWAY_HOME: must be a folder; {home} is not. Set another one\n"
 
 
-def test_a_fault_in_a_command_with_a_log_is_in_both(home):
+def test_a_failure_of_a_command_is_printed_and_logged(home):
     home.mkdir()
     (home / "production.db").write_bytes(b"x" * 20_000)
     command = [sys.executable, "-m", "app", "audit"]
