@@ -44,7 +44,10 @@ def in_a_worker(error: Exception) -> Exception:
         (failed(errno.ENOSPC), "the disk: must have space left, but: "),
         (wrapped(failed(errno.EDQUOT, "/x")), "/x: must have space left, but: Disk quota exceeded"),
         (in_a_worker(failed(errno.ENOSPC, "/x")), "/x: must have space left"),
-        (failed(errno.EACCES, "/etc/x"), "/etc/x: must be accessible, but: Permission denied. Change its mode"),
+        (
+            failed(errno.EACCES, "/etc/x"),
+            "/etc/x: must be accessible, but: Permission denied. Change its mode",
+        ),
         (
             sqlite3.OperationalError("database or disk is full"),
             "must have space left for its databases, but: ",

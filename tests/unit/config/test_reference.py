@@ -14,7 +14,7 @@ from app.config.reference import NAME, REQUIRED, Group, Key
 from app.config.section import PositiveInt, Section
 from app.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 GROUPS = reference.groups()
 PATHS = {key.path for group in GROUPS for key in group.keys}
 
