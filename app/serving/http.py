@@ -1,4 +1,4 @@
-"""HTTP as deployments see it: a request with an unread body, a response that is sent whole, a refusal."""
+"""HTTP types of the deployments: a request whose body is still unread, a complete response, a refusal."""
 
 import os
 import time
@@ -12,22 +12,22 @@ from starlette.types import Send
 from app.errors import UserError
 
 JSON = "application/json"
-NUM_VIOLATIONS = 100
-"""Violations that a refusal lists; the others are only counted."""
+MAX_LISTED_VIOLATIONS = 100
+"""Maximum number of violations that a refusal lists; further ones are only counted."""
 CLIENT_GONE = 499
-"""Status of a request whose client closed the connection. It appears in metrics only."""
+"""Status of a request whose client closed the connection. It is used in metrics only and never sent."""
 
 
 class Body(Protocol):
-    """The body of a request, not read yet."""
+    """The body of a request, still unread."""
 
     async def read(self, max_bytes: int) -> bytes:
-        """The whole body; may be called once. Raises Refused if it is larger than `max_bytes`."""
+        """Read the whole body; may be called once. Raises Refused if it is larger than `max_bytes`."""
         ...
 
 
 class Refused(UserError):
-    """A request that is answered with an error status, with everything that is wrong with it."""
+    """Refusal of a request: an error status, a message, and the violations of the contract."""
 
     def __init__(
         self,
@@ -36,42 +36,44 @@ class Refused(UserError):
         violations: Sequence[Mapping[str, str]] = (),
         headers: Mapping[str, str] | None = None,
     ):
+        """`violations` have the keys path and message; `headers` are added to the response."""
         super().__init__(error)
         self.status = status
         self.violations = violations
         self.headers = headers or {}
 
     def body(self) -> bytes:
-        return orjson.dumps({"error": str(self), "violations": list(self.violations[:NUM_VIOLATIONS])})
+        """The JSON body of the response."""
+        return orjson.dumps({"error": str(self), "violations": list(self.violations[:MAX_LISTED_VIOLATIONS])})
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a client sent, after `app.serving.gateway.guard` has cleaned its headers."""
+    """A client's request, after `app.serving.gateway.guard` has cleaned its headers."""
 
     method: str
     path: str
     headers: Mapping[bytes, bytes]
-    """By lower-case name; the last one where a name is repeated."""
+    """Values by lower-case name; the last value if a header is repeated."""
     body: Body
     request_id: str
 
     def header(self, name: bytes, default: str = "") -> str:
-        """Latin-1, as HTTP has it."""
+        """Value of a header, decoded as Latin-1; `default` if the header is missing."""
         value = self.headers.get(name)
         return default if value is None else value.decode("latin-1")
 
     def require_method(self, method: str) -> None:
-        """Raise Refused with 405 unless it is `method`. HEAD is a GET that is answered without the body."""
+        """Raise Refused with 405 if the request has another method. Where GET is allowed, HEAD is too."""
         allowed = ("GET", "HEAD") if method == "GET" else (method,)
         if self.method not in allowed:
-            error = f"{self.method} is not allowed here, {method} is"
+            error = f"the method must be {' or '.join(allowed)} for this path, not {self.method}"
             raise Refused(405, error, headers={"allow": ", ".join(allowed)})
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What a client is sent. Its length is always declared: half of a chunked answer can look whole."""
+    """A complete response. It declares its length, because a truncated chunked response can look complete."""
 
     body: bytes
     status: int = 200
@@ -79,12 +81,12 @@ class Response:
     media_type: str = JSON
 
     @classmethod
-    def of(cls, refused: Refused) -> "Response":
-        """A refusal's answer."""
-        return cls(refused.body(), refused.status, refused.headers)
+    def from_refusal(cls, refusal: Refused) -> "Response":
+        """The response that tells a client of a refusal."""
+        return cls(refusal.body(), refusal.status, refusal.headers)
 
     async def send(self, send: Send, request_id: str, method: str = "GET") -> None:
-        """To an ASGI server; without the body if `method` is HEAD."""
+        """Send to an ASGI server; the body is omitted if `method` is HEAD."""
         headers = [
             (b"content-length", b"%d" % len(self.body)),
             (b"content-type", self.media_type.encode()),
@@ -96,18 +98,22 @@ class Response:
 
 
 def new_request_id() -> str:
-    """UUID version 7 (RFC 9562), 32 hexadecimal digits.
+    """A UUID of version 7 (RFC 9562), as 32 hexadecimal digits.
 
-    It begins with the time, so that what is recorded together is next to each other in an index: with random
-    ones a batch of 500 takes a database of 300 MB 58 ms instead of 10.
+    It starts with the time, so that records of the same time are neighbours in a database index. With random
+    ids, inserting 500 records into a database of 300 MB takes 58 ms instead of 10 ms.
     """
-    random = int.from_bytes(os.urandom(10))
+    random_bits = int.from_bytes(os.urandom(10))
     version, variant = 0x7 << 76, 0b10 << 62
-    value = time.time_ns() // 10**6 << 80 | version | (random >> 68) << 64 | variant | random & (1 << 62) - 1
-    return f"{value:032x}"
+    milliseconds = time.time_ns() // 10**6
+    high, low = random_bits >> 68, random_bits & (1 << 62) - 1
+    return f"{milliseconds << 80 | version | high << 64 | variant | low:032x}"
 
 
 class Responder(Protocol):
-    """A deployment that answers HTTP. It refuses by a Refused or a Response, and reads the body last."""
+    """A deployment that answers HTTP requests."""
 
-    async def respond(self, request: Request) -> Response: ...
+    async def respond(self, request: Request) -> Response:
+        """Answer a request. Raises Refused, or returns a Response with an error status; the body is read only
+        after all checks that need the headers alone."""
+        ...

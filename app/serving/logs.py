@@ -1,7 +1,7 @@
-"""What a replica writes of its requests: lines of JSON, in the replica's file among Serve's logs.
+"""Request log of a replica: JSON lines in the replica's log file of Ray Serve.
 
-A request that failed or was refused is written down, and each one if `serving.log_requests` says so. A line
-has the request id that the client was told, and the id of its trace if it came with one (W3C Trace Context).
+Failed and refused requests are logged; with `serving.log_requests`, all requests are. A line has the request
+id that the client gets and, if the request is part of a trace (W3C Trace Context), the trace id.
 """
 
 import logging
@@ -10,23 +10,23 @@ import re
 from app.serving.http import Request
 
 log = logging.getLogger("ray.serve.raylway")
-"""Below Serve's own, whose file it goes to."""
+"""Child of Ray Serve's logger, whose handlers write to the replica's log file."""
 TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
 )
-"""https://www.w3.org/TR/trace-context/#traceparent-header"""
+"""Valid value of the traceparent header: https://www.w3.org/TR/trace-context/#traceparent-header"""
 
 
 def trace_id(request: Request) -> str | None:
-    """Of the trace that a request belongs to; None if it came with none, or with one of another form."""
-    found = TRACEPARENT.fullmatch(request.headers.get(b"traceparent", b""))
-    return found[1].decode() if found else None
+    """Trace id from the traceparent header; None if the header is missing or invalid."""
+    match = TRACEPARENT.fullmatch(request.headers.get(b"traceparent", b""))
+    return match[1].decode() if match else None
 
 
-def request_answered(
+def log_request(
     request: Request, status: int, seconds: float, variant: str, principal: str, error: str | None
 ) -> None:
-    """Write a request down."""
+    """Log a request that has been answered; fields that are empty or None are left out."""
     fields = {
         "request": request.request_id,
         "trace": trace_id(request),

@@ -1,25 +1,27 @@
-"""How Ray Serve's applications are named.
+"""Names of the applications that run on Ray Serve.
 
-The application of a model has the model's name, which has no capital. Others have a capital, or WORKERS_MARK.
+The application of an endpoint has the name of its model, which is in lower case. All other applications have
+a capital letter or WORKERS_SEPARATOR in their names.
 """
 
 from collections.abc import Iterable
 
 ROOT = "Raylway"
-"""Answers for the server as a whole, and counts requests for the rate limits."""
+"""Application that answers for the server as a whole and keeps the counts of the rate limits."""
 GRPC = "Grpc"
-"""The server for gRPC."""
+"""Application that runs the gRPC server."""
 WATCH = "Watch"
-"""Looks after the endpoints, see `app.monitoring.deployment`."""
-WORKERS_MARK = "@"
-"""Between a model's name and a version's number, in the name of the application of its workers."""
+"""Application that updates the endpoints which follow the registry or a bandit; see
+`app.monitoring.deployment`."""
+WORKERS_SEPARATOR = "@"
+"""Character between the model and the version in the name of a workers' application."""
 
 
-def workers_of(model: str, version: str) -> str:
+def workers_application(model: str, version: str) -> str:
     """Name of the application that runs the workers of a version."""
-    return f"{model}{WORKERS_MARK}{version}"
+    return f"{model}{WORKERS_SEPARATOR}{version}"
 
 
-def models(applications: Iterable[str]) -> list[str]:
-    """The names of the models that have an endpoint, of the names of Serve's applications."""
-    return [name for name in applications if name.islower() and WORKERS_MARK not in name]
+def model_names(applications: Iterable[str]) -> list[str]:
+    """Names of the models that have an endpoint, among the names of Serve's applications."""
+    return [name for name in applications if name.islower() and WORKERS_SEPARATOR not in name]

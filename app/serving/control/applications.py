@@ -13,7 +13,7 @@ from app.config import Serving
 from app.config.serving import Workers
 from app.errors import UserError, described_in
 from app.serving.control.status import broadcast
-from app.serving.names import models, workers_of
+from app.serving.names import model_names, workers_application
 from app.serving.replica.workers import Worker
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
@@ -102,7 +102,7 @@ def stop_workers(audit: Audit, name: str) -> None:
         return  # it cannot be known which are needed
     needed = {variant.workers for variant in held.traffic.variants.values()} if held else set()
     for application in serve.status().applications:
-        if application.startswith(workers_of(name, "")) and application not in needed:
+        if application.startswith(workers_application(name, "")) and application not in needed:
             serve.delete(application)
 
 
@@ -123,7 +123,7 @@ def reweight(
 
     with traffic.alone(name, on_wait), Audit() as audit:
         held = traffic.current(audit, name)
-        if held is None or name not in models(serve.status().applications):
+        if held is None or name not in model_names(serve.status().applications):
             raise UserError(f"{name} is not served now; deploy it with `raylway serve` first")
         if held.traffic.policy == "bandit":
             raise UserError(f"the bandit sets the weights of {name} (serving.policy)")

@@ -27,7 +27,7 @@ from app.serving.control.applications import (
 from app.serving.gateway import frontend, issuer
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.serving.gateway.haproxy import MAX_BODY_BYTES
-from app.serving.names import models
+from app.serving.names import model_names
 from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
@@ -80,7 +80,7 @@ def _behind_front(
 
     ours = Backend(_issuer(serving), serving.limits.max_wait_s, serving.limits.max_body_bytes)
     secured = ours.secured
-    deployed = set(models(serve.status().applications))
+    deployed = set(model_names(serve.status().applications))
     held = frontend.read() if deployed else None
     frontend.check(held, name, asked, secured, server.num_nodes(), deployed)
     if not deployed and server.runs():
@@ -188,7 +188,7 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
     from ray import serve
 
     with database.alone("front", on_wait), traffic.alone(name, on_wait), Audit() as audit:
-        served = models(serve.status().applications)
+        served = model_names(serve.status().applications)
         # The entry first: what a kill leaves is then known to be unwanted, and the same command stops it.
         traffic.take_off(audit, name)
         if name in served:

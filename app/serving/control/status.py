@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.errors import UserError
-from app.serving.names import models
+from app.serving.names import model_names
 from app.serving.replica.meters import WINDOW_S, Tally, merged
 from app.serving.replica.recorder import Recording
 from app.serving.replica.state import State
@@ -89,7 +89,7 @@ def endpoints() -> list[EndpointStatus]:
     applications = serve.status().applications
     found = []
     with Audit() as audit:
-        for name in models(applications):
+        for name in model_names(applications):
             holds, fault = _holds(audit, name)
             states = ask_replicas(name, name, "state")
             faults = {fault, *(state.fault for state in states)}
@@ -159,4 +159,4 @@ def statuses() -> dict[str, str]:
     from ray import serve
 
     applications = serve.status().applications
-    return {name: str(applications[name].status.value) for name in models(applications)}
+    return {name: str(applications[name].status.value) for name in model_names(applications)}

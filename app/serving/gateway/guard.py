@@ -94,7 +94,7 @@ class Guard:
                 Request(scope["method"], scope["path"], headers, body, request_id)
             )
         except Refused as refused:
-            response = Response.of(refused)
+            response = Response.from_refusal(refused)
         except Exception:
             log.exception("request %s failed", request_id)
             error = f"this is our mistake, not yours; the log says more of the request {request_id}"
@@ -158,7 +158,7 @@ async def through_serve(
             Request(request.method, request.scope["path"], headers, body, request_id)
         )
     except Refused as refused:
-        response = Response.of(refused)
+        response = Response.from_refusal(refused)
     return starlette.responses.Response(
         response.body, response.status, dict(response.headers), response.media_type
     )

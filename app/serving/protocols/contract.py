@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from app.bundle.bundle import Ranking
 from app.bundle.schema import Schema
 from app.data.cells import told
-from app.serving.http import NUM_VIOLATIONS, Refused
+from app.serving.http import MAX_LISTED_VIOLATIONS, Refused
 
 MAX_UNIT_LENGTH = 256
 """Maximum length of a unit, in characters."""
@@ -138,7 +138,7 @@ def refused(violations: Violations, path: Callable[[Location], str] = dotted) ->
         return math.inf
 
     # Violations of the request as a whole come last.
-    listed = sorted(violations, key=row)[:NUM_VIOLATIONS]
+    listed = sorted(violations, key=row)[:MAX_LISTED_VIOLATIONS]
     messages = [{"path": path(place), "message": _message(rule, value)} for place, rule, value in listed]
     return Refused(422, f"the request breaks the contract in {len(violations)} places", messages)
 
@@ -160,5 +160,5 @@ def refusal(error: ValidationError) -> Refused:
     errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
         return Refused(400, f"the body must be JSON: {errors[0]['ctx']['error']}")
-    violations = [{"path": dotted(e["loc"]), "message": e["msg"]} for e in errors[:NUM_VIOLATIONS]]
+    violations = [{"path": dotted(e["loc"]), "message": e["msg"]} for e in errors[:MAX_LISTED_VIOLATIONS]]
     return Refused(422, f"the request breaks the contract in {len(errors)} places", violations)

@@ -29,7 +29,7 @@ class Endpoint:
         try:
             response = await self._respond(call)
         except Refused as refused:
-            response, error = Response.of(refused), str(refused)
+            response, error = Response.from_refusal(refused), str(refused)
         except Exception as defect:
             self._note(call, 500, time.perf_counter() - started, repr(defect))
             raise
@@ -82,4 +82,4 @@ class Endpoint:
         # Rate-limited requests are counted, not logged.
         if self._log_requests or (error is not None and status != 429):
             principal = call.principal.name if call.principal else ""
-            logs.request_answered(call.request, status, seconds, call.variant, principal, error)
+            logs.log_request(call.request, status, seconds, call.variant, principal, error)

@@ -3,7 +3,7 @@
 from app.config import Serving
 from app.errors import UserError
 from app.registry import versions
-from app.serving.names import workers_of
+from app.serving.names import workers_application
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import Deployed
 
@@ -42,6 +42,6 @@ def registered_variants(name: str, serving: Serving) -> tuple[dict[str, Deployed
             path=version.path,
             identity=version.identity,
             shadow=variant.shadow,
-            workers=workers_of(name, version.number) if has_workers else None,
+            workers=workers_application(name, version.number) if has_workers else None,
         )
     return variants, notes

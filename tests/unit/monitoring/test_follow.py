@@ -9,7 +9,7 @@ from app.monitoring import follow
 from app.monitoring.follow import AUTHOR, Follower
 from app.registry import versions
 from app.registry.versions import Version
-from app.serving.backoff import FIRST_S
+from app.serving.backoff import FIRST_DELAY_S
 from app.serving.traffic import traffic
 from app.serving.traffic.registered import registered
 from app.state.audit import Audit
@@ -132,12 +132,12 @@ def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_l
     for _ in range(3):
         assert looked(audit, follower).variants["champion"].version == "1"
     assert len(tried) == 1, "it is not tried again and again"
-    now[0] += FIRST_S
+    now[0] += FIRST_DELAY_S
     looked(audit, follower)
-    now[0] += FIRST_S
+    now[0] += FIRST_DELAY_S
     assert looked(audit, follower).variants["champion"].version == "1"
     assert len(tried) == 2, "each time later"
-    now[0] += FIRST_S
+    now[0] += FIRST_DELAY_S
     assert looked(audit, follower).variants["champion"].version == "2"
     assert follower.faults == {}
 

@@ -26,18 +26,18 @@ def request(**headers):
         (b"nonsense", None),
     ],
 )
-def test_the_trace_is_that_of_the_w3c_header(header, trace):
+def test_trace_id_comes_from_a_valid_traceparent_header(header, trace):
     assert logs.trace_id(request(traceparent=header)) == trace
     assert logs.trace_id(request()) is None
 
 
-def test_a_line_says_what_is_known_and_nothing_else(caplog):
+def test_a_line_has_only_the_fields_with_a_value(caplog):
     with caplog.at_level(logging.INFO, logger=logs.log.name):
         logs.log.propagate = True
-        asked = request(traceparent=f"00-{TRACE}-00f067aa0ba902b7-01".encode())
-        logs.request_answered(asked, 422, 0.0012345678, "", "bob", "the request breaks the contract")
+        traced = request(traceparent=f"00-{TRACE}-00f067aa0ba902b7-01".encode())
+        logs.log_request(traced, 422, 0.0012345678, "", "bob", "the request breaks the contract")
     (record,) = caplog.records
-    said = vars(record)
-    assert (said["request"], said["trace"], said["status"]) == ("r-1", TRACE, 422)
-    assert (said["seconds"], said["principal"]) == (0.001235, "bob")
-    assert "variant" not in said
+    fields = vars(record)
+    assert (fields["request"], fields["trace"], fields["status"]) == ("r-1", TRACE, 422)
+    assert (fields["seconds"], fields["principal"]) == (0.001235, "bob")
+    assert "variant" not in fields

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from app.serving.gateway import guard, haproxy
-from app.serving.gateway.body import ReceivedBody
 from app.serving.gateway.guard import Guard
 from app.serving.gateway.haproxy import PROOF_HEADER, SECRET_HEADER, proofs
-from app.serving.http import Refused, Request, Response
+from app.serving.http import Refused, Response
 from app.state.home import SECRET
 
 SHOWN_VALUE, PROOF_VALUE = (value.encode() for value in proofs("0123").values())
@@ -181,20 +180,6 @@ def test_head_is_answered_as_get_without_the_body():
     _, (start, content) = ask(method="HEAD", deployment=deployment)
     assert (start["status"], dict(start["headers"])[b"content-length"]) == (200, b"5")
     assert content["body"] == b""
-
-
-@pytest.mark.parametrize(("method", "allowed"), [("GET", "GET, HEAD"), ("POST", "POST")])
-def test_another_method_is_told_which_are_allowed(method, allowed):
-    request = Request("PUT", "/", {}, ReceivedBody(b""), "r-1")
-    with pytest.raises(Refused, match=f"PUT is not allowed here, {method} is") as refused:
-        request.require_method(method)
-    assert (refused.value.status, refused.value.headers) == (405, {"allow": allowed})
-
-
-def test_head_is_allowed_where_get_is():
-    Request("HEAD", "/", {}, ReceivedBody(b""), "r-1").require_method("GET")
-    with pytest.raises(Refused):
-        Request("HEAD", "/", {}, ReceivedBody(b""), "r-1").require_method("POST")
 
 
 @pytest.mark.parametrize("chunks", [[], [b"x", None]])

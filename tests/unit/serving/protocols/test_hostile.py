@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from app.serving.http import NUM_VIOLATIONS, Refused
+from app.serving.http import MAX_LISTED_VIOLATIONS, Refused
 from app.serving.protocols import rows, tensors
 from app.serving.protocols.contract import Contract
 from app.serving.replica import feedback
@@ -59,7 +59,7 @@ def check(parse, text):
     finally:
         tracemalloc.stop()
     assert refused.value.status in (400, 413, 422)
-    assert len(refused.value.violations) <= NUM_VIOLATIONS
+    assert len(refused.value.violations) <= MAX_LISTED_VIOLATIONS
     assert len(refused.value.body()) < 100_000
     assert peak < 100 * SIZE
 

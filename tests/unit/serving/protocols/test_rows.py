@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from app.serving.http import NUM_VIOLATIONS, Refused
+from app.serving.http import MAX_LISTED_VIOLATIONS, Refused
 from app.serving.protocols import rows as json_rows
 from app.serving.protocols.contract import Answer, Contract
 from app.serving.protocols.rows import encode, predictions
@@ -86,7 +86,7 @@ def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
     ]
     many = refused(contract, {"rows": [GOOD | {f"x{i}": 1 for i in range(500)}]})
     assert str(many) == "the request breaks the contract in 500 places"
-    assert len(json.loads(many.body())["violations"]) == NUM_VIOLATIONS
+    assert len(json.loads(many.body())["violations"]) == MAX_LISTED_VIOLATIONS
 
 
 @pytest.mark.parametrize(
