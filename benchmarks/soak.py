@@ -38,7 +38,7 @@ from app.registry import versions
 from app.serving.control import deploy
 from app.serving.gateway.haproxy import IN_HAND, MAX_WAIT_S
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state.records import Records
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ class Served:
         found = {}
         for name, settings in {"champion": champion, **variants}.items():
             path = versions.resolve(NAME, settings["version"]).path
-            found[name] = Deployed.model_validate({"path": path, **settings})
+            found[name] = DeployedVariant.model_validate({"path": path, **settings})
         wanted = Traffic(salt="soak", policy="weighted", variants=found)
         self.url = deploy.deploy(self.serving, NAME, wanted)
 
@@ -248,7 +248,7 @@ def _refused(endpoint: Served) -> bool:
         broken = Path(folder) / "bundle"
         subprocess.run(["cp", "-r", good, broken], check=True)
         (broken / "model.onnx").write_bytes(b"broken")
-        variants = {"champion": Deployed(version="9", weight=1, path=broken)}
+        variants = {"champion": DeployedVariant(version="9", weight=1, path=broken)}
         try:
             deploy.deploy(endpoint.serving, NAME, Traffic(salt="s", policy="weighted", variants=variants))
         except UserError:

@@ -12,11 +12,11 @@ from app.cluster.session import session
 from app.config import Serving
 from app.serving.control import deploy
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 
 
 def main(bundle: str, serving: str) -> None:
-    variants = {"champion": Deployed(version="1", weight=1, path=Path(bundle))}
+    variants = {"champion": DeployedVariant(version="1", weight=1, path=Path(bundle))}
     with session(log_to_driver=False):
         traffic = Traffic(salt="1", policy="weighted", variants=variants)
         print(deploy.deploy(Serving.model_validate(json.loads(serving)), "smoke", traffic), flush=True)

@@ -11,7 +11,7 @@ from app.serving.http import Request
 from app.serving.replica.call import Call, Services
 from app.serving.replica.loaded import Loaded
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from tests.bundles import build
 
 MODEL = "income"
@@ -65,7 +65,7 @@ def loaded(folder: Path, **variants: float) -> Loaded:
     """Variants with these weights, each a model of its own; their versions count from 1."""
     names = variants or {"champion": 1.0}
     deployed = {
-        name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
+        name: DeployedVariant(version=str(number), weight=weight, path=build(folder / name, seed=number))
         for number, (name, weight) in enumerate(names.items(), start=1)
     }
     return Loaded(Traffic(salt="1", policy="weighted", variants=deployed), max_rows=8)

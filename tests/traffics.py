@@ -8,5 +8,5 @@ from app.state.audit import Audit
 
 def place(audit: Audit, model: str, wanted: Traffic, serving: Serving | None = None) -> int:
     """Let a traffic hold, as a deployment does; returns the entry's number."""
-    with traffic.tried(audit, model, wanted, serving) as number:
+    with traffic.set_with_rollback(audit, model, wanted, serving) as number:
         return number

@@ -26,9 +26,9 @@ def serve(file: File, overrides: Overrides = None) -> None:
         from app.cluster.session import joins_lasting_cluster, session
         from app.jobs import serve
         from app.serving.control import deploy
-        from app.serving.traffic.registered import registered
+        from app.serving.traffic.registered import registered_traffic
 
-        traffic, notes = registered(project.name, project.serving)
+        traffic, notes = registered_traffic(project.name, project.serving)
         for note in notes:
             console.say(note, style="yellow")
         with session():
@@ -79,7 +79,9 @@ def traffic(
             from app.state.audit import Audit
 
             with Audit() as audit:
-                current = traffic.current(audit, name, at.replace(tzinfo=UTC).timestamp() if at else None)
+                current = traffic.read_current(
+                    audit, name, at.replace(tzinfo=UTC).timestamp() if at else None
+                )
             if current is None:
                 raise UserError(f"{name} {'was' if at else 'is'} not served{f' at {at}' if at else ''}")
             served = current.traffic

@@ -52,7 +52,7 @@ def run(console: Console) -> None:
     project = projectfile.load(PROJECT, [f"serving.port={port}"])
     with session():
         from app.jobs import pipeline, serve
-        from app.serving.traffic.registered import registered
+        from app.serving.traffic.registered import registered_traffic
 
         console.say("1. A first champion: logistic regression", style="bold")
         first = pipeline.run(incumbent, console)
@@ -60,7 +60,7 @@ def run(console: Console) -> None:
         second = pipeline.run(project, console)
         console.say("3. Both answer requests, in an A/B test", style="bold")
         with console.stage("serve") as done:
-            chosen, _ = registered(project.name, project.serving)
+            chosen, _ = registered_traffic(project.name, project.serving)
             server = serve.deploy(project, chosen)
             done(
                 ", ".join(f"{name} = version {variant.version}" for name, variant in chosen.variants.items())

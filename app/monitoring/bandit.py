@@ -9,7 +9,7 @@ import numpy as np
 
 from app.errors import UserError
 from app.serving.traffic import traffic
-from app.serving.traffic.traffic import ACTIONS, Current, Traffic, read
+from app.serving.traffic.traffic import ACTIONS, Traffic, TrafficEntry, parse
 from app.state.audit import Audit, Changed
 from app.state.database import Busy
 from app.state.records import Records
@@ -48,7 +48,7 @@ def weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
     return dict(zip(rewards, shared.tolist(), strict=True))
 
 
-def rebalance(audit: Audit, records: Records, model: str, held: Current) -> None:
+def rebalance(audit: Audit, records: Records, model: str, held: TrafficEntry) -> None:
     """Move the weights of an endpoint whose policy this is to what its rewards say.
 
     Does nothing if somebody has changed the endpoint since `held`: the next time is soon.
@@ -62,8 +62,8 @@ def rebalance(audit: Audit, records: Records, model: str, held: Current) -> None
     total = sum(wanted.weights.values())
     moved = weights(rewards)
     if any(abs(moved[name] - weight / total) > STEP for name, weight in wanted.weights.items()):
-        with contextlib.suppress(Changed, Busy), traffic.alone(model, wait=False):
-            traffic.change(audit, model, held, traffic.reweighted(wanted, moved), WHO)
+        with contextlib.suppress(Changed, Busy), traffic.endpoint_lock(model, wait=False):
+            traffic.update(audit, model, held, traffic.with_weights(wanted, moved), WHO)
 
 
 def _since(audit: Audit, model: str, wanted: Traffic) -> float:
@@ -71,7 +71,7 @@ def _since(audit: Audit, model: str, wanted: Traffic) -> float:
     begun = time.time()
     for entry in audit.backwards(model, ACTIONS):
         try:
-            other = read(entry).traffic
+            other = parse(entry).traffic
         except UserError:  # of an older Raylway, or the endpoint was off
             break
         if (other.salt, _versions(other)) != (wanted.salt, _versions(wanted)):

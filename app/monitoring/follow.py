@@ -10,8 +10,8 @@ from app.serving.backoff import Backoff
 from app.serving.control.applications import refresh, start_workers, stop_workers
 from app.serving.traffic import traffic
 from app.serving.traffic.registered import registered_variants
-from app.serving.traffic.traffic import Current, Traffic
-from app.serving.traffic.variants import Deployed, common_schema, load
+from app.serving.traffic.traffic import Traffic, TrafficEntry
+from app.serving.traffic.variants import DeployedVariant, common_schema, open_bundles
 from app.state.audit import Audit
 from app.state.database import Busy
 
@@ -26,10 +26,10 @@ class Follower:
         self.faults: dict[str, str] = {}
         """Reason why a model's registered versions are not served, by model."""
         self._clock = clock
-        self._refused: dict[str, tuple[Mapping[str, Deployed], Backoff]] = {}
+        self._refused: dict[str, tuple[Mapping[str, DeployedVariant], Backoff]] = {}
         """Variants that could not be served, and when to try them again, by model."""
 
-    def follow(self, audit: Audit, name: str, current: Current) -> None:
+    def follow(self, audit: Audit, name: str, current: TrafficEntry) -> None:
         """Serve what the registry has for a model now.
 
         If that fails, the endpoint serves what it did before, and the reason is in `faults`.
@@ -43,7 +43,7 @@ class Follower:
             if _without_paths(registered) != _without_paths(current.traffic.variants):
                 if not backoff.due():
                     return
-                with traffic.alone(name, wait=False):
+                with traffic.endpoint_lock(name, wait=False):
                     _replace(audit, name, current, registered)
             self.forget(name)
         except Busy:
@@ -59,12 +59,14 @@ class Follower:
         self._refused.pop(name, None)
 
 
-def _without_paths(variants: Mapping[str, Deployed]) -> dict[str, Deployed]:
+def _without_paths(variants: Mapping[str, DeployedVariant]) -> dict[str, DeployedVariant]:
     """The variants to be compared by identity, not by where a copy of the bundle lies."""
     return {n: v.model_copy(update={"path": Path()}) if v.identity else v for n, v in variants.items()}
 
 
-def _with_current_weights(registered: Mapping[str, Deployed], current: Traffic) -> dict[str, Deployed]:
+def _with_current_weights(
+    registered: Mapping[str, DeployedVariant], current: Traffic
+) -> dict[str, DeployedVariant]:
     """The registered variants with the weights that were set since the endpoint was deployed.
 
     Raises UserError if no variant would answer.
@@ -84,16 +86,16 @@ def _with_current_weights(registered: Mapping[str, Deployed], current: Traffic) 
     return variants
 
 
-def _replace(audit: Audit, name: str, current: Current, variants: Mapping[str, Deployed]) -> None:
+def _replace(audit: Audit, name: str, current: TrafficEntry, variants: Mapping[str, DeployedVariant]) -> None:
     """Serve other variants. Raises UserError if a bundle is broken, a replica cannot load it, or `current` is
     not current any more."""
     assert current.serving is not None
     replacement = current.traffic.model_copy(update={"variants": dict(variants)})
-    load(replacement.variants, current.serving.trusted_keys)
+    open_bundles(replacement.variants, current.serving.trusted_keys)
     common_schema({variant: schema_at(deployed.path) for variant, deployed in replacement.variants.items()})
     try:
         start_workers(name, current.serving, replacement)
-        with traffic.tried(
+        with traffic.set_with_rollback(
             audit, name, replacement, current.serving, AUTHOR, expected=current.number
         ) as entry:
             refresh(name, entry)

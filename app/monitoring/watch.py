@@ -123,7 +123,7 @@ class Watch:
         assert self._stores
         with contextlib.suppress(Busy):
             versions.finish_promotion(self._stores[0], model)
-        current = traffic.current(self._stores[0], model)
+        current = traffic.read_current(self._stores[0], model)
         if current is not None and current.serving is not None and current.serving.follow:
             self._follower.follow(self._stores[0], model, current)
         else:
@@ -132,7 +132,7 @@ class Watch:
     def _rebalance(self, model: str) -> None:
         assert self._stores
         audit, records = self._stores
-        current = traffic.current(audit, model)
+        current = traffic.read_current(audit, model)
         if current is not None:
             bandit.rebalance(audit, records, model, current)
 

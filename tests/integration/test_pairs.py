@@ -45,7 +45,7 @@ with session(log_to_driver=False):
     from app.serving.traffic import traffic
     from app.monitoring.follow import Follower
     audit = Audit()
-    held = traffic.current(audit, {NAME!r})
+    held = traffic.read_current(audit, {NAME!r})
     if held is not None:
         {{}}
 """

@@ -67,7 +67,7 @@ def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
     assert "films version 1 (champion)" in done.stdout
 
     project = projectfile.load(file)
-    wanted, _ = registered.registered(project.name, project.serving)
+    wanted, _ = registered.registered_traffic(project.name, project.serving)
     card = (wanted.variants["champion"].path / "card.md").read_text()
     assert "which `what` a `who` takes next" in card
     assert "| ease |" in card

@@ -19,7 +19,7 @@ from app.config import Serving
 from app.serving.control import deploy, status
 from app.serving.traffic import routing, traffic
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
 from app.state.records import Records
 from tests.bundles import ROWS, build
@@ -49,7 +49,7 @@ def of(bundles, **variants) -> Traffic:
         salt="test",
         policy="weighted",
         variants={
-            name: Deployed(version=version, weight=weight, path=bundles[version], **dict(*more))
+            name: DeployedVariant(version=version, weight=weight, path=bundles[version], **dict(*more))
             for name, (version, weight, *more) in variants.items()
         },
     )
@@ -144,7 +144,7 @@ def test_of_two_changes_at_once_none_is_lost(served, raylway):
     for thread in threads:
         thread.join()
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
-    held = traffic.current(Audit(), NAME)
+    held = traffic.read_current(Audit(), NAME)
     assert held.traffic.weights == {"champion": 7, "challenger": 3}
     assert [state.weights for state in status.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
 
@@ -165,7 +165,7 @@ def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, b
         assert not replicas(application)
         assert client.get("/v2/models/other").status_code == 404
         assert client.post(PREDICT, json=BODY).status_code == 200
-    assert traffic.current(Audit(), "other") is None
+    assert traffic.read_current(Audit(), "other") is None
     again = raylway("undeploy", "other")
     assert (again.returncode, again.stderr.strip().splitlines()[-1]) == (
         2, f"error: other is not served; these are: {NAME}"
@@ -345,7 +345,7 @@ def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundle
     audited = raylway("audit", NAME)
     assert audited.returncode == 0
     entries = Audit().entries(NAME)
-    assert entries[-1].action == traffic.ACTION
+    assert entries[-1].action == traffic.TRAFFIC_ACTION
     assert entries[-1].details["variants"]["champion"]["version"] == "3"
 
 
@@ -364,7 +364,7 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
             "variants": {"champion": {"version": "champion", "weight": 1}},
         }
     )
-    deploy.deploy(following, NAME, registered.registered(NAME, following)[0])
+    deploy.deploy(following, NAME, registered.registered_traffic(NAME, following)[0])
     with asking(served) as answers:
         done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr
@@ -373,5 +373,5 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
             time.sleep(0.2)
     assert answers[-1][2]["version"] == "2"
     assert {status for _, status, _ in answers} == {200}
-    assert Audit().entries(NAME)[-1].who == follow.WHO
+    assert Audit().entries(NAME)[-1].who == follow.AUTHOR
     assert [endpoint.faults for endpoint in status.endpoints()] == [[]]

@@ -21,7 +21,7 @@ from app.serving.control import deploy
 from app.serving.gateway import issuer
 from app.serving.gateway.haproxy import IN_HAND
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state.records import Records
 from tests.bundles import ROWS, build
 
@@ -75,7 +75,7 @@ def serving(certificate):
 def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     return {
-        name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
+        name: DeployedVariant(version=str(number), weight=weight, path=build(folder / name, seed=number))
         for number, (name, weight) in enumerate({"champion": 1, "other": 0}.items(), start=1)
     }
 

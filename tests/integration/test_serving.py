@@ -24,8 +24,8 @@ from app.serving.control import deploy
 from app.serving.gateway import frontend
 from app.serving.traffic import routing
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.traffic import current as traffic_that_holds
-from app.serving.traffic.variants import Deployed, load
+from app.serving.traffic.traffic import read_current as read_current_traffic
+from app.serving.traffic.variants import DeployedVariant, open_bundles
 from app.state.audit import Audit
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
@@ -43,7 +43,7 @@ PREDICT = "/v2/models/income/predict"
 INFER = "/v2/models/income/infer"
 
 
-def traffic(variants: dict[str, Deployed]) -> Traffic:
+def traffic(variants: dict[str, DeployedVariant]) -> Traffic:
     return Traffic(salt="test", policy="weighted", variants=variants)
 
 
@@ -51,7 +51,7 @@ def traffic(variants: dict[str, Deployed]) -> Traffic:
 def variants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles")
     return {
-        name: Deployed(version=str(number), weight=weight, path=build(folder / name, seed=number))
+        name: DeployedVariant(version=str(number), weight=weight, path=build(folder / name, seed=number))
         for number, (name, weight) in enumerate(WEIGHTS.items(), start=1)
     }
 
@@ -132,9 +132,11 @@ def test_a_taken_port_is_named(ray_cluster, variants, settings):
 def test_a_first_deployment_that_fails_leaves_nothing_open(
     ray_cluster, variants, settings, tmp_path, monkeypatch
 ):
-    bundles = load(variants)
-    monkeypatch.setattr(deploy, "load", lambda *_: bundles)  # what this process can read, a replica cannot
-    gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
+    bundles = open_bundles(variants)
+    monkeypatch.setattr(
+        deploy, "open_bundles", lambda *_: bundles
+    )  # what this process can read, a replica cannot
+    gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match="is not a bundle"):
         deploy.deploy(settings, "income", traffic(gone))
     assert frontend.read() is None
@@ -418,7 +420,9 @@ def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variant
     broken = build(tmp_path / "broken", seed=3)
     (broken / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.onnx was changed"):
-        deploy.deploy(settings, "income", traffic({"champion": Deployed(version="3", weight=1, path=broken)}))
+        deploy.deploy(
+            settings, "income", traffic({"champion": DeployedVariant(version="3", weight=1, path=broken)})
+        )
     with pytest.raises(UserError, match=r"serving\.port"):
         deploy.deploy(settings.model_copy(update={"port": settings.port + 1}), "income", traffic(variants))
     assert client.get("/v2/models/income").json()["versions"] == ["1", "2"]
@@ -427,14 +431,18 @@ def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variant
 def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     client, variants, settings, tmp_path, monkeypatch
 ):
-    bundles = load(variants)
-    monkeypatch.setattr(deploy, "load", lambda *_: bundles)  # what this process can read, a replica cannot
-    gone = {"champion": Deployed(version="3", weight=1, path=tmp_path / "gone")}
+    bundles = open_bundles(variants)
+    monkeypatch.setattr(
+        deploy, "open_bundles", lambda *_: bundles
+    )  # what this process can read, a replica cannot
+    gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match=r"gone: is not a bundle.*goes on"):
         deploy.deploy(settings, "income", traffic(gone))
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
-    assert traffic_that_holds(Audit(), "income")[1].variants["champion"].version == "1", "for new replicas"
+    assert read_current_traffic(Audit(), "income").traffic.variants["champion"].version == "1", (
+        "for new replicas"
+    )
 
 
 LEAVING = """

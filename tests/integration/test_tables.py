@@ -17,7 +17,7 @@ from app.serving.control import deploy
 from app.serving.protocols import rows as json_rows
 from app.serving.protocols.contract import Contract
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from tests import tables
 from tests.tables import TRAINED
 
@@ -93,7 +93,7 @@ def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
             "variants": {"champion": {"version": "1", "weight": 1}},
         }
     )
-    variants = {"champion": Deployed(version="1", weight=1, path=path)}
+    variants = {"champion": DeployedVariant(version="1", weight=1, path=path)}
     with session(log_to_driver=False):
         url = deploy.deploy(settings, "table", Traffic(salt="1", policy="weighted", variants=variants))
         try:

@@ -16,7 +16,7 @@ from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving.control import deploy
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from tests.bundles import ROWS, build
 from tests.integration.conftest import ROOT
 
@@ -43,7 +43,7 @@ def endpoint(ray_cluster, bundle):
             "autoscaling": {"min_replicas": 1, "max_replicas": 1},
         }
     )
-    variants = {"champion": Deployed(version="1", weight=1, path=bundle)}
+    variants = {"champion": DeployedVariant(version="1", weight=1, path=bundle)}
     deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
     yield left
     deploy.undeploy()

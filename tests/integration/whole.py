@@ -34,7 +34,7 @@ def check_log_and_registry(name: str) -> None:
         verify(versions.resolve(name, str(version.version)).path)
 
 
-def check_endpoint(name: str) -> traffic.Held | None:
+def check_endpoint(name: str) -> traffic.TrafficEntry | None:
     """It serves what the log says, with the champion of now, or is off; no worker runs that nobody needs."""
     from ray import serve
     from ray.serve.context import _set_global_client
@@ -44,7 +44,7 @@ def check_endpoint(name: str) -> traffic.Held | None:
     while True:
         applications = serve.status().applications
         with Audit() as audit:
-            held = traffic.current(audit, name)
+            held = traffic.read_current(audit, name)
         if held is None:
             assert not [other for other in applications if other.partition("@")[0] == name]
             return None

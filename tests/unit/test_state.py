@@ -101,7 +101,7 @@ class Commands(RuleBasedStateMachine):
         patch.setattr(versions, "find", self._find)
         patch.setattr(versions, "verify", lambda path: {})
         patch.setattr(versions, "require_passed", lambda *_: None)
-        patch.setattr(follow, "load", lambda *_: {})
+        patch.setattr(follow, "open_bundles", lambda *_: {})
         patch.setattr(follow, "common_schema", lambda *_: None)
         patch.setattr(follow, "schema_at", lambda *_: None)
         patch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict(world.applications)))
@@ -116,7 +116,7 @@ class Commands(RuleBasedStateMachine):
         for owner, name in ((Audit, "add"), (audit_head, "keep")):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
         self.audit, self.records, self.follower = Audit(), Records(), Follower(lambda: 0.0)
-        self.read: traffic.Held | None = None
+        self.read: traffic.TrafficEntry | None = None
         """What a slow writer has read."""
 
     def teardown(self):
@@ -153,7 +153,7 @@ class Commands(RuleBasedStateMachine):
         self.world.applications.pop(application, None)
 
     def _refresh(self, name, entry):
-        held = traffic.current(self.audit, name)
+        held = traffic.read_current(self.audit, name)
         assert held.number >= entry
         if broken := {v.version for v in held.traffic.variants.values()} & self.world.broken:
             raise UserError(f"{name} does not take it in: {broken}")
@@ -195,29 +195,29 @@ class Commands(RuleBasedStateMachine):
         }
         with contextlib.suppress(UserError, ValueError):
             serving = Serving.model_validate({"variants": variants, "follow": True, "policy": policy})
-            before = traffic.current(self.audit, NAME)
-            wanted, _ = registered.registered(NAME, serving)
+            before = traffic.read_current(self.audit, NAME)
+            wanted, _ = registered.registered_traffic(NAME, serving)
             done = False
             with self.world.killing(kill):
                 try:
-                    with traffic.alone(NAME, wait=False):
+                    with traffic.endpoint_lock(NAME, wait=False):
                         deploy._replace(serving, NAME, wanted, "http://127.0.0.1:1")
                     done = True
                 except UserError:
-                    after = traffic.current(self.audit, NAME)
+                    after = traffic.read_current(self.audit, NAME)
                     assert (after and after[1:]) == (before and before[1:]), "undone"
             if done:
-                held = traffic.current(self.audit, NAME)
+                held = traffic.read_current(self.audit, NAME)
                 assert (held.traffic, held.serving) == (wanted, serving)
                 self._all_needed_run(held)
 
     @rule(kill=st.none() | st.integers(0, 3), weight=st.sampled_from([0, 5, 1e308]), of=st.booleans())
     def change_weights(self, kill, weight, of):
         name = CHAMPION if of else CHALLENGER
-        before = traffic.current(self.audit, NAME)
+        before = traffic.read_current(self.audit, NAME)
         with self.world.killing(kill), contextlib.suppress(UserError):
             served = applications.reweight(NAME, {name: weight})
-            held = traffic.current(self.audit, NAME)
+            held = traffic.read_current(self.audit, NAME)
             assert held.traffic == served
             assert held.traffic.variants[name].weight == weight
             kept = {n: v for n, v in before.traffic.variants.items() if n != name}
@@ -226,14 +226,14 @@ class Commands(RuleBasedStateMachine):
 
     @rule(kill=st.none() | st.integers(0, 8))
     def look(self, kill):
-        held = traffic.current(self.audit, NAME)
+        held = traffic.read_current(self.audit, NAME)
         if held is None or held.serving is None:
             return
         with self.world.killing(kill):
             versions.finish_promotion(self.audit, NAME)
             self.follower.follow(self.audit, NAME, held)
             applications.tidy(self.audit, NAME)
-            now = traffic.current(self.audit, NAME)
+            now = traffic.read_current(self.audit, NAME)
             if NAME in self.follower.faults:
                 assert now.traffic == held.traffic, "what is served goes on"
             else:
@@ -243,17 +243,17 @@ class Commands(RuleBasedStateMachine):
 
     @rule()
     def begin_to_think(self):
-        self.read = traffic.current(self.audit, NAME)
+        self.read = traffic.read_current(self.audit, NAME)
 
     @precondition(lambda self: self.read is not None)
     @rule(kill=st.none() | st.integers(0, 1), weight=st.sampled_from([3, 4]))
     def write_what_was_thought(self, kill, weight):
         read, self.read = self.read, None
         before = self.audit.last(NAME, traffic.ACTIONS)
-        wanted = traffic.reweighted(read.traffic, dict.fromkeys(read.traffic.weights, weight))
+        wanted = traffic.with_weights(read.traffic, dict.fromkeys(read.traffic.weights, weight))
         with self.world.killing(kill):
             try:
-                traffic.change(self.audit, NAME, read, wanted)
+                traffic.update(self.audit, NAME, read, wanted)
             except Changed:
                 assert before.number != read.number
             else:
@@ -261,7 +261,7 @@ class Commands(RuleBasedStateMachine):
 
     @rule(kill=st.none() | st.integers(0, 1), seed=st.integers(0, 3))
     def rebalance(self, kill, seed):
-        held = traffic.current(self.audit, NAME)
+        held = traffic.read_current(self.audit, NAME)
         if held is None:
             return
         random = np.random.default_rng(seed)
@@ -278,7 +278,7 @@ class Commands(RuleBasedStateMachine):
                 deploy.take_off(NAME)
             done = True
         if done:
-            assert traffic.current(self.audit, NAME) is None
+            assert traffic.read_current(self.audit, NAME) is None
             assert not self.world.applications
 
     @rule(seconds=st.sampled_from([1.0, 3600.0, -3600.0, 86400.0 * 365, -86400.0 * 365]))
@@ -298,7 +298,7 @@ class Commands(RuleBasedStateMachine):
 
     @invariant()
     def what_holds_can_be_answered(self):
-        held = traffic.current(self.audit, NAME)
+        held = traffic.read_current(self.audit, NAME)
         if held is not None:
             assert 0 < sum(held.traffic.weights.values()) < np.inf
 

@@ -92,12 +92,14 @@ def start_workers(model: str, serving: Serving, wanted: Traffic) -> None:
 
 
 def stop_workers(audit: Audit, name: str) -> None:
-    """Stop the workers of versions that the endpoint does not name any more. Needs `traffic.alone`: another
-    deploy would lose those that it has just started."""
+    """Stop the workers of versions that the endpoint's traffic does not name any more.
+
+    The caller holds `traffic.endpoint_lock`; workers that another deploy has just started would be stopped.
+    """
     from ray import serve
 
     try:
-        held = traffic.current(audit, name)
+        held = traffic.read_current(audit, name)
     except UserError:
         return  # it cannot be known which are needed
     needed = {variant.workers for variant in held.traffic.variants.values()} if held else set()
@@ -108,7 +110,7 @@ def stop_workers(audit: Audit, name: str) -> None:
 
 def tidy(audit: Audit, name: str) -> None:
     """Stop the workers that a command which was killed has left, unless somebody is changing the endpoint."""
-    with contextlib.suppress(Busy), traffic.alone(name, wait=False):
+    with contextlib.suppress(Busy), traffic.endpoint_lock(name, wait=False):
         stop_workers(audit, name)
 
 
@@ -121,14 +123,14 @@ def reweight(
     """
     from ray import serve
 
-    with traffic.alone(name, on_wait), Audit() as audit:
-        held = traffic.current(audit, name)
+    with traffic.endpoint_lock(name, on_wait), Audit() as audit:
+        held = traffic.read_current(audit, name)
         if held is None or name not in model_names(serve.status().applications):
             raise UserError(f"{name} is not served now; deploy it with `raylway serve` first")
         if held.traffic.policy == "bandit":
             raise UserError(f"the bandit sets the weights of {name} (serving.policy)")
-        wanted = traffic.reweighted(held.traffic, weights)
-        with traffic.tried(audit, name, wanted, held.serving, expected=held.number) as entry:
+        wanted = traffic.with_weights(held.traffic, weights)
+        with traffic.set_with_rollback(audit, name, wanted, held.serving, expected=held.number) as entry:
             refresh(name, entry)
     return wanted
 

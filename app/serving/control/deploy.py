@@ -31,7 +31,7 @@ from app.serving.names import model_names
 from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed, common_schema, load
+from app.serving.traffic.variants import DeployedVariant, common_schema, open_bundles
 from app.state import database, stages
 from app.state.audit import Audit
 
@@ -64,10 +64,13 @@ def deploy(
         raise UserError(f"serving.limits.max_body_bytes must be at most {MAX_BODY_BYTES:,}")
     # Said here in one line; said by a replica it would be a traceback in Serve's log.
     common_schema(
-        {variant: bundle.schema for variant, bundle in load(wanted.variants, serving.trusted_keys).items()}
+        {
+            variant: bundle.schema
+            for variant, bundle in open_bundles(wanted.variants, serving.trusted_keys).items()
+        }
     )
     # Whoever puts endpoints behind the front, or takes them off, is alone at it.
-    with database.alone("front", on_wait), traffic.alone(name, on_wait):
+    with database.alone("front", on_wait), traffic.endpoint_lock(name, on_wait):
         _behind_front(serving, name, wanted, asked, beside)
     return asked.url
 
@@ -114,7 +117,7 @@ def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
     with Audit() as audit:
         try:
             start_workers(name, serving, wanted)
-            with traffic.tried(audit, name, wanted, serving) as entry:
+            with traffic.set_with_rollback(audit, name, wanted, serving) as entry:
                 run(_application(serving, name), name, name, f"/v2/models/{name}")
                 _wait(url, name)
                 refresh(name, entry)
@@ -167,7 +170,7 @@ def _issuer(serving: Serving) -> Issuer | None:
     return serving.auth
 
 
-def curl(server: str, name: str, variant: Deployed) -> str:
+def curl(server: str, name: str, variant: DeployedVariant) -> str:
     """A command line that asks the endpoint about the first row of a variant's stored example."""
     row = json.loads((variant.path / "example.json").read_text())["rows"][0]
     body = json.dumps({"unit": "user-17", "rows": [row]}).replace("'", "'\\''")
@@ -187,10 +190,10 @@ def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:
     """
     from ray import serve
 
-    with database.alone("front", on_wait), traffic.alone(name, on_wait), Audit() as audit:
+    with database.alone("front", on_wait), traffic.endpoint_lock(name, on_wait), Audit() as audit:
         served = model_names(serve.status().applications)
         # The entry first: what a kill leaves is then known to be unwanted, and the same command stops it.
-        traffic.take_off(audit, name)
+        traffic.record_undeploy(audit, name)
         if name in served:
             serve.delete(name)
         stop_workers(audit, name)

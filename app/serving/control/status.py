@@ -108,7 +108,7 @@ def endpoints() -> list[EndpointStatus]:
 def _holds(audit: Audit, name: str) -> tuple[Traffic | None, str | None]:
     """The traffic of an endpoint, from the database, or as it is known here; and what is wrong with it."""
     try:
-        _, found, fault = cache.first(audit, name)
+        _, found, fault = cache.read_with_fallback(audit, name)
     except UserError as error:
         return None, str(error)
     return found, fault

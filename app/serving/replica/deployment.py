@@ -24,7 +24,7 @@ from app.serving.replica.recorder import Recorder
 from app.serving.replica.shadow import Shadows
 from app.serving.replica.state import State
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import located
+from app.serving.traffic.variants import with_local_bundles
 from app.state.audit import Audit
 from app.state.records import Records
 
@@ -50,7 +50,7 @@ class Replica:
             limiter = Limiter(model, serving.limits.requests_per_s, borrow)
 
         def load(traffic: Traffic, previous: Loaded | None) -> Loaded:
-            local = traffic.model_copy(update={"variants": located(model, traffic.variants)})
+            local = traffic.model_copy(update={"variants": with_local_bundles(model, traffic.variants)})
             return Loaded(local, serving.limits.max_rows, previous, serving.trusted_keys)
 
         self._audit = Audit()

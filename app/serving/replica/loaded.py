@@ -14,7 +14,7 @@ from app.serving.protocols.explain import Walks, walks
 from app.serving.replica.workers import WorkerHandle
 from app.serving.traffic import routing
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import common_schema, load
+from app.serving.traffic.variants import common_schema, open_bundles
 
 
 class Loaded:
@@ -32,7 +32,7 @@ class Loaded:
         self.traffic = traffic
         kept = {bundle.path: bundle for bundle in before.bundles.values()} if before else {}
         local = {name: v for name, v in traffic.variants.items() if v.workers is None}
-        opened = load({name: v for name, v in local.items() if v.path not in kept}, trusted_keys)
+        opened = open_bundles({name: v for name, v in local.items() if v.path not in kept}, trusted_keys)
         self.bundles: dict[str, Bundle] = {
             name: kept[v.path] if v.path in kept else opened[name] for name, v in local.items()
         }

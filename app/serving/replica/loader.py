@@ -30,14 +30,14 @@ class Loader:
         self._load = load
         self.fault: str | None
         """Reason why the newest traffic is not loaded."""
-        self.entry, first, self.fault = cache.first(audit, model)
+        self.entry, first, self.fault = cache.read_with_fallback(audit, model)
         self.loaded = load(first, None)
         """What the replica answers with."""
         self._failed_entry = 0
         """Number of the newest entry that could not be loaded."""
         self._backoff = Backoff()
         self._loading = asyncio.Lock()
-        cache.remember(model, self.entry, first)
+        cache.store(model, self.entry, first)
 
     async def update(self, retry_now: bool = False) -> bool:
         """Load the newest traffic, if it is not loaded; returns whether another one was loaded.
@@ -49,7 +49,7 @@ class Loader:
         async with self._loading:  # two updates at once could end in the wrong order
             number = self.entry
             try:
-                current = await asyncio.to_thread(traffic.current, self._audit, self._model)
+                current = await asyncio.to_thread(traffic.read_current, self._audit, self._model)
                 if current is None or current.number == self.entry:
                     self.fault = None
                     return False
@@ -66,7 +66,7 @@ class Loader:
                 return False
             self.loaded, self.entry, self.fault = loaded, number, None
             self._backoff.succeeded()
-            await asyncio.to_thread(cache.remember, self._model, number, current.traffic)
+            await asyncio.to_thread(cache.store, self._model, number, current.traffic)
             return True
 
     def _fail(self, number: int, error: Exception) -> None:

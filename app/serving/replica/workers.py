@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from app.bundle.bundle import Ranking
-from app.serving.traffic.variants import Deployed, located, opened
+from app.serving.traffic.variants import DeployedVariant, open_bundle, with_local_bundles
 
 Columns = Mapping[str, np.ndarray]
 TIMEOUT_S = 30.0
@@ -18,11 +18,13 @@ TRIES = 3
 class Worker:
     """The deployment. What waits while it computes is computed together, next."""
 
-    def __init__(self, model: str, variant: Deployed, max_batch_rows: int, trusted_keys: Sequence[str]):
-        """Raises UserError, as `app.serving.traffic.variants.located` and `opened`."""
+    def __init__(
+        self, model: str, variant: DeployedVariant, max_batch_rows: int, trusted_keys: Sequence[str]
+    ):
+        """Raises UserError, as `app.serving.traffic.variants.with_local_bundles` and `open_bundle`."""
         from ray import serve
 
-        self._bundle = opened(located(model, {"": variant})[""].path, trusted_keys)
+        self._bundle = open_bundle(with_local_bundles(model, {"": variant})[""].path, trusted_keys)
         self._max_batch_rows = max_batch_rows
         self._together = serve.batch(
             self._predict_all,

@@ -1,1 +1,1 @@
-"""Which variant of a model answers which share of the units."""
+"""The variants of an endpoint, and how units are shared among them."""

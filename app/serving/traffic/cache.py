@@ -1,9 +1,10 @@
-"""The newest traffic that replicas on this machine have loaded: one that starts while the database is away
-serves it. A file for each entry of the audit log, so that no replica overwrites a newer one."""
+"""A copy of the newest traffic on this machine, so that a replica can start while the database is away.
 
-import os
-import tempfile
+Each entry of the audit log has a file of its own: a replica that is late cannot overwrite a newer entry.
+"""
+
 from pathlib import Path
+from typing import NamedTuple
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -11,65 +12,72 @@ from app.errors import UserError
 from app.serving.logs import log
 from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
+from app.state import files
 from app.state.audit import Audit
 from app.state.home import home, make_private
 
 
-def first(audit: Audit, model: str) -> tuple[int, Traffic, str | None]:
-    """The entry and traffic that a replica starts with; and why they may not be the newest, if they may not.
+class NewestTraffic(NamedTuple):
+    """The newest traffic that could be read, from the database or from the cache."""
 
-    Raises UserError if the endpoint has no traffic, or none is known while the database is away.
+    number: int
+    """Number of its entry in the audit log."""
+    traffic: Traffic
+    fault: str | None = None
+    """Reason why the database may have a newer entry; None if it was read from the database."""
+
+
+def read_with_fallback(audit: Audit, model: str) -> NewestTraffic:
+    """Read a model's current traffic from the database, or from the cache if the database is away.
+
+    Raises UserError if the endpoint has no traffic, or if the database is away and the cache is empty.
     """
     try:
-        held = traffics.current(audit, model)
+        current = traffics.read_current(audit, model)
     except (SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        known = remembered(model)
-        if known is None:
+        cached = load(model)
+        if cached is None:
             raise UserError(
-                f"the database does not answer ({reason}), and no traffic of {model} was loaded here before; "
-                "the replica can start once it answers"
+                f"the database does not answer ({reason}), and this machine has no copy of the traffic of "
+                f"{model}; the replica can start when the database answers again"
             ) from error
         fault = (
-            f"the database does not answer ({reason}); entry {known[0]} of the audit log, the newest known "
-            "here, is taken for the newest"
+            f"the database does not answer ({reason}); serving entry {cached.number} of the audit log, the "
+            "newest that this machine has a copy of"
         )
         log.warning("%s: %s", model, fault)
-        return *known, fault
-    if held is None:
-        raise UserError(f"{model} has no traffic; say `raylway serve` first")
-    return held.number, held.traffic, None
+        return cached._replace(fault=fault)
+    if current is None:
+        raise UserError(f"{model} has no traffic; deploy it with `raylway serve` first")
+    return NewestTraffic(current.number, current.traffic)
 
 
-def remember(model: str, entry: int, traffic: Traffic) -> None:
-    """Keep the traffic of an entry; older ones are removed."""
+def store(model: str, number: int, traffic: Traffic) -> None:
+    """Keep the traffic of an entry, and remove those of older entries. Errors are logged, not raised."""
     try:
-        _write(model, entry, traffic)
-    except OSError as error:  # the replica serves all the same
-        log.warning("the traffic of %s cannot be kept for a start without the database: %s", model, error)
+        _write(model, number, traffic)
+    except OSError as error:
+        log.warning("cannot cache the traffic of %s for a start without the database: %s", model, error)
 
 
-def _write(model: str, entry: int, traffic: Traffic) -> None:
-    folder = make_private(_folder(model))
-    file = folder / f"{entry:012d}.json"
-    if not file.exists():
-        descriptor, draft = tempfile.mkstemp(dir=folder)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(traffic.model_dump_json())
-        Path(draft).rename(file)
-    for other in folder.glob("*.json"):
-        if other.name < file.name:
-            other.unlink(missing_ok=True)
-
-
-def remembered(model: str) -> tuple[int, Traffic] | None:
-    """The number and traffic of the newest entry that was remembered; None if there is none."""
+def load(model: str) -> NewestTraffic | None:
+    """The newest entry in the cache; None if there is none."""
     for file in sorted(_folder(model).glob("*.json"), reverse=True):
         try:
-            return int(file.stem), Traffic.model_validate_json(file.read_bytes())
+            return NewestTraffic(int(file.stem), Traffic.model_validate_json(file.read_bytes()))
         except (OSError, ValueError, UserError):
-            continue  # of another version of Raylway, or just removed
+            continue  # written by another version of Raylway, or just removed
     return None
+
+
+def _write(model: str, number: int, traffic: Traffic) -> None:
+    file = make_private(_folder(model)) / f"{number:012d}.json"
+    if not file.exists():
+        files.write(file, traffic.model_dump_json(), mode=0o600)
+    for other in file.parent.glob("*.json"):
+        if other.name < file.name:
+            other.unlink(missing_ok=True)
 
 
 def _folder(model: str) -> Path:

@@ -1,8 +1,8 @@
-"""The traffic of an endpoint: which variants answer which share of the units.
+"""The traffic of an endpoint: its variants, and the share of units that each one answers.
 
-What holds is the model's newest entry in the audit log, so that all replicas agree, new ones included, and
-"which version served at time T?" has an answer. An entry has the traffic and the settings of the deployment
-together, and is only replaced by whoever has read it.
+The model's newest traffic entry in the audit log is the current one. All replicas read it, including those
+that start later, and older entries answer "which version served at time T?". An entry holds the traffic and
+the settings of the deployment together. Changes are compare-and-set: a writer names the entry it has read.
 """
 
 import contextlib
@@ -17,112 +17,111 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from app.config import Serving, faults
 from app.errors import UserError
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state import database
 from app.state.audit import Audit, Changed, Entry
 
-ACTION = "traffic"
-"""Action of the audit log's entries with a traffic."""
-OFF = "undeploy"
-"""Action of the entries by which an endpoint is taken off."""
-ACTIONS = (ACTION, OFF)
-SETTINGS = "serving"
+TRAFFIC_ACTION = "traffic"
+"""Action of the audit log's entries that set a traffic."""
+UNDEPLOY_ACTION = "undeploy"
+"""Action of the entries that remove an endpoint."""
+ACTIONS = (TRAFFIC_ACTION, UNDEPLOY_ACTION)
+SETTINGS_KEY = "serving"
 """Key of the settings, `app.config.Serving`, in an entry's details."""
 
 
 class Traffic(BaseModel):
-    """An endpoint's variants and how the units are shared among them. At least one variant answers.
+    """The variants of an endpoint and their weights.
 
-    Raises UserError if none has a weight above 0, a shadow has one, or their sum is not finite.
+    Raises UserError if no variant has a weight above 0, a shadow has one, or the sum is not finite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     salt: str
     policy: Literal["weighted", "bandit"]
-    variants: dict[str, Deployed]
+    variants: dict[str, DeployedVariant]
 
     @model_validator(mode="after")
-    def _answerable(self) -> Self:
+    def _check_weights(self) -> Self:
         for name, variant in self.variants.items():
             if not 0 <= variant.weight < math.inf:
                 raise UserError(f"the weight of {name} must be 0 or more, not {variant.weight}")
             if variant.shadow and variant.weight:
-                raise UserError(f"{name} is a shadow: nobody sees its answers, so it takes no weight")
+                raise UserError(f"{name} is a shadow: clients never get its answers, so its weight must be 0")
         if not 0 < sum(variant.weight for variant in self.variants.values()) < math.inf:
             raise UserError("at least one variant must have a weight above 0, and the sum must be finite")
         return self
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Like pydantic's, but the result is checked as well."""
+        """Like pydantic's `model_copy`, but the copy is validated."""
         return type(self)(**{**dict(self), **(update or {})})
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weights of the variants that answer; each is above 0."""
+        """Weights of the variants that answer clients; all are above 0."""
         return {name: v.weight for name, v in self.variants.items() if v.weight > 0}
 
 
-class Current(NamedTuple):
-    """What holds for an endpoint."""
+class TrafficEntry(NamedTuple):
+    """The content of an audit log entry that sets a traffic."""
 
     number: int
-    """Number of its entry in the audit log."""
+    """Number of the entry."""
     traffic: Traffic
     serving: Serving | None
-    """Settings that it was deployed with; None in an entry of an older Raylway."""
+    """Settings of the deployment; None in an entry of an older Raylway."""
 
 
-def alone(
+def endpoint_lock(
     model: str, on_wait: Callable[[str], None] | None = None, *, wait: bool = True
 ) -> AbstractContextManager[None]:
-    """The lock of an endpoint: whoever changes its entry, its replicas and workers holds it meanwhile."""
+    """The lock of an endpoint. Hold it to change the endpoint's traffic, replicas or workers.
+
+    `on_wait` and Busy as in `app.state.database.alone`.
+    """
     return database.alone(f"endpoint {model}", on_wait, wait=wait)
 
 
-def current(audit: Audit, model: str, at: float | None = None) -> Current | None:
-    """What holds, or held at a time (seconds since the epoch); None if the endpoint was not served.
+def read_current(audit: Audit, model: str, at: float | None = None) -> TrafficEntry | None:
+    """Read the current traffic of a model, or the one at a time; None if the endpoint was not deployed.
 
-    The order of the entries decides, not their times: a clock may have been set back. Raises UserError if the
-    entry cannot be read.
+    Entries are ordered by number, not by time, because clocks may be set back. Raises UserError if the entry
+    cannot be read.
+
+    :param at: time in seconds since the epoch; None for now.
     """
     until = None if at is None or at >= time.time() else at
     entry = audit.last(model, ACTIONS, until)
-    return None if entry is None or entry.action == OFF else read(entry)
+    return None if entry is None or entry.action == UNDEPLOY_ACTION else parse(entry)
 
 
-def read(entry: Entry) -> Current:
-    """The content of an entry. Raises UserError if it has none that this version of Raylway reads."""
+def parse(entry: Entry) -> TrafficEntry:
+    """Parse an entry of the audit log. Raises UserError if this version of Raylway cannot read it."""
     details = dict(entry.details)
-    settings = details.pop(SETTINGS, None)
+    settings = details.pop(SETTINGS_KEY, None)
     try:
         serving = None if settings is None else Serving.model_validate(settings)
-        return Current(entry.number, Traffic.model_validate(details), serving)
+        return TrafficEntry(entry.number, Traffic.model_validate(details), serving)
     except (ValidationError, UserError) as error:
         first = faults.explained(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise UserError(
             f"entry {entry.number} of the audit log, the traffic of {entry.model}, cannot be read: {first}; "
-            "deploy it again with `raylway serve`"
+            "deploy the model again with `raylway serve`"
         ) from None
 
 
-def settings(audit: Audit, model: str) -> Serving | None:
-    """The settings that an endpoint runs with; None if it is not served."""
-    held = current(audit, model)
-    return held and held.serving
+def update(audit: Audit, model: str, current: TrafficEntry, traffic: Traffic, who: str | None = None) -> int:
+    """Replace the traffic of an endpoint and keep its settings; returns the number of the current entry.
 
-
-def change(audit: Audit, model: str, held: Current, traffic: Traffic, who: str | None = None) -> int:
-    """Replace what holds, and keep the settings; returns the entry's number. Writes nothing if it holds.
-
-    Raises Changed if `held` does not hold any more.
+    Nothing is written if the traffic does not change. Raises Changed if `current` is not the newest entry.
     """
-    if traffic == held.traffic:
-        return held.number
-    return _write(audit, model, traffic, held.serving, who, expected=held.number).number
+    if traffic == current.traffic:
+        return current.number
+    return _write(audit, model, traffic, current.serving, who, expected=current.number).number
 
 
 @contextlib.contextmanager
-def tried(
+def set_with_rollback(
     audit: Audit,
     model: str,
     traffic: Traffic,
@@ -131,18 +130,19 @@ def tried(
     *,
     expected: int | None = None,
 ) -> Iterator[int]:
-    """Let `traffic` hold while the replicas load it; yields the entry's number.
+    """Record `traffic` as current while the replicas load it; yields the number of its entry.
 
-    If the block fails, what held before holds again, by a new entry, unless somebody has written meanwhile.
+    If the block raises, a new entry restores the previous traffic, so that replicas started later can load.
+    An entry that somebody else has written in the meantime is left in place.
 
-    :param expected: number of the entry that `traffic` is a change of; None if it replaces whatever holds.
-    :raises Changed: another entry holds.
+    :param expected: number of the entry that `traffic` is based on; None to replace any entry.
+    :raises Changed: the newest entry is another one.
     """
-    before = audit.last(model, ACTIONS)
-    if expected is None and before is not None and before.details == _details(traffic, serving):
-        yield before.number
+    previous = audit.last(model, ACTIONS)
+    if expected is None and previous is not None and previous.details == _details(traffic, serving):
+        yield previous.number
         return
-    newest = before.number if before else 0
+    newest = previous.number if previous else 0
     number = _write(
         audit, model, traffic, serving, who, expected=newest if expected is None else expected
     ).number
@@ -150,22 +150,22 @@ def tried(
         yield number
     except BaseException:
         with contextlib.suppress(Changed):
-            if before is None:
-                audit.add(OFF, model, {}, who, expected=number, among=ACTIONS)
+            if previous is None:
+                audit.add(UNDEPLOY_ACTION, model, {}, who, expected=number, among=ACTIONS)
             else:
-                audit.add(before.action, model, before.details, who, expected=number, among=ACTIONS)
+                audit.add(previous.action, model, previous.details, who, expected=number, among=ACTIONS)
         raise
 
 
-def take_off(audit: Audit, model: str, who: str | None = None) -> None:
-    """Let nothing hold; nothing is written if nothing does."""
-    before = audit.last(model, ACTIONS)
-    if before is not None and before.action != OFF:
-        audit.add(OFF, model, {}, who, expected=before.number, among=ACTIONS)
+def record_undeploy(audit: Audit, model: str, who: str | None = None) -> None:
+    """Record that an endpoint has no traffic. Nothing is written if it has none."""
+    newest = audit.last(model, ACTIONS)
+    if newest is not None and newest.action != UNDEPLOY_ACTION:
+        audit.add(UNDEPLOY_ACTION, model, {}, who, expected=newest.number, among=ACTIONS)
 
 
-def reweighted(traffic: Traffic, weights: Mapping[str, float]) -> Traffic:
-    """With other weights for some variants. Raises UserError if one is unknown, or none is left above 0."""
+def with_weights(traffic: Traffic, weights: Mapping[str, float]) -> Traffic:
+    """A copy with new weights for some variants. Raises UserError if one is unknown or none is above 0."""
     for name in weights:
         if name not in traffic.variants:
             raise UserError(f"there is no variant {name!r}; there are {', '.join(traffic.variants)}")
@@ -185,9 +185,9 @@ def _write(
     *,
     expected: int,
 ) -> Entry:
-    return audit.add(ACTION, model, _details(traffic, serving), who, expected=expected, among=ACTIONS)
+    return audit.add(TRAFFIC_ACTION, model, _details(traffic, serving), who, expected=expected, among=ACTIONS)
 
 
 def _details(traffic: Traffic, serving: Serving | None) -> dict[str, Any]:
-    settings = {} if serving is None else {SETTINGS: serving.model_dump(mode="json")}
+    settings = {} if serving is None else {SETTINGS_KEY: serving.model_dump(mode="json")}
     return {**json.loads(traffic.model_dump_json()), **settings}

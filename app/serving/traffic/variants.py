@@ -1,4 +1,4 @@
-"""The variants of an endpoint: bundles that take the same inputs and share the traffic."""
+"""The variants of an endpoint: bundles with the same inputs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,56 +12,59 @@ from app.bundle.schema import Input, Schema
 from app.errors import UserError
 
 
-class Deployed(BaseModel):
-    """A version of the registered model, as an endpoint has it."""
+class DeployedVariant(BaseModel):
+    """A registered version that an endpoint serves."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: str
-    """Its number in the registry."""
+    """Number of the version in the registry."""
     weight: float
     """Share of the units, relative to the other variants' weights."""
     path: Path
-    """Its bundle, on the machine that deployed it."""
+    """Folder of the bundle, on the machine that deployed it."""
     identity: str = ""
-    """The SHA-256 of its bundle's manifest, the same on all machines; empty if it is not registered."""
+    """SHA-256 of the bundle's manifest, the same on all machines; empty if it is not registered."""
     shadow: bool = False
+    """Whether the variant gets copies of requests, and its answers are recorded only."""
     workers: str | None = None
-    """The Serve application of its own replicas; None if it is in those of the endpoint."""
+    """Serve application of the variant's workers; None if the endpoint's replicas load it themselves."""
 
 
-def located(model: str, variants: Mapping[str, Deployed]) -> dict[str, Deployed]:
-    """The variants with paths on this machine, which may be another one than deployed them.
+def with_local_bundles(model: str, variants: Mapping[str, DeployedVariant]) -> dict[str, DeployedVariant]:
+    """The variants with paths on this machine; bundles that are missing here are fetched from the registry.
 
-    Fetches bundles that are not here. Raises UserError if the registry has no such version or bundle.
+    Raises UserError if the registry does not have the version, or has another bundle for it.
     """
-    return {name: _located(model, variant) for name, variant in variants.items()}
+    return {name: _with_local_bundle(model, variant) for name, variant in variants.items()}
 
 
-def _located(model: str, variant: Deployed) -> Deployed:
+def _with_local_bundle(model: str, variant: DeployedVariant) -> DeployedVariant:
     if not variant.identity or (variant.path / MANIFEST).exists():
         return variant
-    # Imported here: MLflow takes seconds and memory that a replica seldom needs.
+    # Imported late: MLflow takes seconds and memory, and a replica seldom needs it.
     from app.registry import versions
 
     version = versions.resolve(model, variant.version)
     if version.identity != variant.identity:
         raise UserError(
-            f"{model} version {variant.version} has another bundle now than when it was deployed; deploy it "
-            "again with `raylway serve`"
+            f"version {variant.version} of {model} must have the bundle that was deployed, but the registry "
+            "has another bundle now; deploy the model again with `raylway serve`"
         )
     return variant.model_copy(update={"path": version.path})
 
 
-def load(variants: Mapping[str, Deployed], trusted_keys: Sequence[str] = ()) -> dict[str, Bundle]:
-    """Open each variant's bundle as `opened` does."""
-    return {name: opened(variant.path, trusted_keys) for name, variant in variants.items()}
+def open_bundles(
+    variants: Mapping[str, DeployedVariant], trusted_keys: Sequence[str] = ()
+) -> dict[str, Bundle]:
+    """Open the bundle of each variant with `open_bundle`."""
+    return {name: open_bundle(variant.path, trusted_keys) for name, variant in variants.items()}
 
 
-def opened(path: Path, trusted_keys: Sequence[str] = ()) -> Bundle:
-    """Verify and open a bundle, and let it answer its stored example (which warms it up).
+def open_bundle(path: Path, trusted_keys: Sequence[str] = ()) -> Bundle:
+    """Verify and open a bundle, and predict its stored example, which also warms it up.
 
-    Raises BrokenBundle if files were changed or the example is answered differently, and UserError if the
-    gate did not let it pass, or there are `trusted_keys` and none of them has signed it.
+    Raises BrokenBundle if a file was changed or the example's predictions differ, and UserError if the bundle
+    did not pass the gate, or is not signed by one of `trusted_keys`, if there are any.
     """
     if trusted_keys:
         signature.require(path / MANIFEST, trusted_keys)
@@ -72,10 +75,10 @@ def opened(path: Path, trusted_keys: Sequence[str] = ()) -> Bundle:
 
 
 def common_schema(schemas: Mapping[str, Schema]) -> Schema:
-    """What all variants take.
+    """The schema that all variants of an endpoint share.
 
-    A category's known values are those that every variant knows: whether a request is refused must not
-    depend on the variant, or the variants could not be compared. Raises UserError if they differ in more.
+    Its known categories are those that every variant knows: the variants could not be compared if some
+    refused requests that others answer. Raises UserError if the schemas differ in anything else.
     """
     (first, schema), *others = schemas.items()
     for name, other in others:
@@ -85,29 +88,31 @@ def common_schema(schemas: Mapping[str, Schema]) -> Schema:
                 f"the variants of one endpoint must take the same inputs, but {first} and {name} differ in "
                 f"{'; '.join(differences)}. Deploy versions that were trained on the same contract."
             )
-    others_know = [{item.name: item.known or [] for item in other.inputs} for _, other in others]
+    known_to_others = [{item.name: item.known or [] for item in other.inputs} for _, other in others]
     inputs = []
     for item in schema.inputs:
         known = item.known
         if known is not None:
-            known = [value for value in known if all(value in know[item.name] for know in others_know)]
+            known = [
+                value for value in known if all(value in values[item.name] for values in known_to_others)
+            ]
         inputs.append(item.model_copy(update={"known": known}))
     num_items = min(s.num_items for s in schemas.values())
     return schema.model_copy(update={"inputs": inputs, "num_items": num_items})
 
 
 def _differences(one: Schema, other: Schema) -> list[str]:
-    found = []
+    differences = []
     left_label, right_label = _label(one), _label(other)
     if left_label != right_label:
-        found.append(f"label ({left_label}, {right_label})")
+        differences.append(f"label ({left_label}, {right_label})")
     if one.missing != other.missing:
-        found.append(f"data.missing ({one.missing}, {other.missing})")
+        differences.append(f"data.missing ({one.missing}, {other.missing})")
     left, right = _contracts(one), _contracts(other)
     for name in dict.fromkeys([*left, *right]):
         if left.get(name) != right.get(name):
-            found.append(f"column {name} ({left.get(name, 'absent')}, {right.get(name, 'absent')})")
-    return found
+            differences.append(f"column {name} ({left.get(name, 'absent')}, {right.get(name, 'absent')})")
+    return differences
 
 
 def _label(schema: Schema) -> str:
@@ -115,6 +120,6 @@ def _label(schema: Schema) -> str:
 
 
 def _contracts(schema: Schema) -> dict[str, str]:
-    """Each column's contract as text, in the order of the names."""
+    """Text of each column's contract, sorted by name."""
     by_name: list[Input] = sorted(schema.inputs, key=lambda item: item.name)
     return {item.name: str(item.contract.model_dump(exclude_defaults=True)) for item in by_name}

@@ -90,7 +90,7 @@ def test_a_line_shows_the_settings_that_changed(audit, wanted, serving, sentence
 
 def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
     place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local"))
-    audit.add(traffic.OFF, MODEL, {})
+    audit.add(traffic.UNDEPLOY_ACTION, MODEL, {})
     place(audit, MODEL, served(champion={"weight": 1}), settings())
     assert said(audit) == [
         "serves champion (version 1, weight 90), challenger (version 1, weight 10); "
@@ -102,7 +102,7 @@ def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
 
 def test_every_action_has_a_sentence():
     actions = {"register", "sign", *versions.PROMOTIONS, *traffic.ACTIONS}
-    assert actions == {*audit_text.DONE, traffic.ACTION}
+    assert actions == {*audit_text.DONE, traffic.TRAFFIC_ACTION}
 
 
 def test_actions_of_the_registry_are_sentences(audit):

@@ -5,8 +5,8 @@ import pytest
 
 from app.monitoring.bandit import FLOOR, WHO, Rewards, rebalance, weights
 from app.serving.traffic import traffic
-from app.serving.traffic.traffic import ACTION, Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.traffic import TRAFFIC_ACTION, Traffic
+from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
 from app.state.records import Feedback, Prediction, Records, encode
 from tests.traffics import place
@@ -48,7 +48,7 @@ def test_it_finds_the_best_and_loses_little_on_the_way():
 
 def serving(**weights_):
     variants = {
-        name: Deployed(version=str(n), weight=weight, path="/nowhere", shadow=not weight)
+        name: DeployedVariant(version=str(n), weight=weight, path="/nowhere", shadow=not weight)
         for n, (name, weight) in enumerate(weights_.items(), start=1)
     }
     return Traffic(salt="1", policy="bandit", variants=variants)
@@ -72,29 +72,29 @@ def test_weights_follow_the_rewards_of_the_versions_that_are_compared():
     asked(records, "2", [0.0] * 30)
     asked(records, "2", [1.0] * 50, role="forced")
     asked(records, "3", [1.0] * 50)
-    began = traffic.current(audit, "income")
+    began = traffic.read_current(audit, "income")
     rebalance(audit, records, "income", began)
-    held = traffic.current(audit, "income")
+    held = traffic.read_current(audit, "income")
     assert held.traffic.weights == {"a": pytest.approx(1 - FLOOR), "b": pytest.approx(FLOOR)}
     assert audit.entries()[-1].who == WHO
     rebalance(audit, records, "income", held)
-    assert traffic.current(audit, "income") == held, "nothing moved, so nothing is written"
+    assert traffic.read_current(audit, "income") == held, "nothing moved, so nothing is written"
     rebalance(audit, records, "income", began)
-    assert traffic.current(audit, "income") == held, "what was read before is not written over it"
+    assert traffic.read_current(audit, "income") == held, "what was read before is not written over it"
 
 
 def test_an_entry_that_cannot_be_read_ends_the_look_back():
     audit, records = Audit(), Records()
-    audit.add(ACTION, "income", {"of": "an older version"})
+    audit.add(TRAFFIC_ACTION, "income", {"of": "an older version"})
     place(audit, "income", serving(a=1, b=1))
     asked(records, "1", [1.0] * 30)
     asked(records, "2", [0.0] * 30)
-    rebalance(audit, records, "income", traffic.current(audit, "income"))
-    assert traffic.current(audit, "income").traffic.weights["a"] == pytest.approx(1 - FLOOR)
+    rebalance(audit, records, "income", traffic.read_current(audit, "income"))
+    assert traffic.read_current(audit, "income").traffic.weights["a"] == pytest.approx(1 - FLOOR)
 
 
 def test_weights_that_people_set_are_left_alone():
     audit, records = Audit(), Records()
     place(audit, "income", serving(a=9, b=1).model_copy(update={"policy": "weighted"}))
-    rebalance(audit, records, "income", traffic.current(audit, "income"))
+    rebalance(audit, records, "income", traffic.read_current(audit, "income"))
     assert len(audit.entries()) == 1

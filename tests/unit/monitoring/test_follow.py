@@ -11,7 +11,7 @@ from app.registry import versions
 from app.registry.versions import Version
 from app.serving.backoff import FIRST_DELAY_S
 from app.serving.traffic import traffic
-from app.serving.traffic.registered import registered
+from app.serving.traffic.registered import registered_traffic
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.traffics import place
@@ -59,24 +59,15 @@ def taken(monkeypatch):
     return seen
 
 
-def test_a_variant_without_a_version_is_left_out(aliases):
-    found, notes = registered("income", SERVING)
-    assert found.weights == {"champion": 80}
-    assert "challenger" in notes[0]
-    aliases.clear()
-    with pytest.raises(UserError, match="train one first"):
-        registered("income", SERVING)
-
-
 def looked(audit, follower):
-    follower.follow(audit, "income", traffic.current(audit, "income"))
-    return traffic.current(audit, "income").traffic
+    follower.follow(audit, "income", traffic.read_current(audit, "income"))
+    return traffic.read_current(audit, "income").traffic
 
 
 def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, aliases, taken):
     aliases["challenger"] = "2"
-    deployed = registered("income", SERVING)[0]
-    reweighted = traffic.reweighted(deployed, {"champion": 50, "challenger": 50})
+    deployed = registered_traffic("income", SERVING)[0]
+    reweighted = traffic.with_weights(deployed, {"champion": 50, "challenger": 50})
     place(audit, "income", reweighted, SERVING)
     follower = Follower()
     looked(audit, follower)
@@ -89,7 +80,7 @@ def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audi
 
 
 def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, aliases, taken):
-    deployed = registered("income", SERVING)[0]
+    deployed = registered_traffic("income", SERVING)[0]
     elsewhere = {
         name: variant.model_copy(update={"path": Path("/another/machine") / name})
         for name, variant in deployed.variants.items()
@@ -103,7 +94,7 @@ def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, aliases, taken)
 
 
 def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
-    place(audit, "income", registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
     aliases["champion"] = "3"
     (versions.find("income", "champion").path / "model.onnx").write_bytes(b"")
     follower = Follower()
@@ -118,7 +109,7 @@ def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, aliases, 
 def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_later(
     audit, aliases, taken, monkeypatch
 ):
-    place(audit, "income", registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
     tried, now = [], [0.0]
 
     def refuse(name, entry):
@@ -144,8 +135,8 @@ def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_l
 
 def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
     aliases["challenger"] = "2"
-    deployed = registered("income", SERVING)[0]
-    held = traffic.reweighted(deployed, {"champion": 0, "challenger": 100})
+    deployed = registered_traffic("income", SERVING)[0]
+    held = traffic.with_weights(deployed, {"champion": 0, "challenger": 100})
     place(audit, "income", held, SERVING)
     aliases["champion"] = aliases.pop("challenger")  # as `promote` does
     follower = Follower()
@@ -153,21 +144,21 @@ def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes
         assert looked(audit, follower) == held
         assert "no variant with a weight above 0" in follower.faults["income"]
     assert taken == []
-    raised = traffic.reweighted(held, {"champion": 1})
-    traffic.change(audit, "income", traffic.current(audit, "income"), raised)
+    raised = traffic.with_weights(held, {"champion": 1})
+    traffic.update(audit, "income", traffic.read_current(audit, "income"), raised)
     assert looked(audit, follower).weights == {"champion": 1}
     assert follower.faults == {}
 
 
 def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, aliases, taken):
-    place(audit, "income", registered("income", SERVING)[0], SERVING)
+    place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
     aliases["champion"] = "2"
     follower = Follower()
-    with traffic.alone("income"):
+    with traffic.endpoint_lock("income"):
         assert looked(audit, follower).variants["champion"].version == "1"
     assert follower.faults == {}
-    read = traffic.current(audit, "income")
-    deployed = registered("income", SERVING)[0].model_copy(update={"salt": "other"})
+    read = traffic.read_current(audit, "income")
+    deployed = registered_traffic("income", SERVING)[0].model_copy(update={"salt": "other"})
     place(audit, "income", deployed, SERVING)
     follower.follow(audit, "income", read)
-    assert traffic.current(audit, "income").traffic == deployed
+    assert traffic.read_current(audit, "income").traffic == deployed

@@ -12,7 +12,7 @@ from app.serving.control import applications
 from app.serving.traffic import traffic
 from app.state.audit import Audit
 from tests.traffics import place
-from tests.unit.serving.traffic.test_traffic import of
+from tests.unit.serving.traffic.test_traffic import make_traffic
 
 FOLLOWING = Serving.model_validate(
     {"follow": True, "variants": {"champion": {"version": "champion", "weight": 1}}}
@@ -58,7 +58,7 @@ def follows():
 def audit():
     with Audit() as audit:
         for model in ("a", "b", "c"):
-            place(audit, model, of(), FOLLOWING)
+            place(audit, model, make_traffic(), FOLLOWING)
         yield audit
 
 
@@ -86,7 +86,7 @@ def test_one_model_that_fails_holds_up_no_other_and_is_tried_again_later(watchin
 
 
 def test_an_entry_that_cannot_be_read_is_the_fault_of_its_model_alone(watching, follows, audit):
-    audit.add(traffic.ACTION, "b", {"of": "an older version"})
+    audit.add(traffic.TRAFFIC_ACTION, "b", {"of": "an older version"})
     watching.round()
     assert follows.looked == ["a", "c"]
     assert "entry 4 of the audit log" in watching.report().faults["b"]

@@ -442,7 +442,7 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
         versions.promote("gated", number)
     ours.set_registered_model_alias("gated", versions.CHALLENGER, number)
     with pytest.raises(UserError, match=f"must have passed the gate.*{message}"):
-        variants.opened(versions.resolve("gated", versions.CHALLENGER).path)
+        variants.open_bundle(versions.resolve("gated", versions.CHALLENGER).path)
     assert versions.resolve("gated", versions.CHAMPION).number == "1"
     ours.delete_model_version("gated", number)
 

@@ -12,7 +12,7 @@ from app.serving.protocols import openapi, rows
 from app.serving.protocols.contract import Answer
 from app.serving.replica.loaded import Loaded
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from tests.bundles import ROWS, build, schema
 
 LIMITS = Limits(max_rows=5)
@@ -44,7 +44,7 @@ def test_it_can_be_loaded_by_a_client_of_openapi():
 
 def test_the_example_of_a_bundle_is_a_request_that_is_answered_so(tmp_path):
     path = build(tmp_path / "bundle", seed=1)
-    variants = {"champion": Deployed(version="1", weight=1, path=path)}
+    variants = {"champion": DeployedVariant(version="1", weight=1, path=path)}
     loaded = Loaded(Traffic(salt="1", policy="weighted", variants=variants), max_rows=5)
     document = openapi.document(
         "income", loaded.schema, LIMITS, loaded.example(), secured=False, feedback=True

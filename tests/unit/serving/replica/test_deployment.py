@@ -8,7 +8,7 @@ from app.config import Serving
 from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
 from tests.bundles import build
 from tests.unit.state.test_records import prediction
@@ -35,9 +35,9 @@ def process_settings():
 
 
 def test_a_replica_starts_while_the_database_is_away_and_joins_it_later(home, tmp_path, monkeypatch):
-    deployed = Deployed(version="1", weight=1, path=build(tmp_path / "1", seed=1))
+    deployed = DeployedVariant(version="1", weight=1, path=build(tmp_path / "1", seed=1))
     wanted = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
-    with Audit() as audit, traffic.tried(audit, "income", wanted, SERVING):
+    with Audit() as audit, traffic.set_with_rollback(audit, "income", wanted, SERVING):
         pass
 
     async def run():

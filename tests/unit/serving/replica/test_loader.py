@@ -9,7 +9,7 @@ from app.serving.replica import loader
 from app.serving.replica.loader import Loader
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
-from app.serving.traffic.variants import Deployed
+from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
 from tests.traffics import place
 
@@ -23,7 +23,7 @@ def audit():
 
 
 def of(version, tmp_path):
-    variants = {"champion": Deployed(version=version, weight=1, path=tmp_path)}
+    variants = {"champion": DeployedVariant(version=version, weight=1, path=tmp_path)}
     return Traffic(salt="1", policy="weighted", variants=variants)
 
 
@@ -114,7 +114,7 @@ def test_an_audit_log_that_ends_before_the_loaded_entry_is_a_fault(audit, opener
         place(audit, MODEL, of("1", tmp_path))
         place(audit, MODEL, of("2", tmp_path))
         loading = Loader(MODEL, audit, opener)
-        older = traffic.current(audit, MODEL)._replace(number=loading.entry - 1)
+        older = traffic.read_current(audit, MODEL)._replace(number=loading.entry - 1)
         monkeypatch.setattr(traffic, "current", lambda *_: older)
         assert not await loading.update()
         assert f"ends before entry {loading.entry}" in loading.fault
