@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.errors import UserError
-from app.serving.backoff import FIRST_S
+from app.serving.backoff import FIRST_DELAY_S
 from app.serving.replica import loader
 from app.serving.replica.loader import Loader
 from app.serving.traffic import traffic
@@ -101,7 +101,7 @@ def test_a_traffic_that_cannot_be_loaded_is_a_fault_and_is_tried_again_after_a_p
         assert len([r for r in caplog.records if "is not loaded" in r.message]) == 1, "logged once"
         assert not await loading.update(retry_now=True)
         assert len(opener.opened) == 3
-        clock.s += 2 * FIRST_S
+        clock.s += 2 * FIRST_DELAY_S
         del opener.broken["2"]
         assert await loading.update()
         assert (loading.loaded.version, loading.fault) == ("2", None)
@@ -115,7 +115,7 @@ def test_an_audit_log_that_ends_before_the_loaded_entry_is_a_fault(audit, opener
         place(audit, MODEL, of("2", tmp_path))
         loading = Loader(MODEL, audit, opener)
         older = traffic.read_current(audit, MODEL)._replace(number=loading.entry - 1)
-        monkeypatch.setattr(traffic, "current", lambda *_: older)
+        monkeypatch.setattr(traffic, "read_current", lambda *_: older)
         assert not await loading.update()
         assert f"ends before entry {loading.entry}" in loading.fault
         assert loading.loaded.version == "2"
