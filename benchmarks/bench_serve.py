@@ -30,7 +30,7 @@ import psutil
 from load import NotAnswered, Target, closed_loop, open_loop
 
 from app.cluster.ports import free_ports
-from app.data import samples
+from app.data.sources import samples
 from app.registry import versions
 
 ROOT = Path(__file__).parents[1]

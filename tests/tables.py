@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from app.config import Data
-from app.data import schema
+from app.data import contract
 from app.data.cells import NUMBER
-from app.data.sources import Files, kinds
+from app.data.sources.files import Files, kinds
 
 AGE, TOWN, BOUGHT = "age", "town", "bought"
 NUM_ROWS = 120
@@ -276,8 +276,8 @@ def read(table: Table, folder: Path) -> tuple[Data, pa.Table, pd.DataFrame]:
     types = files.check(wanted)
     reader = files.reader(pa.schema([(name, types[name]) for name in wanted]))
     rows = pa.concat_tables(block for file in reader.files for block in reader.blocks(file))
-    schema.refuse(schema.violations(rows, data).to_pylist(), rows.num_rows)
-    return data, rows, schema.conform(rows, data)[0]
+    contract.refuse(contract.violations(rows, data).to_pylist(), rows.num_rows)
+    return data, rows, contract.conform(rows, data)[0]
 
 
 def asked(data: Data, rows: pa.Table) -> dict[str, list[Any]]:

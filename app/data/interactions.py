@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from app.config import Data
-from app.data import schema, split
+from app.data import contract, split
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def fit(parts: dict[str, pd.DataFrame]) -> Catalogue:
 
 
 def _conformed(block: pa.Table, data: Data) -> pa.Table:
-    frame, _ = schema.conform(block, data)
+    frame, _ = contract.conform(block, data)
     of = data.interactions
     assert of
     return pa.table(

@@ -12,8 +12,9 @@ import pyarrow as pa
 
 from app.config import Project, Tokens
 from app.config import data as config
-from app.data import features, interactions, schema, sources, split, tokens
+from app.data import contract, features, interactions, split, tokens
 from app.data.features import Preprocessor
+from app.data.sources import files
 from app.errors import UserError, unwrapped
 from app.state import stages
 
@@ -66,7 +67,7 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
 
     Raises UserError for a source or values that break the contract, and for a label that cannot be learnt.
     """
-    version = sources.version(project.data.source)
+    version = files.version(project.data.source)
     target = stages.folder("prepare", key(project, version))
     with unwrapped():
         built = stages.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
@@ -87,10 +88,10 @@ def key(project: Project, data_version: str) -> str:
 
 def _build(project: Project, version: str, draft: Path) -> None:
     data = project.data
-    raw = sources.read(data).materialize()
+    raw = files.read(data).materialize()
     num_rows = raw.count()
     whole = {"batch_format": "pyarrow", "batch_size": None}
-    schema.refuse(raw.map_batches(schema.violations, fn_args=(data,), **whole).take_all(), num_rows)
+    contract.refuse(raw.map_batches(contract.violations, fn_args=(data,), **whole).take_all(), num_rows)
 
     if data.interactions:
         interactions.build(raw, data, version, draft)
@@ -135,7 +136,7 @@ def _build(project: Project, version: str, draft: Path) -> None:
 
 
 def _labelled(block: pa.Table, data: config.Data) -> pd.DataFrame:
-    frame, _ = schema.conform(block, data)
+    frame, _ = contract.conform(block, data)
     return frame[frame[data.target.column].notna()]
 
 

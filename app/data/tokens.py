@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from app.data import samples
+from app.data.sources import samples
 from app.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from app.bundle.schema import Schema
 from app.cluster import capacity
 from app.config import Source
 from app.data.cells import is_string, table_faults, told
-from app.data.reading import SUFFIXES, has_format
-from app.data.sources import Files, Kind
+from app.data.sources.files import Files, Kind
+from app.data.sources.formats import SUFFIXES, has_format
 from app.errors import UserError, unwrapped
 from app.registry import versions
 from app.state import stages

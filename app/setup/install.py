@@ -61,14 +61,14 @@ def install() -> None:
     _step("Raylway's dependencies", lambda: _pip("install", "--no-build-isolation", "-e", f"{ROOT}[dev]"))
     wheel = _horovod_wheel(compiler)
     _step("Horovod", lambda: _install_wheel(wheel))
-    _step("sample data", lambda: _run([PYTHON, "-m", "app.data.samples"]))
+    _step("sample data", lambda: _run([PYTHON, "-m", "app.data.sources.samples"]))
     STAMP.write_text(state)
 
 
 def _state() -> str:
     """What the environment depends on, as a hash."""
     digest = hashlib.sha256(f"{ROOT} {sys.version}".encode())
-    code = ("app/setup/install.py", "app/setup/horovod_patches.py", "app/data/samples.py")
+    code = ("app/setup/install.py", "app/setup/horovod_patches.py", "app/data/sources/samples.py")
     for name in ("pyproject.toml", "constraints.txt", *code):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()

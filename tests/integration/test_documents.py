@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pandas as pd
 import pytest
 
-from app.data import samples
+from app.data.sources import samples
 from tests import documents
 from tests.documents import README, ROOT
 

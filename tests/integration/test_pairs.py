@@ -17,7 +17,7 @@ from joserfc.jwk import KeySet
 
 from app.cluster.ports import free_ports
 from app.config import projectfile
-from app.data import samples
+from app.data.sources import samples
 from app.registry import versions
 from app.serving.gateway import issuer
 from tests.integration import whole

@@ -15,8 +15,9 @@ from tritonclient.grpc import service_pb2 as messages
 
 from app.bundle.schema import Input, Schema
 from app.config import Category, Number, Text, projectfile
-from app.data import samples, schema
+from app.data import contract
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells
+from app.data.sources import samples
 from app.serving.gateway import grpc
 from app.serving.http import Refused
 from app.serving.protocols import rows as json_rows
@@ -179,7 +180,7 @@ def census(project) -> pa.Table:
 @pytest.fixture(scope="module")
 def trained(project, census) -> pd.DataFrame:
     """What training reads."""
-    frame, broken = schema.conform(census, project.data)
+    frame, broken = contract.conform(census, project.data)
     assert broken == []
     return frame[list(project.features)]
 

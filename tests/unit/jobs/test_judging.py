@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from app.bundle.manifest import manifest_of
 from app.config import Project
 from app.console import Console
-from app.data import sources
 from app.data.prepare import prepare
+from app.data.sources import files
 from app.jobs import candidate, judging, pipeline
 from app.registry import runs, versions
 from app.registry.versions import CHALLENGER, CHAMPION
@@ -99,8 +99,8 @@ def judged(name, state, tmp_path, monkeypatch):
     """Judges and registers an untrained network of a project; returns its metrics, the decision and the
     bundle."""
     monkeypatch.setenv("RAYLWAY_HOME", str(state))
-    monkeypatch.setattr(sources, "read", lambda data: Rows(table().select(data.names)))
-    monkeypatch.setattr(sources, "version", lambda source: "c0ffee")
+    monkeypatch.setattr(files, "read", lambda data: Rows(table().select(data.names)))
+    monkeypatch.setattr(files, "version", lambda source: "c0ffee")
     made = 0
 
     def judge(given: Project):

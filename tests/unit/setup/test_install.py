@@ -21,7 +21,7 @@ NEEDED = (
     "app/setup/install.py",
     "app/setup/horovod_patches.py",
     "app/data/__init__.py",
-    "app/data/samples.py",
+    "app/data/sources/samples.py",
     "pyproject.toml",
     "constraints.txt",
 )
@@ -88,7 +88,7 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
         "constraints.txt",
         "app/setup/install.py",
         "app/setup/horovod_patches.py",
-        "app/data/samples.py",
+        "app/data/sources/samples.py",
     ],
 )
 def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from app.config import Data, Source
-from app.data import schema, sources, tokens
+from app.data import contract, tokens
 from app.data.buckets import NUM_BATCHES, by_length, pad
+from app.data.sources import files
 from app.errors import UserError
 from app.tasks.text import network as text
 from app.tasks.text.network import (
@@ -260,13 +261,13 @@ class TestContract:
 
     def test_rows_that_keep_it(self):
         table = pa.table({"text": ["fine", "12345678"], "mood": ["good", "bad"]})
-        frame, found = schema.conform(table, self.DATA)
+        frame, found = contract.conform(table, self.DATA)
         assert found == []
         assert frame["text"].tolist() == ["fine", "12345678"]
 
     def test_a_text_that_is_too_long_and_a_class_that_is_none_are_told(self):
         table = pa.table({"text": ["123456789", None], "mood": ["great", "bad"]})
-        _, found = schema.conform(table, self.DATA)
+        _, found = contract.conform(table, self.DATA)
         assert {(v.column, v.rule, v.count) for v in found} == {
             ("text", "must have at most 8 characters", 1),
             ("text", "must not be missing", 1),
@@ -277,4 +278,4 @@ class TestContract:
         pa.parquet.write_table(pa.table({"text": [1], "mood": ["bad"]}), tmp_path / "rows.parquet")
         data = self.DATA.model_copy(update={"source": Source(path=str(tmp_path / "rows.parquet"))})
         with pytest.raises(UserError, match="column 'text' must hold strings, but its type is int64"):
-            sources.Files(data.source).check(sources.kinds(data))
+            files.Files(data.source).check(files.kinds(data))

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.fs
 
 from app.config import Data, Source
-from app.data import reading, samples
 from app.data.cells import is_number, is_string
-from app.data.reading import File
+from app.data.sources import formats, samples
+from app.data.sources.formats import File
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def read(data: Data) -> "Dataset":
     """The source's rows with the columns of the contract and the label.
 
     A column has one type in all files; CSV cells are strings. Turning them into numbers, and saying which
-    cannot be, is the contract's affair (`app.data.schema`), as are all values. Raises UserError for a missing
-    or empty file, a missing column, or a Parquet column of another type; running the Dataset raises one for a
-    file that cannot be read to its end.
+    cannot be, is the contract's affair (`app.data.contract`), as are all values. Raises UserError for a
+    missing or empty file, a missing column, or a Parquet column of another type; running the Dataset raises
+    one for a file that cannot be read to its end.
     """
     files = Files(data.source)
     wanted = kinds(data)
@@ -88,10 +88,10 @@ class Files:
             raise UserError(f"{setting}: {self.name}: no such file or folder (looked for {root})")
         if info.type == pa.fs.FileType.Directory:
             found = self.filesystem.get_file_info(pa.fs.FileSelector(root, recursive=True))
-            named = [f for f in found if f.is_file and reading.has_format(f.path, source.format)]
+            named = [f for f in found if f.is_file and formats.has_format(f.path, source.format)]
             infos = sorted(named, key=lambda f: f.path)
             if not infos:
-                suffixes = ", ".join(reading.SUFFIXES[source.format])
+                suffixes = ", ".join(formats.SUFFIXES[source.format])
                 raise UserError(
                     f"{setting}: {self.name}: the folder has no .{source.format} file; their names end in "
                     f"{suffixes}"
@@ -116,7 +116,7 @@ class Files:
         self._opened = []
         for path in self.paths:
             with _of_setting(self.setting):
-                file = reading.opened(self.filesystem, path, self.format, list(wanted))
+                file = formats.opened(self.filesystem, path, self.format, list(wanted))
             faults += [f"{path}: {fault}" for fault in _schema_faults(file, wanted)]
             self._opened.append(file)
         if not faults:
@@ -171,7 +171,7 @@ class Files:
         return self.source.format
 
     def _has_rows(self, names: list[str]) -> bool:
-        return any(b.num_rows for f in self._opened for b in reading.blocks(self.filesystem, f, names, 1))
+        return any(b.num_rows for f in self._opened for b in formats.blocks(self.filesystem, f, names, 1))
 
     def _mixed(self, name: str, kind: Kind) -> list[str]:
         """What is wrong if files hold a column in types that do not mean the same."""
@@ -215,7 +215,7 @@ class Reader:
         """The rows of a file. Raises UserError if it cannot be read to its end."""
         names = [name for name in self.schema.names if name in file.schema.names]
         with _of_setting(self.setting):
-            for block in reading.blocks(self.filesystem, file, names, self.limit):
+            for block in formats.blocks(self.filesystem, file, names, self.limit):
                 yield self._typed(block)
 
     def _typed(self, block: pa.Table) -> pa.Table:

@@ -5,8 +5,8 @@ import pyarrow.parquet
 import pytest
 
 from app.config import Data, Source
-from app.data import samples
-from app.data.sources import Files, kinds, version
+from app.data.sources import samples
+from app.data.sources.files import Files, kinds, version
 from app.errors import UserError
 
 TABLE = pa.table({"age": [1.5, 2.5], "town": ["a", "b"], "bought": ["yes", "no"], "other": [1, 2]})

@@ -5,7 +5,7 @@ import pyarrow.fs
 import pyarrow.parquet
 import pytest
 
-from app.data import reading
+from app.data.sources import formats
 from app.errors import UserError
 
 LOCAL = pa.fs.LocalFileSystem()
@@ -15,8 +15,8 @@ NAMES = ["a", "b"]
 def rows(path, content: bytes, names=NAMES, limit=None) -> list[tuple]:
     path.write_bytes(content)
     file_format = "parquet" if path.suffix == ".parquet" else "csv"
-    file = reading.opened(LOCAL, str(path), file_format, names)
-    table = pa.concat_tables(reading.blocks(LOCAL, file, names, limit))
+    file = formats.opened(LOCAL, str(path), file_format, names)
+    table = pa.concat_tables(formats.blocks(LOCAL, file, names, limit))
     return list(zip(*table.to_pydict().values(), strict=True))
 
 
@@ -104,4 +104,4 @@ def test_parquet_that_is_broken_in_its_middle_names_the_row(tmp_path):
 def test_csv_under_the_name_of_parquet_is_told(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"a,b\n1,x\n")
     with pytest.raises(UserError, match=r"is no readable parquet file: .*; if it is CSV, say format: csv"):
-        reading.opened(LOCAL, str(tmp_path / "x.csv"), "parquet", NAMES)
+        formats.opened(LOCAL, str(tmp_path / "x.csv"), "parquet", NAMES)

@@ -9,8 +9,8 @@ import zipfile
 import pyarrow.parquet
 import pytest
 
-from app.data import samples
-from app.data.samples import Archive, Sample
+from app.data.sources import samples
+from app.data.sources.samples import Archive, Sample
 from app.errors import UserError
 
 

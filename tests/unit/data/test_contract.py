@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from app.config import Data
-from app.data.schema import Violation, conform, refuse, violations
+from app.data.contract import Violation, conform, refuse, violations
 from app.data.split import TIME
 from app.errors import UserError
 

@@ -1,0 +1,1 @@
+"""The sources of raw data: files of rows, and the sample data."""
