@@ -1,4 +1,4 @@
-"""What a project file may say, typed: frozen, unknown keys refused."""
+"""The sections of a project file as typed, frozen models."""
 
 from app.config.data import (
     Category,
@@ -19,7 +19,7 @@ from app.config.data import (
     Tokens,
 )
 from app.config.families import FAMILIES, Model, family_of
-from app.config.gate import CLASS_METRICS, METRICS, Compression, Evaluation, Gate
+from app.config.gate import BINARY_METRICS, CLASS_METRICS, Compression, Evaluation, Gate
 from app.config.project import Project
 from app.config.section import Section
 from app.config.serving import Autoscaling, Serving, Variant
@@ -27,9 +27,9 @@ from app.config.sweep import Choice, Float, Int, Parameter, Sweep
 from app.config.training import Training
 
 __all__ = [
+    "BINARY_METRICS",
     "CLASS_METRICS",
     "FAMILIES",
-    "METRICS",
     "Autoscaling",
     "Category",
     "Choice",

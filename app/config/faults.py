@@ -1,4 +1,4 @@
-"""Faults of values in a project file, in words: what must hold, and what came."""
+"""Messages for faults of values in a project file: what must hold, and what came."""
 
 import json
 import types
@@ -44,17 +44,17 @@ MUST = {
     "missing": "is missing",
     "extra_forbidden": "unknown key",
 }
-"""What must hold, by the kind of a fault as pydantic names it."""
+"""What must hold, by the kind of fault as pydantic names it."""
 MAX_SHOWN_CHARACTERS = 80
 
 
 def explained(fault: Mapping[str, Any]) -> str:
-    """One of a ValidationError's `errors()`, without where it is."""
+    """Message for one of a ValidationError's `errors()`, without its place."""
     kind = fault["type"]
     if kind == "value_error":
         return str(fault["ctx"]["error"])
     context = {name: _rounded(value) for name, value in fault.get("ctx", {}).items()}
-    message = MUST.get(kind, "is not a value that this key takes").format(**context)
+    message = MUST.get(kind, "is not a valid value").format(**context)
     if fault["loc"][-1:] == ("[key]",):
         message = f"the key itself {message}"
     if kind == "union_tag_not_found" or isinstance(fault["input"], dict | list):
@@ -63,7 +63,7 @@ def explained(fault: Mapping[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it would stand in the file, cut off if it is long."""
+    """A value as YAML, cut off at MAX_SHOWN_CHARACTERS."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     try:
@@ -74,19 +74,22 @@ def shown(value: Any) -> str:
 
 
 def require_within(name: str, value: float, low: float, high: float) -> None:
-    """Raise UserError unless a number that a command was given is finite and between two bounds."""
+    """Raise UserError unless `value` is a number from `low` to `high`."""
     if not low <= value <= high:
         raise UserError(f"{name}: must be a number from {low:g} to {high:,.12g}; it is {shown(value)}")
 
 
 def _rounded(value: Any) -> Any:
-    """Limits without a needless `.0`."""
+    """A limit without a trailing `.0`."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def resolve(annotation: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...], list[str]]:
-    """Where a fault is, as keys of the file, and the keys allowed where the last of them stands."""
-    clean: list[str] = []
+    """Path of a fault in the file, and the keys that are allowed beside its last one.
+
+    `loc` is pydantic's location, which also names the members of unions.
+    """
+    path: list[str] = []
     allowed: list[str] = []
     for part in map(str, loc):
         if part == "[key]":
@@ -101,7 +104,7 @@ def resolve(annotation: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...],
                 continue
             annotation = next(a for a in args if a is not types.NoneType)
             args = typing.get_args(annotation)
-        clean.append(part)
+        path.append(part)
         if isinstance(annotation, type) and issubclass(annotation, Section):
             allowed = list(annotation.model_fields)
             field = annotation.model_fields.get(part)
@@ -109,11 +112,11 @@ def resolve(annotation: Any, loc: Iterable[str | int]) -> tuple[tuple[str, ...],
         elif args:
             annotation = args[-1]
             allowed = []
-    return tuple(clean), allowed
+    return tuple(path), allowed
 
 
 def _tags(annotation: Any) -> tuple[str, ...]:
-    """What stands for a member of a union in pydantic's locations."""
+    """Names of a member of a union in pydantic's locations."""
     if typing.get_origin(annotation) is Annotated:
         return tuple(note.tag for note in typing.get_args(annotation) if isinstance(note, Tag))
     if not (isinstance(annotation, type) and issubclass(annotation, Section)):

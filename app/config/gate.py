@@ -1,4 +1,4 @@
-"""What a candidate must show to be registered."""
+"""The sections `gate`, `evaluation` and `compression`: what a candidate must show on the test part."""
 
 from typing import Literal
 
@@ -6,14 +6,15 @@ from pydantic import Field
 
 from app.config.section import NonNegativeFloat, Section
 
-METRICS = ("auc", "accuracy", "precision", "recall", "f1")
-"""The metrics of a binary outcome that a gate may name, each better when higher."""
+BINARY_METRICS = ("auc", "accuracy", "precision", "recall", "f1")
+"""Metrics of a binary outcome that a gate may name; higher is better, as in the lists below."""
 CLASS_METRICS = ("macro_f1", "accuracy", "macro_precision", "macro_recall")
-"""The same of several classes; `macro` is the mean over the classes, each counting the same."""
+"""Metrics of several classes; `macro` is the unweighted mean over the classes."""
 RANKING_METRICS = ("hr@10", "ndcg@10", "mrr")
-"""Of a recommender: how far up each user's held-out item stands among all that the user has not had."""
+"""Metrics of a recommender: the rank of each user's held-out item among all items that the user has not
+had."""
 RATING_METRICS = ("r2",)
-"""Of explicit feedback, beside those: the share of the ratings' variance that is explained."""
+"""Further metrics of explicit feedback: the explained share of the ratings' variance."""
 Metric = Literal[
     "auc",
     "accuracy",
@@ -34,7 +35,7 @@ class Gate(Section):
     """What a candidate must show on the test part to be registered."""
 
     metric: Metric = "auc"
-    """What is compared with the champion and the baselines."""
+    """Metric that is compared with the champion and the baselines."""
     minimum: dict[Metric, float] = Field({})
     """Minimum of each named metric on the test part."""
     beat: list[str] = Field(["constant"])
@@ -42,19 +43,19 @@ class Gate(Section):
     gradient_boosting, text models constant and tfidf_logistic_regression, recommenders popularity, item_knn
     and ease."""
     tolerance: NonNegativeFloat = 0.0
-    """How far below the champion's metric the candidate may be."""
+    """Maximum difference by which the candidate's metric may be below the champion's."""
 
 
 class Evaluation(Section):
-    """What else is looked at on the test part."""
+    """Further results on the test part."""
 
     slices: list[str] = Field([])
-    """Columns of categories: the metrics of the rows with each of their values, for the card. An input of the
-    model or not."""
+    """Categories of the contract whose values slice the test part: the metrics of each slice are in
+    `metrics.json` and on the card. They need not be inputs of the model."""
 
 
 class Compression(Section):
-    """`raylway compress`: an int8 version of a bundle."""
+    """What `raylway compress` accepts."""
 
     max_loss: NonNegativeFloat = 0.01
-    """How much of `gate.metric` it may lose on the test part."""
+    """Maximum loss of `gate.metric` on the test part by the int8 version."""

@@ -1,4 +1,4 @@
-"""A project file, whole: one YAML file that describes a model's whole life."""
+"""The project file: one YAML file that describes a model from its data to its endpoint."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -17,40 +17,47 @@ from app.config.training import Training
 from app.errors import UserError
 
 NAME = "[a-z][a-z0-9-]{0,62}"
-"""A model's name. It stands in URLs, paths, filters and tables, so nothing else may get there."""
-OF_NAMES = "at most 63 small letters, digits and dashes, and begin with a letter"
+"""Pattern of a model's name. Names are part of URLs, paths, filters and tables."""
+NAME_RULE = "at most 63 small letters, digits and dashes, and begin with a letter"
+
+ENCODINGS: dict[str, tuple[tuple[type[Section], ...], str]] = {
+    "number": ((NumberEncoding,), "min_max, quantile or piecewise_linear"),
+    "category": ((OneHot, Embedding), "one_hot or embedding"),
+    "text": ((Tokens,), "tokens"),
+}
+"""Encodings of each type of column, and their names."""
 
 
 def require_name(name: str) -> None:
     """Raise UserError if no model can have this name."""
     if not re.fullmatch(NAME, name):
-        raise UserError(f"there is no model {shown(name)}: a name must have {OF_NAMES}")
+        raise UserError(f"there is no model {shown(name)}: a name must have {NAME_RULE}")
 
 
-def _name(name: str) -> str:
+def _require_name(name: str) -> str:
     if not re.fullmatch(NAME, name):
-        raise ValueError(f"must have {OF_NAMES}; it is {shown(name)}")
+        raise ValueError(f"must have {NAME_RULE}; it is {shown(name)}")
     return name
 
 
 class Project(Section):
-    """A project file, whole."""
+    """A project file. `name` and the sections `data`, `model`, `training` and `serving` are required."""
 
-    name: Annotated[str, AfterValidator(_name)]
-    """The registered model's name and the endpoint's: small letters, digits and dashes."""
+    name: Annotated[str, AfterValidator(_require_name)]
+    """Name of the registered model and its endpoint: small letters, digits and dashes."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of initial weights, shuffling, dropout and sampling."""
     data: Data
     """The raw data, and the contract that the data and every request must meet."""
     features: dict[str, Encoding] = Field({})
-    """The columns that the model sees, and how. A column of the contract that is not named here is
-    checked, but no input of the model. A recommender takes none: it sees users and items alone."""
+    """Encodings of the columns that are inputs of the model, by column. Other columns of the contract are
+    checked, but are no inputs. A recommender takes none: its inputs are users and items."""
     model: AnyModel
     """The kind of model and its architecture."""
     training: Training
     """How the model is trained."""
     sweep: Sweep | None = None
-    """How `raylway sweep` searches for better settings; a training takes no notice of it."""
+    """How `raylway sweep` searches for better settings. `raylway train` ignores it."""
     evaluation: Evaluation = Evaluation()
     """Further results on the test part."""
     gate: Gate = Gate()
@@ -72,16 +79,9 @@ class Project(Section):
                 raise ValueError(
                     f"features.{name}: no such column; data.columns has {', '.join(self.data.columns)}"
                 )
-            suits: dict[str, tuple[type, ...]] = {
-                "number": (NumberEncoding,), "category": (OneHot, Embedding), "text": (Tokens,)
-            }  # fmt: skip
-            if not isinstance(encoding, suits[column.type]):
-                fits = {
-                    "number": "min_max, quantile or piecewise_linear",
-                    "category": "one_hot or embedding",
-                    "text": "tokens",
-                }[column.type]
-                raise ValueError(f"features.{name}: a {column.type} takes {fits}, not {encoding.encode}")
+            types, names = ENCODINGS[column.type]
+            if not isinstance(encoding, types):
+                raise ValueError(f"features.{name}: a {column.type} takes {names}, not {encoding.encode}")
         self.model.check(self)
         self._check_names("gate.metric", [self.gate.metric], self.model.test_metrics)
         self._check_names("gate.minimum", self.gate.minimum, self.model.test_metrics)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from app.config.data import Tokens
 from app.config.families.model import Model, require_label
-from app.config.gate import METRICS
+from app.config.gate import BINARY_METRICS
 from app.config.section import PositiveFloat, Section, Width
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Tabular(Model):
 
     @property
     def test_metrics(self) -> tuple[str, ...]:
-        return METRICS
+        return BINARY_METRICS
 
     @property
     def baselines(self) -> tuple[str, ...]:

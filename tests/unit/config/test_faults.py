@@ -80,7 +80,7 @@ def message(tmp_path, monkeypatch):
 
     def of(document: dict) -> str:
         # Written as YAML and parsed again, thousands of documents would take minutes.
-        monkeypatch.setattr(projectfile, "_parsed", lambda text, where: (document, {}, {}))
+        monkeypatch.setattr(projectfile, "_parsed", lambda text, source: (document, {}, {}))
         try:
             projectfile.load("bad.yaml")
         except UserError as error:

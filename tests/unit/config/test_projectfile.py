@@ -271,7 +271,7 @@ def test_replicas_must_be_in_order(file):
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(file):
     edit(file, "  batch_size: 8", "  epochs: 5\n  batch_size: 8")
-    assert faults(file) == ["small.yaml:15: training.epochs: stands twice; keep this one or line 14"]
+    assert faults(file) == ["small.yaml:15: training.epochs: must occur once; keep this one or line 14"]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,7 @@ def test_a_text_is_taken_as_it_is_written(file, written, read):
 
 def test_a_text_that_needs_quotes_is_told_so(file):
     edit(file, '"yes"', ">50K")
-    assert faults(file)[-1].endswith("a text that begins with such a character goes in quotes")
+    assert faults(file)[-1].endswith("put text that starts with such a character in quotes")
 
 
 def test_texts_in_lists_and_keys_are_taken_as_they_are_written(file):
@@ -508,7 +508,7 @@ def test_what_is_no_text_is_told_how_to_write_it(tweets, written):
     edit(tweets, "[bad, good]", f"[{written}, good]")
     (line,) = faults(tweets)
     advice = f'"{written}"'
-    assert line.endswith(f"if a text is meant, put it in quotes: {advice}")
+    assert line.endswith(f"to give it as text, put it in quotes: {advice}")
     edit(tweets, f"[{written}, good]", f"[{advice}, good]")
     assert projectfile.load(tweets).data.label.classes == [written, "good"]
 

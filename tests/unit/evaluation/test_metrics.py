@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as theirs
 
-from app.config import METRICS
+from app.config import BINARY_METRICS
 from app.evaluation.metrics import auc, evaluate, reliability
 
 
@@ -53,7 +53,7 @@ def test_nothing_predicted_positive_is_0_and_no_warning():
 
 def test_all_that_a_gate_may_name_is_there_as_plain_floats():
     got = evaluate(*predictions(0))
-    assert set(METRICS) <= set(got)
+    assert set(BINARY_METRICS) <= set(got)
     assert {type(value) for value in got.values()} == {float}
 
 
@@ -67,7 +67,7 @@ def test_auc_does_not_depend_on_the_scale():
 def test_certain_and_right_is_perfect():
     labels = np.array([0.0, 1.0, 1.0])
     got = evaluate(labels, labels)
-    assert [got[n] for n in METRICS] == [1.0] * 5
+    assert [got[n] for n in BINARY_METRICS] == [1.0] * 5
     assert (got["brier"], got["calibration_error"]) == (0, 0)
 
 
