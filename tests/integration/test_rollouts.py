@@ -16,8 +16,10 @@ from app.bundle.bundle import Bundle
 from app.bundle.schema import columns_of
 from app.cluster.ports import free_ports
 from app.config import Serving
+from app.monitoring import deployment
 from app.serving.control import deploy, status
 from app.serving.traffic import routing, traffic
+from app.serving.traffic.registered import registered_traffic
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
@@ -364,7 +366,7 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
             "variants": {"champion": {"version": "champion", "weight": 1}},
         }
     )
-    deploy.deploy(following, NAME, registered.registered_traffic(NAME, following)[0])
+    deploy.deploy(following, NAME, registered_traffic(NAME, following)[0], beside=deployment.start)
     with asking(served) as answers:
         done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr
