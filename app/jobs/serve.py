@@ -28,7 +28,11 @@ def statuses() -> list[dict[str, Any]]:
     report = monitor.report()
     watch = None
     if report is not None:
-        watch = {name: getattr(report, name) for name in ("looked_s_ago", "failures", "last_error")}
+        watch = {
+            "looked_s_ago": report.round_ended_s_ago,
+            "failures": report.num_failures,
+            "last_error": report.last_error,
+        }
     documents = []
     for endpoint in status.endpoints():
         document = endpoint.document()

@@ -1,1 +1,1 @@
-"""What looks after deployed endpoints: versions that get an alias, weights that a bandit sets."""
+"""Keeps endpoints up to date: follows the registry's aliases, and sets the weights of bandits."""

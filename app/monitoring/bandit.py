@@ -1,4 +1,4 @@
-"""Weights that move to the variant with the better reward: Thompson sampling."""
+"""Weights of a bandit: Thompson sampling moves units to the variant with the highest mean reward."""
 
 import contextlib
 import time
@@ -14,72 +14,73 @@ from app.state.audit import Audit, Changed
 from app.state.database import Busy
 from app.state.records import Records
 
-DRAWS = 10_000
-FLOOR = 0.01
-"""Of the units, what every variant keeps: one that is bad today may be good tomorrow, and is measured on."""
-
-STEP = 0.02
-"""Of the units: where no share moves by more, the weights stay, and with them all units."""
-WHO = "raylway (bandit)"
-"""In the audit log."""
+NUM_DRAWS = 10_000
+"""Number of draws from the posterior of each variant's mean reward."""
+MIN_SHARE = 0.01
+"""Minimum share of units per variant, so that a weak variant keeps being measured."""
+MIN_SHARE_CHANGE = 0.02
+"""Weights are changed only if a share moves by more than this, because each change reassigns units."""
+AUTHOR = "raylway (bandit)"
+"""Author of the bandit's entries in the audit log."""
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """What feedback brought a variant."""
+    """The rewards that clients gave for the predictions of a variant."""
 
     count: int
     total: float
-    """The sum of rewards from 0 to 1."""
+    """Sum of the rewards; each is from 0 to 1."""
 
 
-def weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
-    """How probable it is of each variant that its mean reward is the highest; the sum is 1.
+def compute_weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
+    """The probability that a variant has the highest mean reward, for each variant; the sum is 1.
 
-    Each mean has the posterior Beta(1 + total, 1 + count - total): Thompson (1933), for rewards between 0 and
-    1 as in Agrawal and Goyal, "Analysis of Thompson Sampling for the multi-armed bandit problem" (COLT 2012).
-    Units are then shared by these probabilities instead of by a draw for each request, so that a unit stays
-    where it is while they do; the draws are seeded, so that all replicas find the same.
+    The posterior of a mean is Beta(1 + total, 1 + count - total): Thompson (1933), for rewards from 0 to 1 as
+    in Agrawal and Goyal, "Analysis of Thompson Sampling for the multi-armed bandit problem" (COLT 2012).
+    The probabilities become weights, instead of one draw per request, so that a unit stays with its variant
+    while the weights do. The draws are seeded, so the same rewards always give the same weights.
     """
     random = np.random.default_rng(0)
-    draws = [random.beta(1 + r.total, 1 + max(r.count - r.total, 0), DRAWS) for r in rewards.values()]
-    wins = np.bincount(np.argmax(draws, axis=0), minlength=len(draws)) / DRAWS
-    shared = FLOOR + (1 - FLOOR * len(draws)) * wins
-    return dict(zip(rewards, shared.tolist(), strict=True))
+    draws = [random.beta(1 + r.total, 1 + max(r.count - r.total, 0), NUM_DRAWS) for r in rewards.values()]
+    wins = np.bincount(np.argmax(draws, axis=0), minlength=len(draws)) / NUM_DRAWS
+    shares = MIN_SHARE + (1 - MIN_SHARE * len(draws)) * wins
+    return dict(zip(rewards, shares.tolist(), strict=True))
 
 
-def rebalance(audit: Audit, records: Records, model: str, held: TrafficEntry) -> None:
-    """Move the weights of an endpoint whose policy this is to what its rewards say.
+def rebalance(audit: Audit, records: Records, model: str, current: TrafficEntry) -> None:
+    """Set the weights of an endpoint by its rewards. Does nothing unless its policy is "bandit".
 
-    Does nothing if somebody has changed the endpoint since `held`: the next time is soon.
+    Does nothing either if somebody has changed the endpoint since `current` was read; the next round will.
     """
-    wanted = held.traffic
-    answering = {name: v.version for name, v in wanted.variants.items() if v.weight > 0}
-    if wanted.policy != "bandit" or len(answering) < 2:
+    versions = {name: v.version for name, v in current.traffic.variants.items() if v.weight > 0}
+    if current.traffic.policy != "bandit" or len(versions) < 2:
         return
-    found = records.rewards(model, _since(audit, model, wanted))
-    rewards = {name: Rewards(*found.get(version, (0, 0.0))) for name, version in answering.items()}
-    total = sum(wanted.weights.values())
-    moved = weights(rewards)
-    if any(abs(moved[name] - weight / total) > STEP for name, weight in wanted.weights.items()):
+    by_version = records.rewards(model, _comparison_start(audit, model, current.traffic))
+    rewards = {name: Rewards(*by_version.get(version, (0, 0.0))) for name, version in versions.items()}
+    weights = compute_weights(rewards)
+    total = sum(current.traffic.weights.values())
+    changes = [abs(weights[name] - weight / total) for name, weight in current.traffic.weights.items()]
+    if max(changes) > MIN_SHARE_CHANGE:
         with contextlib.suppress(Changed, Busy), traffic.endpoint_lock(model, wait=False):
-            traffic.update(audit, model, held, traffic.with_weights(wanted, moved), WHO)
+            traffic.update(audit, model, current, traffic.with_weights(current.traffic, weights), AUTHOR)
 
 
-def _since(audit: Audit, model: str, wanted: Traffic) -> float:
-    """When these versions began to be compared, seconds since the epoch."""
-    begun = time.time()
+def _comparison_start(audit: Audit, model: str, current: Traffic) -> float:
+    """The time since which the same versions share the same units, in seconds since the epoch."""
+    start = time.time()
     for entry in audit.backwards(model, ACTIONS):
         try:
-            other = parse(entry).traffic
-        except UserError:  # of an older Raylway, or the endpoint was off
+            previous = parse(entry).traffic
+        except UserError:  # an entry of an older Raylway, or one that undeploys the endpoint
             break
-        if (other.salt, _versions(other)) != (wanted.salt, _versions(wanted)):
+        if (previous.salt, _versions(previous)) != (current.salt, _versions(current)):
             break
-        # The clock may have been set back since an older entry: none of these began after a newer one.
-        begun = min(begun, entry.at)
-    return begun
+        # If the clock was set back, an older entry may have a later time.
+        start = min(start, entry.at)
+    return start
 
 
-def _versions(of: Traffic) -> dict[str, str]:
-    return {name: v.version for name, v in of.variants.items() if not v.shadow}
+def _versions(traffic: Traffic) -> dict[str, str]:
+    """The version of each variant that is not a shadow."""
+    return {name: v.version for name, v in traffic.variants.items() if not v.shadow}

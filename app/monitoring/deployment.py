@@ -1,4 +1,4 @@
-"""The Ray Serve deployment that looks after the endpoints. It answers no requests."""
+"""The Ray Serve deployment that runs the watch. It answers no requests, so a crash touches none."""
 
 from app.monitoring.watch import Watch, WatchReport
 from app.serving.control.applications import run, version_of
@@ -7,7 +7,7 @@ from app.serving.names import WATCH
 
 
 class Monitor:
-    """One replica runs the watch for the whole cluster; Serve starts it again if it dies."""
+    """The only replica of the deployment: runs the watch for the cluster. Serve restarts it if it dies."""
 
     def __init__(self) -> None:
         self._watch = Watch(statuses)
@@ -17,12 +17,12 @@ class Monitor:
         self._watch.stop()
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces the replica if this raises."""
+        """Raise RuntimeError if the watch has ended. Called by Serve, which then replaces the replica."""
         if not self._watch.is_alive():
             raise RuntimeError("the thread that watches the endpoints has ended")
 
     def report(self) -> WatchReport:
-        """Called by `raylway status`."""
+        """State of the watch. Called by `raylway status`."""
         return self._watch.report()
 
 
@@ -40,6 +40,6 @@ def start() -> None:
 
 
 def report() -> WatchReport | None:
-    """What the watch does; None if it does not answer."""
+    """State of the watch; None if it does not answer."""
     reports = ask_replicas(WATCH, WATCH, "report")
     return reports[0] if reports else None

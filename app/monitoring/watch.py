@@ -1,6 +1,6 @@
-"""The watch over endpoints that follow the registry, or whose weights a bandit sets.
+"""The watch: updates the endpoints that follow the registry, or whose weights a bandit sets.
 
-A failure for one model is tried again later, and delays no other model.
+A task that fails for one model is retried later and does not delay other models.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from app.monitoring import bandit
 from app.monitoring.follow import Follower
@@ -21,41 +22,57 @@ from app.state.database import Busy
 from app.state.records import Records
 
 ROUND_S = 2.0
-"""Pause between two rounds; in each, endpoints that follow the registry are compared with it."""
+"""Pause between two rounds. Each round compares the endpoints that follow the registry with it."""
 REBALANCE_S = 30.0
-"""Interval at which a bandit's weights are recomputed and unused workers are stopped."""
+"""Interval at which the weights of bandits are recomputed and unused workers are stopped."""
 
 
 @dataclass(frozen=True)
 class WatchReport:
-    """What the watch does, for `raylway status`."""
+    """State of the watch, for `raylway status`."""
 
-    looked_s_ago: float
-    """Time since the end of the last round, or since the start."""
-    failures: int
+    round_ended_s_ago: float
+    """Time since the end of the last round, or since the start, in seconds."""
+    num_failures: int
     """Number of failed tasks since the start."""
     last_error: str | None
+    """Error of the last task that failed."""
     faults: dict[str, str]
-    """Reason why registered versions are not served, or why an endpoint is not looked after, by model."""
+    """Reason why registered versions are not served, or why a task fails for an endpoint, by model."""
+
+
+class Stores(NamedTuple):
+    """The parts of the database that the watch uses."""
+
+    audit: Audit
+    records: Records
+
+
+class TaskKey(NamedTuple):
+    """A task of the watch for one model, or for all models if `model` is empty."""
+
+    model: str
+    task: str
 
 
 class Watch:
-    """A thread that looks after each endpoint, from `start` to `stop`."""
+    """A thread that updates every endpoint in rounds, from `start` to `stop`."""
 
     def __init__(
         self,
-        models: Callable[[], Iterable[str]],
+        list_models: Callable[[], Iterable[str]],
         clock: Callable[[], float] = time.monotonic,
         follower: Follower | None = None,
     ):
-        """`models` returns the names of the models that have an endpoint now."""
-        self._models = models
+        """`list_models` returns the names of the models that have an endpoint now."""
+        self._list_models = list_models
         self._clock = clock
         self._follower = follower or Follower(clock)
-        self._stores: tuple[Audit, Records] | None = None
-        self._backoffs: dict[tuple[str, str], Backoff] = {}
-        self._errors: dict[tuple[str, str], str] = {}
-        """Reason why the last try failed, by model and task."""
+        self._stores: Stores | None = None
+        """None until the database has answered once."""
+        self._backoffs: dict[TaskKey, Backoff] = {}
+        self._errors: dict[TaskKey, str] = {}
+        """Error of the last attempt, if it failed."""
         self._failures = 0
         self._last_error: str | None = None
         self._round_ended_at = self._rebalanced_at = clock()
@@ -63,37 +80,41 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """Let the thread end after the current round."""
         self._stopping.set()
 
     def is_alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     def report(self) -> WatchReport:
-        faults = {model: error for (model, _), error in self._errors.copy().items() if model}
+        """State of the watch now."""
+        faults = {key.model: error for key, error in self._errors.copy().items() if key.model}
         faults |= self._follower.faults
         return WatchReport(self._clock() - self._round_ended_at, self._failures, self._last_error, faults)
 
     def round(self) -> None:
-        """Look after each endpoint once. Raises nothing."""
+        """Run the tasks that are due for each endpoint. Raises nothing."""
         models: list[str] = []
         now = self._clock()
         rebalance = now - self._rebalanced_at > REBALANCE_S
         self._rebalanced_at = now if rebalance else self._rebalanced_at
 
         def list_models(_: str) -> None:
-            self._stores = self._stores or (Audit(), Records())
-            models.extend(self._models())
+            self._stores = self._stores or Stores(Audit(), Records())
+            models.extend(self._list_models())
 
         if self._try("", "listing the endpoints", list_models):
-            self._forget_all_but(models)
+            self._forget_others(models)
             for model in models:
                 self._try(model, "following the registry", self._follow)
                 if rebalance:
                     self._try(model, "setting the weights", self._rebalance)
-                    self._try(model, "stopping workers", self._tidy)
+                    self._try(model, "stopping unused workers", self._stop_unused_workers)
         self._round_ended_at = self._clock()
 
     def _run(self) -> None:
@@ -101,8 +122,8 @@ class Watch:
             self.round()
 
     def _try(self, model: str, task: str, work: Callable[[str], None]) -> bool:
-        """Run `work` if it is due; returns whether it succeeded. Exceptions are logged and counted."""
-        key = (model, task)
+        """Run `work` if the task is due; returns whether it succeeded. Exceptions are logged and counted."""
+        key = TaskKey(model, task)
         backoff = self._backoffs.setdefault(key, Backoff(self._clock))
         if not backoff.due():
             return False
@@ -113,7 +134,7 @@ class Watch:
             self._failures += 1
             reason = (str(error).strip().splitlines() or [""])[0]
             self._errors[key] = self._last_error = f"{task} failed: {type(error).__name__}: {reason}"
-            log.exception("%s of %s failed", task, model or "all models")
+            log.exception("%s failed for %s", task, model or "all models")
             return False
         backoff.succeeded()
         self._errors.pop(key, None)
@@ -122,28 +143,28 @@ class Watch:
     def _follow(self, model: str) -> None:
         assert self._stores
         with contextlib.suppress(Busy):
-            versions.finish_promotion(self._stores[0], model)
-        current = traffic.read_current(self._stores[0], model)
+            versions.finish_promotion(self._stores.audit, model)
+        current = traffic.read_current(self._stores.audit, model)
         if current is not None and current.serving is not None and current.serving.follow:
-            self._follower.follow(self._stores[0], model, current)
+            self._follower.follow(self._stores.audit, model, current)
         else:
             self._follower.forget(model)
 
     def _rebalance(self, model: str) -> None:
         assert self._stores
-        audit, records = self._stores
-        current = traffic.read_current(audit, model)
+        current = traffic.read_current(self._stores.audit, model)
         if current is not None:
-            bandit.rebalance(audit, records, model, current)
+            bandit.rebalance(*self._stores, model, current)
 
-    def _tidy(self, model: str) -> None:
+    def _stop_unused_workers(self, model: str) -> None:
         assert self._stores
-        applications.tidy(self._stores[0], model)
+        applications.stop_abandoned_workers(self._stores.audit, model)
 
-    def _forget_all_but(self, models: Iterable[str]) -> None:
-        kept = {"", *models}
+    def _forget_others(self, models: Iterable[str]) -> None:
+        """Forget the failures of models that have no endpoint any more."""
+        current = {"", *models}
         for entries in (self._backoffs, self._errors):
-            for key in [key for key in entries if key[0] not in kept]:
+            for key in [key for key in entries if key.model not in current]:
                 del entries[key]
-        for model in [model for model in self._follower.faults if model not in kept]:
+        for model in [model for model in self._follower.faults if model not in current]:
             self._follower.forget(model)

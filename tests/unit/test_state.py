@@ -232,7 +232,7 @@ class Commands(RuleBasedStateMachine):
         with self.world.killing(kill):
             versions.finish_promotion(self.audit, NAME)
             self.follower.follow(self.audit, NAME, held)
-            applications.tidy(self.audit, NAME)
+            applications.stop_abandoned_workers(self.audit, NAME)
             now = traffic.read_current(self.audit, NAME)
             if NAME in self.follower.faults:
                 assert now.traffic == held.traffic, "what is served goes on"

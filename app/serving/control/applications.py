@@ -108,8 +108,8 @@ def stop_workers(audit: Audit, name: str) -> None:
             serve.delete(application)
 
 
-def tidy(audit: Audit, name: str) -> None:
-    """Stop the workers that a command which was killed has left, unless somebody is changing the endpoint."""
+def stop_abandoned_workers(audit: Audit, name: str) -> None:
+    """Stop the workers that a killed command has left, unless somebody is changing the endpoint."""
     with contextlib.suppress(Busy), traffic.endpoint_lock(name, wait=False):
         stop_workers(audit, name)
 

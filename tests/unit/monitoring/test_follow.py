@@ -50,115 +50,118 @@ def aliases(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """The entries that the replicas were told of."""
-    seen = []
-    monkeypatch.setattr(follow, "refresh", lambda name, entry: seen.append(entry))
+def loaded(monkeypatch):
+    """The entries that the replicas have loaded."""
+    entries = []
+    monkeypatch.setattr(follow, "refresh", lambda name, entry: entries.append(entry))
     monkeypatch.setattr(follow, "start_workers", lambda *_: None)
     monkeypatch.setattr(follow, "stop_workers", lambda *_: None)
-    return seen
+    return entries
 
 
-def looked(audit, follower):
+@pytest.fixture
+def follower():
+    return Follower()
+
+
+def follow_registry(audit, follower):
+    """Let the follower compare the endpoint with the registry once; returns the traffic after that."""
     follower.follow(audit, "income", traffic.read_current(audit, "income"))
     return traffic.read_current(audit, "income").traffic
 
 
-def test_a_version_that_gets_the_alias_is_served_with_the_weights_that_hold(audit, aliases, taken):
+def test_a_version_that_gets_the_alias_is_deployed_with_the_current_weights(audit, aliases, loaded, follower):
     aliases["challenger"] = "2"
     deployed = registered_traffic("income", SERVING)[0]
     reweighted = traffic.with_weights(deployed, {"champion": 50, "challenger": 50})
     place(audit, "income", reweighted, SERVING)
-    follower = Follower()
-    looked(audit, follower)
-    assert taken == [], "nothing has changed"
+    follow_registry(audit, follower)
+    assert loaded == [], "nothing has changed"
     aliases["champion"] = "3"
-    held = looked(audit, follower)
-    assert held.variants["champion"].version == "3"
-    assert held.weights == {"champion": 50, "challenger": 50}
-    assert (taken, audit.entries()[-1].who) == ([2], AUTHOR)
+    current = follow_registry(audit, follower)
+    assert current.variants["champion"].version == "3"
+    assert current.weights == {"champion": 50, "challenger": 50}
+    assert (loaded, audit.entries()[-1].who) == ([2], AUTHOR)
 
 
-def test_a_copy_of_a_bundle_elsewhere_is_no_other_version(audit, aliases, taken):
+def test_a_copy_of_a_bundle_on_another_machine_is_the_same_version(audit, aliases, loaded, follower):
     deployed = registered_traffic("income", SERVING)[0]
     elsewhere = {
         name: variant.model_copy(update={"path": Path("/another/machine") / name})
         for name, variant in deployed.variants.items()
     }
     place(audit, "income", deployed.model_copy(update={"variants": elsewhere}), SERVING)
-    follower = Follower()
-    assert looked(audit, follower).variants == elsewhere
-    assert (taken, follower.faults) == ([], {})
+    assert follow_registry(audit, follower).variants == elsewhere
+    assert (loaded, follower.faults) == ([], {})
     aliases["champion"] = "2"
-    assert looked(audit, follower).variants["champion"].version == "2"
+    assert follow_registry(audit, follower).variants["champion"].version == "2"
 
 
-def test_a_broken_version_is_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
+def test_a_broken_version_is_a_fault_and_the_current_version_stays(audit, aliases, loaded, follower):
     place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
     aliases["champion"] = "3"
     (versions.find("income", "champion").path / "model.onnx").write_bytes(b"")
-    follower = Follower()
     for _ in range(2):
-        assert looked(audit, follower).variants["champion"].version == "1"
+        assert follow_registry(audit, follower).variants["champion"].version == "1"
         assert "model.onnx was changed" in follower.faults["income"]
     aliases["champion"] = "1"
-    looked(audit, follower)
+    follow_registry(audit, follower)
     assert follower.faults == {}
 
 
-def test_a_version_that_the_replicas_cannot_take_is_taken_back_and_tried_again_later(
-    audit, aliases, taken, monkeypatch
+def test_a_version_that_the_replicas_cannot_load_is_rolled_back_and_retried_with_growing_delays(
+    audit, aliases, loaded, monkeypatch
 ):
     place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
-    tried, now = [], [0.0]
+    attempts, now = [], [0.0]
 
-    def refuse(name, entry):
-        tried.append(entry)
-        if len(tried) < 3:
-            raise UserError("the replicas do not take it in")
+    def fail_twice(name, entry):
+        attempts.append(entry)
+        if len(attempts) < 3:
+            raise UserError("the replicas cannot load it")
 
-    monkeypatch.setattr(follow, "refresh", refuse)
+    monkeypatch.setattr(follow, "refresh", fail_twice)
     aliases["champion"] = "2"
     follower = Follower(clock=lambda: now[0])
     for _ in range(3):
-        assert looked(audit, follower).variants["champion"].version == "1"
-    assert len(tried) == 1, "it is not tried again and again"
+        assert follow_registry(audit, follower).variants["champion"].version == "1"
+    assert len(attempts) == 1, "not retried before the delay has passed"
     now[0] += FIRST_DELAY_S
-    looked(audit, follower)
+    follow_registry(audit, follower)
     now[0] += FIRST_DELAY_S
-    assert looked(audit, follower).variants["champion"].version == "1"
-    assert len(tried) == 2, "each time later"
+    assert follow_registry(audit, follower).variants["champion"].version == "1"
+    assert len(attempts) == 2, "the second delay is longer"
     now[0] += FIRST_DELAY_S
-    assert looked(audit, follower).variants["champion"].version == "2"
+    assert follow_registry(audit, follower).variants["champion"].version == "2"
     assert follower.faults == {}
 
 
-def test_aliases_that_leave_nobody_to_answer_are_a_fault_and_what_is_served_goes_on(audit, aliases, taken):
+def test_aliases_that_leave_no_weight_are_a_fault_and_the_current_versions_stay(
+    audit, aliases, loaded, follower
+):
     aliases["challenger"] = "2"
     deployed = registered_traffic("income", SERVING)[0]
-    held = traffic.with_weights(deployed, {"champion": 0, "challenger": 100})
-    place(audit, "income", held, SERVING)
+    current = traffic.with_weights(deployed, {"champion": 0, "challenger": 100})
+    place(audit, "income", current, SERVING)
     aliases["champion"] = aliases.pop("challenger")  # as `promote` does
-    follower = Follower()
     for _ in range(2):
-        assert looked(audit, follower) == held
-        assert "no variant with a weight above 0" in follower.faults["income"]
-    assert taken == []
-    raised = traffic.with_weights(held, {"champion": 1})
+        assert follow_registry(audit, follower) == current
+        assert "must have a weight above 0, and none has" in follower.faults["income"]
+    assert loaded == []
+    raised = traffic.with_weights(current, {"champion": 1})
     traffic.update(audit, "income", traffic.read_current(audit, "income"), raised)
-    assert looked(audit, follower).weights == {"champion": 1}
+    assert follow_registry(audit, follower).weights == {"champion": 1}
     assert follower.faults == {}
 
 
-def test_an_endpoint_that_somebody_is_changing_is_left_alone(audit, aliases, taken):
+def test_an_endpoint_that_somebody_is_changing_is_skipped(audit, aliases, loaded, follower):
     place(audit, "income", registered_traffic("income", SERVING)[0], SERVING)
     aliases["champion"] = "2"
-    follower = Follower()
     with traffic.endpoint_lock("income"):
-        assert looked(audit, follower).variants["champion"].version == "1"
+        assert follow_registry(audit, follower).variants["champion"].version == "1"
     assert follower.faults == {}
-    read = traffic.read_current(audit, "income")
+    outdated = traffic.read_current(audit, "income")
     deployed = registered_traffic("income", SERVING)[0].model_copy(update={"salt": "other"})
     place(audit, "income", deployed, SERVING)
-    follower.follow(audit, "income", read)
+    follower.follow(audit, "income", outdated)
     assert traffic.read_current(audit, "income").traffic == deployed

@@ -1,4 +1,4 @@
-"""The watch, round by round, with a clock of the test's."""
+"""Rounds of the watch, with a clock that the test sets."""
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -27,18 +27,18 @@ class Clock:
         return self.now
 
 
-class Follows:
-    """In the follower's place: notes whom it looked at, and fails for those in `broken`."""
+class FakeFollower:
+    """Keeps the names of the models that it is called for, and fails for those in `errors`."""
 
     def __init__(self):
         self.faults = {}
-        self.looked = []
-        self.broken = {}
+        self.followed = []
+        self.errors = {}
 
     def follow(self, audit, name, current):
-        self.looked.append(name)
-        if name in self.broken:
-            raise self.broken[name]
+        self.followed.append(name)
+        if name in self.errors:
+            raise self.errors[name]
 
     def forget(self, name):
         self.faults.pop(name, None)
@@ -50,8 +50,8 @@ def clock():
 
 
 @pytest.fixture
-def follows():
-    return Follows()
+def follower():
+    return FakeFollower()
 
 
 @pytest.fixture
@@ -63,78 +63,86 @@ def audit():
 
 
 @pytest.fixture
-def watching(clock, follows, audit):
-    return Watch(lambda: ["a", "b", "c"], clock, follows)
+def monitor(clock, follower, audit):
+    return Watch(lambda: ["a", "b", "c"], clock, follower)
 
 
-def test_one_model_that_fails_holds_up_no_other_and_is_tried_again_later(watching, follows, clock):
-    follows.broken["b"] = RuntimeError("the registry is away")
-    watching.round()
-    assert follows.looked == ["a", "b", "c"]
+def test_a_model_that_fails_is_retried_later_and_does_not_delay_others(monitor, follower, clock):
+    follower.errors["b"] = RuntimeError("the registry is away")
+    monitor.round()
+    assert follower.followed == ["a", "b", "c"]
     clock.now += 1
-    watching.round()
-    assert follows.looked == ["a", "b", "c", "a", "c"], "not due yet"
-    watched = watching.report()
-    assert (watched.failures, list(watched.faults)) == (1, ["b"])
-    assert watched.last_error == "following the registry failed: RuntimeError: the registry is away"
-    del follows.broken["b"]
+    monitor.round()
+    assert follower.followed == ["a", "b", "c", "a", "c"], "not due yet"
+    report = monitor.report()
+    assert (report.num_failures, list(report.faults)) == (1, ["b"])
+    assert report.last_error == "following the registry failed: RuntimeError: the registry is away"
+    del follower.errors["b"]
     clock.now += FIRST_DELAY_S
-    watching.round()
-    assert follows.looked[-3:] == ["a", "b", "c"]
-    assert watching.report().faults == {}
-    assert watching.report().failures == 1, "it has failed, though it does not any more"
+    monitor.round()
+    assert follower.followed[-3:] == ["a", "b", "c"]
+    assert monitor.report().faults == {}
+    assert monitor.report().num_failures == 1, "past failures stay counted"
 
 
-def test_an_entry_that_cannot_be_read_is_the_fault_of_its_model_alone(watching, follows, audit):
+def test_the_report_says_when_the_last_round_ended(monitor, clock):
+    clock.now += 5
+    assert monitor.report().round_ended_s_ago == 5, "since the start"
+    monitor.round()
+    clock.now += 2
+    assert monitor.report().round_ended_s_ago == 2
+
+
+def test_an_unreadable_entry_is_a_fault_of_its_model_only(monitor, follower, audit):
     audit.add(traffic.TRAFFIC_ACTION, "b", {"of": "an older version"})
-    watching.round()
-    assert follows.looked == ["a", "c"]
-    assert "entry 4 of the audit log" in watching.report().faults["b"]
+    monitor.round()
+    assert follower.followed == ["a", "c"]
+    assert "entry 4 of the audit log" in monitor.report().faults["b"]
 
 
-def test_a_follower_that_fails_does_not_stop_the_bandit(watching, follows, clock, monkeypatch):
-    rebalanced, tidied = [], []
-    monkeypatch.setattr(applications, "tidy", lambda audit, model: tidied.append(model))
-    monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, held: rebalanced.append(model))
-    follows.broken = dict.fromkeys("abc", UserError("no"))
+def test_a_follower_that_fails_does_not_stop_the_bandit(monitor, follower, clock, monkeypatch):
+    rebalanced, cleaned = [], []
+    monkeypatch.setattr(applications, "stop_abandoned_workers", lambda audit, model: cleaned.append(model))
+    monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, current: rebalanced.append(model))
+    follower.errors = dict.fromkeys("abc", UserError("no"))
     clock.now += REBALANCE_S + 1
-    watching.round()
-    assert rebalanced == tidied == ["a", "b", "c"]
-    watching.round()
+    monitor.round()
+    assert rebalanced == cleaned == ["a", "b", "c"]
+    monitor.round()
     assert rebalanced == ["a", "b", "c"], "only every REBALANCE_S"
 
 
-def test_a_database_that_is_away_when_the_watch_begins_is_tried_again(watching, follows, clock, monkeypatch):
-    def away():
+def test_a_database_that_is_away_at_the_start_is_retried(monitor, follower, clock, monkeypatch):
+    def refuse():
         raise OperationalError("connect", {}, Exception("connection refused"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "Audit", away)
-        watching.round()
-    assert follows.looked == []
-    assert "connection refused" in watching.report().last_error
+        patch.setattr(watch, "Audit", refuse)
+        monitor.round()
+    assert follower.followed == []
+    assert "connection refused" in monitor.report().last_error
     clock.now += FIRST_DELAY_S
-    watching.round()
-    assert follows.looked == ["a", "b", "c"]
+    monitor.round()
+    assert follower.followed == ["a", "b", "c"]
 
 
-def test_a_model_that_is_taken_off_leaves_no_fault(clock, follows, audit):
+def test_the_fault_of_a_model_is_removed_with_its_endpoint(clock, follower, audit):
     models = ["a", "b"]
-    watching = Watch(lambda: models, clock, follows)
-    follows.broken["b"] = RuntimeError("gone")
-    watching.round()
+    monitor = Watch(lambda: models, clock, follower)
+    follower.errors["b"] = RuntimeError("gone")
+    monitor.round()
     models.remove("b")
-    watching.round()
-    assert watching.report().faults == {}
+    monitor.round()
+    assert monitor.report().faults == {}
 
 
-def test_the_thread_looks_until_it_is_stopped(follows, audit, monkeypatch):
+def test_the_thread_runs_rounds_until_it_is_stopped(follower, audit, monkeypatch):
     monkeypatch.setattr(watch, "ROUND_S", 0.01)
-    watching = Watch(lambda: ["a"], follower=follows)
-    assert not watching.is_alive()
-    watching.start()
-    while not follows.looked:
-        assert watching.is_alive()
-    watching.stop()
-    watching._thread.join()
-    assert not watching.is_alive()
+    monitor = Watch(lambda: ["a"], follower=follower)
+    assert not monitor.is_alive()
+    monitor.start()
+    while not follower.followed:
+        assert monitor.is_alive()
+    monitor.stop()
+    monitor._thread.join()
+    assert not monitor.is_alive()
