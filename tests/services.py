@@ -34,10 +34,10 @@ class Meters:
     """Keeps the requests that were counted."""
 
     def __init__(self) -> None:
-        self.answered: list[Any] = []
+        self.requests: list[Any] = []
 
-    def note(self, answered: Any) -> None:
-        self.answered.append(answered)
+    def observe(self, request: Any) -> None:
+        self.requests.append(request)
 
 
 @dataclass

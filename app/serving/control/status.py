@@ -7,7 +7,7 @@ from typing import Any
 
 from app.errors import UserError
 from app.serving.names import model_names
-from app.serving.replica.meters import WINDOW_S, Tally, merged
+from app.serving.replica.meters import WINDOW_S, RequestStats, merge
 from app.serving.replica.recorder import Recording
 from app.serving.replica.state import State
 from app.serving.traffic import cache
@@ -41,7 +41,7 @@ class EndpointStatus:
 
     def document(self) -> dict[str, Any]:
         """For programs: seconds, and rates per second over the last minute."""
-        recent = merged(state.recent for state in self.states)
+        recent = merge(state.recent for state in self.states)
         weights = self.traffic.weights if self.traffic else {}
         return {
             "name": self.name,
@@ -55,7 +55,7 @@ class EndpointStatus:
                     "share": weights.get(name, 0.0) / sum(weights.values()),
                     "shadow": variant.shadow,
                     "workers": self.workers.get(name),
-                    **_measured(recent.get(name, Tally())),
+                    **_measured(recent.get(name, RequestStats())),
                 }
                 for name, variant in (self.traffic.variants.items() if self.traffic else ())
             },
@@ -71,14 +71,14 @@ class EndpointStatus:
         }
 
 
-def _measured(tally: Tally) -> dict[str, float | None]:
-    if not tally.requests:
+def _measured(stats: RequestStats) -> dict[str, float | None]:
+    if not stats.num_requests:
         return {"requests_per_s": 0.0, "p50_s": None, "p99_s": None, "error_rate": None}
     return {
-        "requests_per_s": tally.requests / WINDOW_S,
-        "p50_s": tally.quantile_s(0.5),
-        "p99_s": tally.quantile_s(0.99),
-        "error_rate": tally.errors / tally.requests,
+        "requests_per_s": stats.num_requests / WINDOW_S,
+        "p50_s": stats.quantile_s(0.5),
+        "p99_s": stats.quantile_s(0.99),
+        "error_rate": stats.num_errors / stats.num_requests,
     }
 
 

@@ -117,7 +117,7 @@ class Replica:
             weights=loaded.weights,
             recording=self._recorder.recording() if self._recorder else None,
             shadows=self._shadows.dropped(),
-            recent=self._meters.recent.tallies(),
+            recent=self._meters.recent.by_variant(),
         )
 
     async def refresh(self) -> State:
@@ -135,6 +135,6 @@ class Replica:
             try:
                 await self._update()
                 dropped = self._recorder.recording().dropped if self._recorder else {}
-                self._meters.tell(sum(dropped.values()), self._loader.loaded.weights)
+                self._meters.report(sum(dropped.values()), self._loader.loaded.weights)
             except Exception:
                 log.exception("%s cannot look for another traffic, or report its metrics", self._model)

@@ -9,7 +9,7 @@ from app.serving.gateway.auth import ANYBODY
 from app.serving.http import Refused, Request, Response
 from app.serving.replica.actions import ACTIONS, Action
 from app.serving.replica.call import Call, Services
-from app.serving.replica.meters import Answered
+from app.serving.replica.meters import CompletedRequest
 
 
 class Endpoint:
@@ -78,7 +78,9 @@ class Endpoint:
 
     def _note(self, call: Call, status: int, seconds: float, error: str | None) -> None:
         """Count and, where it failed, log a request."""
-        self._services.meters.note(Answered(call.action, call.variant, status, seconds, call.num_rows))
+        self._services.meters.observe(
+            CompletedRequest(call.action, call.variant, status, seconds, call.num_rows)
+        )
         # Rate-limited requests are counted, not logged.
         if self._log_requests or (error is not None and status != 429):
             principal = call.principal.name if call.principal else ""

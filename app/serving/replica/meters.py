@@ -1,4 +1,4 @@
-"""What is measured of requests: for Prometheus, by way of Ray's metrics, and for `raylway status`."""
+"""Metrics of requests: for Prometheus, through Ray's metrics, and for `raylway status`."""
 
 import math
 import time
@@ -16,87 +16,94 @@ LATENCY = "raylway_request_seconds"
 ROWS = "raylway_request_rows"
 DROPPED = "raylway_predictions_not_recorded"
 SHARE = "raylway_variant_share"
-MAX_NOTES = 100_000
-"""Most notes that wait, some 20 MB: Ray's metrics may be away, but requests are answered."""
-WINDOW_S, SLOT_S = 60.0, 5.0
-FINENESS = 1.1
-"""Latencies are counted by the nearest power of this."""
+MAX_BUFFERED_REQUESTS = 100_000
+"""Requests that are kept until the next report, about 20 MB. Later ones are not counted."""
+WINDOW_S = 60.0
+"""Length of the window of `RecentRequests`."""
+SLOT_S = 5.0
+"""Length of the slots in which requests enter and leave the window."""
+LATENCY_RATIO = 1.1
+"""Ratio of neighbouring latencies in `RequestStats`: each latency is rounded to a power of it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """A request that was answered."""
+class CompletedRequest:
+    """What is measured of one request."""
 
     action: str
     variant: str
-    """Empty if none was asked."""
+    """Variant that answered; empty if none did."""
     status: int
     seconds: float
-    rows: int
+    num_rows: int
 
 
 @dataclass
-class Tally:
-    """The requests to a variant."""
+class RequestStats:
+    """Statistics of the requests to a variant."""
 
-    requests: int = 0
-    errors: int = 0
-    """Of our own: 5xx."""
+    num_requests: int = 0
+    num_errors: int = 0
+    """Number of requests with a server error, status 5xx."""
     latencies: Counts[int] = field(default_factory=Counts)
-    """How many took as long as each step of FINENESS."""
+    """Number of requests by latency, as the exponent of LATENCY_RATIO that is nearest to the seconds."""
 
-    def add(self, other: "Tally") -> None:
-        self.requests += other.requests
-        self.errors += other.errors
+    def add(self, other: "RequestStats") -> None:
+        """Add the requests of another replica or slot."""
+        self.num_requests += other.num_requests
+        self.num_errors += other.num_errors
         self.latencies.update(other.latencies)
 
     def quantile_s(self, quantile: float) -> float:
-        """A latency in seconds, 5 % off at most; NaN if there was no request."""
+        """A quantile of the latency, at most 5 % off; NaN without requests."""
         rank = quantile * self.latencies.total()
-        for step, count in sorted(self.latencies.items()):
+        for exponent, count in sorted(self.latencies.items()):
             rank -= count
             if rank <= 0:
-                return FINENESS**step
+                return LATENCY_RATIO**exponent
         return math.nan
 
 
-class Recent:
-    """The tallies of each variant over the last WINDOW_S."""
+class RecentRequests:
+    """Statistics of each variant over the last WINDOW_S."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._slots: deque[tuple[float, dict[str, Tally]]] = deque()
+        self._slots: deque[tuple[float, dict[str, RequestStats]]] = deque()
+        """Start and statistics of each slot, the oldest first."""
 
-    def add(self, asked: Iterable["Answered"]) -> None:
+    def add(self, requests: Iterable[CompletedRequest]) -> None:
+        """Add requests that have just completed. Those that no variant answered are left out."""
         now = self._clock()
-        self._forget(now)
+        self._remove_old_slots(now)
         if not self._slots or now - self._slots[-1][0] > SLOT_S:
             self._slots.append((now, {}))
-        tallies = self._slots[-1][1]
-        for each in asked:
-            if not each.variant:
+        slot = self._slots[-1][1]
+        for request in requests:
+            if not request.variant:
                 continue
-            tally = tallies.setdefault(each.variant, Tally())
-            tally.requests += 1
-            tally.errors += each.status >= 500
-            tally.latencies[round(math.log(max(each.seconds, 1e-6), FINENESS))] += 1
+            stats = slot.setdefault(request.variant, RequestStats())
+            stats.num_requests += 1
+            stats.num_errors += request.status >= 500
+            stats.latencies[round(math.log(max(request.seconds, 1e-6), LATENCY_RATIO))] += 1
 
-    def tallies(self) -> dict[str, Tally]:
-        self._forget(self._clock())
-        return merged(tallies for _, tallies in self._slots)
+    def by_variant(self) -> dict[str, RequestStats]:
+        """Statistics of the variants that answered within the window."""
+        self._remove_old_slots(self._clock())
+        return merge(stats for _, stats in self._slots)
 
-    def _forget(self, now: float) -> None:
+    def _remove_old_slots(self, now: float) -> None:
         while self._slots and now - self._slots[0][0] > WINDOW_S:
             self._slots.popleft()
 
 
-def merged(parts: Iterable[Mapping[str, Tally]]) -> dict[str, Tally]:
-    """Of several slots, or several replicas."""
-    found: dict[str, Tally] = {}
+def merge(parts: Iterable[Mapping[str, RequestStats]]) -> dict[str, RequestStats]:
+    """The sum of statistics by variant over several slots or replicas."""
+    total: dict[str, RequestStats] = {}
     for part in parts:
-        for variant, tally in part.items():
-            found.setdefault(variant, Tally()).add(tally)
-    return found
+        for variant, stats in part.items():
+            total.setdefault(variant, RequestStats()).add(stats)
+    return total
 
 
 def at_most(bounds: Sequence[float], values: Sequence[float]) -> list[int]:
@@ -109,7 +116,7 @@ class Histogram:
     """A Prometheus histogram made of three counters: NAME_bucket (label `le`), NAME_sum and NAME_count.
 
     Ray's own histogram makes the agent of each node replay every observation every ten seconds. At 1,000
-    requests per second that takes half a second of a core, during which replicas wait.
+    requests per second the replay takes half a second of a core, which the replicas then lack.
     """
 
     def __init__(self, name: str, description: str, bounds: Sequence[float], tag_keys: tuple[str, ...]):
@@ -122,7 +129,7 @@ class Histogram:
         self._count = Counter(f"{name}_count", description, tag_keys)
 
     def observe(self, values: Sequence[float], tags: Mapping[str, str]) -> None:
-        """Add observations: at least one, all above 0."""
+        """Add observations: at least one, and all above 0."""
         for label, count in zip(self._labels, at_most(self._bounds, values), strict=True):
             if count:
                 self._bucket.inc(count, {**tags, "le": label})
@@ -131,7 +138,10 @@ class Histogram:
 
 
 class Meters:
-    """Notes on the way of a request, told to Ray together: each note there takes longer than routing does."""
+    """The metrics of an endpoint in a replica.
+
+    Requests are buffered and reported in batches: one call of Ray's metrics takes longer than routing does.
+    """
 
     def __init__(self, model: str):
         from ray.util.metrics import Counter, Gauge
@@ -139,35 +149,41 @@ class Meters:
         keys = ("model", "variant", "action", "status")
         self._requests = Counter(REQUESTS, "Requests answered.", tag_keys=keys)
         self._latency = Histogram(
-            LATENCY, "From the whole request to its answer, in seconds.", LATENCY_BUCKETS_S, keys
+            LATENCY, "Time from the complete request to its answer, in seconds.", LATENCY_BUCKETS_S, keys
         )
         self._rows = Histogram(ROWS, "Rows of a request.", BATCH_BUCKETS, ("model", "variant"))
         self._dropped = Gauge(DROPPED, "Predictions that were not recorded.", ("model",))
         self._share = Gauge(SHARE, "A variant's share of the units.", ("model", "variant"))
         self._model = model
-        self._asked: list[Answered] = []
+        self._buffer: list[CompletedRequest] = []
         self._variants: set[str] = set()
-        self.recent = Recent()
+        """Variants whose share was reported."""
+        self.recent = RecentRequests()
 
-    def note(self, asked: Answered) -> None:
-        if len(self._asked) < MAX_NOTES:
-            self._asked.append(asked)
+    def observe(self, request: CompletedRequest) -> None:
+        """Buffer a request for the next report."""
+        if len(self._buffer) < MAX_BUFFERED_REQUESTS:
+            self._buffer.append(request)
 
-    def tell(self, dropped: int, weights: Mapping[str, float]) -> None:
-        """Everything noted since the last time, and what holds now."""
-        asked, self._asked = self._asked, []
-        self.recent.add(asked)
-        alike: dict[tuple[str, str, str], list[Answered]] = defaultdict(list)
-        for each in asked:
-            alike[each.variant, each.action or "metadata", str(each.status)].append(each)
-        for (variant, action, status), requests in alike.items():
+    def report(self, num_dropped: int, weights: Mapping[str, float]) -> None:
+        """Report the buffered requests, and set the gauges.
+
+        :param num_dropped: number of predictions that were not recorded since the start of the replica.
+        :param weights: current weights of the variants. A variant without one has share 0.
+        """
+        requests, self._buffer = self._buffer, []
+        self.recent.add(requests)
+        groups: dict[tuple[str, str, str], list[CompletedRequest]] = defaultdict(list)
+        for request in requests:
+            groups[request.variant, request.action or "metadata", str(request.status)].append(request)
+        for (variant, action, status), group in groups.items():
             tags = {"model": self._model, "variant": variant}
-            if rows := [each.rows for each in requests if each.rows]:
-                self._rows.observe(rows, tags)
+            if num_rows := [request.num_rows for request in group if request.num_rows]:
+                self._rows.observe(num_rows, tags)
             tags |= {"action": action, "status": status}
-            self._requests.inc(len(requests), tags)
-            self._latency.observe([each.seconds for each in requests], tags)
-        self._dropped.set(dropped, {"model": self._model})
+            self._requests.inc(len(group), tags)
+            self._latency.observe([request.seconds for request in group], tags)
+        self._dropped.set(num_dropped, {"model": self._model})
         self._variants |= set(weights)
         for variant in self._variants:
             share = weights.get(variant, 0.0) / sum(weights.values())

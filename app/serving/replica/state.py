@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from app.serving.replica.meters import Tally
+from app.serving.replica.meters import RequestStats
 from app.serving.replica.recorder import Recording
 
 
@@ -21,5 +21,5 @@ class State:
     """State of the recorder; None if the endpoint keeps no records."""
     shadows: dict[str, int]
     """Requests that each shadow dropped or failed to answer."""
-    recent: dict[str, Tally]
+    recent: dict[str, RequestStats]
     """Requests of each variant over the last minute."""

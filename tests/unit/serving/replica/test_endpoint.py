@@ -61,7 +61,7 @@ def test_every_action_is_reached_by_its_path(variants):
         assert answer(parts, f"{below}/explain", BODY).status == 200
     assert answer(parts, "/infer", b"{}").status == 422
     assert answer(parts, "/feedback", b"{}").status == 404
-    counted = [(a.action, a.status) for a in parts.meters.answered]
+    counted = [(a.action, a.status) for a in parts.meters.requests]
     assert counted[:4] == [("metadata", 200), ("ready", 200), ("openapi.json", 200), ("predict", 200)]
     assert counted[-2:] == [("infer", 422), ("feedback", 404)]
 
@@ -122,7 +122,7 @@ def test_rate_limited_requests_are_counted_but_not_logged(variants, caplog):
     parts = services(variants, limiter=Limiter(), limits=Limits(max_rows=8, requests_per_s=5))
     refused = answer(parts, "/predict", BODY)
     assert (refused.status, refused.headers) == (429, {"retry-after": "1"})
-    assert [(a.action, a.status) for a in parts.meters.answered] == [("predict", 429)]
+    assert [(a.action, a.status) for a in parts.meters.requests] == [("predict", 429)]
     assert caplog.records == []
 
 
@@ -148,7 +148,7 @@ def test_a_defect_is_counted_and_logged_as_a_500_and_raised(variants, caplog, mo
     parts = services(variants)
     with pytest.raises(ZeroDivisionError):
         answer(parts, "/predict", BODY)
-    assert [a.status for a in parts.meters.answered] == [500]
+    assert [a.status for a in parts.meters.requests] == [500]
     caplog.set_level(logging.INFO, "ray.serve.raylway")
     with pytest.raises(ZeroDivisionError):
         answer(parts, "/predict", BODY)
