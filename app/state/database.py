@@ -213,6 +213,12 @@ def _latest(part: Part) -> int:
     return 1 + len(part.migrations)
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error of the database, without SQLAlchemy's wrapping."""
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def engine(url: str, **options: Any) -> Engine:
     """What opens connections to a database, SQLite or PostgreSQL."""
     if url.startswith("sqlite"):

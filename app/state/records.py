@@ -46,43 +46,45 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What came of a prediction."""
+    """The outcomes or the reward of a prediction, as a client reports them."""
 
     model: str
     request_id: str
-    said: Mapping[str, Any]
-    """`outcomes`, one for each row and null where it is not known, `reward`, or both."""
+    content: Mapping[str, Any]
+    """`outcomes`, one for each row and null where it is unknown, `reward`, or both."""
     principal: str
-    """Who got the prediction."""
+    """Principal who got the prediction."""
     at: float
-    said_by: str
+    """Time of the feedback, in seconds since the epoch."""
+    sender: str
+    """Principal who sent the feedback."""
     predicted_at: float | None = None
-    """When the prediction was made, seconds since the epoch; None if none is known."""
+    """Time of the prediction, in seconds since the epoch; None if no prediction is recorded."""
 
 
 class State(StrEnum):
-    """What a stored feedback is worth."""
+    """Whether stored feedback counts. Feedback that does not count is replaced by later feedback."""
 
     COUNTS = "counts"
     EARLY = "early"
-    """No prediction was known. It counts once there is one that was made before the feedback: predictions
-    are recorded behind their answers. It never keeps later feedback from being stored."""
+    """No prediction was recorded when it came. It counts as soon as a prediction is recorded that was made
+    before it: predictions are recorded after their answers are sent."""
     EXCESS = "excess"
-    """More than its sayer may say in an hour; never counts, and keeps no later feedback from being stored."""
+    """The sender exceeded the limit per hour; it never counts."""
 
 
-class Verdict(Enum):
-    """What became of a feedback."""
+class FeedbackStatus(Enum):
+    """Result of storing feedback."""
 
     STORED = "stored"
-    AGAIN = "stored before"
-    """The same was said before."""
-    CONTRADICTED = "contradicted"
-    """Something else was said before, and stays."""
+    DUPLICATE = "stored before"
+    """The same feedback is stored already."""
+    CONFLICT = "contradicted"
+    """It contradicts feedback that is stored, which stays."""
     QUARANTINED = "quarantined"
-    """Beyond the hour's share."""
-    UNKNOWN = "unknown request"
-    """Set apart until the prediction is recorded."""
+    """Its sender exceeded the limit per hour: it is stored, but does not count."""
+    UNKNOWN_REQUEST = "unknown request"
+    """No prediction is recorded: it is stored, and counts as soon as one is that was made before it."""
 
 
 def encode(prediction: Prediction) -> bytes:
@@ -115,28 +117,28 @@ class Records:
             statement = record_tables.insert(connection.dialect.name)
             return connection.execute(statement, {"batch": batch.decode()}).rowcount
 
-    def judge(self, given: Sequence[Feedback], per_hour: int) -> list[Verdict]:
-        """Store what is new, and return what became of each. Returns when it is durable.
+    def add_feedback(self, batch: Sequence[Feedback], per_hour: int) -> list[FeedbackStatus]:
+        """Store what is new; returns the status of each feedback when all are durable.
 
-        A sayer may give `per_hour` feedbacks on a model within an hour; what it says beyond is quarantined.
-        Of each row's outcome and of the reward, the first that counts stands.
+        A sender may send feedback on `per_hour` requests to a model within an hour; the excess is
+        quarantined. The first outcome of a row, and the first reward, that count cannot be changed.
         """
         with self._database.begin() as connection:
-            # Nobody else writes between what is read here and what is written.
+            # Nobody else writes between the reads and the writes below.
             database.begin_exclusively(connection, "feedback")
-            stored = _stored(connection, given)
-            sayers = {(f.model, f.said_by) for f in given}
-            used = {sayer: _used(connection, *sayer) for sayer in sayers}
-            verdicts, changed = [], {}
-            for feedback in given:
-                verdict, change = _judged(feedback, stored.get(_key(feedback)), used, per_hour)
-                verdicts.append(verdict)
+            stored = _stored(connection, batch)
+            senders = {(f.model, f.sender) for f in batch}
+            num_sent = {sender: _num_sent(connection, *sender) for sender in senders}
+            statuses, changed = [], {}
+            for feedback in batch:
+                status, change = _decide(feedback, stored.get(_key(feedback)), num_sent, per_hour)
+                statuses.append(status)
                 if change is not None:
                     stored[_key(feedback)] = changed[_key(feedback)] = change
             if changed:
                 connection.execute(FEEDBACK.delete().where(_KEY.in_(list(changed))))
                 connection.execute(FEEDBACK.insert(), [_values(*change) for change in changed.values()])
-        return verdicts
+        return statuses
 
     def predictions(
         self, model: str, request_ids: Iterable[str] | None = None, principal: str | None = None
@@ -206,66 +208,69 @@ def _key(feedback: Feedback) -> _Key:
 
 
 def _stored(
-    connection: sqlalchemy.Connection, given: Sequence[Feedback]
+    connection: sqlalchemy.Connection, batch: Sequence[Feedback]
 ) -> dict[_Key, tuple[Feedback, State]]:
-    """What is stored about the same predictions."""
-    query = FEEDBACK.select().where(_KEY.in_([_key(feedback) for feedback in given]))
-    found = [(_feedback(row), State(row.state)) for row in connection.execute(query)]
-    return {_key(feedback): (feedback, state) for feedback, state in found}
+    """The stored feedback on the same predictions as the batch."""
+    query = FEEDBACK.select().where(_KEY.in_([_key(feedback) for feedback in batch]))
+    stored = [(_feedback(row), State(row.state)) for row in connection.execute(query)]
+    return {_key(feedback): (feedback, state) for feedback, state in stored}
 
 
-def _used(connection: sqlalchemy.Connection, model: str, said_by: str) -> int:
-    """How much of its share a sayer has used within the last hour."""
+def _num_sent(connection: sqlalchemy.Connection, model: str, sender: str) -> int:
+    """Number of requests to a model on which a sender has sent feedback within the last hour."""
     query = sqlalchemy.select(sqlalchemy.func.count()).where(
         FEEDBACK.c.model == model,
-        FEEDBACK.c.said_by == said_by,
+        FEEDBACK.c.said_by == sender,
         FEEDBACK.c.at > time.time() - HOUR_S,
         FEEDBACK.c.state != State.EXCESS,
     )
     return connection.execute(query).scalar_one()
 
 
-def _judged(
+def _decide(
     feedback: Feedback,
     stored: tuple[Feedback, State] | None,
-    used: dict[tuple[str, str], int],
+    num_sent: dict[tuple[str, str], int],
     per_hour: int,
-) -> tuple[Verdict, tuple[Feedback, State] | None]:
-    """What becomes of a feedback, and what is to be stored, if anything; counts it in `used`."""
-    predicted_at, sayer = feedback.predicted_at, (feedback.model, feedback.said_by)
+) -> tuple[FeedbackStatus, tuple[Feedback, State] | None]:
+    """The status of feedback, and what is to be stored, if anything. Updates `num_sent`."""
+    predicted_at, sender = feedback.predicted_at, (feedback.model, feedback.sender)
     if stored is not None:
-        before, state = stored
-        was_in_time = predicted_at is not None and before.at >= predicted_at
+        previous, state = stored
+        was_in_time = predicted_at is not None and previous.at >= predicted_at
         if state is State.COUNTS or (state is State.EARLY and was_in_time):
-            said = _merged(before.said, feedback.said)
-            if said is None:
-                return Verdict.CONTRADICTED, None
-            if said == before.said:
-                return Verdict.AGAIN, None
-            return Verdict.STORED, (replace(before, said=said), State.COUNTS)
-        is_counted = before.said_by == feedback.said_by and before.at > feedback.at - HOUR_S
-        if state is State.EARLY and is_counted:
-            used[sayer] -= 1  # it is replaced
-    if used[sayer] >= per_hour:
-        return Verdict.QUARANTINED, (feedback, State.EXCESS)
-    used[sayer] += 1
+            content = _merge(previous.content, feedback.content)
+            if content is None:
+                return FeedbackStatus.CONFLICT, None
+            if content == previous.content:
+                return FeedbackStatus.DUPLICATE, None
+            return FeedbackStatus.STORED, (replace(previous, content=content), State.COUNTS)
+        is_in_num_sent = previous.sender == feedback.sender and previous.at > feedback.at - HOUR_S
+        if state is State.EARLY and is_in_num_sent:
+            num_sent[sender] -= 1  # it is replaced
+    if num_sent[sender] >= per_hour:
+        return FeedbackStatus.QUARANTINED, (feedback, State.EXCESS)
+    num_sent[sender] += 1
     if predicted_at is None:
-        return Verdict.UNKNOWN, (feedback, State.EARLY)
-    return Verdict.STORED, (feedback, State.COUNTS)
+        return FeedbackStatus.UNKNOWN_REQUEST, (feedback, State.EARLY)
+    return FeedbackStatus.STORED, (feedback, State.COUNTS)
 
 
-def _merged(before: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Both together; None if they contradict each other. An outcome that is null says nothing of its row."""
-    merged = {**said, **before}
-    if "reward" in before and "reward" in said and before["reward"] != said["reward"]:
+def _merge(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The contents of two feedbacks together; None if they contradict each other.
+
+    An outcome that is null contradicts nothing.
+    """
+    merged = {**new, **stored}
+    if "reward" in stored and "reward" in new and stored["reward"] != new["reward"]:
         return None
-    if "outcomes" in before and "outcomes" in said:
-        if len(before["outcomes"]) != len(said["outcomes"]):
+    if "outcomes" in stored and "outcomes" in new:
+        if len(stored["outcomes"]) != len(new["outcomes"]):
             return None
-        pairs = list(zip(before["outcomes"], said["outcomes"], strict=True))
+        pairs = list(zip(stored["outcomes"], new["outcomes"], strict=True))
         if any(None not in pair and json.dumps(pair[0]) != json.dumps(pair[1]) for pair in pairs):
             return None
-        merged["outcomes"] = [old if old is not None else new for old, new in pairs]
+        merged["outcomes"] = [first if first is not None else second for first, second in pairs]
     return merged
 
 
@@ -275,9 +280,9 @@ def _values(feedback: Feedback, state: State) -> dict[str, Any]:
         "model": feedback.model,
         "principal": feedback.principal,
         "request_id": feedback.request_id,
-        "said": json.dumps(feedback.said),
-        "reward": feedback.said.get("reward"),
-        "said_by": feedback.said_by,
+        "said": json.dumps(feedback.content),
+        "reward": feedback.content.get("reward"),
+        "said_by": feedback.sender,
         "at": feedback.at,
         "state": state,
     }

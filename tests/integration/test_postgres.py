@@ -11,11 +11,13 @@ from optuna.exceptions import StorageInternalError
 
 from app.errors import UserError
 from app.registry import connection
-from app.serving.replica.recorder import REFUSED, NotStored, Recorder
+from app.serving.replica.feedback_writer import NotStored
+from app.serving.replica.prediction_writer import REFUSED
+from app.serving.replica.recorder import Recorder
 from app.state.audit import Audit
 from app.state.audit_head import Broken
 from app.state.database import Busy, alone
-from app.state.records import Records, Verdict
+from app.state.records import FeedbackStatus, Records
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
@@ -95,7 +97,7 @@ def test_what_happens_in_production_is_kept_once(database):
     def say():
         mine = Records()
         add(mine, *(prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)))
-        verdicts.extend(mine.judge([feedback(f"p{n}") for n in range(20)], 1000))
+        verdicts.extend(mine.add_feedback([feedback(f"p{n}") for n in range(20)], 1000))
         mine.close()
 
     at_once(say)
@@ -104,8 +106,8 @@ def test_what_happens_in_production_is_kept_once(database):
     kept = records.predictions("pg")
     assert [p.request_id for p in kept] == [f"p{n}" for n in range(50)]
     assert (kept[0].rows, kept[0].answer) == ([{"age": 39, "workclass": None}], [{"probability": 0.1}])
-    assert records.judge([feedback("p0", {"reward": 0.0}), feedback("p99")], 20) == [
-        Verdict.CONTRADICTED, Verdict.QUARANTINED,
+    assert records.add_feedback([feedback("p0", {"reward": 0.0}), feedback("p99")], 20) == [
+        FeedbackStatus.CONFLICT, FeedbackStatus.QUARANTINED,
     ]  # fmt: skip
     assert {f.request_id for f in records.feedback("income")} == {f"p{n}" for n in range(20)}
     records.close()
@@ -161,27 +163,27 @@ def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_ag
 
     async def tell(request_id):
         try:
-            return await recorder.judge(feedback(request_id))
+            return await recorder.add_feedback(feedback(request_id))
         except NotStored:
             return None
 
     try:
         recorder.add(prediction("before", model="crash"))
         recorder.add(prediction("nul", model="crash", unit="\0"))  # which PostgreSQL does not take
-        assert asyncio.run(tell("c1")) == Verdict.STORED
+        assert asyncio.run(tell("c1")) == FeedbackStatus.STORED
         server.stop()
         try:
             recorder.add(prediction("meanwhile", model="crash"))
             assert asyncio.run(tell("c2")) is None
         finally:
             server.start()
-        assert asyncio.run(tell("c2")) == Verdict.STORED
-        assert asyncio.run(tell("c1")) == Verdict.AGAIN
+        assert asyncio.run(tell("c2")) == FeedbackStatus.STORED
+        assert asyncio.run(tell("c1")) == FeedbackStatus.DUPLICATE
     finally:
         recorder.close()
     records = Records()
     assert {p.request_id for p in records.predictions("crash")} == {"before", "meanwhile"}
-    assert recorder.recording().dropped == {REFUSED: 1}
+    assert recorder.status().dropped == {REFUSED: 1}
     records.close()
 
 
@@ -228,7 +230,7 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
             Records().predictions("hang")
         recorder.add(prediction("waits", model="hang"))
         with pytest.raises(NotStored):
-            asyncio.run(recorder.judge(feedback("hangs")))
+            asyncio.run(recorder.add_feedback(feedback("hangs")))
     recorder.close()
     storage.engine.dispose()
     records = Records()

@@ -8,7 +8,7 @@ from typing import Any
 from app.errors import UserError
 from app.serving.names import model_names
 from app.serving.replica.meters import WINDOW_S, RequestStats, merge
-from app.serving.replica.recorder import Recording
+from app.serving.replica.recorder import RecorderStatus
 from app.serving.replica.state import State
 from app.serving.traffic import cache
 from app.serving.traffic.traffic import Traffic
@@ -36,7 +36,7 @@ class EndpointStatus:
     """Why it does not serve what it should."""
 
     @property
-    def _recordings(self) -> list[Recording]:
+    def _recordings(self) -> list[RecorderStatus]:
         return [state.recording for state in self.states if state.recording is not None]
 
     def document(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class EndpointStatus:
             "not_recorded": sum(sum(r.dropped.values()) for r in self._recordings),
             "recording": {
                 "dropped": dict(sum((Counter(r.dropped) for r in self._recordings), Counter())),
-                "waiting": sum(r.waiting for r in self._recordings),
+                "waiting": sum(r.num_waiting for r in self._recordings),
                 "waiting_bytes": sum(r.waiting_bytes for r in self._recordings),
                 "faults": sorted({r.fault for r in self._recordings if r.fault}),
             },

@@ -14,7 +14,7 @@ from app.serving.protocols import explain, openapi, rows, tensors
 from app.serving.protocols.contract import Answer, Query
 from app.serving.replica import feedback
 from app.serving.replica.call import RETRY, Call
-from app.serving.replica.recorder import NotStored
+from app.serving.replica.feedback_writer import NotStored
 from app.serving.replica.shadow import Copy
 from app.state.records import Prediction
 
@@ -91,7 +91,7 @@ async def explain_prediction(call: Call) -> Response:
     query = rows.parse(body, call.loaded.contract)
     explain.check(query, call.loaded.schema)
     call.choose(query)
-    walks = await asyncio.to_thread(call.loaded.walks, call.variant)
+    walks = await asyncio.to_thread(call.loaded.attribution_walks, call.variant)
     answer = call.answer(await call.predict(query.columns))
     bundle = call.loaded.bundles.get(call.variant)
     walked: np.ndarray | Ranking
@@ -113,7 +113,7 @@ async def take_feedback(call: Call) -> Response:
         raise Refused(404, f"{services.model} keeps no records (serving.record), so it takes no feedback")
     submission = feedback.parse(await call.read_body(), call.loaded.schema)
     try:
-        return await feedback.answer(
+        return await feedback.store(
             submission, services.model, call.sender, services.recorder, services.limits
         )
     except NotStored:

@@ -115,7 +115,7 @@ class Replica:
             fault=fault,
             versions=loaded.versions,
             weights=loaded.weights,
-            recording=self._recorder.recording() if self._recorder else None,
+            recording=self._recorder.status() if self._recorder else None,
             shadows=self._shadows.dropped(),
             recent=self._meters.recent.by_variant(),
         )
@@ -134,7 +134,7 @@ class Replica:
             await asyncio.sleep(UPDATE_S)
             try:
                 await self._update()
-                dropped = self._recorder.recording().dropped if self._recorder else {}
+                dropped = self._recorder.status().dropped if self._recorder else {}
                 self._meters.report(sum(dropped.values()), self._loader.loaded.weights)
             except Exception:
                 log.exception("%s cannot look for another traffic, or report its metrics", self._model)

@@ -1,12 +1,12 @@
-"""Shadows: variants that get a copy of the traffic, and whose answers nobody sees but the records.
+"""Shadows: variants that predict copies of requests. Their predictions are only recorded.
 
-The copies go through a queue that drops when it is full, so a shadow that is slow, hangs or dies costs those
-who are answered nothing.
+Each shadow has a queue that drops copies when it is full, so that a shadow which is slow, hangs or dies does
+not delay the answers to clients.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,103 +18,108 @@ from app.serving.logs import log
 from app.serving.protocols import rows
 from app.serving.protocols.contract import Answer, Columns
 from app.serving.replica.loaded import Loaded
-from app.serving.replica.workers import WorkerHandle
+from app.serving.replica.workers import WorkerHandle, concatenate_columns
 from app.state.records import Prediction
 
-QUEUE, QUEUE_BYTES = 256, 8 * 2**20
-"""Most copies that wait, and most JSON in them; more are dropped. In memory a copy takes some ten times its
-JSON: its rows are Python objects."""
-TOGETHER = 32
-"""Copies that a shadow is asked about at once."""
+MAX_COPIES = 256
+"""Maximum number of copies in the queue of a shadow."""
+MAX_QUEUE_BYTES = 8 * 2**20
+"""Maximum JSON of the copies in a queue. In memory, a copy takes about ten times as much: its rows are Python
+objects."""
+MAX_BATCH = 32
+"""Maximum number of copies that are predicted together."""
 PAUSE_S = 1.0
-"""After a failure."""
+"""Pause after a prediction that failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A request that was answered."""
+    """A request that a client got an answer to."""
 
-    answered: Prediction
+    prediction: Prediction
+    """The answer of the variant that the client got."""
     columns: Columns
-    size: int
-    """Bytes of the recorded prediction; 0 if it is not recorded, and then its shadows are not either."""
+    size_bytes: int
+    """Size of the recorded prediction; 0 if it is not recorded, and then no shadow predicts the request."""
 
 
 class Shadow:
-    """One of them, with its queue. To be made in an event loop."""
+    """A shadow with its queue. To be created in an event loop."""
 
     def __init__(
         self,
         variant: str,
         version: str,
-        remote: WorkerHandle,
+        workers: WorkerHandle,
         schema: Schema,
         record: Callable[[Prediction], object],
     ):
         self._variant = variant
         self.version = version
-        self._remote = remote
+        self._workers = workers
         self._schema = schema
         self._record = record
-        self._queue: asyncio.Queue[Copy] = asyncio.Queue(QUEUE)
-        self._bytes = 0
-        """Of the copies that wait or are being asked about."""
-        self._asking = asyncio.create_task(self._ask_on())
-        self.dropped = 0
-        """Copies that it did not get, or did not answer."""
+        self._queue: asyncio.Queue[Copy] = asyncio.Queue(MAX_COPIES)
+        self._size_bytes = 0
+        """Size of the copies in the queue and of those that are being predicted."""
+        self._predicting = asyncio.create_task(self._predict_forever())
+        self.num_dropped = 0
+        """Number of copies that were dropped, or whose prediction failed."""
 
     def offer(self, copy: Copy) -> None:
-        """Never waits."""
-        if not copy.size or self._bytes + copy.size > QUEUE_BYTES or self._queue.full():
-            self.dropped += 1
+        """Queue a copy, or drop it. Does not wait."""
+        if not copy.size_bytes or self._size_bytes + copy.size_bytes > MAX_QUEUE_BYTES or self._queue.full():
+            self.num_dropped += 1
             return
         self._queue.put_nowait(copy)
-        self._bytes += copy.size
+        self._size_bytes += copy.size_bytes
 
     def close(self) -> None:
-        """What still waits is dropped."""
-        self._asking.cancel()
+        """Stop predicting. Copies in the queue are discarded."""
+        self._predicting.cancel()
 
-    async def _ask_on(self) -> None:
+    async def _predict_forever(self) -> None:
         while True:
             copies = [await self._queue.get()]
-            while len(copies) < TOGETHER and not self._queue.empty():
+            while len(copies) < MAX_BATCH and not self._queue.empty():
                 copies.append(self._queue.get_nowait())
             try:
-                await self._ask(copies)
+                await self._predict(copies)
             except Exception as error:
-                self.dropped += len(copies)
-                expected = isinstance(error, TimeoutError | RayError)
+                self.num_dropped += len(copies)
+                is_expected = isinstance(error, TimeoutError | RayError)
                 reason = str(error).splitlines()[:1]
-                log.warning("the shadow %s does not answer: %s", self._variant, reason, exc_info=not expected)
+                log.warning(
+                    "the shadow %s does not answer: %s", self._variant, reason, exc_info=not is_expected
+                )
                 await asyncio.sleep(PAUSE_S)
             finally:
-                self._bytes -= sum(copy.size for copy in copies)
+                self._size_bytes -= sum(copy.size_bytes for copy in copies)
 
-    async def _ask(self, copies: list[Copy]) -> None:
-        begun = time.perf_counter()
-        given = await self._remote.predict(_joined([copy.columns for copy in copies]))
-        seconds = time.perf_counter() - begun
+    async def _predict(self, copies: list[Copy]) -> None:
+        """Predict some copies together, and record a prediction for each."""
+        started = time.perf_counter()
+        output = await self._workers.predict(concatenate_columns([copy.columns for copy in copies]))
+        seconds = time.perf_counter() - started
         first = 0
         for copy in copies:
-            last = first + len(copy.answered.rows)
-            part = _part(given, first, last)
+            last = first + len(copy.prediction.rows)
+            part = _slice(output, first, last)
             answer = Answer(
-                model=copy.answered.model,
+                model=copy.prediction.model,
                 variant=self._variant,
                 version=self.version,
-                request_id=copy.answered.request_id,
+                request_id=copy.prediction.request_id,
                 probabilities=None if isinstance(part, Ranking) else part,
                 ranking=part if isinstance(part, Ranking) else None,
             )
-            predictions = rows.predictions(answer, self._schema)["predictions"]
             self._record(
                 replace(
-                    copy.answered,
+                    copy.prediction,
                     variant=self._variant,
                     version=self.version,
                     role="shadow",
-                    answer=predictions,
+                    answer=rows.predictions(answer, self._schema)["predictions"],
                     seconds=seconds,
                 )
             )
@@ -122,10 +127,10 @@ class Shadow:
 
 
 class Shadows:
-    """The shadows of a replica, one for each variant that is one."""
+    """The shadows of an endpoint in a replica."""
 
     def __init__(self, record: Callable[[Prediction], object] | None):
-        """`record` stores a shadow's prediction; if None, nothing is recorded, and no shadow is asked."""
+        """`record` records a prediction; without it, the endpoint keeps no records and needs no shadows."""
         self._record = record
         self._shadows: dict[str, Shadow] = {}
 
@@ -146,13 +151,13 @@ class Shadows:
                 shadow.close()
 
     def offer(self, copy: Copy) -> None:
-        """Send a copy of a request to every shadow. Does not wait."""
+        """Offer a copy of a request to every shadow. Does not wait."""
         for shadow in self._shadows.values():
             shadow.offer(copy)
 
     def dropped(self) -> dict[str, int]:
-        """Copies that each shadow dropped or failed to answer."""
-        return {name: shadow.dropped for name, shadow in self._shadows.items()}
+        """Number of copies that each shadow dropped or failed to predict."""
+        return {name: shadow.num_dropped for name, shadow in self._shadows.items()}
 
     def close(self) -> None:
         """Stop all shadows."""
@@ -160,11 +165,8 @@ class Shadows:
             shadow.close()
 
 
-def _joined(requests: list[Columns]) -> Mapping[str, np.ndarray]:
-    return {name: np.concatenate([columns[name] for columns in requests]) for name in requests[0]}
-
-
-def _part(given: np.ndarray | Ranking, first: int, last: int) -> np.ndarray | Ranking:
-    if isinstance(given, Ranking):
-        return Ranking(given.items[first:last], given.scores[first:last], given.known[first:last])
-    return given[first:last]
+def _slice(output: np.ndarray | Ranking, first: int, last: int) -> np.ndarray | Ranking:
+    """The rows from `first` up to `last`, exclusive."""
+    if isinstance(output, Ranking):
+        return Ranking(output.items[first:last], output.scores[first:last], output.known[first:last])
+    return output[first:last]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from app.serving.replica.meters import RequestStats
-from app.serving.replica.recorder import Recording
+from app.serving.replica.recorder import RecorderStatus
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class State:
     versions: dict[str, str]
     """Version of each variant that answers."""
     weights: dict[str, float]
-    recording: Recording | None
+    recording: RecorderStatus | None
     """State of the recorder; None if the endpoint keeps no records."""
     shadows: dict[str, int]
     """Requests that each shadow dropped or failed to answer."""

@@ -1,5 +1,8 @@
-"""A version in replicas of its own: one that is heavy, and so is better asked about several requests at once;
-or a shadow, which must not take anything down."""
+"""Workers: replicas that serve one version for the replicas of an endpoint.
+
+A heavy version has workers, because they predict several requests together. A shadow has workers, so that its
+failures do not affect the endpoint.
+"""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -12,11 +15,13 @@ from app.serving.traffic.variants import DeployedVariant, open_bundle, with_loca
 
 Columns = Mapping[str, np.ndarray]
 TIMEOUT_S = 30.0
-TRIES = 3
+"""Timeout of a prediction."""
+MAX_ATTEMPTS = 3
+"""Number of workers that a prediction is sent to, if one dies after the other."""
 
 
 class Worker:
-    """The deployment. What waits while it computes is computed together, next."""
+    """The Ray Serve deployment. Requests that arrive during a prediction are predicted together after it."""
 
     def __init__(
         self, model: str, variant: DeployedVariant, max_batch_rows: int, trusted_keys: Sequence[str]
@@ -24,45 +29,46 @@ class Worker:
         """Raises UserError, as `app.serving.traffic.variants.with_local_bundles` and `open_bundle`."""
         from ray import serve
 
-        self._bundle = open_bundle(with_local_bundles(model, {"": variant})[""].path, trusted_keys)
+        path = with_local_bundles(model, {"": variant})[""].path
+        self._bundle = open_bundle(path, trusted_keys)
         self._max_batch_rows = max_batch_rows
-        self._together = serve.batch(
-            self._predict_all,
+        self._predict_batched = serve.batch(
+            self._predict_batch,
             max_batch_size=max_batch_rows,
             batch_wait_timeout_s=0.0,
             batch_size_fn=lambda requests: sum(_num_rows(columns) for columns in requests),
         )
 
     def check_health(self) -> None:
-        """Called by Serve."""
+        """Raise if the bundle does not reproduce its stored example. Serve then replaces the replica."""
         self._bundle.check_example()
 
     async def predict(self, columns: Columns) -> np.ndarray | Ranking:
-        """As of the bundle's `predict` or `rank`."""
-        num_rows, most = _num_rows(columns), self._max_batch_rows
-        if num_rows <= most:
-            return await self._together(columns)
+        """The bundle's prediction or ranking of any number of rows, as `Bundle.predict` and `Bundle.rank`."""
+        num_rows = _num_rows(columns)
+        if num_rows <= self._max_batch_rows:
+            return await self._predict_batched(columns)
         parts = [
-            {name: values[first : first + most] for name, values in columns.items()}
-            for first in range(0, num_rows, most)
+            {name: values[first : first + self._max_batch_rows] for name, values in columns.items()}
+            for first in range(0, num_rows, self._max_batch_rows)
         ]
-        return joined(await asyncio.gather(*(self._together(part) for part in parts)))
+        return concatenate(await asyncio.gather(*(self._predict_batched(part) for part in parts)))
 
-    async def _predict_all(self, requests: list[Columns]) -> Sequence[np.ndarray | Ranking]:
-        joined = {name: np.concatenate([columns[name] for columns in requests]) for name in requests[0]}
-        # Beside the event loop, which takes in what comes meanwhile.
+    async def _predict_batch(self, requests: list[Columns]) -> Sequence[np.ndarray | Ranking]:
+        columns = concatenate_columns(requests)
+        # In a thread, so that the event loop can receive the next requests.
         if self._bundle.schema.task == "ranking":
-            ranking = await asyncio.to_thread(self._bundle.rank, joined)
-            parts = [ranking.items, ranking.scores, ranking.known]
+            ranking = await asyncio.to_thread(self._bundle.rank, columns)
+            outputs = [ranking.items, ranking.scores, ranking.known]
         else:
-            parts = [await asyncio.to_thread(self._bundle.predict, joined)]
-        ends = np.cumsum([_num_rows(columns) for columns in requests])[:-1]
-        given = zip(*(np.split(part, ends) for part in parts), strict=True)
-        return [Ranking(*each) if len(each) == 3 else each[0] for each in given]
+            outputs = [await asyncio.to_thread(self._bundle.predict, columns)]
+        ends = np.cumsum([_num_rows(request) for request in requests])[:-1]
+        by_request = zip(*(np.split(output, ends) for output in outputs), strict=True)
+        return [Ranking(*parts) if len(parts) == 3 else parts[0] for parts in by_request]
 
 
 class WorkerHandle:
-    """The way to it."""
+    """The client of an application of workers."""
 
     def __init__(self, application: str):
         from ray import serve
@@ -70,26 +76,37 @@ class WorkerHandle:
         self._handle: Any = serve.get_deployment_handle("worker", app_name=application)
 
     async def predict(self, columns: Columns) -> np.ndarray | Ranking:
-        """Asks another replica if one dies. Raises TimeoutError, or RayError if none is left."""
+        """The version's prediction or ranking of any number of rows. Retries with another worker if one dies.
+
+        Raises TimeoutError, or RayError if no worker is left.
+        """
         from ray.exceptions import RayActorError
 
-        for attempt in range(TRIES):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 async with asyncio.timeout(TIMEOUT_S):
                     return await self._handle.predict.remote(columns)
             except RayActorError:
-                if attempt == TRIES - 1:
+                if attempt == MAX_ATTEMPTS:
                     raise
         raise AssertionError
 
 
-def joined(parts: Sequence[np.ndarray | Ranking]) -> np.ndarray | Ranking:
-    """The answers of several requests, one after the other."""
-    rankings = [part for part in parts if isinstance(part, Ranking)]
+def concatenate_columns(requests: Sequence[Columns]) -> dict[str, np.ndarray]:
+    """The rows of several requests, one request after the other."""
+    return {name: np.concatenate([columns[name] for columns in requests]) for name in requests[0]}
+
+
+def concatenate(outputs: Sequence[np.ndarray | Ranking]) -> np.ndarray | Ranking:
+    """The outputs for several requests, one request after the other."""
+    rankings = [output for output in outputs if isinstance(output, Ranking)]
     if not rankings:
-        return np.concatenate([part for part in parts if not isinstance(part, Ranking)])
-    items, scores, known = zip(*((each.items, each.scores, each.known) for each in rankings), strict=True)
-    return Ranking(np.concatenate(items), np.concatenate(scores), np.concatenate(known))
+        return np.concatenate([output for output in outputs if not isinstance(output, Ranking)])
+    return Ranking(
+        items=np.concatenate([ranking.items for ranking in rankings]),
+        scores=np.concatenate([ranking.scores for ranking in rankings]),
+        known=np.concatenate([ranking.known for ranking in rankings]),
+    )
 
 
 def _num_rows(columns: Columns) -> int:

@@ -63,7 +63,7 @@ def record(records, version, rewards, role="served", at=None):
         prediction = Prediction("income", request_id, "v", version, role, "u", "bob", at, 0.1, [{}], [{}])
         records.add([encode(prediction)])
         feedback = Feedback("income", request_id, {"reward": reward}, "bob", at, "bob", at)
-        records.judge([feedback], per_hour=10_000)
+        records.add_feedback([feedback], per_hour=10_000)
 
 
 def test_weights_follow_the_rewards_since_the_versions_are_compared():

@@ -9,7 +9,7 @@ import sqlalchemy
 from app.errors import UserError
 from app.state import database, record_tables
 from app.state.audit import Audit
-from app.state.records import Feedback, Prediction, Records, Verdict, decode, encode
+from app.state.records import Feedback, FeedbackStatus, Prediction, Records, decode, encode
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def awkward(text):
     )
 
 
-def feedback(request_id, said=None, principal="bob", at=None, **changes):
-    values = {"said_by": principal, "predicted_at": 5.0} | changes
-    return Feedback("income", request_id, said or {"reward": 1.0}, principal, at or time.time(), **values)
+def feedback(request_id, content=None, principal="bob", at=None, **changes):
+    values = {"sender": principal, "predicted_at": 5.0} | changes
+    return Feedback("income", request_id, content or {"reward": 1.0}, principal, at or time.time(), **values)
 
 
 def add(records, *predictions):
@@ -88,59 +88,60 @@ def test_an_empty_batch_writes_nothing(records):
 
 
 def test_the_same_again_is_no_news_and_another_is_a_contradiction(records):
-    assert records.judge([feedback("a")], 10) == [Verdict.STORED]
+    assert records.add_feedback([feedback("a")], 10) == [FeedbackStatus.STORED]
     given = [feedback("a"), feedback("a", {"reward": 0.0}), feedback("b"), feedback("b")]
-    assert records.judge(given, 10) == [
-        Verdict.AGAIN, Verdict.CONTRADICTED, Verdict.STORED, Verdict.AGAIN,
+    assert records.add_feedback(given, 10) == [
+        FeedbackStatus.DUPLICATE, FeedbackStatus.CONFLICT, FeedbackStatus.STORED, FeedbackStatus.DUPLICATE,
     ]  # fmt: skip
-    assert [(f.request_id, f.said) for f in records.feedback("income")] == [
+    assert [(f.request_id, f.content) for f in records.feedback("income")] == [
         ("a", {"reward": 1.0}),
         ("b", {"reward": 1.0}),
     ]
 
 
 def test_of_each_row_the_first_outcome_stands(records):
-    said = [
-        ({"outcomes": ["yes", None]}, Verdict.STORED),
-        ({"outcomes": [None, "no"]}, Verdict.STORED),
-        ({"outcomes": ["yes", "no"]}, Verdict.AGAIN),
-        ({"outcomes": ["no", "no"]}, Verdict.CONTRADICTED),
-        ({"outcomes": ["yes"]}, Verdict.CONTRADICTED),
-        ({"reward": 0.5}, Verdict.STORED),
-        ({"reward": 0.6}, Verdict.CONTRADICTED),
+    steps = [
+        ({"outcomes": ["yes", None]}, FeedbackStatus.STORED),
+        ({"outcomes": [None, "no"]}, FeedbackStatus.STORED),
+        ({"outcomes": ["yes", "no"]}, FeedbackStatus.DUPLICATE),
+        ({"outcomes": ["no", "no"]}, FeedbackStatus.CONFLICT),
+        ({"outcomes": ["yes"]}, FeedbackStatus.CONFLICT),
+        ({"reward": 0.5}, FeedbackStatus.STORED),
+        ({"reward": 0.6}, FeedbackStatus.CONFLICT),
     ]
-    verdicts = [records.judge([feedback("a", each)], 10)[0] for each, _ in said]
-    assert verdicts == [verdict for _, verdict in said]
-    assert [f.said for f in records.feedback("income")] == [{"outcomes": ["yes", "no"], "reward": 0.5}]
+    statuses = [records.add_feedback([feedback("a", each)], 10)[0] for each, _ in steps]
+    assert statuses == [status for _, status in steps]
+    assert [f.content for f in records.feedback("income")] == [{"outcomes": ["yes", "no"], "reward": 0.5}]
 
 
 def test_more_than_its_share_in_an_hour_is_stored_apart(records):
     old = feedback("old", at=time.time() - 4000)
-    assert records.judge([old], 2) == [Verdict.STORED]
-    assert records.judge([feedback(str(n)) for n in range(4)], 2) == [
-        Verdict.STORED, Verdict.STORED, Verdict.QUARANTINED, Verdict.QUARANTINED,
+    assert records.add_feedback([old], 2) == [FeedbackStatus.STORED]
+    assert records.add_feedback([feedback(str(n)) for n in range(4)], 2) == [
+        FeedbackStatus.STORED, FeedbackStatus.STORED, FeedbackStatus.QUARANTINED, FeedbackStatus.QUARANTINED,
     ]  # fmt: skip
-    assert records.judge([feedback("5"), feedback("6", principal="eve")], 2) == [
-        Verdict.QUARANTINED,
-        Verdict.STORED,
+    assert records.add_feedback([feedback("5"), feedback("6", principal="eve")], 2) == [
+        FeedbackStatus.QUARANTINED,
+        FeedbackStatus.STORED,
     ]
     assert {f.request_id for f in records.feedback("income")} == {"old", "0", "1", "6"}
     assert {f.request_id for f in records.feedback("income", quarantined=True)} == {"2", "3", "5"}
-    assert records.judge([feedback("2")], 2) == [Verdict.QUARANTINED], "said again it stays apart"
-    assert records.judge([feedback("2", {"reward": 0.0})], 3) == [Verdict.STORED], "it is in nobody's way"
+    assert records.add_feedback([feedback("2")], 2) == [FeedbackStatus.QUARANTINED], "sent again"
+    replacement = feedback("2", {"reward": 0.0})
+    assert records.add_feedback([replacement], 3) == [FeedbackStatus.STORED], "replaces the quarantined one"
 
 
 def test_the_share_is_of_a_model_and_a_sayer(records):
     flights = Feedback("flights", "a", {"reward": 1.0}, "bob", time.time(), "bob", 5.0)
-    given = [feedback("a"), flights, feedback("b"), feedback("c", said_by="admin")]
-    assert records.judge(given, 1) == [
-        Verdict.STORED, Verdict.STORED, Verdict.QUARANTINED, Verdict.STORED,
+    given = [feedback("a"), flights, feedback("b"), feedback("c", sender="admin")]
+    assert records.add_feedback(given, 1) == [
+        FeedbackStatus.STORED, FeedbackStatus.STORED, FeedbackStatus.QUARANTINED, FeedbackStatus.STORED,
     ]  # fmt: skip
 
 
 def test_feedback_on_an_unknown_request_counts_once_its_prediction_is_recorded(records):
     early = feedback("a", at=10.0, predicted_at=None)
-    assert records.judge([early, early], 10) == [Verdict.UNKNOWN, Verdict.UNKNOWN]
+    assert records.add_feedback([early, early], 10) == 2 * [FeedbackStatus.UNKNOWN_REQUEST]
     assert records.feedback("income") == []
     assert len(records.feedback("income", quarantined=True)) == 1
     add(records, prediction("a", at=9.0))
@@ -148,15 +149,15 @@ def test_feedback_on_an_unknown_request_counts_once_its_prediction_is_recorded(r
     assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
     again = feedback("a", predicted_at=9.0)
     other = feedback("a", {"reward": 0.0}, predicted_at=9.0)
-    assert records.judge([again, other], 10) == [Verdict.AGAIN, Verdict.CONTRADICTED]
+    assert records.add_feedback([again, other], 10) == [FeedbackStatus.DUPLICATE, FeedbackStatus.CONFLICT]
 
 
 def test_what_was_said_before_the_prediction_was_made_never_counts(records):
-    records.judge([feedback("a", {"reward": 0.0}, at=8.0, predicted_at=None)], 10)
+    records.add_feedback([feedback("a", {"reward": 0.0}, at=8.0, predicted_at=None)], 10)
     add(records, prediction("a", at=9.0))
     assert records.feedback("income") == []
     assert records.rewards("income", 0.0) == {}
-    assert records.judge([feedback("a", predicted_at=9.0)], 10) == [Verdict.STORED]
+    assert records.add_feedback([feedback("a", predicted_at=9.0)], 10) == [FeedbackStatus.STORED]
     assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
 
 
@@ -168,7 +169,7 @@ def test_feedback_counts_once_for_the_variant_that_answered(records):
         prediction("a", version="3", variant="new", role="shadow"),
         prediction("a", version="4", principal="ann"),
     )
-    records.judge([feedback("a"), feedback("a", principal="eve")], 10)
+    records.add_feedback([feedback("a"), feedback("a", principal="eve")], 10)
     assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
 
 
@@ -177,7 +178,7 @@ def test_of_those_who_say_it_at_the_same_time_one_is_stored(records):
 
     def say():
         mine = Records()
-        verdicts.extend(mine.judge([feedback(str(n)) for n in range(20)], 1000))
+        verdicts.extend(mine.add_feedback([feedback(str(n)) for n in range(20)], 1000))
         mine.close()
 
     threads = [threading.Thread(target=say) for _ in range(4)]
@@ -239,7 +240,7 @@ def check_upgraded(records):
     kept = [(p.request_id, p.principal, p.shadow, p.version) for p in records.predictions("income")]
     assert sorted(kept) == [("a", "bob", "", "1"), ("a", "bob", "new", "3"), ("b", "ann", "", "1")]
     assert records.predictions("income")[0].rows == [{"age": 1}]
-    assert [(f.request_id, f.principal, f.said_by) for f in records.feedback("income")] == [
+    assert [(f.request_id, f.principal, f.sender) for f in records.feedback("income")] == [
         ("a", "bob", "labels"),
         ("c", "eve", "eve"),
     ]

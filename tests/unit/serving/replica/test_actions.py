@@ -9,7 +9,7 @@ from app.serving.gateway.auth import Principal
 from app.serving.http import Refused
 from app.serving.replica import actions
 from app.serving.replica.actions import ACTIONS
-from app.serving.replica.recorder import NotStored
+from app.serving.replica.feedback_writer import NotStored
 from tests.bundles import ROWS
 from tests.services import REQUEST_ID, Recorder, call, loaded, run, services
 
@@ -80,7 +80,7 @@ def test_predict_answers_records_and_offers_the_same_predictions(variants):
     )
     assert (recorded.role, recorded.unit, recorded.principal) == ("served", "u-1", "ann")
     assert (recorded.request_id, recorded.rows) == (REQUEST_ID, ROWS)
-    assert (copy.answered, copy.size) == (recorded, 100)
+    assert (copy.prediction, copy.size_bytes) == (recorded, 100)
 
 
 def test_infer_records_what_predict_would_have_answered(variants):

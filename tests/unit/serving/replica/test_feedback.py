@@ -26,7 +26,7 @@ def parse(outcomes, schema):
 
 
 @pytest.mark.parametrize(
-    ("schema", "given", "kept"),
+    ("schema", "outcomes", "values"),
     [
         (BINARY, ["yes", "no", None, True, False], ["yes", "no", None, "yes", "no"]),
         (OPEN, ["yes", "maybe", False], ["yes", "maybe", "not yes"]),
@@ -36,12 +36,12 @@ def parse(outcomes, schema):
         (RANKING, [4.5, 3, "item-7"], [4.5, 3.0, "item-7"]),
     ],
 )
-def test_outcomes_are_kept_as_the_label_spells_them(schema, given, kept):
-    assert parse(given, schema) == kept
+def test_outcomes_become_values_of_the_label(schema, outcomes, values):
+    assert parse(outcomes, schema) == values
 
 
 @pytest.mark.parametrize(
-    ("schema", "given", "message"),
+    ("schema", "outcome", "message"),
     [
         (BINARY, "Yes", "must be one of yes, no, or true or false, or null"),
         (BINARY, "maybe", "must be one of yes, no"),
@@ -54,11 +54,11 @@ def test_outcomes_are_kept_as_the_label_spells_them(schema, given, kept):
         (RANKING, True, "must be a number or an item"),
     ],
 )
-def test_an_outcome_that_the_label_cannot_have_is_refused(schema, given, message):
-    with pytest.raises(Refused) as refused:
-        parse([None, given], schema)
-    assert refused.value.status == 422
-    (violation,) = refused.value.violations
+def test_an_outcome_that_the_label_cannot_have_is_refused(schema, outcome, message):
+    with pytest.raises(Refused) as refusal:
+        parse([None, outcome], schema)
+    assert refusal.value.status == 422
+    (violation,) = refusal.value.violations
     assert violation["path"] == "outcomes.1"
     assert message in violation["message"]
 
@@ -68,8 +68,8 @@ def principal(name, *scopes):
 
 
 @pytest.fixture
-def say():
-    """Give feedback as a principal; returns the status and what was answered."""
+def send():
+    """Sends feedback as a principal; returns the HTTP status, and the feedback's status or the error."""
     recorder = Recorder(Records(), 10)
     now = time.time()
     Records().add(
@@ -80,16 +80,16 @@ def say():
         ]
     )
 
-    def give(by, request_id="r", **content):
+    def send(sender, request_id="r", **content):
         body = json.dumps({"request_id": request_id, **content}).encode()
         try:
-            said = feedback.parse(body, BINARY)
-            answer = asyncio.run(feedback.answer(said, "income", by, recorder, Limits()))
-        except Refused as refused:
-            return refused.status, str(refused)
-        return answer.status, json.loads(answer.body)["status"]
+            submission = feedback.parse(body, BINARY)
+            response = asyncio.run(feedback.store(submission, "income", sender, recorder, Limits()))
+        except Refused as refusal:
+            return refusal.status, str(refusal)
+        return response.status, json.loads(response.body)["status"]
 
-    yield give
+    yield send
     recorder.close()
 
 
@@ -97,29 +97,35 @@ BOB, EVE = principal("bob", "feedback"), principal("eve", "feedback")
 ADMIN = principal("root", "feedback", "admin")
 
 
-def test_a_refused_spelling_is_not_stored_and_the_corrected_one_is(say):
-    assert say(BOB, outcomes=["Yes", None])[0] == 422
-    assert say(BOB, outcomes=["yes", None]) == (201, "stored")
-    assert say(BOB, outcomes=["yes", None]) == (200, "stored before")
-    assert say(BOB, outcomes=["no", None])[0] == 409
+def test_feedback_without_outcomes_and_reward_is_refused(send):
+    assert send(BOB)[0] == 422
 
 
-def test_nobody_speaks_of_somebody_elses_request(say):
-    assert say(EVE, reward=0.0) == (202, "unknown request")
-    assert say(EVE, reward=0.0) == (202, "unknown request"), "said again it is no more"
-    assert say(EVE, reward=0.0, principal="bob")[0] == 403
-    assert say(BOB, reward=1.0) == (201, "stored")
-    assert say(principal("ann", "feedback"), reward=1.0) == (201, "stored"), "her own, of the same id"
+def test_a_misspelt_outcome_is_not_stored_and_the_corrected_one_is(send):
+    assert send(BOB, outcomes=["Yes", None])[0] == 422
+    assert send(BOB, outcomes=["yes", None]) == (201, "stored")
+    assert send(BOB, outcomes=["yes", None]) == (200, "stored before")
+    assert send(BOB, outcomes=["no", None])[0] == 409
+
+
+def test_feedback_is_matched_with_the_senders_own_prediction(send):
+    assert send(EVE, reward=0.0) == (202, "unknown request")
+    assert send(EVE, reward=0.0) == (202, "unknown request"), "sending it again does not store it twice"
+    assert send(EVE, reward=0.0, principal="bob")[0] == 403
+    assert send(BOB, reward=1.0) == (201, "stored")
+    assert send(principal("ann", "feedback"), reward=1.0) == (201, "stored"), "her own request with this id"
     records = Records()
-    assert {(f.principal, f.said["reward"]) for f in records.feedback("income")} == {("bob", 1), ("ann", 1)}
+    rewards = {(f.principal, f.content["reward"]) for f in records.feedback("income")}
+    assert rewards == {("bob", 1), ("ann", 1)}
     records.close()
 
 
-def test_an_admin_speaks_for_others(say):
-    assert say(ADMIN, reward=1.0, principal="bob") == (201, "stored")
-    assert say(BOB, reward=0.0)[0] == 409
+def test_an_admin_sends_feedback_for_others(send):
+    assert send(ADMIN, reward=1.0, principal="bob") == (201, "stored")
+    assert send(BOB, reward=0.0)[0] == 409
 
 
-def test_the_number_of_outcomes_and_the_age_are_those_of_the_own_request(say):
-    assert say(BOB, outcomes=["yes"]) == (422, "outcomes must have 2 values, one for each row")
-    assert say(BOB, request_id="old", reward=1.0)[0] == 410
+def test_the_number_of_outcomes_and_the_age_of_the_prediction_are_checked(send):
+    assert send(BOB, outcomes=["yes"]) == (422, "outcomes must have 2 values, one for each row")
+    status, error = send(BOB, request_id="old", reward=1.0)
+    assert (status, "must be at most 30 days old" in error) == (410, True)
