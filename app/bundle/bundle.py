@@ -90,8 +90,8 @@ class Bundle:
         probabilities = np.empty((len(texts), len(self.schema.classes)), dtype=np.float32)
         order = np.argsort(lengths, kind="stable")
         for rows in np.array_split(order, max(1, math.ceil(len(order) / TEXTS_PER_BATCH))):
-            feed = tokens.pad(ids[rows], lengths[rows])
-            probabilities[rows] = self._session.run([OUTPUT], feed)[0]
+            cut, mask = tokens.pad(ids[rows], lengths[rows])
+            probabilities[rows] = self._session.run([OUTPUT], {"ids": cut, "mask": mask})[0]
         return probabilities
 
     def check_example(self) -> None:

@@ -1,34 +1,27 @@
 """The sections `gate`, `evaluation` and `compression`: what a candidate must show on the test part."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from app.config.section import NonNegativeFloat, Section
 
-BINARY_METRICS = ("auc", "accuracy", "precision", "recall", "f1")
-"""Metrics of a binary outcome that a gate may name; higher is better, as in the lists below."""
-CLASS_METRICS = ("macro_f1", "accuracy", "macro_precision", "macro_recall")
+BinaryMetric = Literal["auc", "accuracy", "precision", "recall", "f1"]
+ClassMetric = Literal["macro_f1", "accuracy", "macro_precision", "macro_recall"]
+RankingMetric = Literal["hr@10", "ndcg@10", "mrr"]
+RatingMetric = Literal["r2"]
+Metric = Literal[BinaryMetric, ClassMetric, RankingMetric, RatingMetric]
+"""A metric that a gate may name; higher is better."""
+
+BINARY_METRICS: tuple[str, ...] = get_args(BinaryMetric)
+"""Metrics of a binary outcome."""
+CLASS_METRICS: tuple[str, ...] = get_args(ClassMetric)
 """Metrics of several classes; `macro` is the unweighted mean over the classes."""
-RANKING_METRICS = ("hr@10", "ndcg@10", "mrr")
+RANKING_METRICS: tuple[str, ...] = get_args(RankingMetric)
 """Metrics of a recommender: the rank of each user's held-out item among all items that the user has not
 had."""
-RATING_METRICS = ("r2",)
+RATING_METRICS: tuple[str, ...] = get_args(RatingMetric)
 """Further metrics of explicit feedback: the explained share of the ratings' variance."""
-Metric = Literal[
-    "auc",
-    "accuracy",
-    "precision",
-    "recall",
-    "f1",
-    "macro_f1",
-    "macro_precision",
-    "macro_recall",
-    "hr@10",
-    "ndcg@10",
-    "mrr",
-    "r2",
-]
 
 
 class Gate(Section):

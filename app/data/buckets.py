@@ -21,10 +21,3 @@ def by_length(lengths: Tensor, order: Tensor, batch_size: int) -> Tensor:
         shuffled = torch.randperm(len(batches), generator=torch.Generator().manual_seed(len(batches)))
         parts.append(batches[shuffled.to(rows.device)].flatten())
     return torch.cat([*parts, order[full:]])
-
-
-def pad(ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch (rows, any length) cut to its longest text, and its mask: int64 both, 1 where a token is."""
-    longest = int(lengths.max())
-    places = torch.arange(longest, device=lengths.device)
-    return ids[:, :longest].long(), (places < lengths[:, None]).long()

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from app.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 
 FILE = "tokenizer.json"
 """In a prepared folder and in a bundle: with the cut at `max_length` in it."""
@@ -73,11 +76,16 @@ def load(file: Path) -> "Tokenizer":
         raise UserError(f"{file}: is no tokenizer: {error}") from None
 
 
-def pad(ids: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-    """What the graph takes: tokens (rows, any length) cut to the longest, and the mask: 1 where one is."""
-    longest = max(1, lengths.max(initial=0))
-    mask = np.arange(longest) < lengths[:, None]
-    return {"ids": ids[:, :longest], "mask": mask.astype(np.int64)}
+def pad(ids: Array, lengths: Array) -> tuple[Array, Array]:
+    """Cut tokens (rows, any length) to the longest text, and make the mask: 1 where a text has a token.
+
+    Both are (rows, longest), the mask int64. Training pads PyTorch tensors and serving NumPy arrays; the few
+    operations here mean the same for both.
+    """
+    longest = max([1, *lengths.tolist()])
+    cut = ids[:, :longest]
+    places = (cut == cut).cumsum(1)  # 1, 2, 3 ... in each row
+    return cut, (places <= lengths[:, None]) * 1
 
 
 def encode(tokenizer: "Tokenizer", texts: Iterable[str | None]) -> tuple[np.ndarray, np.ndarray]:

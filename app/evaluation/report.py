@@ -4,23 +4,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from app.config import Project
+from app.config.gate import BINARY_METRICS, CLASS_METRICS, RANKING_METRICS, RATING_METRICS
 
-COLUMNS = (
-    "auc",
-    "accuracy",
-    "precision",
-    "recall",
-    "f1",
-    "macro_f1",
-    "macro_precision",
-    "macro_recall",
-    "brier",
-    "calibration_error",
-    "hr@10",
-    "ndcg@10",
-    "mrr",
-    "rmse",
-    "r2",
+COLUMNS = tuple(
+    dict.fromkeys(
+        [
+            *(*BINARY_METRICS, *CLASS_METRICS, "brier", "calibration_error"),
+            *(*RANKING_METRICS, "rmse", *RATING_METRICS),
+        ]
+    )
 )
 """Metrics that stand in the card, where a model has them."""
 

@@ -49,9 +49,9 @@ tokenizer = tokens.load(BUNDLE / tokens.FILE)
 
 @app.post("/predict")
 def predict(question: Question) -> Answer:
-    feed = tokens.pad(*tokens.encode(tokenizer, [row.text for row in question.rows]))
+    ids, mask = tokens.pad(*tokens.encode(tokenizer, [row.text for row in question.rows]))
     with torch.inference_mode():
-        given = network(torch.from_numpy(feed["ids"]), torch.from_numpy(feed["mask"])).tolist()
+        given = network(torch.from_numpy(ids), torch.from_numpy(mask)).tolist()
     said = []
     for probabilities in given:
         by_class = dict(zip(CLASSES, probabilities, strict=True))

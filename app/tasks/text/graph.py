@@ -31,8 +31,9 @@ def difference(network: nn.Module, path: Path, ids: np.ndarray, lengths: np.ndar
     graph, network, worst = open_graph(path), network.cpu().eval(), 0.0
     for start in range(0, len(lengths), TEXTS_AT_ONCE):
         rows = slice(start, start + TEXTS_AT_ONCE)
-        feed = tokens.pad(ids[rows], lengths[rows])
+        cut, mask = tokens.pad(ids[rows], lengths[rows])
         with torch.no_grad():
-            expected = network(*(torch.from_numpy(feed[name]) for name in ("ids", "mask"))).numpy()
-        worst = max(worst, float(np.abs(graph.run([OUTPUT], feed)[0] - expected).max()))
+            expected = network(torch.from_numpy(cut), torch.from_numpy(mask)).numpy()
+        given = graph.run([OUTPUT], {"ids": cut, "mask": mask})[0]
+        worst = max(worst, float(np.abs(given - expected).max()))
     return require_equal(worst)

@@ -69,7 +69,7 @@ class Task:
         y, weight = arrays["y"][rows], arrays["weight"][rows]
         if self.model.freeze:
             return arrays["vectors"][rows], y, weight
-        return *buckets.pad(arrays["ids"][rows], arrays["lengths"][rows]), y, weight
+        return *tokens.pad(arrays["ids"][rows].long(), arrays["lengths"][rows]), y, weight
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
         assert isinstance(network, networks.TextClassifier)
@@ -89,5 +89,7 @@ class Task:
 def _by_length(forward: Any, ids: Tensor, lengths: Tensor) -> Tensor:
     """`forward(ids, mask)` of all rows, float32, those of like length together."""
     order = lengths.argsort(stable=True)
-    given = [forward(*buckets.pad(ids[rows], lengths[rows])).float() for rows in order.split(TEXTS_AT_ONCE)]
+    given = [
+        forward(*tokens.pad(ids[rows].long(), lengths[rows])).float() for rows in order.split(TEXTS_AT_ONCE)
+    ]
     return torch.cat(given)[order.argsort()]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from app.config import Data, Source
 from app.data import contract, tokens
-from app.data.buckets import NUM_BATCHES, by_length, pad
+from app.data.buckets import NUM_BATCHES, by_length
 from app.data.sources import files
 from app.errors import UserError
 from app.tasks.text import network as text
@@ -37,7 +37,7 @@ def batch(rows: int = 4, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (rows, length), generator=generator)
     lengths = torch.randint(2, length + 1, (rows,), generator=generator)
-    return pad(ids, lengths)
+    return tokens.pad(ids, lengths)
 
 
 @pytest.fixture(scope="module")
@@ -157,12 +157,6 @@ class TestBuckets:
         assert len(apart) == 125 > NUM_BATCHES
         assert np.median(apart) <= 3
 
-    def test_a_batch_is_cut_to_its_longest_text(self):
-        ids, mask = pad(torch.arange(12, dtype=torch.int32).view(2, 6), torch.tensor([2, 4]))
-        assert ids.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
-        assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
-        assert ids.dtype == mask.dtype == torch.int64
-
 
 class TestEncoder:
     def test_is_loaded_without_its_pooler_and_silently(self, folder, capfd):
@@ -209,10 +203,17 @@ class TestTokens:
         assert ids[0].tolist() == [2, *ids[0, 1:4], 3, 0]
         assert ids[1, -1] == 3, "the mark of the end stays"
 
-    def test_the_graphs_inputs_are_cut_to_the_longest_text(self):
-        feed = tokens.pad(np.arange(10).reshape(2, 5), np.array([1, 3]))
-        assert feed["ids"].tolist() == [[0, 1, 2], [5, 6, 7]]
-        assert feed["mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    @pytest.mark.parametrize("array", [np.array, torch.tensor], ids=["serving", "training"])
+    def test_a_batch_is_cut_to_its_longest_text(self, array):
+        ids, mask = tokens.pad(array(np.arange(10).reshape(2, 5)), array([1, 3]))
+        assert ids.tolist() == [[0, 1, 2], [5, 6, 7]]
+        assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+        assert str(ids.dtype).removeprefix("torch.") == str(mask.dtype).removeprefix("torch.") == "int64"
+
+    @pytest.mark.parametrize("array", [np.zeros, torch.zeros], ids=["serving", "training"])
+    def test_no_texts_are_a_batch_too(self, array):
+        ids, mask = tokens.pad(array((0, 5)), array(0))
+        assert ids.shape == mask.shape == (0, 1)
 
     def test_more_than_the_encoder_takes_is_refused(self, folder, tmp_path):
         with pytest.raises(UserError, match=r"max_length must be at most 32 for .*; it is 33"):
