@@ -192,7 +192,7 @@ def _optimize(described: str, prepared: str, storage: str, count: int, seed: int
 
 def _epochs(progress: Any) -> int:
     """Of all trials, also of those that were stopped."""
-    running = sum(r["epochs"] for r in progress.running.values())
+    running = sum(r.epochs for r in progress.running.values())
     return sum(trial.user_attrs.get("epochs", 0) for trial in progress.trials) + running
 
 

@@ -78,8 +78,8 @@ def run(project: Project, console: Console) -> Swept:
 
         progress = tuner.run(project, watch, say, on_trial)
     best = progress.best()
-    if progress.reason:
-        console.say(f"  ended: {progress.reason}")
+    if progress.end_reason:
+        console.say(f"  ended: {progress.end_reason}")
     console.say(f"  {_summary(progress)}")
     written = [_write(space, trial, name, progress.objectives) for trial in best]
     page = report(project, None, console.wait)
@@ -170,7 +170,7 @@ def _watching(console: Console) -> Iterator[Watch]:
             if show is not None:
                 show(_table(progress))
                 return
-            for trial in progress.trials[max(said, progress.before) :]:
+            for trial in progress.trials[max(said, progress.num_earlier) :]:
                 console.say(f"    {_line(trial, progress)}", style="dim")
             said = len(progress.trials)
 
@@ -181,12 +181,12 @@ def _line(trial: FrozenTrial, progress: Progress) -> str:
     value = _values(trial, progress.objectives) if trial.state == TrialState.COMPLETE else ""
     if trial.state == TrialState.FAIL:
         value = trial.user_attrs.get("error", "ended by another program")
-    done = f"{len(progress.trials)}/{progress.wanted}"
+    done = f"{len(progress.trials)}/{progress.num_trials}"
     return f"trial {trial.number} ({done}) {trial.state.name.lower():<8} {value}  {_point(trial.params)}"
 
 
 def _summary(progress: Progress) -> str:
-    counted = [f"{len(progress.trials)} of {progress.wanted} trials"]
+    counted = [f"{len(progress.trials)} of {progress.num_trials} trials"]
     for state, word in ((TrialState.PRUNED, "pruned"), (TrialState.FAIL, "failed")):
         if count := progress.count(state):
             counted.append(f"{count} {word}")
@@ -195,7 +195,7 @@ def _summary(progress: Progress) -> str:
 
 def _table(progress: Progress) -> Group:
     """The best so far, what runs now, and what is left."""
-    left = progress.left_s()
+    left = progress.remaining_s()
     rest = "" if left is None or left <= 0 else f", about {_duration(left)} left"
     head = Text(f"  {progress.study}: {_summary(progress)}{rest}")
     table = Table(box=None, pad_edge=True, header_style="dim")
@@ -208,10 +208,8 @@ def _table(progress: Progress) -> Group:
         style = "green" if first else ""
         table.add_row(str(trial.number), first, epochs, values, _point(trial.params), style=style)
     for number, running in sorted(progress.running.items()):
-        value = "" if running["value"] is None else f"{running['value']:.4f}"
-        table.add_row(
-            str(number), "running", str(running["epochs"]), value, _point(running["point"]), style="cyan"
-        )
+        value = "" if running.value is None else f"{running['value']:.4f}"
+        table.add_row(str(number), "running", str(running.epochs), value, _point(running.point), style="cyan")
     return Group(head, table)
 
 

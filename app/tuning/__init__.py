@@ -1,1 +1,1 @@
-"""Searching for better settings: Optuna says what to try, Ray Tune tries it, SQL keeps what came of it."""
+"""Sweeps: Optuna chooses the settings of each trial, Ray Tune runs the trials, and SQL stores them."""

@@ -1,4 +1,4 @@
-"""What a search begins with: points to try before it chooses, and trials to learn from."""
+"""What a search starts with: points to try before it chooses, and finished trials to learn from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,41 +16,45 @@ class Planned:
 
     point: Point
     number: int | None = None
-    """Of the stored trial that was interrupted, to be gone on with."""
+    """Number of the stored trial to resume; None for a new one."""
 
 
 def planned(space: Space, stored: Sequence[FrozenTrial]) -> list[Planned]:
-    """What comes first: trials that were interrupted, then points chosen by hand, then those of a grid."""
-    found = [Planned(t.params, t.number) for t in stored if t.state == TrialState.WAITING]
+    """Interrupted trials, then the points of `sweep.points` and of a grid that have not been tried."""
+    plan = [Planned(t.params, t.number) for t in stored if t.state == TrialState.WAITING]
     tried = [t.params for t in stored]
     for values in space.sweep.points:
         point = space.encoded(values)
         if not any(point.items() <= params.items() for params in tried):
-            found.append(Planned(point))
+            plan.append(Planned(point))
     if space.sweep.search == "grid":
-        found += [Planned(p) for p in space.points() if p not in tried and space.admits(p)]
-    return found
+        plan += [Planned(p) for p in space.points() if p not in tried and space.admits(p)]
+    return plan
 
 
-def learnt(space: Space, finished: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The finished trials that tell something, and those of the earlier studies that `warm_start` names.
+def informative(space: Space, finished: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that a search can learn from: those of the studies in `warm_start`, then the finished ones.
 
-    Raises UserError for a study that is not there, has other objectives, or no trial within this space.
+    Raises UserError for a study that does not exist, has other objectives, or has no trial within this space.
     """
-    found = []
+    trials = []
     for name in space.sweep.warm_start:
         earlier = studies.load(name)
         if [d.name.lower() for d in earlier.directions] != list(space.sweep.directions):
             raise UserError(f"sweep.warm_start: the study {name!r} has other objectives")
-        within = [_copied(t, space) for t in earlier.trials if _tells(t) and space.contains(t.params)]
+        within = [
+            _with_distributions_of(space, t)
+            for t in earlier.trials
+            if _has_values(t) and space.contains(t.params)
+        ]
         if not within:
             raise UserError(f"sweep.warm_start: no trial of the study {name!r} lies within this space")
-        found += within
-    return [*found, *(trial for trial in finished if _tells(trial))]
+        trials += within
+    return [*trials, *(trial for trial in finished if _has_values(trial))]
 
 
-def _copied(trial: FrozenTrial, space: Space) -> FrozenTrial:
-    """With this space's ranges: Optuna refuses the same parameter with others."""
+def _with_distributions_of(space: Space, trial: FrozenTrial) -> FrozenTrial:
+    """A copy with this space's distributions: Optuna refuses two distributions of one parameter."""
     return create_trial(
         state=trial.state,
         values=trial.values,
@@ -60,8 +64,7 @@ def _copied(trial: FrozenTrial, space: Space) -> FrozenTrial:
     )
 
 
-def _tells(trial: FrozenTrial) -> bool:
-    """Whether a search can learn from a trial."""
+def _has_values(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE or (
         trial.state == TrialState.PRUNED and bool(trial.intermediate_values)
     )

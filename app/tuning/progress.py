@@ -1,53 +1,73 @@
-"""A sweep as it stands: what is done, what runs, and what is best."""
+"""The progress of a sweep: finished and running trials, and the best so far."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
 
 @dataclass
+class Running:
+    """A trial that is running."""
+
+    point: dict[str, Any]
+    epochs: int = 0
+    """Epochs done, of all folds."""
+    value: float | None = None
+    """Value of the first objective after the last epoch."""
+
+
+@dataclass
 class Progress:
-    """A sweep as it stands, for whoever watches."""
+    """The progress of a sweep; `Watch` is called with it after each change."""
 
     study: str
-    wanted: int
-    """Trials in all."""
+    num_trials: int
+    """Number of trials to finish, those of earlier calls included."""
     objectives: list[str]
     directions: list[str]
+    """`maximize` or `minimize`, for each objective."""
     trials: list[FrozenTrial]
-    """Those that are stored as finished."""
-    running: dict[int, dict[str, Any]] = field(default_factory=dict)
-    """By number: `point`, `epochs`, `value` so far."""
+    """Finished trials, as stored."""
+    running: dict[int, Running] = field(default_factory=dict)
+    """Running trials by number."""
     started: float = field(default_factory=time.monotonic)
-    before: int = 0
-    """Finished trials of earlier calls."""
-    reason: str = ""
-    """Why it ended before all trials, if a budget or the target ended it."""
+    num_earlier: int = 0
+    """Number of trials that earlier calls have finished."""
+    end_reason: str = ""
+    """Why the sweep ended before all trials; empty unless a budget or the target ended it."""
 
     def count(self, state: TrialState) -> int:
+        """Number of finished trials that ended in a state."""
         return sum(trial.state == state for trial in self.trials)
 
     def best(self) -> list[FrozenTrial]:
-        """The best trial, or with several objectives those that none other beats in all of them."""
+        """The best trial, or with several objectives the Pareto front."""
         return best_of(self.trials, self.directions)
 
-    def left_s(self) -> float | None:
-        """Seconds that the rest will take, if like those of this call; None before the first."""
-        done = len(self.trials) - self.before
-        if not done:
+    def remaining_s(self) -> float | None:
+        """Estimated time for the remaining trials, from those of this call; None before the first."""
+        num_done = len(self.trials) - self.num_earlier
+        if not num_done:
             return None
-        return (time.monotonic() - self.started) / done * (self.wanted - len(self.trials))
+        return (time.monotonic() - self.started) / num_done * (self.num_trials - len(self.trials))
 
 
 Watch = Callable[[Progress], None]
-"""Hears of every change."""
+"""Is called after each change of a sweep's progress."""
+
+
+class _Scored(NamedTuple):
+    """A complete trial with its values, all to be maximized."""
+
+    values: tuple[float, ...]
+    trial: FrozenTrial
 
 
 def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
-    """The complete trials, best first; with several objectives, those that are never beaten first."""
+    """The complete trials: first the best (`best_of`), then by the first objective."""
     best = {trial.number for trial in best_of(trials, directions)}
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     sign = -1.0 if directions[0] == "maximize" else 1.0
@@ -57,18 +77,20 @@ def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[Fro
 
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
-    """The complete trials that none other beats: the best of one objective, the Pareto front of several."""
+    """The first best of the complete trials by one objective, or the Pareto front by several."""
     signs = [1.0 if direction == "maximize" else -1.0 for direction in directions]
     scored = [
-        (tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial)
+        _Scored(tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial)
         for trial in trials
         if trial.state == TrialState.COMPLETE
     ]
     if len(signs) == 1:
-        return [max(scored, key=lambda pair: (pair[0], -pair[1].number))[1]] if scored else []
+        return [max(scored, key=lambda s: (s.values, -s.trial.number)).trial] if scored else []
 
-    def beaten(values: tuple[float, ...]) -> bool:
-        return any(all(o >= v for o, v in zip(other, values, strict=True)) and other != values
-                   for other, _ in scored)  # fmt: skip
+    def is_dominated(values: tuple[float, ...]) -> bool:
+        return any(
+            all(o >= v for o, v in zip(other.values, values, strict=True)) and other.values != values
+            for other in scored
+        )
 
-    return [trial for values, trial in scored if not beaten(values)]
+    return [trial for values, trial in scored if not is_dominated(values)]

@@ -1,4 +1,4 @@
-"""What Ray Tune tells of its trials goes into the stored study; and when the sweep is to end."""
+"""Stores what Ray Tune reports of its trials in the study, and decides when the sweep ends."""
 
 import json
 import threading
@@ -12,13 +12,13 @@ from ray import tune
 from app.config import Sweep
 from app.errors import described_in
 from app.state import stages
-from app.tuning.progress import Progress, Watch
+from app.tuning.progress import Progress, Running, Watch
 from app.tuning.search import state_of
 from app.tuning.study import Study
 
 
 class Recorder(tune.Callback):
-    """Stores what comes of each trial, and says when the sweep ends."""
+    """Receives Ray Tune's events, and updates the study and the progress."""
 
     def __init__(
         self,
@@ -28,7 +28,9 @@ class Recorder(tune.Callback):
         watch: Watch,
         on_trial: Callable[[FrozenTrial], None],
     ):
+        """`on_trial` is called with each trial that is stored as finished."""
         self.stop = threading.Event()
+        """Ends all trials once it is set."""
         self._sweep = sweep
         self._study = study
         self._progress = progress
@@ -37,42 +39,44 @@ class Recorder(tune.Callback):
         self._core_seconds = sum(t.user_attrs.get("core_seconds", 0.0) for t in progress.trials)
         self._numbers: Mapping[str, int] = {}
         self._dropped: set[str] = set()
-        self._begun: dict[str, float] = {}
-        self._cores = 1.0
+        """Keys of trainings whose output has been removed."""
+        self._started: dict[str, float] = {}
+        """Start of each of Tune's trials, by id, on the monotonic clock."""
+        self._cores_per_trial = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # as the search's
+        return {}  # Tune pickles callbacks to restore a sweep from its own files; we restore from the study
 
-    def of(self, numbers: Mapping[str, int], cores: float) -> None:
-        """`numbers` are of the stored trials by Tune's ids, `cores` what each trial has."""
-        self._numbers, self._cores = numbers, cores
+    def attach(self, numbers: Mapping[str, int], cores_per_trial: float) -> None:
+        """Set the numbers of the stored trials, by the ids of Tune's trials, and the CPUs of each trial."""
+        self._numbers, self._cores_per_trial = numbers, cores_per_trial
 
-    def goes_on(self) -> bool:
-        """Whether more trials may begin."""
-        return not self.stop.is_set() and not self.reached()
+    def may_start(self) -> bool:
+        """Whether another trial may start."""
+        return not self.stop.is_set() and not self.is_over()
 
-    def reached(self) -> bool:
-        """Whether the target or a budget ends the sweep; says so in the progress."""
+    def is_over(self) -> bool:
+        """Whether the target or a budget ends the sweep; if so, sets `end_reason` of the progress."""
         sweep, progress = self._sweep, self._progress
         hours = (time.monotonic() - progress.started) / 3600
         if sweep.max_hours is not None and hours >= sweep.max_hours:
-            progress.reason = f"sweep.max_hours of {sweep.max_hours:g} are used up"
+            progress.end_reason = f"sweep.max_hours of {sweep.max_hours:g} are used up"
         elif sweep.max_core_hours is not None and self._core_seconds / 3600 >= sweep.max_core_hours:
-            progress.reason = f"sweep.max_core_hours of {sweep.max_core_hours:g} are used up"
+            progress.end_reason = f"sweep.max_core_hours of {sweep.max_core_hours:g} are used up"
         elif sweep.target is not None and (best := progress.best()):
             sign = 1 if sweep.directions[0] == "maximize" else -1
             if sign * best[0].values[0] >= sign * sweep.target:
-                progress.reason = f"trial {best[0].number} has reached sweep.target {sweep.target:g}"
-        return bool(progress.reason)
+                progress.end_reason = f"trial {best[0].number} has reached sweep.target {sweep.target:g}"
+        return bool(progress.end_reason)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        if not self.stop.is_set() and self.reached():
+        if not self.stop.is_set() and self.is_over():
             self.stop.set()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         number = self._numbers[trial.trial_id]
-        self._begun.setdefault(trial.trial_id, time.monotonic())
-        self._progress.running.setdefault(number, {"point": trial.config, "epochs": 0, "value": None})
+        self._started.setdefault(trial.trial_id, time.monotonic())
+        self._progress.running.setdefault(number, Running(trial.config))
         self._watch(self._progress)
 
     def on_trial_result(
@@ -84,8 +88,8 @@ class Recorder(tune.Callback):
         value = result.get(self._sweep.objectives[0])
         if value is not None:
             self._study.report(number, result["epochs"], value)
-        if number in self._progress.running:
-            self._progress.running[number] |= {"epochs": result["epochs"], "value": value}
+        if running := self._progress.running.get(number):
+            running.epochs, running.value = result["epochs"], value
         self._watch(self._progress)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -96,10 +100,11 @@ class Recorder(tune.Callback):
         self._finish(trial, None, described_in(str(error)) if error else "its process died")
 
     def _finish(self, trial: Any, result: dict[str, Any] | None, error: str) -> None:
+        """Store the end of a trial. `result` is its last one; `error` is empty unless it failed."""
         number = self._numbers[trial.trial_id]
         state = state_of(result, bool(error))
-        took = time.monotonic() - self._begun.get(trial.trial_id, time.monotonic())
-        facts: dict[str, Any] = {"core_seconds": took * self._cores}
+        seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
+        facts: dict[str, Any] = {"core_seconds": seconds * self._cores_per_trial}
         values = None
         result = result or {}
         if state == TrialState.COMPLETE:
@@ -119,12 +124,12 @@ class Recorder(tune.Callback):
         stored = self._study.trial(number)
         self._progress.trials.append(stored)
         if state == TrialState.COMPLETE:
-            self._drop_beaten()
+            self._drop_networks()
         self._on_trial(stored)
         self._watch(self._progress)
 
-    def _drop_beaten(self) -> None:
-        """Of the networks that this sweep trained, keep the best: the others can be trained again."""
+    def _drop_networks(self) -> None:
+        """Remove the networks that this sweep trained, except the best; they can be trained again."""
         best = {key for trial in self._progress.best() for key in trial.user_attrs.get("made", [])}
         for trial in self._progress.trials:
             for key in set(trial.user_attrs.get("made", [])) - best - self._dropped:
@@ -133,7 +138,7 @@ class Recorder(tune.Callback):
 
 
 class Stopper(tune.Stopper):
-    """Has Tune end all trials once an event is set."""
+    """Ends all of Tune's trials once an event is set."""
 
     def __init__(self, event: threading.Event):
         self._event = event

@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers: which trials are given up, and when."""
+"""Ray Tune's schedulers: which trials are stopped early, and when."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from optuna.trial import FrozenTrial
 from ray import tune
 from ray.tune import schedulers
 
-from app.config import Choice, Int, Sweep
+from app.config import Choice, Int, Parameter, Sweep
 
-LONG = 10**6
-"""More epochs than any training has: schedulers end what reaches their last one."""
+NO_MAX_EPOCHS = 10**6
+"""More epochs than any training has, because schedulers end a trial that reaches their maximum."""
 
 
 def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
-    """Ray Tune's scheduler that a sweep asks for."""
+    """Ray Tune's scheduler for `sweep.scheduler`."""
     rule = sweep.pruned_by
     match rule.kind:
         case "asha" | "hyperband":
             return schedulers.AsyncHyperBandScheduler(
                 time_attr="epochs",
-                max_t=LONG,
+                max_t=NO_MAX_EPOCHS,
                 grace_period=rule.grace_epochs,
                 reduction_factor=rule.reduction_factor,
                 brackets=rule.brackets if rule.kind == "hyperband" else 1,
@@ -32,7 +32,7 @@ def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
                 time_attr="epochs",
                 grace_period=rule.grace_epochs,
                 min_samples_required=rule.min_trials,
-                min_time_slice=LONG,  # no trial makes room for others on its way
+                min_time_slice=NO_MAX_EPOCHS,  # a trial is never paused for another
             )
         case "pbt":
             return Population(
@@ -44,14 +44,17 @@ def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
 
 
 class Population(schedulers.PopulationBasedTraining):
-    """Ray's, which refuses every search algorithm: ours only deals out the settings to begin with."""
+    """Population based training with a search algorithm, which only gives the initial settings.
+
+    Ray's own refuses every search algorithm.
+    """
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(SimpleNamespace(search_alg=None), trial)
 
 
-def _mutation(parameter: Any) -> Any:
-    """What population based training changes a parameter to, now and then; otherwise a little up or down."""
+def _mutation(parameter: Parameter) -> Any:
+    """The values from which population based training resamples a parameter."""
     if isinstance(parameter, Choice):
         return parameter.values
     if isinstance(parameter, Int):
@@ -62,14 +65,14 @@ def _mutation(parameter: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Earlier:
-    """A stored trial, as a scheduler knows trials."""
+class StoredTrial:
+    """A stored trial, with the attribute that a scheduler reads of a trial."""
 
     trial_id: str
 
 
-def remember(scheduler: Any, finished: Sequence[FrozenTrial], sweep: Sweep) -> None:
-    """Have successive halving go on with the rungs of the trials before."""
+def restore_rungs(scheduler: Any, finished: Sequence[FrozenTrial], sweep: Sweep) -> None:
+    """Fill the rungs of successive halving with stored trials; other schedulers have none."""
     if not isinstance(scheduler, schedulers.AsyncHyperBandScheduler):
         return
     sign = 1.0 if sweep.directions[0] == "maximize" else -1.0
@@ -77,4 +80,4 @@ def remember(scheduler: Any, finished: Sequence[FrozenTrial], sweep: Sweep) -> N
         steps = sorted(trial.intermediate_values.items())
         for bracket in scheduler._brackets:
             for epochs, value in steps:
-                bracket.on_result(Earlier(f"stored-{trial.number}"), epochs, sign * value)
+                bracket.on_result(StoredTrial(f"stored-{trial.number}"), epochs, sign * value)

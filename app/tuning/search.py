@@ -1,4 +1,4 @@
-"""Ray Tune's search algorithm: Optuna's samplers, learning from what is stored and from what comes."""
+"""Ray Tune's search algorithm: Optuna's samplers, which learn from stored trials and from new results."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from app.tuning.plan import Planned
 from app.tuning.space import Point, Space
 from app.tuning.study import Study
 
-MOST_REJECTED = 10_000
-"""Points in a row that break a constraint, before the search gives up."""
+MAX_REJECTED_POINTS = 10_000
+"""Number of consecutive points that break a constraint after which the search gives up."""
 
 
 class Search(OptunaSearch):
-    """Chooses points by a study in memory, and has each stored before it is tried.
+    """Chooses points with an in-memory study, and stores each as a trial before it runs.
 
-    Points that break a constraint are drawn and dropped in memory alone, so the stored study has none.
+    The in-memory study also has the points that break a constraint; the stored study has none of them.
     """
 
     def __init__(
@@ -32,41 +32,44 @@ class Search(OptunaSearch):
         space: Space,
         study: Study,
         planned: Sequence[Planned],
-        learnt: Sequence[FrozenTrial],
-        goes_on: Callable[[], bool],
+        informative: Sequence[FrozenTrial],
+        may_start: Callable[[], bool],
     ):
-        """`learnt` are finished trials of this study and others; no more is begun once `goes_on` is false."""
+        """`planned` points come first. `informative` are finished trials, of this and other studies, to learn
+        from. No trial starts once `may_start` returns False.
+        """
         sweep = space.sweep
-        several = len(sweep.objectives) > 1
-        modes = [way[:3] for way in sweep.directions]
-        seed = (space.base.seed if sweep.seed is None else sweep.seed) + len(learnt)
+        has_several = len(sweep.objectives) > 1
+        modes = [direction[:3] for direction in sweep.directions]
+        seed = (space.base.seed if sweep.seed is None else sweep.seed) + len(informative)
         super().__init__(
             space=space.suggest,
-            metric=sweep.objectives if several else sweep.objectives[0],
-            mode=modes if several else modes[0],
+            metric=sweep.objectives if has_several else sweep.objectives[0],
+            mode=modes if has_several else modes[0],
             sampler=_sampler(sweep, seed),
         )
         self.numbers: dict[str, int] = {}
-        """The stored number of each of Tune's trials."""
+        """Number of the stored trial, by the id of Tune's trial."""
         self._search_space = space
         self._stored = study
         self._planned = list(planned)
-        self._goes_on = goes_on
+        self._may_start = may_start
         self._reported: set[tuple[str, int]] = set()
-        self._only_planned = sweep.search == "grid"
-        self._ot_study.add_trials(learnt)
+        """Trial ids and epochs whose results the in-memory study has."""
+        self._is_grid = sweep.search == "grid"
+        self._ot_study.add_trials(informative)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles what it is given, to restore it one day; we go by the stored study
+        return {}  # Tune pickles the search to restore a sweep from its own files; we restore from the study
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: see above."""
+        """Do nothing, for the same reason."""
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._goes_on() or (self._only_planned and not self._planned):
+        if not self._may_start() or (self._is_grid and not self._planned):
             return Searcher.FINISHED
         planned = self._planned.pop(0) if self._planned else None
-        for _ in range(MOST_REJECTED):
+        for _ in range(MAX_REJECTED_POINTS):
             if planned is not None:
                 self._ot_study.enqueue_trial(dict(planned.point))
             point = super().suggest(trial_id)
@@ -75,8 +78,8 @@ class Search(OptunaSearch):
             self._ot_study.tell(self._ot_trials.pop(trial_id), state=TrialState.FAIL)
         else:
             raise UserError(
-                f"sweep.constraints: {MOST_REJECTED:,} points in a row broke them or made no valid project; "
-                "narrow the space instead"
+                f"sweep.constraints: {MAX_REJECTED_POINTS:,} points in a row broke them or made no valid "
+                "project; narrow the space instead"
             )
         if planned is not None and planned.number is not None:
             self._stored.resume(planned.number)
@@ -87,17 +90,17 @@ class Search(OptunaSearch):
         return point
 
     def _admits(self, point: Point) -> bool:
-        """Whether a point meets the constraints and makes a valid project: `check` saw some of them alone."""
+        """Whether a point makes a valid project that meets the constraints; `Space.check` sees only some."""
         try:
             return self._search_space.admits(point)
         except ValidationError:
             return False
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if isinstance(self.metric, list):  # of several objectives Optuna takes no steps
+        if isinstance(self.metric, list):  # Optuna takes no intermediate values of several objectives
             return
         step = trial_id, result["epochs"]
-        if step not in self._reported:  # a member of a population may come to an epoch again
+        if step not in self._reported:  # a member of a population may reach an epoch twice
             self._reported.add(step)
             self._ot_trials[trial_id].report(result[self.metric], result["epochs"])
 
@@ -117,7 +120,7 @@ class Search(OptunaSearch):
 
 
 def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
-    """How a trial ended, by its last result."""
+    """How a trial ended, from its last result."""
     if error or (result and "failed" in result):
         return TrialState.FAIL
     return TrialState.COMPLETE if result and result.get("finished") else TrialState.PRUNED
@@ -125,12 +128,12 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
-    if sweep.pruned_by.kind == "pbt":  # a value says little of the settings at which the trial began
+    if sweep.pruned_by.kind == "pbt":  # settings change during a trial, so its value says little of the first
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
         match sweep.search:
             case "tpe":
-                # In groups, so that parameters that stand side by side are chosen together in each branch.
+                # `group` chooses parameters of the same branch of a conditional space together.
                 return optuna.samplers.TPESampler(
                     seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True
                 )

@@ -1,14 +1,11 @@
-"""The trials of a sweep in SQL, by Optuna's storage: what is written there is what was done."""
+"""The trials of a sweep, stored in SQL with Optuna."""
 
 import contextlib
-import fcntl
 import functools
 import json
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import optuna
 import sqlalchemy
@@ -19,12 +16,17 @@ from sqlalchemy.exc import OperationalError
 
 from app.errors import UserError
 from app.state import database
-from app.state.home import database_url, home, make_private, private_file
+from app.state.home import database_url, home, private_file
+from app.tuning.locks import Lock, lock_of
 
 WAIT_S = 300.0
-"""How long a database may be locked or away before the sweep gives up."""
+"""Maximum time that the database may be locked or unreachable before the sweep ends."""
+RETRY_S = 1.0
+"""Pause between attempts to reach the database."""
+SQLITE_TIMEOUT_S = 20
+"""Maximum time that SQLite itself waits for a lock."""
 FACTS = "raylway"
-"""The study's attribute that says what its trials have in common."""
+"""Attribute of a stored study with the settings that its trials have in common."""
 Direction = Literal["maximize", "minimize"]
 T = TypeVar("T")
 
@@ -32,7 +34,8 @@ T = TypeVar("T")
 def url() -> str:
     """The database of studies, as SQLAlchemy and optuna-dashboard take it.
 
-    In PostgreSQL they are in a schema of their own: Optuna and MLflow both call a table `alembic_version`.
+    In PostgreSQL the studies have their own schema, because Optuna and MLflow both have a table
+    `alembic_version`.
     """
     base = database_url("optuna.db")
     if not base.startswith("postgresql"):
@@ -41,35 +44,35 @@ def url() -> str:
 
 
 class Study:
-    """A stored study that this process has for itself; made by `opened`.
+    """A stored study that no other process may change; `opened` makes it.
 
-    Every call waits for a database that is locked or away, for WAIT_S, and then raises UserError.
+    Each call waits up to WAIT_S while the database is locked or unreachable, and then raises UserError.
     """
 
     def __init__(
-        self, name: str, storage: RDBStorage, study_id: int, say: Callable[[str], None], hold: "_Hold"
+        self, name: str, storage: RDBStorage, study_id: int, on_note: Callable[[str], None], lock: Lock
     ):
         self.name = name
-        self._hold = hold
+        self._lock = lock
         self._storage = storage
         self._id = study_id
-        self._say = say
-        self._ids: dict[int, int] = {}
+        self._on_note = on_note
+        self._trial_ids: dict[int, int] = {}
         """The storage's id of each trial, by its number."""
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
-        found = self._patiently(lambda: self._storage.get_all_trials(self._id, deepcopy=False))
-        self._ids |= {trial.number: trial._trial_id for trial in found}
-        return found
+        trials = self._retry(lambda: self._storage.get_all_trials(self._id, deepcopy=False))
+        self._trial_ids |= {trial.number: trial._trial_id for trial in trials}
+        return trials
 
     def trial(self, number: int) -> FrozenTrial:
-        """One of them, as it is stored now."""
-        trial_id = self._ids[number]
-        return self._patiently(lambda: self._storage.get_trial(trial_id))
+        """One trial, as it is stored now."""
+        trial_id = self._trial_ids[number]
+        return self._retry(lambda: self._storage.get_trial(trial_id))
 
     def begin(self, params: Mapping[str, Any], distributions: Mapping[str, Any], token: str) -> int:
-        """Store a trial that runs now; returns its number. `token` is its own, also if asked again."""
+        """Store a running trial and return its number; the same one for the same `token`."""
         frozen = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -78,210 +81,135 @@ class Study:
         )
 
         def write() -> int:
-            # The answer to a first try may have been lost, and the trial be there.
+            # An earlier attempt may have stored the trial, though its answer was lost.
             for trial in self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get("token") == token:
                     return trial._trial_id
             return self._storage.create_new_trial(self._id, template_trial=frozen)
 
-        trial_id = self._patiently(write)
-        number = self._patiently(lambda: self._storage.get_trial_number_from_id(trial_id))
-        self._ids[number] = trial_id
+        trial_id = self._retry(write)
+        number = self._retry(lambda: self._storage.get_trial_number_from_id(trial_id))
+        self._trial_ids[number] = trial_id
         return number
 
     def resume(self, number: int) -> None:
-        """Have a trial that was left run again."""
-        trial_id = self._ids[number]
-        self._patiently(lambda: self._storage.set_trial_state_values(trial_id, TrialState.RUNNING))
+        """Mark an interrupted trial as running."""
+        trial_id = self._trial_ids[number]
+        self._retry(lambda: self._storage.set_trial_state_values(trial_id, TrialState.RUNNING))
 
     def report(self, number: int, step: int, value: float) -> None:
-        """What a running trial has reached after so many epochs."""
-        trial_id = self._ids[number]
-        self._patiently(lambda: self._storage.set_trial_intermediate_value(trial_id, step, value))
+        """Store the value of a running trial after `step` epochs."""
+        trial_id = self._trial_ids[number]
+        self._retry(lambda: self._storage.set_trial_intermediate_value(trial_id, step, value))
 
     def finish(
         self, number: int, state: TrialState, values: Sequence[float] | None, facts: Mapping[str, Any]
     ) -> None:
-        """End a trial. `facts` are JSON values that are kept with it."""
-        trial_id = self._ids[number]
+        """Store the end of a trial, with `facts` (JSON values) as its attributes."""
+        trial_id = self._trial_ids[number]
 
         def write() -> None:
-            with contextlib.suppress(UpdateFinishedTrialError):  # a first try that was not answered
+            with contextlib.suppress(UpdateFinishedTrialError):  # an earlier attempt, whose answer was lost
                 for key, value in facts.items():
                     self._storage.set_trial_user_attr(trial_id, key, value)
                 self._storage.set_trial_state_values(trial_id, state, values)
 
-        self._patiently(write)
+        self._retry(write)
 
-    def _release(self) -> None:
-        """Trials that run in nobody's hands wait to be gone on with: same number, same parameters."""
+    def release_running(self) -> None:
+        """Mark the trials that a dead process left running as waiting, to be resumed with the same number."""
         for trial in self.trials():
             if trial.state == TrialState.RUNNING:
                 trial_id = trial._trial_id
-                self._patiently(
+                self._retry(
                     lambda: self._storage.set_trial_state_values(trial_id, TrialState.WAITING)  # noqa: B023
                 )
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        return _patiently(call, self._say, self._hold.renew)
+    def _retry(self, call: Callable[[], T]) -> T:
+        return _retry(call, self._on_note, self._lock.reacquire)
 
 
 @contextlib.contextmanager
 def opened(
-    name: str, directions: Sequence[Direction], facts: Mapping[str, Any], say: Callable[[str], None]
+    name: str, directions: Sequence[Direction], facts: Mapping[str, Any], on_note: Callable[[str], None]
 ) -> Iterator[Study]:
-    """A study for the time of the block, made if there is none; trials that another process left wait.
+    """A study for the time of the block, created if there is none. Interrupted trials in it are waiting.
 
-    `facts` (JSON values) are what makes its trials comparable; `say` hears what a person should know. Raises
-    UserError if a sweep elsewhere has the study, or if its trials were made with other facts.
+    `facts` (JSON values) are the settings that make its trials comparable. Raises UserError if another
+    process has the study, or if its trials have other facts.
     """
     if url() == f"sqlite:///{home() / 'optuna.db'}":
         private_file(home() / "optuna.db")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = _patiently(_storage, say)
-    with contextlib.closing(_hold_of(name, storage)) as hold:
-        hold.take()
-        made = _patiently(
+    storage = _retry(_storage, on_note)
+    with contextlib.closing(lock_of(name, storage)) as lock:
+        lock.acquire()
+        stored = _retry(
             lambda: optuna.create_study(
                 storage=storage, study_name=name, directions=list(directions), load_if_exists=True
             ),
-            say,
+            on_note,
         )
-        if FACTS not in made.user_attrs:
-            made.set_user_attr(FACTS, dict(facts))
-        elif changed := _changed(made.user_attrs[FACTS], json.loads(json.dumps(facts))):
+        if FACTS not in stored.user_attrs:
+            stored.set_user_attr(FACTS, dict(facts))
+        elif changes := _changes(stored.user_attrs[FACTS], json.loads(json.dumps(facts))):
             raise UserError(
                 f"the study {name!r} was begun with other settings, and its trials do not compare with new "
-                f"ones: {'; '.join(changed)}. Set them back, or begin another with --set sweep.study="
+                f"ones: {'; '.join(changes)}. Set them back, or begin another with --set sweep.study="
                 f"{name}-2 (its sweep.warm_start: [{name}] learns from this one, if the space is the same)"
             )
-        study = Study(name, storage, made._study_id, say, hold)
-        study._release()
+        study = Study(name, storage, stored._study_id, on_note, lock)
+        study.release_running()
         yield study
 
 
-def load(name: str, say: Callable[[str], None] = lambda _: None) -> optuna.Study:
-    """A stored study to look at. Raises UserError if there is none, saying which there are."""
+def load(name: str, on_note: Callable[[str], None] = lambda _: None) -> optuna.Study:
+    """A stored study to read. Raises UserError if there is none, with the names of those that exist."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url().startswith("sqlite") and not (home() / "optuna.db").exists():
         raise UserError(f"there is no study {name!r}; make one with `raylway sweep`")
-    storage = _patiently(functools.partial(_storage, poolclass=sqlalchemy.NullPool), say)
+    storage = _retry(functools.partial(_storage, poolclass=sqlalchemy.NullPool), on_note)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise UserError(f"there is no study {name!r}; there are {', '.join(sorted(names)) or 'none'}")
     return optuna.load_study(storage=storage, study_name=name)
 
 
-def _storage(**arguments: Any) -> RDBStorage:
+def _storage(**engine_options: Any) -> RDBStorage:
     target = url()
-    arguments |= {"pool_pre_ping": True}
+    engine_options |= {"pool_pre_ping": True}
     if target.startswith("sqlite"):
-        arguments["connect_args"] = {"timeout": 20}
+        engine_options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
     else:
         with database.engine(target, poolclass=sqlalchemy.NullPool).begin() as connection:
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS optuna"))
-    return RDBStorage(target, engine_kwargs=arguments)
+    return RDBStorage(target, engine_kwargs=engine_options)
 
 
-class _Hold(Protocol):
-    """Keeps a study from other sweeps, until this process closes it or dies."""
-
-    def take(self) -> None:
-        """Raises UserError if another process has the study."""
-
-    def renew(self) -> None:
-        """Take it again after the database was away, which may have lost it. Raises as `take` does."""
-
-    def close(self) -> None: ...
-
-
-def _hold_of(name: str, storage: RDBStorage) -> _Hold:
-    return _FileLock(name) if storage.url.startswith("sqlite") else _DatabaseLock(name, storage)
-
-
-class _FileLock:
-    """Beside a database that is a file; the kernel gives it back if this process dies."""
-
-    def __init__(self, name: str):
-        self._name = name
-        path = home() / "sweeps" / name / "lock"
-        make_private(path.parent)
-        self._file = path.open("a+")
-
-    def take(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.seek(0)
-            raise _taken(self._name, self._file.read()) from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def renew(self) -> None:
-        """The kernel has not lost it."""
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _DatabaseLock:
-    """Of a connection to PostgreSQL, whose end gives it back."""
-
-    def __init__(self, name: str, storage: RDBStorage):
-        self._name = name
-        self._storage = storage
-        self._connection: sqlalchemy.Connection | None = None
-
-    def take(self) -> None:
-        connection = self._storage.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        self._connection = connection
-        lock = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtext(:name))")
-        if not connection.execute(lock, {"name": f"raylway {self._name}"}).scalar():
-            raise _taken(self._name, "another process")
-
-    def renew(self) -> None:
-        if self._connection is not None:
-            self._connection.invalidate()  # or the lock would be its own rival
-            self._connection.close()
-            self._connection = None
-        self.take()
-
-    def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._storage.remove_session()
-        self._storage.engine.dispose()  # a connection that went back to the pool would keep the lock
-
-
-def _taken(name: str, owner: str) -> UserError:
-    return UserError(
-        f"the study {name!r} is being swept by {owner or 'another process'}; wait for that one, stop it, or "
-        f"begin another study with --set sweep.study={name}-2"
-    )
-
-
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> list[str]:
-    """The keys whose values differ, with both values, in words."""
-    found = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key, "nothing"), now.get(key, "nothing")
+def _changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A line for each key whose values differ."""
+    lines = []
+    for key in sorted({*stored, *current}):
+        old, new = stored.get(key, "nothing"), current.get(key, "nothing")
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changed(old, new, f"{at}{key}.")
+            lines += _changes(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{at}{key} was {json.dumps(old)} and is {json.dumps(new)}")
-    return found
+            lines.append(f"{prefix}{key} was {json.dumps(old)} and is {json.dumps(new)}")
+    return lines
 
 
-def _patiently(
-    call: Callable[[], T], say: Callable[[str], None], back: Callable[[], None] = lambda: None
+def _retry(
+    call: Callable[[], T], on_note: Callable[[str], None], reconnect: Callable[[], None] = lambda: None
 ) -> T:
-    """Call, and again while the database is locked or away; `back` comes before the call that follows."""
-    deadline, said = time.monotonic() + WAIT_S, False
+    """Make a call, again and again while the database is locked or unreachable, for up to WAIT_S.
+
+    `reconnect` comes before each attempt after the first. Raises UserError once the time is over.
+    """
+    deadline, noted = time.monotonic() + WAIT_S, False
     while True:
         try:
-            if said:
-                back()
+            if noted:
+                reconnect()
             return call()
         except (StorageInternalError, OperationalError) as error:
             cause = error.__cause__ if isinstance(error, StorageInternalError) else error
@@ -293,7 +221,7 @@ def _patiently(
                     f"the database of studies has not answered for {WAIT_S:g} s ({reason}); what was stored "
                     "is kept, and the same command goes on from there"
                 ) from None
-            if not said:
-                say(f"the database of studies does not answer ({reason}); waiting for it")
-                said = True
-            time.sleep(1.0)
+            if not noted:
+                on_note(f"the database of studies does not answer ({reason}); waiting for it")
+                noted = True
+            time.sleep(RETRY_S)

@@ -1,4 +1,4 @@
-"""One trial: a real training in a process of Ray Tune, which tells of each epoch."""
+"""One trial of a sweep: a whole training in a process of Ray Tune, which reports each epoch."""
 
 import json
 import os
@@ -26,28 +26,32 @@ from app.training.trainer import Trained
 from app.tuning.space import Space
 
 STOP_TIMEOUT_S = 60.0
-"""How long a training may take to write its checkpoint and end."""
-LATENCY_REPEATS = 100
-WORST = 1e30
-"""Reported of a trial that failed: a number that schedulers can sort, since Tune wants one."""
+"""Maximum time that a training may take to write its checkpoint and end."""
+NUM_LATENCY_RUNS = 100
+"""Number of predictions whose median is the latency."""
+WORST_VALUE = 1e30
+"""Reported for a failed trial: schedulers need a number that they can sort."""
 
-Epochs = Sequence[Mapping[str, float]]
+History = Sequence[Mapping[str, float]]
+"""Metrics of each epoch of one training."""
 
 
 class Trial(tune.Trainable):
-    """Trains the project of one point; `step` gives the next epoch's results.
+    """Trains the project of one point; `step` returns the results of the next epoch.
 
-    A result has `epochs` (trained so far, of all folds), a value for each objective, and with the last one
-    `finished`, `history` and the keys of the trainings that it `made`; or `failed`, if trying again would
-    come to the same.
+    A result has `epochs` (done, of all folds), a value for each objective and `run` (the training's key). The
+    last one has `finished`, `history` (JSON, of all folds), `core_seconds` and `made` (the keys of the
+    trainings that were not cached) instead of `run`. A training that would fail again has `failed`, a
+    message.
     """
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any]) -> None:
-        """`settings`: `home`, `project` as JSON with its sweep, `prepared` (the folder of each fold, if all
-        trials share them) and `here`, whether one worker trains in this process."""
+        """`config` is the point. `settings` has `home`, `project` (JSON, with its sweep), `prepared` (the
+        folder of each fold, empty unless all trials share them) and `in_process` (train the only worker in
+        this process)."""
         os.environ["RAYLWAY_HOME"] = settings["home"]
         self._project = Project.model_validate_json(settings["project"])
-        self._here = settings["here"]
+        self._in_process = settings["in_process"]
         self._prepared: list[str] = settings["prepared"]
         self._begin(config)
 
@@ -56,11 +60,11 @@ class Trial(tune.Trainable):
         self._results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._origin: Path | None = None
+        self._initial_checkpoints: Path | None = None
         self._key = ""
 
     def step(self) -> dict[str, Any]:
-        # Begun here and not before: a checkpoint to begin with may come after `setup`.
+        # The training starts here and not in `setup`, because Tune may call `load_checkpoint` in between.
         if self._thread is None:
             self._thread = threading.Thread(target=self._train, name="training", daemon=True)
             self._thread.start()
@@ -68,21 +72,21 @@ class Trial(tune.Trainable):
         if isinstance(result, UserError):
             sweep = self._project.sweep
             assert sweep
-            ways = zip(sweep.objectives, sweep.directions, strict=True)
-            worst = {name: WORST if way == "minimize" else -WORST for name, way in ways}
+            directions = zip(sweep.objectives, sweep.directions, strict=True)
+            worst = {name: WORST_VALUE if d == "minimize" else -WORST_VALUE for name, d in directions}
             return {**worst, "epochs": 0, "failed": str(result), "done": True}
         if isinstance(result, BaseException):
             raise result
         return result
 
     def cleanup(self) -> None:
-        """End the training, with a checkpoint that it can go on from."""
+        """End the training with a checkpoint."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(STOP_TIMEOUT_S)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another point, in this process."""
+        """Take another point in this process. Returns False if the previous training does not end."""
         self.cleanup()
         if self._thread is not None and self._thread.is_alive():
             return False
@@ -90,111 +94,106 @@ class Trial(tune.Trainable):
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """For population based training: the last checkpoint of the network."""
-        if self._key and (found := self._checkpoint(self._key)):
-            shutil.copytree(found, Path(checkpoint_dir) / found.name)
+        """Copy the training's last checkpoint, for population based training."""
+        if self._key and (latest := self._latest_checkpoint(self._key)):
+            shutil.copytree(latest, Path(checkpoint_dir) / latest.name)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Go on from the checkpoint of another, or of this one before it was paused."""
-        self._origin = Path(tempfile.mkdtemp(prefix="raylway-"))
-        shutil.copytree(checkpoint_dir, self._origin, dirs_exist_ok=True)
+        """Start from a checkpoint of another trial, or of this one before it was paused."""
+        self._initial_checkpoints = Path(tempfile.mkdtemp(prefix="raylway-"))
+        shutil.copytree(checkpoint_dir, self._initial_checkpoints, dirs_exist_ok=True)
 
-    def _checkpoint(self, key: str) -> Path | None:
+    def _latest_checkpoint(self, key: str) -> Path | None:
         settings = self._project.training.checkpoints
         return Checkpoints(trainer.checkpoints_of(key), settings).latest(print)
 
-    def _history(self, key: str) -> list[Mapping[str, float]]:
-        """The epochs of a training that was interrupted."""
-        found = self._checkpoint(key)
-        return checkpoint.state(found)["history"] if found else []
+    def _stored_history(self, key: str) -> list[Mapping[str, float]]:
+        """The epochs of an interrupted training."""
+        latest = self._latest_checkpoint(key)
+        return checkpoint.read_state(latest)["history"] if latest else []
 
     def _train(self) -> None:
+        """Put the last result, or the exception, into the queue."""
         try:
-            self._results.put(self._trained())
+            self._results.put(self._last_result())
         except Interrupted:
-            pass  # nobody waits for it
+            pass  # `cleanup` has ended the training; nothing takes another result
         except BaseException as error:
             self._results.put(error)
 
-    def _trained(self) -> dict[str, Any]:
-        """Train all folds; returns the last result."""
+    def _last_result(self) -> dict[str, Any]:
+        """Train all folds and return the last result."""
         sweep = self._project.sweep
         assert sweep
         project = Space(self._project).project(self._point)
         started = time.perf_counter()
-        histories: list[Epochs] = []
-        made: list[str] = []
+        histories: list[History] = []
+        trained_keys: list[str] = []
         for fold in range(sweep.folds or 1):
-            of_fold = with_fold(project, fold, sweep.folds) if sweep.folds else project
+            fold_project = with_fold(project, fold, sweep.folds) if sweep.folds else project
             prepared = (
-                Prepared(Path(self._prepared[fold]), cached=True) if self._prepared else prepare(of_fold)
+                Prepared(Path(self._prepared[fold]), cached=True) if self._prepared else prepare(fold_project)
             )
-            task = task_of(of_fold, prepared)
-            trained = self._fold(of_fold, prepared, task, histories)
+            task = task_of(fold_project, prepared)
+            trained = self._train_fold(fold_project, prepared, task, histories)
             histories.append(trained.history)
-            made += [] if trained.cached else [trained.key]
-        values = {
-            n: statistics.fmean(_values(h, task.score)[n] for h in histories) for n in _names(histories)
-        }
+            trained_keys += [] if trained.cached else [trained.key]
+        values = _mean_values(histories, task.score)
         if set(sweep.objectives) & set(EXPORTED):
-            values |= _exported(task, trained)
+            values |= _export_metrics(task, trained)
         seconds = time.perf_counter() - started
         return {
             **values,
             "epochs": sum(len(history) for history in histories),
             "history": json.dumps(histories),
-            "made": made,
+            "made": trained_keys,
             "core_seconds": seconds * project.training.max_workers * project.training.num_cpus,
             "finished": True,
             "done": True,
         }
 
-    def _fold(self, project: Project, prepared: Prepared, task: Task, before: list[Epochs]) -> Trained:
-        """Train one fold, and tell of each epoch but the very last: that is told with the end."""
+    def _train_fold(
+        self, project: Project, prepared: Prepared, task: Task, earlier: list[History]
+    ) -> Trained:
+        """Train one fold after the `earlier` ones, and put a result for each epoch except the very last."""
         assert self._project.sweep
-        lineage = uuid.uuid4().hex if self._origin else ""
+        lineage = uuid.uuid4().hex if self._initial_checkpoints else ""
         key = trainer.key(project, prepared, lineage)
-        if self._origin is not None:
-            shutil.move(self._origin, trainer.checkpoints_of(key))
-            self._origin = None
+        if self._initial_checkpoints is not None:
+            shutil.move(self._initial_checkpoints, trainer.checkpoints_of(key))
+            self._initial_checkpoints = None
         self._key = key
-        history = self._history(key)
-        last = len(before) + 1 == (self._project.sweep.folds or 1)
+        history = self._stored_history(key)
+        is_last_fold = len(earlier) + 1 == (self._project.sweep.folds or 1)
 
         def on_epoch(metrics: dict[str, float]) -> None:
             history.append(metrics)
-            if last and len(history) == project.training.epochs:
+            if is_last_fold and len(history) == project.training.epochs:
                 return
-            so_far = [*before, history]
-            values = {n: statistics.fmean(_values(h, task.score)[n] for h in so_far) for n in _names(so_far)}
-            epochs = sum(len(h) for h in so_far)
-            result = {**values, "epochs": epochs, "run": key}
-            self._results.put(result)
+            histories = [*earlier, history]
+            epochs = sum(len(h) for h in histories)
+            self._results.put({**_mean_values(histories, task.score), "epochs": epochs, "run": key})
 
         return trainer.train(
-            project, prepared, on_epoch, print, lineage=lineage, stop=self._stop, in_process=self._here
+            project, prepared, on_epoch, print, lineage=lineage, stop=self._stop, in_process=self._in_process
         )
 
 
-def with_fold(project: Project, fold: int, folds: int) -> Project:
-    """The project that is validated on one of its folds."""
-    split = project.data.split.model_copy(update={"fold": (fold, folds)})
+def with_fold(project: Project, fold: int, num_folds: int) -> Project:
+    """The project with one of its folds as the validation part."""
+    split = project.data.split.model_copy(update={"fold": (fold, num_folds)})
     return project.model_copy(update={"data": project.data.model_copy(update={"split": split})})
 
 
-def _names(histories: Sequence[Epochs]) -> list[str]:
-    names = histories[0][0]
-    return [n.removeprefix("validation_") for n in names if n.startswith("validation_")]
+def _mean_values(histories: Sequence[History], score: str) -> dict[str, float]:
+    """The validation metrics of the epoch whose parameters are kept (the best score), averaged over folds."""
+    best = [max(history, key=lambda metrics: metrics[f"validation_{score}"]) for history in histories]
+    names = [name for name in histories[0][0] if name.startswith("validation_")]
+    return {name.removeprefix("validation_"): statistics.fmean(m[name] for m in best) for name in names}
 
 
-def _values(history: Epochs, score: str) -> dict[str, float]:
-    """The validation metrics of the epoch whose parameters are kept: the one with the best score."""
-    best = max(history, key=lambda metrics: metrics[f"validation_{score}"])
-    return {n.removeprefix("validation_"): v for n, v in best.items() if n.startswith("validation_")}
-
-
-def _exported(task: Task, trained: Trained) -> dict[str, float]:
-    """Size, and median time of one row on one core, of the graph that would be served."""
+def _export_metrics(task: Task, trained: Trained) -> dict[str, float]:
+    """Size of the graph that would be served, and its median latency for one row on one core."""
     from safetensors.torch import load_file
 
     from app.bundle.bundle import Bundle
@@ -207,13 +206,14 @@ def _exported(task: Task, trained: Trained) -> dict[str, float]:
         packager.export(network, folder)
         schema = packager.schema()
         (folder / "schema.json").write_text(schema.model_dump_json())
-        opened = Bundle(folder, sealed=False)
+        bundle = Bundle(folder, sealed=False)
         row = task.prepared.frame("test").head(1)
         columns = {i.name: row[i.name].to_numpy() for i in schema.inputs}
+        predict = bundle.rank if schema.task == "ranking" else bundle.predict
         seconds = []
-        for _ in range(LATENCY_REPEATS):
+        for _ in range(NUM_LATENCY_RUNS):
             started = time.perf_counter()
-            opened.answer(columns)
+            predict(columns)
             seconds.append(time.perf_counter() - started)
-        size = (folder / "model.onnx").stat().st_size
-    return {"latency_ms": statistics.median(seconds) * 1e3, "size_mb": size / 1e6}
+        size_bytes = (folder / "model.onnx").stat().st_size
+    return {"latency_ms": statistics.median(seconds) * 1e3, "size_mb": size_bytes / 1e6}

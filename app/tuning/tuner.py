@@ -1,19 +1,19 @@
-"""A sweep, from the stored study to its end: Ray Tune runs the trials, and whatever ends is stored."""
+"""A sweep, from its start or its last stored trial to its end. Ray Tune runs the trials."""
 
 import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import ray
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
-from app.cluster import capacity
-from app.config import Choice, Int, Project
+from app.config import Project
 from app.config.sweep import SWEPT
 from app.data.prepare import prepare
 from app.errors import Interrupted, UserError
@@ -21,238 +21,226 @@ from app.state import files
 from app.state.home import home
 from app.training import trainer
 from app.training.signals import stopping_on_signal
-from app.training.workers.fit import resources
 from app.tuning import plan
 from app.tuning import study as studies
+from app.tuning.placement import Placement, place
 from app.tuning.progress import Progress, Watch
 from app.tuning.recorder import Recorder, Stopper
-from app.tuning.scheduler import remember, scheduler_of
+from app.tuning.scheduler import restore_rungs, scheduler_of
 from app.tuning.search import Search
 from app.tuning.space import Space
 from app.tuning.trial import Trial, with_fold
 
-QUIET = {
-    # The study is what is kept: Tune's own logs and snapshots would cost a third of a second a trial.
+TUNE_ENVIRONMENT = {
+    # Tune's own logs and snapshots cost a third of a second per trial, and the study replaces them.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": str(10**9),
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+"""Environment variables with which Tune runs."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-WHOLE_MODEL = ("model", "model.kind", "model.encoder")
-"""Keys of a model on which the prepared data depend too."""
+"""States of finished trials."""
+MODEL_KEYS_OF_PREPARED_DATA = ("model", "model.kind", "model.encoder")
+"""Keys of `model` that the prepared data depend on."""
 
 
 def run(
     project: Project,
     watch: Watch,
-    say: Callable[[str], None],
+    on_note: Callable[[str], None],
     on_trial: Callable[[FrozenTrial], None] = lambda _: None,
 ) -> Progress:
-    """Run a project's sweep to its end, going on from what is stored. Needs Ray.
+    """Run a project's sweep to its end; the stored trials count. Needs Ray.
 
-    `watch` hears of every change, `say` lines for a person, `on_trial` each trial that is stored as finished,
-    those of earlier calls first. Raises UserError for a space that makes no sense, a study that another
-    sweep has or that began with other settings, and a database that stays away; Interrupted on SIGTERM or
-    Ctrl-C, with all that was done kept.
+    `watch` is called after each change, `on_note` with lines for the user, `on_trial` with each finished
+    trial, those of earlier calls first. Raises UserError for a space that contradicts itself, a study that
+    another sweep has or that began with other settings, and a database that stays unreachable; Interrupted on
+    SIGTERM or SIGINT, after everything is stored.
     """
     space = Space(project)
     space.check()
     sweep = space.sweep
     name = sweep.study or project.name
-    with studies.opened(name, sweep.directions, _facts(space), say) as study:
+    with studies.opened(name, sweep.directions, shared_settings(space), on_note) as study:
         stored = study.trials()
         finished = [trial for trial in stored if trial.state in FINISHED]
         progress = Progress(
-            name, sweep.trials, sweep.objectives, list(sweep.directions), finished, before=len(finished)
+            name, sweep.trials, sweep.objectives, list(sweep.directions), finished, num_earlier=len(finished)
         )
         for trial in finished:
             on_trial(trial)
         watch(progress)
         recorder = Recorder(sweep, study, progress, watch, on_trial)
-        if len(finished) < sweep.trials and not recorder.reached():
+        signals: list[int] = []
+        if len(finished) < sweep.trials and not recorder.is_over():
             planned = plan.planned(space, stored)
             if sweep.search == "grid":
-                progress.wanted = min(sweep.trials, len(finished) + len(planned))
-            search = Search(space, study, planned, plan.learnt(space, finished), recorder.goes_on)
+                progress.num_trials = min(sweep.trials, len(finished) + len(planned))
+            search = Search(space, study, planned, plan.informative(space, finished), recorder.may_start)
             scheduler = scheduler_of(sweep)
-            remember(scheduler, finished, sweep)
-            caught = _tune(space, search, scheduler, recorder, progress, say)
-        else:
-            caught = []
-        _clean(progress)
-    if caught:
-        raise Interrupted(f"{len(progress.trials)} of {progress.wanted} trials are stored", caught[0])
+            restore_rungs(scheduler, finished, sweep)
+            signals = _run_tune(space, search, scheduler, recorder, progress, on_note)
+        _discard_checkpoints(progress)
+    if signals:
+        raise Interrupted(f"{len(progress.trials)} of {progress.num_trials} trials are stored", signals[0])
     return progress
 
 
-def _tune(
+def _run_tune(
     space: Space,
     search: Search,
     scheduler: TrialScheduler,
     recorder: Recorder,
     progress: Progress,
-    say: Callable[[str], None],
+    on_note: Callable[[str], None],
 ) -> list[int]:
-    """Have Ray Tune run the trials that are left; returns the signals that came."""
-    sweep = space.sweep
-    workers = _most_workers(space)
-    per_worker, note = resources(space.base, workers)
-    if note:
-        say(note)
-    here = workers == 1
-    cores = workers * per_worker["CPU"]
-    recorder.of(search.numbers, cores)
-    prepared = _prepare(space)
+    """Have Ray Tune run the remaining trials; returns the signals received meanwhile."""
+    shares_data = _shares_data(space)
+    placement = place(space, trials_prepare=not shares_data, on_note=on_note)
+    recorder.attach(search.numbers, placement.cores_per_trial)
     settings = {
         "home": str(home()),
-        "project": space.base.model_copy(update={"sweep": sweep}).model_dump_json(exclude_unset=True),
-        "prepared": prepared,
-        "here": here,
+        "project": space.base.model_copy(update={"sweep": space.sweep}).model_dump_json(exclude_unset=True),
+        "prepared": _prepare(space) if shares_data else [],
+        "in_process": placement.in_process,
     }
-    # Several workers are placed by Ray Train, beside the trial, which only waits for them.
-    # Tune takes no trial that takes nothing: a byte of memory.
-    claimed = {"memory": 1.0} if not here else per_worker if prepared else _less_one_cpu(per_worker)
-    placement = tune.PlacementGroupFactory([claimed])
-    several = len(sweep.objectives) > 1
-    folder = home() / "sweeps" / progress.study / "tune"
-    shutil.rmtree(folder, ignore_errors=True)
-    before = {name: os.environ.get(name) for name in QUIET}
-    os.environ.update(QUIET)
-    # It looks for files that Tune was told not to write.
-    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    failure: list[BaseException] = []
-    at_once = sweep.concurrent or _room(cores, per_worker, workers)
+    errors: list[BaseException] = []
 
     def run_tuner() -> None:
         try:
-            tuner = tune.Tuner(
-                tune.with_resources(tune.with_parameters(Trial, settings=settings), placement),
-                tune_config=tune.TuneConfig(
-                    search_alg=search,
-                    scheduler=scheduler,
-                    metric=None if several else sweep.objectives[0],
-                    mode=None if several else sweep.directions[0][:3],
-                    num_samples=progress.wanted - progress.before,
-                    # A population is there as a whole; those that have no room take turns.
-                    max_concurrent_trials=sweep.trials if sweep.pruned_by.kind == "pbt" else at_once,
-                    # Starting a process takes seconds. With several workers the process is the trial's
-                    # own: when it ends, they end.
-                    reuse_actors=here,
-                ),
-                run_config=tune.RunConfig(
-                    name="tune",
-                    storage_path=str(folder.parent),
-                    stop=Stopper(recorder.stop),
-                    callbacks=[recorder],
-                    failure_config=tune.FailureConfig(max_failures=sweep.retries),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                    verbose=0,
-                ),
-            )
-            tuner.fit()
+            _tuner(space, search, scheduler, recorder, progress, placement, settings).fit()
         except BaseException as error:
-            failure.append(error)
+            errors.append(error)
 
+    with _environment(progress.study), stopping_on_signal(recorder.stop.set) as signals:
+        # In a daemon thread: Tune in the main thread would delay the handling of signals, and after a second
+        # signal the process must not wait for it.
+        thread = threading.Thread(target=run_tuner, name="tune", daemon=True)
+        thread.start()
+        noted = False
+        while thread.is_alive():
+            thread.join(0.2)
+            if signals and not noted:
+                on_note("stopping; running trials write a checkpoint. The same signal again stops at once")
+                noted = True
+    if errors:
+        raise _user_error(errors[0]) or errors[0]
+    return signals
+
+
+def _tuner(
+    space: Space,
+    search: Search,
+    scheduler: TrialScheduler,
+    recorder: Recorder,
+    progress: Progress,
+    placement: Placement,
+    settings: dict[str, Any],
+) -> tune.Tuner:
+    """Ray's tuner for the remaining trials."""
+    sweep = space.sweep
+    has_several = len(sweep.objectives) > 1
+    is_population = sweep.pruned_by.kind == "pbt"
+    folder = _folder(progress.study)
+    return tune.Tuner(
+        tune.with_resources(tune.with_parameters(Trial, settings=settings), placement.claim),
+        tune_config=tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            metric=None if has_several else sweep.objectives[0],
+            mode=None if has_several else sweep.directions[0][:3],
+            num_samples=progress.num_trials - progress.num_earlier,
+            # A population starts as a whole; members for which there is no room take turns.
+            max_concurrent_trials=sweep.trials if is_population else placement.max_concurrent,
+            # Starting a process takes seconds. But workers of Ray Train end with the process that started
+            # them.
+            reuse_actors=placement.in_process,
+        ),
+        run_config=tune.RunConfig(
+            name=folder.name,
+            storage_path=str(folder.parent),
+            stop=Stopper(recorder.stop),
+            callbacks=[recorder],
+            failure_config=tune.FailureConfig(max_failures=sweep.retries),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            verbose=0,
+        ),
+    )
+
+
+def _folder(study: str) -> Path:
+    """Folder that Tune writes to while it runs."""
+    return home() / "sweeps" / study / "tune"
+
+
+@contextmanager
+def _environment(study: str) -> Iterator[None]:
+    """Environment variables, log level and empty folder for Tune; undone at the end of the block."""
+    folder = _folder(study)
+    shutil.rmtree(folder, ignore_errors=True)
+    previous = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
+    os.environ.update(TUNE_ENVIRONMENT)
+    # It would warn that the files are missing which TUNE_ENVIRONMENT turns off.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     try:
-        # In a thread of its own: in the main one, signals would have to wait for Tune.
-        with stopping_on_signal(recorder.stop.set) as caught:
-            thread = threading.Thread(target=run_tuner, name="tune", daemon=True)
-            thread.start()
-            said = False
-            while thread.is_alive():
-                thread.join(0.2)
-                if caught and not said:
-                    say("stopping; running trials write a checkpoint. The same again stops at once")
-                    said = True
+        yield
     finally:
-        for name, value in before.items():
+        for name, value in previous.items():
             if value is None:
                 del os.environ[name]
             else:
                 os.environ[name] = value
         shutil.rmtree(folder, ignore_errors=True)
-    if failure:
-        raise _cause(failure[0])
-    return caught
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What Tune has wrapped."""
-    at: BaseException | None = error
-    while at is not None:
-        if isinstance(at, UserError):
-            return at
-        at = at.__cause__ or at.__context__
-    return error
+def _user_error(error: BaseException) -> UserError | None:
+    """The UserError that Tune has wrapped in its own error, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
-def _facts(space: Space) -> dict[str, Any]:
-    """What the trials of a study must have in common to be compared."""
-    asked = {"space", "constraints", "objectives", "folds"}
+def shared_settings(space: Space) -> dict[str, Any]:
+    """The settings that the trials of a study must have in common, so that their values can be compared."""
+    sweep_keys = {"space", "constraints", "objectives", "folds"}
     document = space.base.model_dump(mode="json", include=set(SWEPT))
     for key in trainer.SETTINGS_WITHOUT_EFFECT:
         del document["training"][key]
     for key in space.sweep.space:
         _remove(document, key.split("."))
-    return {"sweep": space.sweep.model_dump(mode="json", include=asked), "project": document}
+    return {"sweep": space.sweep.model_dump(mode="json", include=sweep_keys), "project": document}
 
 
 def _remove(document: Any, path: Sequence[str]) -> None:
-    """What the space sets says nothing of what the trials share."""
+    """Remove a key, if the document has it."""
     for part in path[:-1]:
         document = document.get(part) if isinstance(document, dict) else None
     if isinstance(document, dict):
         document.pop(path[-1], None)
 
 
+def _shares_data(space: Space) -> bool:
+    """Whether all trials train on the same prepared data."""
+    return not any(
+        key in MODEL_KEYS_OF_PREPARED_DATA or key.split(".")[0] in ("data", "features")
+        for key in space.sweep.space
+    )
+
+
 def _prepare(space: Space) -> list[str]:
-    """Prepare the data that all trials share, of each fold; empty if the space has them differ."""
-    if any(key in WHOLE_MODEL or key.split(".")[0] in ("data", "features") for key in space.sweep.space):
-        return []
-    base, folds = space.base, space.sweep.folds
-    parts = [with_fold(base, i, folds) for i in range(folds)] if folds else [base]
-    return [str(prepare(part).path) for part in parts]
+    """Prepare the data that all trials share; returns the folder of each fold."""
+    base, num_folds = space.base, space.sweep.folds
+    projects = [with_fold(base, i, num_folds) for i in range(num_folds)] if num_folds else [base]
+    return [str(prepare(project).path) for project in projects]
 
 
-def _less_one_cpu(per_worker: Mapping[str, float]) -> dict[str, float]:
-    """What a trial claims that prepares data: so much less than it takes that each node has a CPU left.
-
-    Ray Data's tasks would wait for one forever, as the trial waits for them.
-    """
-    smallest = min(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
-    there = capacity.current()
-    smallest = max(1.0, smallest - (there.total - there.left_by_endpoints()))
-    return {**per_worker, "CPU": per_worker["CPU"] * max(0.0, 1 - 1 / smallest)}
-
-
-def _most_workers(space: Space) -> int:
-    """Of any trial."""
-    parameter = space.sweep.space.get("training.num_workers")
-    if isinstance(parameter, Choice):
-        return max(max(v) if isinstance(v, list) else v for v in parameter.values)
-    if isinstance(parameter, Int):
-        return parameter.high
-    return space.base.training.max_workers
-
-
-def _room(cores: float, per_worker: Mapping[str, float], workers: int) -> int:
-    """How many trials the cluster has room for at once."""
-    there = ray.cluster_resources()
-    rooms = [int(capacity.current().left_by_endpoints() / cores + 1e-9)]
-    if "GPU" in per_worker:
-        rooms.append(int(there.get("GPU", 0.0) / (workers * per_worker["GPU"]) + 1e-9))
-    if min(rooms) < 1:
-        raise UserError(
-            f"a trial takes {cores:g} CPUs ({workers} workers), but the cluster has {there.get('CPU', 0):g}; "
-            "lower training.num_workers or training.num_cpus"
-        )
-    return min(rooms)
-
-
-def _clean(progress: Progress) -> None:
-    """Checkpoints of trials that are over."""
+def _discard_checkpoints(progress: Progress) -> None:
+    """Remove the checkpoints of finished trials."""
     for trial in progress.trials:
         if run := trial.user_attrs.get("run"):
             files.discard(home() / "runs" / run)

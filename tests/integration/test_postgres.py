@@ -74,7 +74,7 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing(database, server):
 
 def test_two_sweeps_of_one_study_cannot_run_at_once(database, raylway):
     swept = project("held")
-    with studies.opened("held", ["maximize"], tuner._facts(Space(swept)), print):
+    with studies.opened("held", ["maximize"], tuner.shared_settings(Space(swept)), print):
         with pytest.raises(UserError, match="is being swept"):
             run(swept)
         done = raylway("sweep", SMOKE, "--set", "sweep.study=held", RAYLWAY_DATABASE_URL=database)

@@ -305,7 +305,7 @@ def test_a_killed_trial_is_tried_again_and_then_stored_as_failed(ray_cluster):
 
     def watch(progress: Progress) -> None:
         running = progress.running.get(0)
-        if running and (running["epochs"] or killed) and len(killed) < 2:
+        if running and (running.epochs or killed) and len(killed) < 2:
             for process in psutil.process_iter(["cmdline"]):
                 if process.pid not in killed and "Trial" in "".join(process.info["cmdline"] or []):
                     process.kill()
@@ -324,22 +324,22 @@ def test_a_killed_trial_is_tried_again_and_then_stored_as_failed(ray_cluster):
 def test_the_target_ends_a_sweep(ray_cluster):
     progress = run(project("target", target=0.5, trials=20, concurrent=1))
     assert len(progress.trials) == 1
-    assert "sweep.target" in progress.reason
+    assert "sweep.target" in progress.end_reason
 
 
 def test_core_hours_and_wall_time_end_a_sweep_that_can_be_gone_on_with(ray_cluster):
     progress = run(project("budget", max_core_hours=1e-6, trials=5, concurrent=1))
     assert len(progress.trials) == 1
-    assert "max_core_hours" in progress.reason
+    assert "max_core_hours" in progress.end_reason
     progress = run(project("budget", max_hours=1e-7, trials=5))
     assert len(progress.trials) == 1
-    assert "max_hours" in progress.reason
+    assert "max_hours" in progress.end_reason
     assert len(run(project("budget", trials=3)).trials) == 3
 
 
 def test_two_sweeps_of_one_study_cannot_run_at_once(ray_cluster, raylway):
     swept = project("held")
-    with studies.opened("held", ["maximize"], tuner._facts(Space(swept)), print):
+    with studies.opened("held", ["maximize"], tuner.shared_settings(Space(swept)), print):
         with pytest.raises(UserError, match="is being swept by process"):
             run(swept)
         done = raylway("sweep", SMOKE, "--set", "sweep.study=held")

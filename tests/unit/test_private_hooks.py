@@ -253,7 +253,7 @@ def test_the_autoscaling_policy_is_called_with_what_it_reads():
 
 def environment_variables() -> list[str]:
     """Every variable of Ray's, Tune's or MLflow's that a command or a cluster of Raylway sets."""
-    names = {*flags.FLAGS, *session.local_environment(Path("/tmp")), *tuner.QUIET}
+    names = {*flags.FLAGS, *session.local_environment(Path("/tmp")), *tuner.TUNE_ENVIRONMENT}
     names |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}  # app.cluster.local
     return sorted(name for name in names if re.match(r"(RAY|TUNE|MLFLOW|SPT)_", name))
 

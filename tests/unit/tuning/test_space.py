@@ -1,4 +1,4 @@
-"""Search spaces: what points there are, what project each makes, and what is refused."""
+"""Search spaces: their points, the project of each point, and refusals."""
 
 import datetime
 import functools
@@ -54,13 +54,13 @@ def test_a_point_has_a_value_within_each_range():
 
 def test_a_point_makes_the_project_with_its_values():
     of = space({"training.learning_rate": RATE, "model.hidden": HIDDEN})
-    made = of.project({"training.learning_rate": 0.05, "model.hidden": "[16, 16]"})
-    assert made.training.learning_rate == 0.05
-    assert made.model.hidden == [16, 16]
+    point_project = of.project({"training.learning_rate": 0.05, "model.hidden": "[16, 16]"})
+    assert point_project.training.learning_rate == 0.05
+    assert point_project.model.hidden == [16, 16]
     before = projectfile.load("configs/smoke.yaml")
-    assert made.data == before.data
-    assert made.training.epochs == before.training.epochs
-    assert made.sweep is None
+    assert point_project.data == before.data
+    assert point_project.training.epochs == before.training.epochs
+    assert point_project.sweep is None
 
 
 def test_a_whole_branch_can_be_chosen_without_leftovers_of_the_old_one():
@@ -69,7 +69,7 @@ def test_a_whole_branch_can_be_chosen_without_leftovers_of_the_old_one():
     assert [of.project(p).model.kind for p in of.points()] == ["linear", "tabm"]
 
 
-def test_conditions_hold_back_parameters_that_do_not_apply():
+def test_a_parameter_is_left_out_if_its_condition_does_not_hold():
     scale = {"type": "choice", "values": [0.1, 0.2], "when": {"model.numbers.embed": "periodic"}}
     dropout = {"type": "choice", "values": [0.1, 0.3], "when": {"model.numbers.scale": [0.1, 0.5]}}
     embed = {"type": "choice", "values": ["none", "periodic"]}
@@ -92,7 +92,7 @@ def test_a_condition_may_name_a_key_of_the_project_or_its_default():
     assert space({"model.dropout": {**dropout, "when": {"model.members": 4}}}).size() == 1
 
 
-def test_what_is_set_is_in_every_project():
+def test_set_values_are_in_every_project():
     of = space(
         {"training.learning_rate": RATE}, set={"training.num_workers": 1, "training.horovod.autotune": True}
     )
@@ -115,7 +115,7 @@ def test_size(parameter, size):
     assert space({"training.weight_decay": parameter}).size() == size
 
 
-def test_a_large_space_is_not_counted_to_its_end():
+def test_a_large_space_is_not_counted_completely():
     numbers = {"type": "int", "low": 1, "high": 1000}
     of = space({"training.batch_size": numbers, "training.epochs": numbers, "seed": numbers})
     assert of.described()[-1] == "size: more than 100,000 points"
@@ -151,8 +151,8 @@ def test_the_description_names_ranges_conditions_and_constraints():
         ("1 <= training.epochs <= 2", False),
         ("features['marital-status'].encode == 'one_hot'", True),
         ("-training.epochs // 2 % 5 == 3", True),
-        ("model.members == 3", True),  # an MLP has none
-        ("1 / seed > 0", True),  # cannot be evaluated of seed 0
+        ("model.members == 3", True),  # an MLP has no members
+        ("1 / seed > 0", True),  # cannot be evaluated with seed 0
     ],
 )
 def test_constraints(constraint, holds):
@@ -175,7 +175,7 @@ def test_constraints(constraint, holds):
         "(seed := 1) == 1",
     ],
 )
-def test_a_constraint_can_do_nothing_but_compare(constraint):
+def test_a_constraint_can_only_compute_and_compare(constraint):
     with pytest.raises(ValueError, match="constraints"):
         project({"training.learning_rate": RATE}, constraints=[constraint])
 
@@ -184,13 +184,13 @@ def test_a_constraint_can_do_nothing_but_compare(constraint):
 
 
 def refused(parameters: dict, **sweep) -> str:
-    """Why a space is refused, by its check or when the project is read."""
+    """The message with which a space is refused, by `check` or when the project is read."""
     with pytest.raises((UserError, ValueError)) as error:
         space(parameters, **sweep).check()
     return str(error.value)
 
 
-def test_a_sound_space_passes():
+def test_a_consistent_space_is_accepted():
     space({"training.learning_rate": RATE, "model.hidden": HIDDEN}, points=[{"model.hidden": [8]}]).check()
 
 
@@ -228,17 +228,17 @@ def test_a_sound_space_passes():
         ({"training.learning_rate": RATE}, {"scheduler": {"kind": "pbt"}, "folds": 3}, "folds"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(parameters, sweep, why):
+def test_an_inconsistent_space_is_refused(parameters, sweep, why):
     assert why in refused(parameters, **sweep)
 
 
-def test_a_project_without_a_sweep_says_what_one_looks_like():
+def test_a_project_without_a_sweep_is_refused_with_an_example():
     plain = project({"training.learning_rate": RATE}).model_copy(update={"sweep": None})
     with pytest.raises(UserError, match="space"):
         Space(plain)
 
 
-# What `check` accepts can be searched
+# A search can try what `check` accepts
 
 
 STEPS = {"type": "float", "low": 0.1, "high": 1.0, "step": 0.2}
@@ -279,9 +279,9 @@ def test_a_range_ends_at_its_last_step(parameter, values, top):
         ({"type": "choice", "values": ["a", "b"]}, {1, 2}, False),
     ],
 )
-def test_a_point_must_be_one_of_the_ranges_values(parameter, value, allowed):
+def test_the_values_of_a_listed_point_must_be_in_their_ranges(parameter, value, allowed):
     of = space({"training.batch_size": parameter}, points=[{"training.batch_size": value}])
-    of.project = lambda point: of.base  # whatever the values mean to a training
+    of.project = lambda point: of.base  # whether the project is valid or not
     if allowed:
         of.check()
         return
@@ -289,8 +289,8 @@ def test_a_point_must_be_one_of_the_ranges_values(parameter, value, allowed):
         of.check()
 
 
-def test_a_point_that_leaves_something_out_is_judged_by_what_can_be_drawn_for_it():
-    """Not by the project's own value, which the search never tries."""
+def test_a_listed_point_is_checked_with_random_values_for_what_it_leaves_out():
+    """And not with the project's own values, which the search never tries."""
     sizes = {"type": "int", "low": 64, "high": 128}
     parameters = {"training.batch_size": sizes, "training.epochs": {"type": "int", "low": 1, "high": 4}}
     limit = ["training.batch_size * training.epochs <= 128"]
@@ -311,7 +311,7 @@ def test_a_point_that_leaves_something_out_is_judged_by_what_can_be_drawn_for_it
         ({"type": "choice", "values": [datetime.date(2020, 1, 1)]}, "finite numbers"),
     ],
 )
-def test_a_range_that_no_search_can_handle_is_refused(parameter, why):
+def test_a_range_that_a_search_cannot_handle_is_refused(parameter, why):
     with pytest.raises(ValidationError, match=why):
         space({"training.learning_rate": parameter})
 
@@ -332,7 +332,7 @@ def test_a_constraint_that_cannot_be_evaluated_is_refused(constraint):
 @pytest.mark.parametrize(
     "constraint", ["+".join(["1"] * 100_000) + " > 1", "1" * 5000 + " > 1", "(" * 300, "\0"]
 )
-def test_a_constraint_that_keeps_the_parser_busy_is_refused(constraint):
+def test_a_constraint_that_takes_long_to_parse_is_refused(constraint):
     with pytest.raises(ValidationError, match="constraints"):
         space({"training.learning_rate": RATE}, constraints=[constraint])
 
@@ -371,25 +371,25 @@ def test_a_point_that_is_accepted_is_tried_as_it_is():
             parameters[others[0]]["when"] = {first: random_value(random, parameters[first])}
         point = {k: random_value(random, p) for k, p in parameters.items() if random.random() < 0.8}
         of = space(parameters, points=[point])
-        of.project = lambda point, of=of: of.base  # whatever the values mean to a training
+        of.project = lambda point, of=of: of.base  # whether the project is valid or not
         try:
             of.check()
         except UserError:
             continue
         accepted += 1
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=1))
-        wanted = of.encoded(point)
+        encoded = of.encoded(point)
         for number in range(3):
-            study.enqueue_trial(dict(wanted))
+            study.enqueue_trial(dict(encoded))
             trial = study.ask()
             tried = of.suggest(trial)
-            assert all(tried[key] == value for key, value in wanted.items() if key in tried)
+            assert all(tried[key] == value for key, value in encoded.items() if key in tried)
             optuna.trial.create_trial(params=dict(tried), distributions=of.distributions(tried), value=0.0)
             study.tell(trial, float(number))
     assert accepted > 20
 
 
-def test_a_large_space_with_conditions_is_counted_at_once():
+def test_a_large_space_with_conditions_is_counted_quickly():
     numbers = {"type": "int", "low": 1, "high": 10**6}
     many = {"training.epochs": numbers, "training.batch_size": {**numbers, "when": {"model.dropout": 0.1}}}
     of = space({"model.dropout": {"type": "choice", "values": [0.0, 0.1]}, **many})

@@ -53,7 +53,7 @@ def test_a_trial_goes_from_running_to_its_end():
     assert trial.datetime_start <= trial.datetime_complete
 
 
-def test_a_trial_that_nobody_has_waits_and_keeps_its_number_and_values():
+def test_an_interrupted_trial_waits_and_keeps_its_number_and_values():
     with opened() as study:
         number = study.begin({"rate": 0.5}, RATE, "a")
         study.report(number, 1, 0.7)
@@ -66,8 +66,8 @@ def test_a_trial_that_nobody_has_waits_and_keeps_its_number_and_values():
     assert [(t.number, t.state) for t in stored()] == [(0, TrialState.PRUNED)]
 
 
-def test_what_is_asked_twice_is_done_once():
-    """An answer of the database can be lost, and the call be made again."""
+def test_a_repeated_call_has_the_effect_of_one():
+    """A call is repeated if the answer of the database is lost."""
     with opened() as study:
         assert study.begin({"rate": 0.5}, RATE, "a") == study.begin({"rate": 0.5}, RATE, "a") == 0
         assert study.begin({"rate": 0.5}, RATE, "b") == 1
@@ -76,7 +76,7 @@ def test_what_is_asked_twice_is_done_once():
     assert [t.state.name for t in stored()] == ["COMPLETE", "RUNNING"]
 
 
-def test_other_facts_are_refused_and_named():
+def test_other_settings_are_refused_and_named():
     with opened():
         pass
     other = {"sweep": {"space": {"rate": [0, 2]}}, "project": {"training": {"epochs": 3, "seed": 1}}}
@@ -85,7 +85,7 @@ def test_other_facts_are_refused_and_named():
     assert "sweep.space.rate was [0, 1] and is [0, 2]" in str(error.value)
     assert 'project.training.seed was "nothing" and is 1' in str(error.value)
     with opened():
-        pass  # the stored ones are as they were
+        pass  # the refused settings have not replaced the stored ones
 
 
 def _hold(ready, done):
@@ -94,7 +94,7 @@ def _hold(ready, done):
         done.wait()
 
 
-def test_one_process_has_a_study_at_a_time_and_a_killed_one_gives_it_back():
+def test_one_process_has_a_study_at_a_time_until_it_is_killed():
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     holder = context.Process(target=_hold, args=(ready, done), daemon=True)
@@ -110,7 +110,7 @@ def test_one_process_has_a_study_at_a_time_and_a_killed_one_gives_it_back():
         pass
 
 
-def test_a_locked_database_is_waited_for(home, monkeypatch):
+def test_a_call_waits_for_a_locked_database(home, monkeypatch):
     with opened() as study:
         number = study.begin({"rate": 0.5}, RATE, "a")
     notes: list[str] = []
@@ -131,14 +131,14 @@ def test_a_locked_database_is_waited_for(home, monkeypatch):
     assert "locked" in notes[0]
 
 
-def test_a_database_that_stays_away_ends_with_what_to_do(home, monkeypatch):
+def test_an_unreachable_database_ends_the_sweep_with_advice(home, monkeypatch):
     monkeypatch.setattr(studies, "WAIT_S", 0.1)
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{home}/no/such/folder/x.db")
     with pytest.raises(UserError, match="the same command goes on"), opened():
         pass
 
 
-def test_a_study_that_is_not_there_is_said_with_those_that_are():
+def test_a_missing_study_is_refused_with_the_names_of_the_others():
     with pytest.raises(UserError, match="raylway sweep"):
         studies.load("s")
     with opened("t"):
@@ -148,7 +148,7 @@ def test_a_study_that_is_not_there_is_said_with_those_that_are():
 
 
 @pytest.mark.parametrize("url", ["postgresql://u@h/d", "postgres://u@h/d", "postgresql+psycopg://u@h/d"])
-def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
+def test_studies_in_postgresql_have_their_own_schema(monkeypatch, url):
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
     ours = f"{LIMITS}&options=-csearch_path%3Doptuna"
     assert studies.url() == f"postgresql+psycopg://u@h/d?{ours}"
@@ -156,15 +156,15 @@ def test_in_postgresql_studies_have_a_schema_of_their_own(monkeypatch, url):
     assert studies.url().endswith(f"d?sslmode=require&{ours}")
 
 
-def test_who_looks_at_a_study_is_told_that_the_database_is_waited_for(monkeypatch):
+def test_load_notes_that_it_waits_for_the_database(monkeypatch):
     with opened():
         pass
-    storage, told = studies.RDBStorage, []
+    storage, notes = studies.RDBStorage, []
 
     def away(*arguments, **options):
         monkeypatch.setattr(studies, "RDBStorage", storage)
         raise sqlalchemy.exc.OperationalError("", {}, Exception("Connection refused"))
 
     monkeypatch.setattr(studies, "RDBStorage", away)
-    studies.load("s", told.append)
-    assert told == ["the database of studies does not answer (Connection refused); waiting for it"]
+    studies.load("s", notes.append)
+    assert notes == ["the database of studies does not answer (Connection refused); waiting for it"]
