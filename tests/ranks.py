@@ -1,4 +1,4 @@
-"""Two real ranks for a test, without Ray: processes that have joined over Horovod or torch.distributed."""
+"""Two real ranks for a test, without Ray: processes joined over Horovod or torch.distributed."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ TIMEOUT_S = 60
 
 
 class Pair:
-    """Has both ranks call a function of a module, and returns what each returned."""
+    """Runs a function of a module on both ranks; returns the result of each."""
 
     def __init__(self, pipes: list[Any]):
         self._pipes = pipes
@@ -31,7 +31,7 @@ class Pair:
 
 @contextmanager
 def pair(backend: str, folder: Path) -> Iterator[Pair]:
-    """Two ranks over `horovod` or `ddp`; `folder` is for what they need to find each other."""
+    """Two ranks over `horovod` or `ddp`, which find each other through files in `folder`."""
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, server = [], [], None
     if backend == "horovod":
@@ -70,7 +70,7 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
 
 
 def _serve_one(pipe: Any, backend: str, rank: int, store: str, environment: dict[str, str]) -> None:
-    """A rank's life: join, then call what comes through the pipe until it is killed."""
+    """Join, then call the functions that come through the pipe, until this rank is killed."""
     os.environ.update(environment)
     import torch
 

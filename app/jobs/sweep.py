@@ -208,7 +208,7 @@ def _table(progress: Progress) -> Group:
         style = "green" if first else ""
         table.add_row(str(trial.number), first, epochs, values, _point(trial.params), style=style)
     for number, running in sorted(progress.running.items()):
-        value = "" if running.value is None else f"{running['value']:.4f}"
+        value = "" if running.value is None else f"{running.value:.4f}"
         table.add_row(str(number), "running", str(running.epochs), value, _point(running.point), style="cyan")
     return Group(head, table)
 

@@ -1,6 +1,7 @@
-"""Checkpoints: all that the training needs to go on as if nothing had happened, in safetensors and JSON.
+"""Checkpoints: everything that a training needs to resume with the same result, as safetensors and JSON.
 
-Written behind the training's back, whole or not at all, and trusted only if every file's hash is right.
+A background thread writes them, each whole or not at all, and a checkpoint is read only if the hash of every
+file is right.
 """
 
 import json
@@ -9,7 +10,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,20 +21,30 @@ from app.state import files
 
 Tensors = Mapping[str, Tensor]
 MANIFEST = "MANIFEST.json"
+"""File with the SHA-256 of every other file of a checkpoint."""
+STATE = "state.json"
+"""File with the values of a checkpoint that are no tensors."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a training between two steps, detached from it."""
+    """The state of a training between two steps, copied from it."""
 
     groups: Mapping[str, Tensors]
-    """`model`, `optimizer`, `random`: a file of tensors each."""
+    """Tensors by name, in a file for each group: `model`, `optimizer`, `ranks`."""
     state: Mapping[str, Any]
-    """JSON values; has `epoch` and `step`, the position in the data, and `score`, None but after an epoch."""
+    """JSON values. `epoch` and `step` are the position in the data; `score` is None within an epoch."""
+
+
+class _Scored(NamedTuple):
+    """A checkpoint of a completed epoch."""
+
+    score: float
+    folder: Path
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder that all ranks see; rank 0 writes."""
+    """The checkpoints of one training, in a folder that all ranks can read; rank 0 writes it."""
 
     def __init__(self, folder: Path, settings: Checkpointing):
         self._folder = folder
@@ -43,18 +54,18 @@ class Checkpoints:
         self._buffers: dict[str, Tensor] = {}
 
     def save(self, groups: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
-        """Copy the tensors and return; they are written behind.
+        """Copy the tensors and return; a background thread writes them.
 
-        Waits for the write before, if that is not done, and raises what it raised.
+        Waits until the previous write is done, and raises its exception if it failed.
         """
         self.wait()
         copies = {name: self._copy(name, tensors) for name, tensors in groups.items()}
         snapshot = Snapshot(copies, dict(state))
-        self._thread = threading.Thread(target=self._write_behind, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the last `save` is on the disk. Raises OSError if it could not be written."""
+        """Wait until the last `save` is on disk. Raises the exception of a write that failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -63,30 +74,31 @@ class Checkpoints:
             raise failure
 
     def folder_of(self, epoch: int, step: int) -> Path:
-        """Where the checkpoint of a position is."""
+        """Folder of the checkpoint of a position."""
         return self._folder / _name(epoch, step)
 
-    def latest(self, say: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint whose files are all as they were written; `say` hears of damaged ones."""
+    def latest(self, on_note: Callable[[str], None]) -> Path | None:
+        """The newest undamaged checkpoint; `on_note` is told of damaged ones."""
         for folder in reversed(self._all()):
             if not (fault := damage(folder)):
                 return folder
-            say(f"the checkpoint {folder.name} is damaged ({fault}); looking for the one before it")
+            on_note(f"the checkpoint {folder.name} is damaged ({fault}); looking for the one before it")
         return None
 
-    def best(self, say: Callable[[str], None]) -> Path:
-        """The checkpoint of the epoch with the best score, the first of equals. There must be one.
+    def best(self, on_note: Callable[[str], None]) -> Path:
+        """The undamaged checkpoint of the epoch with the best score, the first of equals.
 
-        `say` hears of better ones that are damaged.
+        `on_note` is told of damaged ones. Raises FileNotFoundError if there is none.
         """
-        for _, folder in _best_first(self._scored()):
+        for scored in _best_first(self._scored()):
+            folder = scored.folder
             if not (fault := damage(folder)):
                 return folder
-            say(f"the checkpoint {folder.name} is damaged ({fault}); taking the next best")
-        raise FileNotFoundError(f"no sound checkpoint of an epoch in {self._folder}")
+            on_note(f"the checkpoint {folder.name} is damaged ({fault}); taking the next best")
+        raise FileNotFoundError(f"no undamaged checkpoint of a completed epoch in {self._folder}")
 
     def _copy(self, group: str, tensors: Tensors) -> Tensors:
-        """Into buffers that are kept: fresh memory costs as much as the copy."""
+        """Copy into buffers that the next call uses again: allocating them takes as long as the copy."""
         copies = {}
         for name, tensor in tensors.items():
             buffer = self._buffers.get(key := f"{group}/{name}")
@@ -95,53 +107,53 @@ class Checkpoints:
             copies[name] = buffer.copy_(tensor.detach())
         return copies
 
-    def _write_behind(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         try:
             self._prune(write(self._folder, snapshot))
         except BaseException as error:
             self._failure = error
 
     def _prune(self, newest: Path) -> None:
-        """Keep the last and the best.
+        """Remove all checkpoints but the last and the best.
 
-        What stands after the newest is damaged, or counts the steps of another number of ranks: it would be
-        taken for the newest.
+        Those at a position after `newest` are removed too: they are damaged, or count the steps of another
+        number of ranks, and would be taken for the newest.
         """
         last = [folder for folder in self._all() if folder <= newest][-self._settings.keep_last :]
-        scored = [pair for pair in self._scored() if pair[1] <= newest]
-        best = _best_first(scored)[: self._settings.keep_best]
-        keep = {*last, *(folder for _, folder in best)}
+        best = _best_first([scored for scored in self._scored() if scored.folder <= newest])
+        keep = {*last, *(scored.folder for scored in best[: self._settings.keep_best])}
         for folder in set(self._all()) - keep:
             files.discard(folder)
 
     def _all(self) -> list[Path]:
         return sorted(f for f in self._folder.glob("[0-9]*-[0-9]*") if f.is_dir())
 
-    def _scored(self) -> list[tuple[float, Path]]:
+    def _scored(self) -> list[_Scored]:
+        """The checkpoints of completed epochs, damaged ones with a readable state included."""
         scored = []
         for folder in self._all():
             try:
-                score = json.loads((folder / "state.json").read_text())["score"]
+                score = json.loads((folder / STATE).read_text())["score"]
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged: `latest` says so
+                continue  # damaged, which `latest` notes
             if score is not None:
-                scored.append((score, folder))
+                scored.append(_Scored(score, folder))
         return scored
 
 
-def _best_first(scored: list[tuple[float, Path]]) -> list[tuple[float, Path]]:
-    return sorted(scored, key=lambda pair: (-pair[0], pair[1].name))
+def _best_first(checkpoints: list[_Scored]) -> list[_Scored]:
+    return sorted(checkpoints, key=lambda scored: (-scored.score, scored.folder.name))
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a snapshot into a folder of its own under `folder`: there whole, or not at all."""
+    """Write a checkpoint into `folder`, whole or not at all, and return its own folder."""
     name = _name(snapshot.state["epoch"], snapshot.state["step"])
     draft = folder / f".{name}"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for group, tensors in snapshot.groups.items():
         save_file(dict(tensors), draft / f"{group}.safetensors")
-    (draft / "state.json").write_text(json.dumps(snapshot.state))
+    (draft / STATE).write_text(json.dumps(snapshot.state))
     manifest = {file.name: files.sha256(file) for file in sorted(draft.iterdir())}
     (draft / MANIFEST).write_text(json.dumps(manifest))
     for file in draft.iterdir():
@@ -155,36 +167,36 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint; empty if nothing is."""
+    """A description of what is damaged in a checkpoint; empty if nothing is."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         faults = [name for name, digest in manifest.items() if files.sha256(folder / name) != digest]
     except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    if "state.json" not in manifest:
-        return f"{MANIFEST} is of something else"
+    if STATE not in manifest:
+        return f"{MANIFEST} does not list {STATE}"
     return f"{', '.join(faults)} changed" if faults else ""
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The groups of tensors and the state that `write` wrote."""
+    """The groups of tensors and the state of a checkpoint, as in its Snapshot."""
     groups = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
-    return groups, state(folder)
+    return groups, read_state(folder)
 
 
-def state(folder: Path) -> dict[str, Any]:
-    """The state alone of what `write` wrote."""
-    return json.loads((folder / "state.json").read_text())
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint without its tensors."""
+    return json.loads((folder / STATE).read_text())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by `<parameter>.<name>`."""
+    """The optimizer's state, by `<index of the parameter>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Give the optimizer the state that `optimizer_tensors` took; its groups' settings stay as they are."""
+    """Load the state that `optimizer_tensors` returned; the settings of the parameter groups stay."""
     values: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
@@ -193,5 +205,5 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
 
 
 def _name(epoch: int, step: int) -> str:
-    """Sorts by position."""
+    """Name of a checkpoint's folder; names sort by position."""
     return f"{epoch:06d}-{step:09d}"

@@ -131,8 +131,7 @@ class Horovod:
         return wait
 
     def _begin_bf16_exchange(self, buffer: Tensor, name: str) -> Callable[[], None]:
-        """As `_begin_exchange`. Horovod cannot add bfloat16, so each rank gathers all buffers and adds
-        them."""
+        """As `_begin_exchange`, in bfloat16, which Horovod cannot add: each rank adds all buffers itself."""
         rows = buffer.to(torch.bfloat16)[None].view(torch.uint8)
         handle = self._hvd.allgather_async(rows, name=name)
 

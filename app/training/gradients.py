@@ -17,8 +17,7 @@ several."""
 
 
 def overlaps(training: Training, network: nn.Module) -> bool:
-    """Whether to overlap the exchange with the backward pass, by the project's setting or the network's
-    size."""
+    """Whether the exchange overlaps the backward pass: `training.gradients`, or the network's size."""
     if training.gradients == "auto":
         return sum(p.numel() for p in network.parameters() if p.requires_grad) >= MIN_OVERLAPPED_PARAMETERS
     return training.gradients == "overlapped"

@@ -11,8 +11,7 @@ if TYPE_CHECKING:  # workers/progress.py runs in an actor, whose start should no
 
 
 class Request(IntEnum):
-    """What a training should do after the current step. If ranks request different things, the largest
-    counts."""
+    """What a training should do after the current step. Of the requests of all ranks the largest counts."""
 
     NONE = 0
     SAVE = 1

@@ -1,4 +1,4 @@
-"""What this machine can train with, and what to change when a project asks for more."""
+"""Whether this machine can train a project, and what to change if it cannot."""
 
 import importlib.metadata
 import os
@@ -16,30 +16,32 @@ BUILD_WITH_NCCL = "on a machine with a GPU and `nvcc` (CUDA toolkit), remove .ve
 
 @dataclass(frozen=True)
 class Machine:
-    """What can be found out without starting anything."""
+    """Libraries, devices and memory of a machine."""
 
     python: str
     torch: str
     ray: str
     horovod: str | None
-    """Version, or None if it cannot be imported."""
+    """Version of Horovod, or None if it cannot be imported."""
     horovod_operations: tuple[str, ...]
-    """Of gloo, nccl, mpi: what Horovod was built with."""
+    """Those of gloo, nccl and mpi that Horovod was built with."""
     torch_backends: tuple[str, ...]
-    """Of gloo, nccl: what torch.distributed has."""
+    """Those of gloo and nccl that torch.distributed has."""
     cuda: str | None
-    """The CUDA that PyTorch was built for."""
+    """Version of CUDA that PyTorch was built for, or None."""
     gpus: tuple[str, ...]
+    """Name of each GPU."""
     bf16: bool
     """Whether the GPUs compute in bfloat16."""
     cores: int
+    """Number of CPU cores that this process may use."""
     memory_gib: float
     shared_memory_gib: float
-    """Of /dev/shm, where Ray keeps its objects."""
+    """Size of /dev/shm, where Ray stores objects."""
 
 
 def inspect() -> Machine:
-    """Look at this machine. Imports PyTorch and Horovod: seconds."""
+    """This machine. Takes seconds, because it imports PyTorch and Horovod."""
     import torch
     from torch import distributed
 
@@ -52,7 +54,7 @@ def inspect() -> Machine:
         version = importlib.metadata.version("horovod")
         built = {"gloo": hvd.gloo_built(), "nccl": hvd.nccl_built(), "mpi": hvd.mpi_built()}
         operations = [name for name, is_built in built.items() if is_built]
-    has = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    available = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     shm = Path("/dev/shm")
     return Machine(
@@ -61,7 +63,7 @@ def inspect() -> Machine:
         ray=importlib.metadata.version("ray"),
         horovod=version,
         horovod_operations=tuple(operations),
-        torch_backends=tuple(name for name, available in has.items() if available),
+        torch_backends=tuple(name for name, is_available in available.items() if is_available),
         cuda=torch.version.cuda,
         gpus=tuple(gpus),
         bf16=bool(gpus) and torch.cuda.is_bf16_supported(),
@@ -72,43 +74,43 @@ def inspect() -> Machine:
 
 
 def faults(training: Training, machine: Machine) -> list[str]:
-    """What the project asks for and this machine has not: each with the key, and what to do."""
-    found = []
+    """What the project needs and the machine does not have; each with the key, and what to do."""
+    messages = []
     on_gpu = training.device == "cuda" or (training.device == "auto" and bool(machine.gpus))
     if training.device == "cuda" and not machine.gpus:
         why = "PyTorch sees none" if machine.cuda else f"PyTorch {machine.torch} was built without CUDA"
-        found.append(f"training.device: cuda needs a GPU, but {why}; say auto or cpu")
+        messages.append(f"training.device: cuda needs a GPU, but {why}; say auto or cpu")
     if training.backend == "horovod":
         if machine.horovod is None:
-            found.append(
+            messages.append(
                 "training.backend: Horovod cannot be imported; run `make setup`, or say backend: ddp"
             )
         elif on_gpu and machine.gpus and "nccl" not in machine.horovod_operations:
-            found.append(
+            messages.append(
                 f"training.backend: Horovod was built with {', '.join(machine.horovod_operations)}, so GPUs "
                 f"would exchange gradients through the CPU; {BUILD_WITH_NCCL}, or say backend: ddp"
             )
         if training.horovod.adasum and not {"mpi", "nccl"} & set(machine.horovod_operations):
-            found.append(
+            messages.append(
                 "training.horovod.adasum: needs Horovod built with MPI or NCCL, and this one has "
                 f"{', '.join(machine.horovod_operations) or 'neither'}; {BUILD_WITH_NCCL}, or leave it out"
             )
     elif on_gpu and machine.gpus and "nccl" not in machine.torch_backends:
-        found.append("training.backend: PyTorch has no NCCL; install its CUDA build, or say device: cpu")
+        messages.append("training.backend: PyTorch has no NCCL; install its CUDA build, or say device: cpu")
     if training.precision == "bf16" and on_gpu and machine.gpus and not machine.bf16:
-        found.append(f"training.precision: {machine.gpus[0]} has no bf16; say fp16 or auto")
-    return found
+        messages.append(f"training.precision: {machine.gpus[0]} has no bf16; say fp16 or auto")
+    return messages
 
 
 def require(training: Training) -> None:
-    """Raise UserError that lists the faults. Looks only if the project asks for what may be missing."""
+    """Raise UserError with all faults. Inspects the machine only if the project needs what may be missing."""
     plain = training.device == "cpu" and not training.horovod.adasum
-    if not plain and (found := faults(training, inspect())):
-        raise UserError("\n".join(found))
+    if not plain and (messages := faults(training, inspect())):
+        raise UserError("\n".join(messages))
 
 
 def described(machine: Machine) -> list[str]:
-    """The machine in lines for a person."""
+    """The machine in lines for the user."""
     gpus = ", ".join(machine.gpus) or "none"
     operations = ", ".join(machine.horovod_operations) or "nothing"
     memory = f"{machine.memory_gib:g} GiB memory, {machine.shared_memory_gib:g} GiB /dev/shm"

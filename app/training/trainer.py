@@ -121,7 +121,7 @@ def train(
         last = checkpoints.latest(on_note)
         assert last is not None, "a finished training has a checkpoint of its last epoch"
         shutil.copy(checkpoints.best(on_note) / "model.safetensors", draft)
-        (draft / "history.json").write_text(json.dumps(checkpoint.state(last)["history"], indent=1))
+        (draft / "history.json").write_text(json.dumps(checkpoint.read_state(last)["history"], indent=1))
         if (timeline := run / "timeline.json").exists():
             shutil.copy(timeline, draft)
 

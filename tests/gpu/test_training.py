@@ -45,7 +45,7 @@ def train(prepared, run: Path, where: torch.device, *, ranks=None, observer=None
     project = project.model_copy(update={"model": model})
     network = loop.train(project, prepared, run, ranks or Alone(), observer or Observer(), where)
     latest = Checkpoints(run / "checkpoints", project.training.checkpoints).latest(pytest.fail)
-    history = checkpoint.state(latest)["history"]
+    history = checkpoint.read_state(latest)["history"]
     parameters = torch.cat([p.detach().flatten().cpu() for p in network.parameters()])
     return parameters, [{k: v for k, v in e.items() if k != "rows_per_s"} for e in history]
 

@@ -1,4 +1,4 @@
-"""What the ranks do together, by two real processes for each backend."""
+"""Collective operations and gradients of two real processes, over each backend."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def settings(backend: str, **others) -> Training:
     return Training(backend=backend, num_workers=2, epochs=1, batch_size=BATCH, learning_rate=RATE, **others)
 
 
-# Here: what the test asks. `_on_rank` functions: what each rank does.
+# Tests run in this process, the `_on_rank` functions in each rank.
 
 NUMBERS = (torch.uint8, torch.int16, torch.int64, torch.float32, torch.float64, torch.bfloat16, torch.bool)
 
@@ -74,7 +74,7 @@ def test_each_rank_knows_its_place(exchanged):
     assert [answer["place"] for answer in exchanged] == [(0, 2), (1, 2)]
 
 
-def test_broadcast_overwrites_with_what_rank_0_has(exchanged):
+def test_broadcast_overwrites_with_the_tensors_of_rank_0(exchanged):
     for answer in exchanged:
         assert torch.equal(answer["broadcast"][0], numbers(0, 4, torch.int64))
         assert torch.equal(answer["broadcast"][1], torch.zeros(2, 2))
@@ -102,7 +102,7 @@ BATCH, RATE, STEPS = 4, 0.05, 3
 
 
 class Network(nn.Module):
-    """Small, with a table of which a batch uses only some rows."""
+    """A small network with an embedding of which a batch uses only some rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,8 +111,8 @@ class Network(nn.Module):
         self.layers = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
 
     def loss(self, x: Tensor, place: Tensor, y: Tensor) -> Tensor:
-        seen = torch.cat([x, self.table(place)], dim=1)
-        return (self.layers(seen).squeeze(1) - y).square().mean()
+        inputs = torch.cat([x, self.table(place)], dim=1)
+        return (self.layers(inputs).squeeze(1) - y).square().mean()
 
 
 def batch(rank: int, step: int, passes: int = 1) -> list[tuple[Tensor, ...]]:
@@ -130,20 +130,20 @@ def train_on_rank(training: Training) -> list[Tensor]:
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
     gradients = ours.gradients(network)
-    passes, seen = training.backward_passes_per_step, []
+    passes, gradients_by_step = training.backward_passes_per_step, []
     for step in range(STEPS):
         gradients.zero()
         for i, one in enumerate(batch(ours.rank, step, passes)):
             with gradients.accumulating(last=i == passes - 1):
                 (gradients.loss(*one) / passes).backward()
         gradients.reduce()
-        seen.append(flat(p.grad for p in network.parameters()))
+        gradients_by_step.append(flat(p.grad for p in network.parameters()))
         optimizer.step()
-    return [*seen, flat(p.detach() for p in network.parameters())]
+    return [*gradients_by_step, flat(p.detach() for p in network.parameters())]
 
 
 def library_on_rank(training: Training) -> list[Tensor]:
-    """The same steps by the library's own means, as its manual shows them."""
+    """The same steps with the optimizer or wrapper of the library itself."""
     rank = collective.join(training, Path(os.devnull)).rank
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
@@ -155,19 +155,19 @@ def library_on_rank(training: Training) -> list[Tensor]:
     else:
         network.forward = network.loss
         loss = nn.parallel.DistributedDataParallel(network)
-    seen = []
+    gradients_by_step = []
     for step in range(STEPS):
         optimizer.zero_grad()
         loss(*batch(rank, step)[0]).backward()
         if training.backend == "horovod":
             optimizer.synchronize()
-            seen.append(flat(p.grad for p in network.parameters()))
+            gradients_by_step.append(flat(p.grad for p in network.parameters()))
             with optimizer.skip_synchronize():
                 optimizer.step()
         else:
-            seen.append(flat(p.grad for p in network.parameters()))
+            gradients_by_step.append(flat(p.grad for p in network.parameters()))
             optimizer.step()
-    return [*seen, flat(p.detach() for p in network.parameters())]
+    return [*gradients_by_step, flat(p.detach() for p in network.parameters())]
 
 
 def flat(tensors) -> Tensor:
@@ -175,23 +175,23 @@ def flat(tensors) -> Tensor:
 
 
 def alone(passes: int = 1) -> list[Tensor]:
-    """The same steps by one process that has the rows of both ranks in one batch."""
+    """The same steps in one process with the rows of both ranks in one batch."""
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-    seen = []
+    gradients_by_step = []
     for step in range(STEPS):
         pieces = [one for rank in range(2) for one in batch(rank, step, passes)]
         optimizer.zero_grad()
         network.loss(*(torch.cat(part) for part in zip(*pieces, strict=True))).backward()
-        seen.append(flat(p.grad for p in network.parameters()))
+        gradients_by_step.append(flat(p.grad for p in network.parameters()))
         optimizer.step()
-    return [*seen, flat(p.detach() for p in network.parameters())]
+    return [*gradients_by_step, flat(p.detach() for p in network.parameters())]
 
 
-def check_equal(answers: list[list[Tensor]], wanted: list[Tensor], tolerance: float = 1e-6) -> None:
+def check_equal(answers: list[list[Tensor]], expected: list[Tensor], tolerance: float = 1e-6) -> None:
     for ours, theirs in zip(*answers, strict=True):
-        assert torch.equal(ours, theirs), "the ranks must go the same way, to the bit"
-    for ours, other in zip(answers[0], wanted, strict=True):
+        assert torch.equal(ours, theirs), "the ranks must have the same bits"
+    for ours, other in zip(answers[0], expected, strict=True):
         torch.testing.assert_close(ours, other, rtol=0, atol=tolerance)
 
 
@@ -204,14 +204,14 @@ def test_gradients_are_those_of_one_process_with_all_the_rows(backend, ranks, wa
 
 @HOROVOD_ALONE
 @pytest.mark.parametrize("megabytes", [0, 1e-4])
-def test_small_buckets_change_nothing(ranks, megabytes):
-    """Each gradient alone, and a hundred bytes at a time."""
+def test_small_buckets_give_the_same_gradients(ranks, megabytes):
+    """With a bucket for each gradient, and with buckets of a hundred bytes."""
     training = settings("horovod", gradients="overlapped", horovod={"fusion_threshold_mb": megabytes})
     check_equal(ranks(train_on_rank, training), alone())
 
 
 @HOROVOD_ALONE
-def test_autotune_comes_to_the_same(ranks):
+def test_autotune_gives_the_same_gradients(ranks):
     training = settings("horovod", gradients="overlapped", horovod={"autotune": True})
     check_equal(ranks(train_on_rank, training), alone())
 
@@ -232,6 +232,6 @@ def test_compressed_gradients_are_close_but_not_the_same(backend, ranks, way, co
     torch.testing.assert_close(ours, exact, rtol=0, atol=digits * exact.abs().max().item())
 
 
-def test_adasum_is_refused_where_horovod_cannot():
+def test_adasum_is_refused_without_mpi_and_nccl():
     with pytest.raises(UserError, match=r"training\.horovod\.adasum: needs Horovod built with MPI or NCCL"):
         preflight.require(settings("horovod", device="cpu", horovod={"adasum": True}))

@@ -1,4 +1,4 @@
-"""What is lost when processes are killed or stopped at random moments, many times over."""
+"""What is lost when processes are killed or stopped at random moments, many times."""
 
 import contextlib
 import itertools
@@ -28,9 +28,9 @@ pytestmark = [
 ]
 
 NUM_KILLS = 20
-"""Of a rank, in one training."""
+"""Number of times that a rank is killed in one training."""
 NUM_STARTS, NUM_ROUNDS = 10, 5
-"""Kills of the command in one training, and such trainings."""
+"""Number of times that the command is killed in one training, and of such trainings."""
 
 EVERY = 20
 STEPS = 65
@@ -59,7 +59,7 @@ def wait_until(true, timeout_s: float = 400.0) -> None:
 
 @contextlib.contextmanager
 def meanwhile(what):
-    """Do something in a thread during the block; what it raises is raised at the end."""
+    """Run a function in a thread during the block; its exception is raised at the end."""
     with ThreadPoolExecutor(1) as executor:
         future = executor.submit(what)
         yield
@@ -117,8 +117,8 @@ def test_killed_ranks_cost_at_most_one_checkpoint_interval_each(prepared, ranks,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank_is_found_within_a_minute(prepared, ranks, rank):
-    """In the default settings."""
+def test_a_stopped_rank_is_killed_within_a_minute(prepared, ranks, rank):
+    """With the default timeout."""
     project = slow("training.epochs=6")
     measured = {}
 
@@ -149,8 +149,8 @@ COMMAND = (
 
 
 @pytest.mark.parametrize("seed", range(NUM_ROUNDS))
-def test_a_killed_command_goes_on_when_it_is_given_again(home, ray_cluster, seed):
-    """Killed anywhere: while it prepares, trains, evaluates or registers. There is one model in the end."""
+def test_a_killed_command_resumes_when_it_runs_again(home, ray_cluster, seed):
+    """It is killed while it prepares, trains, evaluates or registers. In the end there is one model."""
     from app.data.prepare import prepare
     from app.registry import connection, versions
     from app.training import trainer

@@ -95,7 +95,7 @@ def die_once(marker, victim: int, step: int, first=lambda: None):
     return on_step
 
 
-def test_a_rank_killed_mid_epoch_costs_what_was_done_since_the_last_checkpoint(
+def test_a_rank_killed_within_an_epoch_costs_the_steps_since_the_last_checkpoint(
     prepared, ranks, uninterrupted, tmp_path
 ):
     marker, epochs, notes = tmp_path / "killed", [], []
@@ -114,7 +114,7 @@ def test_a_rank_killed_mid_epoch_costs_what_was_done_since_the_last_checkpoint(
     assert ranks.parameters() == uninterrupted[2].parameters()
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_serves(prepared, ranks, uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(prepared, ranks, uninterrupted, tmp_path):
     from app.state.home import home
 
     runs = home() / "runs"
@@ -212,39 +212,39 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home,
     places = []
     for number in (signal.SIGTERM, signal.SIGINT):
         with started(home, *LONG, "name=stopped") as process:
-            said = []
+            output = []
             for line in process.stdout:
-                said.append(line)
+                output.append(line)
                 if re.match(r" +epoch \d+/60", line):
                     process.send_signal(number)
                     break
-            said += process.stdout.readlines()
-            assert process.wait(60) == 128 + number, "".join(said)
-        stopped = next(line for line in said if line.startswith("stopped"))
-        found = re.fullmatch(
+            output += process.stdout.readlines()
+            assert process.wait(60) == 128 + number, "".join(output)
+        stopped = next(line for line in output if line.startswith("stopped"))
+        match = re.fullmatch(
             r"stopped: a checkpoint of epoch (\d+), step (\d+) is kept; "
             r"the same command goes on from the last checkpoint\n",
             stopped,
         )
-        assert found, stopped
-        places.append(tuple(map(int, found.groups())))
+        assert match, stopped
+        places.append(tuple(map(int, match.groups())))
         if number == signal.SIGINT:
             epoch, step = places[0]
             # A checkpoint after the last step of an epoch is resumed at the start of the next one.
             notes = (f"going on from epoch {epoch}, step {step} of", f"going on from epoch {epoch + 1}, 2")
-            assert any(note in line for line in said for note in notes), said
+            assert any(note in line for line in output for note in notes), output
     assert (1, 0) < places[0] < places[1] < (60, 200)
     with started(home, *LONG, "name=stopped") as process:
-        said = process.stdout.readlines()
-        assert process.wait(120) in (0, 3), "".join(said)
+        output = process.stdout.readlines()
+        assert process.wait(120) in (0, 3), "".join(output)
     prepared = prepare(project)
     assert prepared.cached
     history = trainer.train(project, prepared, lambda _: None).history
     check_same(history, train(project, prepared).history)
 
 
-def test_who_waits_for_room_says_so_and_the_first_signal_ends_it(home, prepared):
-    """Here no rank ever comes up: somebody else has all processors but one, which preparing data takes."""
+def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(home, prepared):
+    """No rank ever starts: an actor holds all CPUs but one, and preparing data takes that one."""
     import ray
 
     @ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 1)
@@ -275,7 +275,7 @@ def test_two_workers_learn_what_one_learns(prepared, uninterrupted):
     assert history[-1]["validation_auc"] == pytest.approx(uninterrupted[0][-1]["validation_auc"], abs=0.02)
 
 
-def test_too_many_workers_for_the_cluster_is_said_at_once(ray_cluster):
+def test_too_many_workers_for_the_cluster_are_refused_at_once(ray_cluster):
     from app.cluster import capacity
     from app.errors import UserError
 

@@ -35,7 +35,8 @@ UNUSED = {
     "prepare": "bundle.bundle training.loop tasks.{family}.task cli.main",
     "baselines": "tasks.{family}.packager tasks.{family}.graph tasks.{other}.baselines training.loop",
     "train": "tasks.{family}.packager tasks.{family}.graph tasks.{family}.baselines tasks.{other}.network "
-    "tasks.{other}.task evaluation.report bundle.bundle console registry.versions serving.endpoint",
+    "tasks.{other}.task evaluation.report bundle.bundle console registry.versions "
+    "serving.replica.endpoint",
     "bundle": "tasks.{other}.graph tasks.{other}.packager registry.versions console state.audit",
     "compress": "tasks.{other}.packager jobs.compress registry.versions state.audit",
 }

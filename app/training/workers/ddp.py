@@ -1,5 +1,4 @@
-"""torch.distributed as a backend of Ray Train. Unlike Ray's own, it listens on the cluster's interface
-only."""
+"""torch.distributed as a backend of Ray Train; unlike Ray's, it listens only on the cluster's interface."""
 
 import socket
 from dataclasses import dataclass

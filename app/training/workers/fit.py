@@ -36,9 +36,9 @@ def fit(
     stop: threading.Event,
     wrap: Wrap,
 ) -> tuple[Ending, list[int]]:
-    """Train until the ranks end. When a node is about to be taken away, the ranks end and others start
-    elsewhere.
+    """Train until the ranks end.
 
+    When a node is about to be taken away, the ranks write a checkpoint and end, and others start elsewhere.
     Returns how they ended and the signals received meanwhile. Raises UserError for fewer rows than workers,
     Interrupted if a signal comes while the ranks wait for room, and `ray.train.TrainingFailedError` once
     `max_failures` is spent.

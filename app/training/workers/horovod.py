@@ -78,8 +78,7 @@ def releasing_resources(worker_group: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A rank's place: among all ranks, on its node (local), and among the ranks with its local rank
-    (cross)."""
+    """A rank's place: among all, on its node (local), and among those with its local rank (cross)."""
 
     hostname: str
     rank: int

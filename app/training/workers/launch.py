@@ -1,5 +1,4 @@
-"""Ray's trainer with a faster start. Imports little, because the process of Ray Train's controller imports
-it.
+"""Ray's trainer with a faster start. Imports little, because Ray Train's controller imports it.
 
 Most of the time from `fit()` to the first step goes into starting Python processes and into their imports.
 Ray gives the controller and each rank a runtime environment of its own, and with it a new process, only to

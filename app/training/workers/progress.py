@@ -1,5 +1,4 @@
-"""Messages between the ranks and the command that trains, through an actor. Imports little, so that it starts
-fast."""
+"""Messages between the ranks and the command, through an actor. Imports little, so that it starts fast."""
 
 import asyncio
 import contextlib
@@ -68,8 +67,7 @@ class _Progress:
 
 
 class Reporter(Observer):
-    """Observer of a worker. Rank 0 reports to the actor and takes requests from it; the other ranks do
-    not."""
+    """Observer of a worker. Only rank 0 reports to the actor and takes requests from it."""
 
     def __init__(self, actor: Any, rank: int):
         self._actor = actor

@@ -1,4 +1,4 @@
-"""What is written down is whole, sound, enough to go on from, and no more than is asked for."""
+"""Checkpoints are whole, undamaged, enough to resume from, and pruned to the settings."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ from app.training.checkpoint import MANIFEST, Checkpoints, Snapshot
 
 
 def refuse(note: str) -> None:
-    raise AssertionError(f"said: {note}")
+    raise AssertionError(f"noted: {note}")
 
 
 def kept(folder, **settings) -> Checkpoints:
@@ -35,7 +35,7 @@ def names(folder) -> list[str]:
     return sorted(f"{int(f.name[:6])}/{int(f.name[7:])}" for f in folder.glob("[0-9]*"))
 
 
-# To go on as if nothing had happened
+# Resuming
 
 
 def started() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -56,7 +56,7 @@ def steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int, last
         optimizer.step()
 
 
-def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_a_resumed_optimizer_makes_the_same_steps(tmp_path):
     whole = started()
     steps(*whole, 0, 9)
 
@@ -69,7 +69,7 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
     )
 
     resumed, other = started()
-    steps(resumed, other, 50, 53)  # whatever it held before
+    steps(resumed, other, 50, 53)  # so that its own state differs
     groups, read = checkpoint.read(folder)
     assert read == state
     resumed.load_state_dict(groups["model"])
@@ -85,8 +85,8 @@ def test_an_optimizer_goes_on_as_if_it_had_not_stopped(tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_a_forgotten_optimizer_state_would_be_noticed():
-    """The test above can fail: without AdamW's moments the end is another one."""
+def test_without_the_optimizer_state_the_steps_differ():
+    """Shows that the test above can fail."""
     whole, (network, optimizer) = started(), started()
     steps(*whole, 0, 9)
     steps(network, optimizer, 0, 4)
@@ -95,7 +95,7 @@ def test_a_forgotten_optimizer_state_would_be_noticed():
     assert not torch.equal(network[0].weight, whole[0][0].weight)
 
 
-def test_before_the_first_step_there_is_no_state_and_that_is_fine(tmp_path):
+def test_before_the_first_step_the_optimizer_has_no_state(tmp_path):
     network, optimizer = started()
     assert checkpoint.optimizer_tensors(optimizer) == {}
     state = {"epoch": 0, "step": 0, "score": None}
@@ -104,7 +104,7 @@ def test_before_the_first_step_there_is_no_state_and_that_is_fine(tmp_path):
     steps(network, optimizer, 0, 1)
 
 
-def test_is_safetensors_and_json_alone(tmp_path):
+def test_a_checkpoint_is_only_safetensors_and_json(tmp_path):
     save(kept(tmp_path), 1)
     (folder,) = tmp_path.iterdir()
     assert sorted(file.name for file in folder.iterdir()) == [
@@ -120,11 +120,11 @@ def test_is_safetensors_and_json_alone(tmp_path):
         json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
-# Behind the training's back
+# Written in the background
 
 
-def test_what_is_written_is_not_changed_by_later_steps(tmp_path, monkeypatch):
-    """Written late, on purpose: two hundred steps are made meanwhile."""
+def test_later_steps_do_not_change_what_is_written(tmp_path, monkeypatch):
+    """The write is delayed until two hundred more steps are made."""
     network, optimizer = started()
     steps(network, optimizer, 0, 2)
     write, before = checkpoint.write, {n: t.clone() for n, t in network.state_dict().items()}
@@ -144,7 +144,7 @@ def test_what_is_written_is_not_changed_by_later_steps(tmp_path, monkeypatch):
     assert not torch.equal(network.state_dict()["0.weight"], before["0.weight"])
 
 
-def test_tensors_that_change_their_shape_or_are_views_are_written_too(tmp_path):
+def test_tensors_may_change_their_shape_and_be_views(tmp_path):
     checkpoints = kept(tmp_path)
     whole = torch.arange(12.0).view(3, 4)
     for epoch, tensor in enumerate([torch.ones(5), whole.T, whole[:, 1:3], whole.to(torch.float64)], 1):
@@ -156,7 +156,7 @@ def test_tensors_that_change_their_shape_or_are_views_are_written_too(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["save", "wait"])
-def test_a_write_that_failed_is_told_at_the_next_chance_and_once(tmp_path, how):
+def test_the_next_call_raises_the_error_of_a_failed_write_once(tmp_path, how):
     blocked = tmp_path / "checkpoints"
     blocked.write_text("a file where the folder has to be")
     checkpoints = kept(blocked)
@@ -170,7 +170,7 @@ def test_a_write_that_failed_is_told_at_the_next_chance_and_once(tmp_path, how):
     assert names(blocked) == ["1/0"]
 
 
-# Whole or not at all
+# Atomic
 
 KILLS = 20
 
@@ -184,7 +184,7 @@ def write_forever(folder, first: int, pipe) -> None:
         pipe.send(step)
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
+def test_a_writer_killed_at_any_moment_leaves_an_undamaged_checkpoint(tmp_path):
     dice, last = random.Random(0), 0
     servers = multiprocessing.get_context("forkserver")  # imports PyTorch once
     servers.set_forkserver_preload([__name__])
@@ -203,7 +203,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_checkpoint(tmp_path):
                 begun = ours.recv()
         latest = kept(tmp_path).latest(lambda note: None)
         groups, state = checkpoint.read(latest)
-        # All that was begun is there, but for the last: the one before was waited for.
+        # Every checkpoint but the last one begun is there, because `save` waits for the previous write.
         assert state["step"] >= max(begun - 1, last + 1)
         for tensors in groups.values():
             assert len(tensors) == 4
@@ -237,24 +237,24 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_a_damaged_checkpoint_is_said_and_the_one_before_is_taken(tmp_path, damage):
+def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(tmp_path, damage):
     checkpoints = kept(tmp_path, keep_last=3)
     for epoch in (1, 2, 3):
         save(checkpoints, epoch, score=epoch / 10)
     damage(checkpoints.folder_of(3, 0))
-    said = []
-    assert checkpoints.latest(said.append) == checkpoints.folder_of(2, 0)
-    assert len(said) == 1
-    assert said[0].startswith("the checkpoint 000003-000000000 is damaged (")
-    assert checkpoints.best(said.append) == checkpoints.folder_of(2, 0)
+    notes = []
+    assert checkpoints.latest(notes.append) == checkpoints.folder_of(2, 0)
+    assert len(notes) == 1
+    assert notes[0].startswith("the checkpoint 000003-000000000 is damaged (")
+    assert checkpoints.best(notes.append) == checkpoints.folder_of(2, 0)
 
     damage(checkpoints.folder_of(2, 0))
-    assert checkpoints.latest(said.append) == checkpoints.folder_of(1, 0)
+    assert checkpoints.latest(notes.append) == checkpoints.folder_of(1, 0)
     damage(checkpoints.folder_of(1, 0))
-    assert checkpoints.latest(said.append) is None
+    assert checkpoints.latest(notes.append) is None
 
 
-def test_where_there_is_none_none_is_latest(tmp_path):
+def test_without_checkpoints_there_is_no_latest(tmp_path):
     assert kept(tmp_path / "nowhere").latest(refuse) is None
 
 
@@ -272,7 +272,7 @@ SCORES = [0.5, 0.9, 0.7, 0.9, 0.8, 0.6]
         ({"keep_last": 9, "keep_best": 1}, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_last_and_the_best_are_kept_the_first_of_equals(tmp_path, settings, left):
+def test_the_last_and_the_best_are_kept_and_of_equals_the_first(tmp_path, settings, left):
     checkpoints = kept(tmp_path, **settings)
     for epoch, score in enumerate(SCORES, 1):
         save(checkpoints, epoch, score=score)
@@ -281,7 +281,7 @@ def test_the_last_and_the_best_are_kept_the_first_of_equals(tmp_path, settings, 
     assert checkpoints.latest(refuse) == checkpoints.folder_of(6, 0)
 
 
-def test_steps_within_an_epoch_count_as_last_but_never_as_best(tmp_path):
+def test_checkpoints_within_an_epoch_count_as_last_but_not_as_best(tmp_path):
     checkpoints = kept(tmp_path)
     save(checkpoints, 1, score=0.7)
     for step in (50, 100, 150):
@@ -290,7 +290,7 @@ def test_steps_within_an_epoch_count_as_last_but_never_as_best(tmp_path):
     assert checkpoints.best(refuse) == checkpoints.folder_of(1, 0)
 
 
-def test_the_newest_written_is_the_latest_whatever_stood_after_it(tmp_path):
+def test_the_newest_write_removes_checkpoints_at_later_positions(tmp_path):
     """Half as many steps make an epoch of twice as many workers; and the last two are damaged."""
     checkpoints = kept(tmp_path, keep_last=2)
     save(checkpoints, 1, score=0.5)
@@ -303,7 +303,7 @@ def test_the_newest_written_is_the_latest_whatever_stood_after_it(tmp_path):
     assert names(tmp_path) == ["1/450"]
 
 
-def test_a_position_is_written_anew(tmp_path):
+def test_a_position_is_overwritten(tmp_path):
     checkpoints = kept(tmp_path)
     save(checkpoints, 1, score=0.1)
     flip(checkpoints.folder_of(1, 0) / "model.safetensors")

@@ -40,7 +40,7 @@ def test_gradients_are_views_of_one_buffer_that_backward_fills():
     ours.zero()
     assert not any(p.grad.any() for p in network.parameters())
     ours.loss(*BATCH).backward()
-    assert torch.equal(ours.buffer, whole), "zero must forget the step before"
+    assert torch.equal(ours.buffer, whole), "zero must clear the gradients of the step before"
 
 
 def test_the_exchange_gets_the_buffer_and_the_optimizer_steps_from_it():
@@ -55,7 +55,7 @@ def test_the_exchange_gets_the_buffer_and_the_optimizer_steps_from_it():
         assert torch.equal(one, other)
 
 
-def test_frozen_parameters_have_no_place_in_the_buffer():
+def test_frozen_parameters_are_not_in_the_buffer():
     network = Network()
     network.table.weight.requires_grad_(False)
     size = sum(p.numel() for p in network.layers.parameters())
@@ -64,7 +64,7 @@ def test_frozen_parameters_have_no_place_in_the_buffer():
 
 
 class Exchange:
-    """Doubles what it is given once somebody waits for it, and notes what it is given."""
+    """An exchange that doubles a buffer when it is waited for; records names and sizes."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[str, int]] = []
@@ -95,14 +95,14 @@ def test_buckets_are_sent_during_the_backward_pass_and_become_the_gradients():
         plain.zero_grad()
         with ours.accumulating(last=True):
             ours.loss(*BATCH).backward()
-        assert exchange.begun == BUCKETS, "all of them before anybody waits"
+        assert exchange.begun == BUCKETS, "all exchanges begin before the first wait"
         ours.reduce()
         (2 * plain.loss(*BATCH)).backward()
         for one, other in zip(gradients_of(network), gradients_of(plain), strict=True):
             assert torch.equal(one, other)
 
 
-def test_of_several_passes_the_last_sends_what_all_have_added():
+def test_the_last_of_several_passes_sends_the_sum_of_all():
     network, plain, exchange = Network(), Network(), Exchange()
     ours = overlapped(network, exchange)
     for i in range(3):
@@ -115,7 +115,7 @@ def test_of_several_passes_the_last_sends_what_all_have_added():
         assert torch.equal(one, 2 * other)
 
 
-def test_a_parameter_without_a_part_in_the_loss_counts_as_zero_and_keeps_nobody_waiting():
+def test_a_parameter_that_the_loss_does_not_use_has_a_gradient_of_zero():
     network, exchange = Network(), Exchange()
     ours = overlapped(network, exchange)
     ours.loss(*BATCH).backward()
@@ -132,7 +132,7 @@ def test_a_parameter_without_a_part_in_the_loss_counts_as_zero_and_keeps_nobody_
 @pytest.mark.parametrize(
     ("bucket_bytes", "sizes"), [(0, [1, 5, 5, 25, 12]), (24, [6, 5, 25, 12]), (1000, [48])]
 )
-def test_gradients_are_sent_together_up_to_a_size(bucket_bytes, sizes):
+def test_buckets_are_filled_up_to_a_size(bucket_bytes, sizes):
     network, exchange = Network(), Exchange()
     ours = overlapped(network, exchange, bucket_bytes)
     ours.loss(*BATCH).backward()
@@ -141,7 +141,7 @@ def test_gradients_are_sent_together_up_to_a_size(bucket_bytes, sizes):
 
 
 def sized(count: int, frozen: int = 0) -> nn.Module:
-    """A network with so many parameters that learn, and others that do not."""
+    """A network of `count` trainable and `frozen` other parameters."""
     network = nn.ParameterList([nn.Parameter(torch.zeros(count)), nn.Parameter(torch.zeros(frozen))])
     network[1].requires_grad_(False)
     return network
@@ -149,18 +149,18 @@ def sized(count: int, frozen: int = 0) -> nn.Module:
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
 @pytest.mark.parametrize(
-    ("size", "frozen", "wanted"),
+    ("size", "frozen", "expected"),
     [
         (MIN_OVERLAPPED_PARAMETERS - 1, 0, False),
         (MIN_OVERLAPPED_PARAMETERS, 0, True),
         (MIN_OVERLAPPED_PARAMETERS - 1, MIN_OVERLAPPED_PARAMETERS, False),
     ],
 )
-def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen, wanted):
-    assert overlaps(training(backend=backend), sized(size, frozen)) is wanted
+def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen, expected):
+    assert overlaps(training(backend=backend), sized(size, frozen)) is expected
 
 
-def test_a_project_may_say_which(monkeypatch):
+def test_a_setting_overrides_the_size(monkeypatch):
     monkeypatch.setattr(gradients, "MIN_OVERLAPPED_PARAMETERS", 5)
     assert overlaps(training(gradients="overlapped"), sized(4))
     assert not overlaps(training(gradients="flat"), sized(6))

@@ -62,7 +62,7 @@ def train(prepared, tmp_path):
         network = loop.train(project, prepared, tmp_path / name, Alone(), observer, CPU)
         checkpoints = Checkpoints(tmp_path / name / "checkpoints", project.training.checkpoints)
         latest = checkpoints.latest(pytest.fail)
-        history = checkpoint.state(latest)["history"] if latest else []
+        history = checkpoint.read_state(latest)["history"] if latest else []
         parameters = torch.cat([p.detach().flatten() for p in network.parameters()])
         return parameters, [{k: v for k, v in e.items() if k != "rows_per_s"} for e in history], observer
 

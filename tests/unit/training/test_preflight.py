@@ -64,7 +64,7 @@ ADASUM = {"horovod": {"adasum": True}}
         (NO_NCCL, {}),
     ],
 )
-def test_what_fits(machine, settings):
+def test_a_machine_that_can_train_has_no_faults(machine, settings):
     assert faults(training(**settings), machine) == []
 
 
@@ -88,9 +88,9 @@ def test_a_fault_names_the_key_and_what_to_do(machine, settings, key, advice):
     assert advice in fault
 
 
-def test_all_faults_are_told_at_once():
-    found = faults(training(device="cuda", **ADASUM), NO_HOROVOD)
-    assert [fault.partition(": ")[0] for fault in found] == [
+def test_all_faults_are_reported_at_once():
+    messages = faults(training(device="cuda", **ADASUM), NO_HOROVOD)
+    assert [fault.partition(": ")[0] for fault in messages] == [
         "training.device",
         "training.backend",
         "training.horovod.adasum",
@@ -104,7 +104,7 @@ def test_a_training_that_does_not_fit_is_refused_and_one_that_does_is_not(monkey
         preflight.require(training(device="cuda", **ADASUM))
 
 
-def test_this_machine_can_be_looked_at_and_described():
+def test_this_machine_can_be_inspected_and_described():
     machine = preflight.inspect()
     assert machine.horovod == "0.28.1"
     assert "gloo" in machine.horovod_operations

@@ -1,4 +1,4 @@
-"""Real processes: the watchdog's last resort is to kill its own."""
+"""The watchdog kills its own process, so each test starts a real one."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ HANGS = "threading.Event().wait()\n"
 
 @contextmanager
 def process(script: str):
-    """A process that has a watchdog, and its standard error."""
+    """A process with a watchdog that runs a script; killed at the end."""
     command = [sys.executable, "-c", START + script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         try:
@@ -32,14 +32,14 @@ def process(script: str):
             started.kill()
 
 
-def test_a_process_that_hangs_is_killed_in_time_and_says_where_it_stood():
+def test_a_process_that_hangs_is_killed_in_time_and_prints_its_threads():
     with process("dog.beat()\ndef stuck():\n    threading.Event().wait()\nstuck()") as hung:
         began = time.monotonic()
         assert hung.wait(10) == -signal.SIGKILL
         assert TIMEOUT_S <= time.monotonic() - began + 0.05 < 3 * TIMEOUT_S
-        said = hung.stderr.read()
-    assert "no step for 1 s" in said
-    assert "in stuck" in said
+        output = hung.stderr.read()
+    assert "no step for 1 s" in output
+    assert "in stuck" in output
 
 
 def test_a_process_that_hangs_after_some_steps_is_killed_too():
@@ -47,7 +47,7 @@ def test_a_process_that_hangs_after_some_steps_is_killed_too():
         assert hung.wait(10) == -signal.SIGKILL
 
 
-def test_it_is_killed_though_nobody_takes_what_it_says():
+def test_a_process_with_a_closed_stderr_is_killed_too():
     with process("sys.stderr.close()\n" + HANGS) as hung:
         assert hung.wait(10) == -signal.SIGKILL
 
@@ -59,7 +59,7 @@ def test_a_process_that_makes_steps_is_left_alone(end):
         assert busy.stderr.read() == ""
 
 
-def test_a_pause_of_the_whole_process_is_no_hang():
+def test_a_paused_process_does_not_count_as_hanging():
     with process(BEATS) as paused:
         time.sleep(0.5)
         paused.send_signal(signal.SIGSTOP)

@@ -11,7 +11,7 @@ from app.training.workers.elastic import FreeResources
 
 @pytest.fixture
 def policy(monkeypatch):
-    """Makes the policy of 2 to 8 workers on a cluster with so many free CPUs by node."""
+    """Makes the policy of 2 to 8 workers; `free` is the number of free CPUs of each node."""
 
     def make(free, draining=()):
         state = SimpleNamespace(
@@ -39,14 +39,12 @@ def running_on(*nodes):
         ({"a": 30.0}, (), 8),
     ],
 )
-def test_a_group_starts_with_as_many_workers_as_nodes_that_stay_have_room_for(
-    policy, free, draining, expected
-):
+def test_a_group_starts_with_as_many_workers_as_fit_on_nodes_that_stay(policy, free, draining, expected):
     decision = policy(free, draining).make_decision_for_non_running_worker_group()
     assert decision.num_workers == expected
 
 
-def test_a_group_waits_until_there_is_room_for_the_least(policy):
+def test_a_group_waits_until_there_is_room_for_the_minimum(policy):
     waiting = policy({"a": 1.0, "b": 0.5})
     assert isinstance(waiting.make_decision_for_non_running_worker_group(), NoopDecision)
 
@@ -59,7 +57,7 @@ def test_a_group_waits_until_there_is_room_for_the_least(policy):
         ({"a": 0.0, "b": 0.0}, ("b",), 2),
     ],
 )
-def test_a_running_group_keeps_its_places_and_takes_free_ones(policy, free, draining, expected):
+def test_a_running_group_counts_its_own_resources_and_free_ones(policy, free, draining, expected):
     group = running_on("a", "a", "b")
     decision = policy(free, draining).make_decision_for_running_worker_group(group, None)
     assert getattr(decision, "num_workers", None) == expected

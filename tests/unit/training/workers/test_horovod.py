@@ -12,7 +12,7 @@ from app.training.workers.horovod import HorovodBackend, HorovodConfig, Slot, as
 @pytest.mark.parametrize(
     "layout", [[1], [2], [1, 1], [2, 2], [3, 1], [1, 3], [1, 2, 3], [3, 1, 2], [4, 1, 2]]
 )
-def test_places_are_those_that_horovod_gives(layout):
+def test_slots_are_those_that_horovod_assigns(layout):
     names = [f"node-{i}" for i in range(len(layout))]
     theirs = get_host_assignments([HostInfo(n, c) for n, c in zip(names, layout, strict=True)], sum(layout))
     ours = assign_slots([name for name, count in zip(names, layout, strict=True) for _ in range(count)])
@@ -20,7 +20,7 @@ def test_places_are_those_that_horovod_gives(layout):
 
 
 @pytest.mark.parametrize("nodes", ["abab", "abba", "aababcb", "bca"])
-def test_ranks_that_are_not_grouped_by_node_have_consistent_places(nodes):
+def test_ranks_that_are_not_grouped_by_node_have_consistent_slots(nodes):
     places = assign_slots(list(nodes))
     assert [(p.hostname, p.rank, p.size) for p in places] == [(n, i, len(nodes)) for i, n in enumerate(nodes)]
     assert len({(p.hostname, p.local_rank) for p in places}) == len(nodes)
@@ -31,7 +31,7 @@ def test_ranks_that_are_not_grouped_by_node_have_consistent_places(nodes):
         assert sorted(p.cross_rank for p in cross) == list(range(place.cross_size))
 
 
-def test_the_environment_is_what_horovod_reads():
+def test_the_environment_has_the_variables_of_horovod():
     assert Slot(
         "n", rank=3, size=5, local_rank=1, local_size=2, cross_rank=0, cross_size=4
     ).environment() == {
@@ -53,7 +53,7 @@ def server():
     server.server_close()
 
 
-def test_the_rendezvous_is_on_the_given_address_alone(server):
+def test_the_rendezvous_listens_on_one_address_only(server):
     assert server.socket.getsockname()[0] == "127.0.0.1"
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=5):
         pass
@@ -61,23 +61,23 @@ def test_the_rendezvous_is_on_the_given_address_alone(server):
         socket.create_connection(("127.0.0.2", server.server_port), timeout=5)
 
 
-def test_the_backend_lets_go_of_its_port():
+def test_the_backend_closes_its_port():
     backend = HorovodConfig().backend_cls()
     assert isinstance(backend, HorovodBackend)
     backend._server = start_rendezvous("127.0.0.1", assign_slots(["a"]))
     port = backend._server.server_port
-    for _ in range(2):  # a group that died is shut down once more
+    for _ in range(2):  # Ray shuts a group that died down twice
         backend.on_shutdown(None, HorovodConfig())
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
 @pytest.mark.parametrize("config", [HorovodConfig, DdpConfig])
-def test_a_group_that_fails_to_start_gives_its_places_back(config):
+def test_a_group_that_fails_to_start_releases_its_resources(config):
     class Group:
-        """Whose ranks are dead."""
+        """A group whose ranks are dead."""
 
-        given_back = 0
+        num_shutdowns = 0
 
         def execute(self, function, *_):
             raise ray.exceptions.ActorDiedError
@@ -88,9 +88,9 @@ def test_a_group_that_fails_to_start_gives_its_places_back(config):
             return self
 
         def shutdown(self):
-            self.given_back += 1
+            self.num_shutdowns += 1
 
     group = Group()
     with pytest.raises(ray.exceptions.ActorDiedError):
         config().backend_cls().on_start(group, config())
-    assert group.given_back == 1
+    assert group.num_shutdowns == 1
