@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from app.training.workers.launch import Trainer
+from app.training.workers.overrides import Caller, not_called, override
 
 SAVE_TIMEOUT_S = 30
 """Maximum time that a resize waits for the checkpoint before it."""
@@ -40,6 +41,7 @@ class FreeResources(ElasticScalingPolicy):
         self._worker_nodes: list[str] = []
         """Node id of each worker of the running group."""
 
+    @override("elastic controller")
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self._worker_nodes = []
         time.sleep(RELEASE_S)  # the controller calls this in a loop without a pause
@@ -51,6 +53,7 @@ class FreeResources(ElasticScalingPolicy):
         self._worker_nodes = [worker.metadata.node_id for worker in worker_group_state.workers]
         return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
 
+    @override("elastic controller")
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
         """By node, the free resources and those of this group; None if Ray cannot say."""
         state = ray._private.state.state
@@ -76,15 +79,17 @@ class Transitions(ControllerCallback, WorkerGroupCallback):
     Ray Train does both by ending the group and starting another.
     """
 
-    def __init__(self, progress: Any):
+    def __init__(self, progress: Any, is_elastic: bool):
         """`progress` is the actor that the ranks report to."""
         self._progress = progress
+        self._callers: list[Caller] = ["controller", *(["elastic controller"] if is_elastic else [])]
         self._placement: PlacementGroup | None = None
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         state = worker_group.get_worker_group_state()
         self._placement = state.placement_group_handle.placement_group
         self._progress.report.remote("running", True)
+        self._progress.report.remote("not called", not_called(*self._callers))
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
         self._progress.report.remote("running", False)

@@ -18,7 +18,7 @@ from app.data.prepare import Prepared
 from app.errors import Interrupted, UserError
 from app.training.observer import Ending, Outcome
 from app.training.signals import stopping_on_signal
-from app.training.workers import horovod, progress
+from app.training.workers import horovod, overrides, progress
 from app.training.workers.elastic import ElasticTrainer, Transitions
 from app.training.workers.progress import Listener
 from app.training.workers.rank import Wrap, train_on_worker
@@ -97,7 +97,7 @@ def _fit_group(
             name=f"{run.name}-{time.time_ns()}",
             storage_path=str(run / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
-            callbacks=[Transitions(listener.actor)],
+            callbacks=[Transitions(listener.actor, is_elastic=not isinstance(training.num_workers, int))],
         ),
     )
     # In a daemon thread: in the main thread Ray would handle SIGINT itself and abort the ranks, and after a
@@ -128,6 +128,7 @@ def _fit_group(
                 listener.stop()
                 stop = threading.Event()  # one request is enough
     future.result()
+    overrides.report([*overrides.not_called("driver"), *listener.not_called()], on_note)
     return signals
 
 

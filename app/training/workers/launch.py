@@ -15,6 +15,8 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from app.training.workers.overrides import override
+
 UNUSED_CALLBACKS = (
     DatasetsCallback,  # each rank reads its own rows
     ControllerMetricsCallback,  # measures Ray's checkpoints, not ours
@@ -27,6 +29,7 @@ class Group(WorkerGroup):
     """Ranks without a runtime environment, so that they run in processes that Ray has started in advance."""
 
     @staticmethod
+    @override("controller")
     def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
         return dict(custom_runtime_env)
 
@@ -40,9 +43,11 @@ class Controller(TrainController):
 class Trainer(DataParallelTrainer):
     """Ray's trainer without a runtime environment and without the callbacks that are not used."""
 
+    @override("driver")
     def _create_default_callbacks(self) -> list[Any]:
         return [c for c in super()._create_default_callbacks() if not isinstance(c, UNUSED_CALLBACKS)]
 
+    @override("driver")
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         this_node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         controller = ray.remote(num_cpus=0, label_selector=this_node)(Controller).remote(**arguments)

@@ -118,9 +118,11 @@ class Listener:
             "note": on_note,
             "end": self._on_end,
             "running": self._on_running,
+            "not called": self._on_not_called,
         }
         self._ending: Ending | None = None
         self._is_running = False
+        self._not_called = ["Transitions.after_worker_group_start"]
         self._num_handled = 0
         self._lock = threading.Lock()
 
@@ -138,6 +140,14 @@ class Listener:
         self.handle_events()
         return not self._is_running and not self._ending
 
+    def not_called(self) -> list[str]:
+        """Overrides that Ray has not called in the controller, see `app.training.workers.overrides`.
+
+        Without a report, Ray has not called the callback that sends it.
+        """
+        self.handle_events()
+        return self._not_called
+
     def handle_events(self, timeout_s: float = 0.0) -> None:
         """Pass new events to the callbacks; waits up to `timeout_s` for one."""
         start = self._num_handled
@@ -154,6 +164,9 @@ class Listener:
 
     def _on_running(self, is_running: bool) -> None:
         self._is_running = is_running
+
+    def _on_not_called(self, names: list[str]) -> None:
+        self._not_called = names
 
     def _on_end(self, ending: Ending) -> None:
         self._ending = ending

@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 from app.cluster.requirements import TESTED, require_tested_versions
 from app.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 VERSIONS = {"ray": "2.60.1", "optuna": "5.0.0"}
 
 
