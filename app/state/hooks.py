@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from app.state import files
 from app.state.home import home
 
 
@@ -17,6 +16,8 @@ def report(source: str, faults: Sequence[str]) -> None:
     """Record what did not take effect in `source`, such as "training"; no faults remove an earlier record."""
     record = _folder() / f"{source}.json"
     if faults:
+        from app.state import files  # HAProxy's stand-in imports this module at each reload
+
         files.write(record, json.dumps(list(faults)))
     else:
         record.unlink(missing_ok=True)

