@@ -1,7 +1,7 @@
 """The Ray Serve deployment that runs the watch. It answers no requests, so a crash touches none."""
 
 from app.monitoring.watch import Watch, WatchReport
-from app.serving.control.applications import run, version_of
+from app.serving.control.applications import deployment, run
 from app.serving.control.status import ask_replicas, statuses
 from app.serving.names import WATCH
 
@@ -28,14 +28,7 @@ class Monitor:
 
 def start() -> None:
     """Start the deployment, or replace it if its code has changed. Raises UserError if Serve cannot."""
-    from ray import serve
-
-    monitor = serve.deployment(Monitor).options(
-        name=WATCH,
-        version=version_of(Monitor, []),
-        _internal=True,  # see `app.serving.control.deploy`
-        ray_actor_options={"num_cpus": 0},
-    )
+    monitor = deployment(Monitor, WATCH, [], ray_actor_options={"num_cpus": 0})
     run(monitor.bind(), WATCH, WATCH, None)
 
 

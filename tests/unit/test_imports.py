@@ -38,7 +38,7 @@ FOR_COMMANDS = {
 }
 COMMANDS = {"api", "cli", "cluster", "jobs", "__main__"}
 # Where private parts of a library may be used; tests/unit/test_private_hooks.py holds each to its signature.
-PRIVATE_ROOMS = ("app.cluster.", "app.serving.", "app.training.workers.", "app.tuning.")
+PRIVATE_ROOMS = ("app.cluster.", "app.serving.control.", "app.training.workers.", "app.tuning.")
 LIBRARIES = {"ray", "optuna", "mlflow"}
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

@@ -52,28 +52,31 @@ def run(bound: Any, application: str, deployment: str, route: str | None) -> Non
         ) from error
 
 
-def version_of(deployment: type, made_of: Any) -> str:
-    """A deployment's version: its replicas are started anew if what they are made of is another, or the code
-    that they run. What they are made of are JSON values."""
-    code = fingerprint(deployment.__module__, MIDDLEWARES)
-    return hashlib.sha256(json.dumps([made_of, code], sort_keys=True).encode()).hexdigest()[:16]
+def deployment(replica: type, name: str, inputs: Any, **options: Any) -> Any:
+    """A Serve deployment of a class, whose replicas restart only if their inputs or their code change.
+
+    `inputs` are JSON values, `options` those of Serve.
+    """
+    from ray import serve
+
+    code = fingerprint(replica.__module__, MIDDLEWARES)
+    version = hashlib.sha256(json.dumps([inputs, code], sort_keys=True).encode()).hexdigest()[:16]
+    # _internal: otherwise Serve takes no version, makes up one for each deploy, and restarts all replicas.
+    return serve.deployment(replica).options(name=name, version=version, _internal=True, **options)
 
 
 def start_workers(model: str, serving: Serving, wanted: Traffic) -> None:
     """Replicas for the variants that have their own. Those that run already go on."""
-    from ray import serve
-
     for name, variant in wanted.variants.items():
         if variant.workers is None:
             continue
         settings = serving.variants[name].workers if name in serving.variants else None
         settings = settings or Workers()
         what = variant.identity or str(variant.path)
-        made_of = [settings.model_dump(), what, serving.trusted_keys]
-        worker = serve.deployment(Worker).options(
-            name="worker",
-            version=version_of(Worker, made_of),
-            _internal=True,  # see `app.serving.control.deploy`
+        worker = deployment(
+            Worker,
+            "worker",
+            [settings.model_dump(), what, serving.trusted_keys],
             ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
             autoscaling_config={
                 "min_replicas": settings.min_replicas,

@@ -18,11 +18,11 @@ from app.serving.control.applications import (
     HEALTH_CHECK_PERIOD_S,
     MAX_ONGOING_REQUESTS,
     METRICS,
+    deployment,
     refresh,
     run,
     start_workers,
     stop_workers,
-    version_of,
 )
 from app.serving.gateway import frontend, issuer
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
@@ -131,15 +131,13 @@ def _replace(serving: Serving, name: str, wanted: Traffic, url: str) -> None:
 
 def _application(serving: Serving, name: str) -> Any:
     """What Serve runs."""
-    from ray import serve
-
     autoscaling = serving.autoscaling
     fixed = serving.model_copy(update={"variants": {}, "salt": "", "policy": "weighted"})
     elsewhere = {"autoscaling", "host", "port", "grpc_port", "tls"}  # see `app.serving.control.server`
-    endpoint = serve.deployment(Replica).options(
-        name=name,
-        version=version_of(Replica, fixed.model_dump(exclude=elsewhere)),
-        _internal=True,  # for `version`: Serve would make one up, and start all replicas anew
+    endpoint = deployment(
+        Replica,
+        name,
+        fixed.model_dump(exclude=elsewhere),
         ray_actor_options={"num_cpus": serving.num_cpus},
         autoscaling_config={
             "min_replicas": autoscaling.min_replicas,

@@ -12,7 +12,7 @@ from typing import Any
 
 from app.config.serving import Tls
 from app.errors import UserError
-from app.serving.control.applications import run, version_of
+from app.serving.control.applications import deployment, run
 from app.serving.control.root import Root
 from app.serving.gateway import frontend
 from app.serving.gateway.frontend import Frontend, Gateway
@@ -73,14 +73,7 @@ def stop() -> None:
 
 def start_root(secured: bool) -> None:
     """The deployment that answers for the server; if `secured`, it names no model."""
-    from ray import serve
-
-    root = serve.deployment(Root).options(
-        name=ROOT,
-        version=version_of(Root, secured),
-        _internal=True,  # see `app.serving.control.deploy`
-        ray_actor_options={"num_cpus": 0},
-    )
+    root = deployment(Root, ROOT, secured, ray_actor_options={"num_cpus": 0})
     run(root.bind(secured), ROOT, ROOT, "/")
 
 
@@ -154,8 +147,6 @@ def _start_grpc(wanted: Gateway, before: Gateway | None) -> None:
 
 
 def _grpc(wanted: Gateway) -> Any:
-    from ray import serve
-
     front, endpoints = wanted.front, wanted.endpoints.values()
     issuers = {each.issuer for each in endpoints}
     taken = [] if None in issuers else sorted((each for each in issuers if each), key=repr)
@@ -166,10 +157,10 @@ def _grpc(wanted: Gateway) -> Any:
     if front.certificate and front.key:
         tls = Tls(certificate=front.certificate, key=front.key)
         contents = [Path(file).read_text() for file in (front.certificate, front.key)]
-    server = serve.deployment(Grpc).options(
-        name=GRPC,
-        version=version_of(Grpc, [front.host, front.grpc_port, front.url, contents, *made_of]),
-        _internal=True,  # see `app.serving.control.deploy`
+    server = deployment(
+        Grpc,
+        GRPC,
+        [front.host, front.grpc_port, front.url, contents, *made_of],
         ray_actor_options={"num_cpus": 0},
         # The one before must have left the port.
         max_surge_percent=0,

@@ -92,7 +92,11 @@ def endpoints() -> list[EndpointStatus]:
         for name in model_names(applications):
             holds, fault = _holds(audit, name)
             states = ask_replicas(name, name, "state")
-            faults = {fault, *(state.fault for state in states)}
+            faults = {
+                fault,
+                *(state.fault for state in states),
+                *(h for state in states for h in state.hooks),
+            }
             workers = {
                 variant: _counts(applications[deployed.workers], "worker")
                 for variant, deployed in (holds.variants.items() if holds else ())

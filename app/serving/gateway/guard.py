@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import starlette.requests
 import starlette.responses
@@ -44,8 +45,40 @@ HEALTH = "/-/healthz"
 """Where HAProxy asks whether a replica is healthy. What else Serve tells is nobody's business."""
 
 
+class DirectPath:
+    """How requests get from the HTTP server of this process to its deployment: directly, or through Serve."""
+
+    def __init__(self) -> None:
+        self.is_guarded = False
+        """Whether Serve has called `middlewares`."""
+        self.has_deployment = False
+        """Whether a deployment of ours runs in this process, which the guard calls directly."""
+        self.num_missed = 0
+        """Requests that the guard handed to Serve although the deployment runs."""
+
+    def faults(self) -> list[str]:
+        """Reasons why requests do not take the direct path."""
+        faults = []
+        if not self.is_guarded:
+            faults.append(
+                f"Ray Serve has not called {__name__}.middlewares: requests reach the replica unguarded, "
+                "or not at all"
+            )
+        if self.num_missed:
+            faults.append(
+                "requests go through Ray Serve instead of directly to the deployment, which takes several "
+                "times as long"
+            )
+        return faults
+
+
+DIRECT_PATH = DirectPath()
+"""That of this process. Serve calls `middlewares` by its path, so that nothing can be handed to it."""
+
+
 def middlewares() -> list[Middleware]:
     """For Ray Serve, which wraps each in the next: the outermost is the last."""
+    DIRECT_PATH.is_guarded = True
     return [Middleware(Guard, _deployment), Middleware(ProofMiddleware, os.environ.get(SECRET, ""))]
 
 
@@ -86,6 +119,7 @@ class Guard:
             body = StreamedBody(headers, receive, self._room)
             deployment = self._deployment()
             if deployment is None:
+                DIRECT_PATH.num_missed += DIRECT_PATH.has_deployment
                 headers[b"x-request-id"] = request_id.encode()
                 content = await body.read(self._max_body_bytes)
                 await self._app({**scope, "headers": list(headers.items())}, _once(content, receive), send)
@@ -110,10 +144,13 @@ class Guard:
 def _deployment() -> Responder | None:
     """The object that answers in this process, if it is a replica of ours. Other applications of Ray Serve on
     the cluster get their requests from Serve."""
-    from ray.serve.context import _get_internal_replica_context
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
 
-    context = _get_internal_replica_context()
-    servable = context and context.servable_object
+    try:
+        servable: Any = serve.get_replica_context().servable_object
+    except RayServeException:  # this process is no replica
+        return None
     return servable if hasattr(servable, "respond") else None
 
 

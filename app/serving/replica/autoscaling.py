@@ -6,11 +6,14 @@ the sum out anew.
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import get_native_id
 from typing import Any
 
 LOAD = "load"
+MAX_INTERVAL_S = 30.0
+"""Time between two calls of `Busyness.share` after which Serve counts as not asking. It asks every 0.5 s."""
 
 
 class ByLoad:
@@ -31,12 +34,24 @@ class ByLoad:
 class Busyness:
     """The share of its time that this thread computes, or waits for a core to compute on."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = Path(f"/proc/self/task/{get_native_id()}/schedstat")
         self._before = self._seconds()
+        self._clock = clock
+        self._asked_at = clock()
+
+    def faults(self) -> list[str]:
+        """A message if Serve does not ask for the share: its autoscaler then keeps the number of replicas."""
+        if self._clock() - self._asked_at < MAX_INTERVAL_S:
+            return []
+        return [
+            f"Ray Serve has not asked the replica for its load for {MAX_INTERVAL_S:g} s: the number of "
+            "replicas does not follow the load"
+        ]
 
     def share(self) -> float:
         """Since the last call, from 0 to 1."""
+        self._asked_at = self._clock()
         before, self._before = self._before, self._seconds()
         busy_s, passed_s = (now - then for now, then in zip(self._before, before, strict=True))
         return min(1.0, busy_s / passed_s) if passed_s > 0 else 0.0

@@ -11,7 +11,7 @@ from app.config import Serving
 from app.config.serving import Issuer
 from app.serving.gateway import limits
 from app.serving.gateway.auth import Authenticator
-from app.serving.gateway.guard import through_serve
+from app.serving.gateway.guard import DIRECT_PATH, through_serve
 from app.serving.gateway.limits import Limiter
 from app.serving.logs import log
 from app.serving.replica.autoscaling import LOAD, Busyness
@@ -78,6 +78,8 @@ class Replica:
         # Exclude everything loaded so far from garbage collection: a full pass would stall requests 50 ms.
         gc.collect()
         gc.freeze()
+        self._hook_faults: list[str] = []
+        DIRECT_PATH.has_deployment = True
         self._updates = asyncio.get_running_loop().create_task(self._update_forever())
 
     async def __del__(self) -> None:
@@ -118,12 +120,16 @@ class Replica:
             recording=self._recorder.status() if self._recorder else None,
             shadows=self._shadows.dropped(),
             recent=self._meters.recent.by_variant(),
+            hooks=self._hooks_without_effect(),
         )
 
     async def refresh(self) -> State:
         """Load the newest traffic now; returns the state after that."""
         await self._update(retry_now=True)
         return self.state()
+
+    def _hooks_without_effect(self) -> list[str]:
+        return [*DIRECT_PATH.faults(), *self._busyness.faults()]
 
     async def _update(self, retry_now: bool = False) -> None:
         if await self._loader.update(retry_now):
@@ -136,5 +142,10 @@ class Replica:
                 await self._update()
                 dropped = self._recorder.status().dropped if self._recorder else {}
                 self._meters.report(sum(dropped.values()), self._loader.loaded.weights)
+                if (faults := self._hooks_without_effect()) != self._hook_faults:
+                    self._hook_faults = faults
+                    log.error(
+                        "%s: %s", self._model, "; ".join(faults) or "all hooks into Ray Serve work again"
+                    )
             except Exception:
                 log.exception("%s cannot look for another traffic, or report its metrics", self._model)

@@ -1,5 +1,6 @@
 """The state of a replica, as `raylway status` and deployments ask for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.serving.replica.meters import RequestStats
@@ -23,3 +24,5 @@ class State:
     """Requests that each shadow dropped or failed to answer."""
     recent: dict[str, RequestStats]
     """Requests of each variant over the last minute."""
+    hooks: Sequence[str] = ()
+    """Uses of Ray Serve's private parts that have no effect in this replica, and what follows from that."""

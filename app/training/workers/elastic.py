@@ -82,7 +82,9 @@ class Transitions(ControllerCallback, WorkerGroupCallback):
     def __init__(self, progress: Any, is_elastic: bool):
         """`progress` is the actor that the ranks report to."""
         self._progress = progress
-        self._callers: list[Caller] = ["controller", *(["elastic controller"] if is_elastic else [])]
+        self._callers: list[Caller] = ["controller"]
+        if is_elastic:
+            self._callers.append("elastic controller")
         self._placement: PlacementGroup | None = None
 
     def after_worker_group_start(self, worker_group: Any) -> None:

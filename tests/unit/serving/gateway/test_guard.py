@@ -101,7 +101,7 @@ def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypat
     """Else every request would take Serve's own way, several times as long."""
     ours, other = SimpleNamespace(respond=None), SimpleNamespace()
     contexts = [SimpleNamespace(servable_object=served) for served in (None, ours, other)]
-    monkeypatch.setattr("ray.serve.context._get_internal_replica_context", lambda: contexts[0])
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: contexts[0])
     middleware, _ = guard.middlewares()
     ours_only = middleware.cls(None, *middleware.args)
     assert ours_only._deployment() is None
@@ -109,6 +109,33 @@ def test_the_deployment_is_found_though_serve_listens_before_it_has_it(monkeypat
     assert ours_only._deployment() is ours
     del contexts[0]
     assert ours_only._deployment() is None, "another application's gets its requests from Serve"
+
+
+@pytest.fixture
+def direct_path(monkeypatch):
+    """The path of a process in which Serve has called nothing yet."""
+    path = guard.DirectPath()
+    monkeypatch.setattr(guard, "DIRECT_PATH", path)
+    return path
+
+
+def test_a_replica_whose_guard_serve_does_not_call_reports_it(direct_path):
+    (fault,) = direct_path.faults()
+    assert fault.startswith("Ray Serve has not called app.serving.gateway.guard.middlewares")
+    guard.middlewares()
+    assert direct_path.faults() == []
+
+
+def test_requests_that_miss_the_deployment_are_reported(direct_path):
+    guard.middlewares()
+    ask(deployment="none")
+    assert direct_path.faults() == [], "the proxy on the head node has no deployment"
+    direct_path.has_deployment = True
+    ask()
+    assert direct_path.faults() == []
+    _, sent = ask(deployment="none")
+    assert sent[0]["by"] == "Serve", "the request is answered all the same"
+    assert "through Ray Serve instead of directly" in direct_path.faults()[0]
 
 
 def test_the_answer_is_whole_and_has_the_requests_id():

@@ -5,6 +5,8 @@ import sys
 import pytest
 
 from app.config import Serving
+from app.serving.gateway import guard
+from app.serving.replica import autoscaling, deployment
 from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
@@ -32,6 +34,38 @@ def process_settings():
     yield
     sys.setswitchinterval(before)
     gc.unfreeze()
+
+
+def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_path, monkeypatch, caplog):
+    path, now = guard.DirectPath(), [0.0]
+    for module in (guard, deployment):
+        monkeypatch.setattr(module, "DIRECT_PATH", path)
+    monkeypatch.setattr(deployment, "Busyness", lambda: autoscaling.Busyness(lambda: now[0]))
+    monkeypatch.setattr(deployment, "UPDATE_S", 0.01)
+    deployed = Deployed(version="1", weight=1, path=build(tmp_path / "1", seed=1))
+    served = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
+    with Audit() as audit, traffic.tried(audit, "income", served, SERVING):
+        pass
+
+    async def run():
+        replica = Local("income", SERVING, None)
+        (unguarded,) = replica.state().hooks
+        assert "has not called app.serving.gateway.guard.middlewares" in unguarded
+        guard.middlewares()
+        assert replica.state().hooks == []
+        now[0] = autoscaling.MAX_INTERVAL_S
+        (not_asked,) = replica.state().hooks
+        assert "has not asked the replica for its load for 30 s" in not_asked
+        while not_asked not in caplog.text:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert caplog.text.count(not_asked) == 1
+        await replica.record_autoscaling_stats()
+        assert replica.state().hooks == []
+        await replica.close()
+
+    with caplog.at_level("ERROR", logger="ray.serve.raylway"):
+        asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_replica_starts_while_the_database_is_away_and_joins_it_later(home, tmp_path, monkeypatch):
