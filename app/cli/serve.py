@@ -93,6 +93,11 @@ def traffic(
 def status(as_json: Json = False) -> None:
     """Show the endpoints: variants, weights, replicas, and the last minute's latencies and errors."""
     with running("status", quiet=as_json) as console:
+        from app.state import hooks
+
+        if not as_json:
+            for fault in hooks.reported():
+                console.say(f"without effect: {fault}", style="yellow")
         require_cluster()
         from app.cluster.session import session
 

@@ -9,6 +9,7 @@ from app.monitoring import deployment as monitor
 from app.serving.control import deploy as endpoints
 from app.serving.control import status
 from app.serving.traffic.traffic import Traffic
+from app.state import hooks
 
 
 def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], None] = lambda _: None) -> str:
@@ -24,7 +25,11 @@ def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], N
 
 
 def statuses() -> list[dict[str, Any]]:
-    """The status of every endpoint, as JSON values; `watch` is None if nothing looks after the endpoints."""
+    """The status of every endpoint, as JSON values.
+
+    `watch` is None if nothing looks after the endpoints. `hooks` has the uses of Ray's private parts that
+    have no effect on this cluster, and is the same for all endpoints.
+    """
     report = monitor.report()
     watch = None
     if report is not None:
@@ -38,5 +43,5 @@ def statuses() -> list[dict[str, Any]]:
         document = endpoint.document()
         fault = report.faults.get(endpoint.name) if report else None
         faults = sorted({*document["faults"], *([fault] if fault else [])})
-        documents.append({**document, "faults": faults, "watch": watch})
+        documents.append({**document, "faults": faults, "watch": watch, "hooks": list(hooks.reported())})
     return documents
