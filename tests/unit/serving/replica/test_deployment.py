@@ -42,9 +42,9 @@ def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_pat
         monkeypatch.setattr(module, "DIRECT_PATH", path)
     monkeypatch.setattr(deployment, "Busyness", lambda: autoscaling.Busyness(lambda: now[0]))
     monkeypatch.setattr(deployment, "UPDATE_S", 0.01)
-    deployed = Deployed(version="1", weight=1, path=build(tmp_path / "1", seed=1))
+    deployed = DeployedVariant(version="1", weight=1, path=build(tmp_path / "1", seed=1))
     served = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
-    with Audit() as audit, traffic.tried(audit, "income", served, SERVING):
+    with Audit() as audit, traffic.set_with_rollback(audit, "income", served, SERVING):
         pass
 
     async def run():
