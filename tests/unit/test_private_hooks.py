@@ -19,6 +19,7 @@ import ray
 
 from app.cli import failures
 from app.cluster import flags, session
+from app.serving.gateway import guard
 from app.tuning import tuner
 
 RAY = Path(ray.__file__).parent
@@ -120,6 +121,7 @@ CLASSES = (
     "ray.train.v2._internal.execution.controller.state:ResizingState",
     "ray.train.v2._internal.execution.controller.state:RestartingState",
     "ray.train.v2._internal.execution.scaling_policy:ScalingDecision",
+    "psycopg.errors:_WaitTimeout",
 )
 """Private classes that are subclassed, or tested for with isinstance."""
 
@@ -239,6 +241,15 @@ def test_the_errors_of_a_lost_cluster_exist():
     for name in failures.LOST:
         module, _, attribute = name.rpartition(".")
         assert issubclass(getattr(pkgutil.resolve_name(module), attribute), Exception)
+
+
+def test_the_guard_removes_every_header_that_controls_serve():
+    from ray.serve._private import constants
+
+    pattern = r"SERVE_HTTP_\w+_HEADER|SERVE_MULTIPLEXED_MODEL_ID|SERVE_SESSION_ID"
+    headers = {value for name, value in vars(constants).items() if re.fullmatch(pattern, name)}
+    headers.remove("x-request-id")  # the guard checks it
+    assert {header.replace("_", "-").encode() for header in headers} == guard.STEERING
 
 
 def test_the_autoscaling_policy_is_called_with_what_it_reads():

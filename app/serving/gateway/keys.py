@@ -116,7 +116,7 @@ class Keys:
             until = (
                 f"those of the last fetch hold for {KEEP_S:g} s" if self._document else "there are none yet"
             )
-            log.warning("%s; %s", fault, until)
+            log.warning("%s; %s", fault, until, exc_info=True)
         self.fault = fault
 
     async def _read(self) -> bytes:

@@ -95,7 +95,7 @@ class FeedbackWriter:
         except Exception as error:
             if len(batch) == 1 or not self._accepts_writes():
                 reason = database.reason(error)
-                log.warning("feedback cannot be stored: %s", reason)
+                log.warning("feedback cannot be stored: %s", reason, exc_info=True)
                 return [NotStored(reason)] * len(batch)
         half = len(batch) // 2
         return self._write_batch(batch[:half]) + self._write_batch(batch[half:])

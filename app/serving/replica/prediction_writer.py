@@ -128,7 +128,8 @@ class PredictionWriter:
                 self._write_batch(batch, num_attempts - 1)  # the database may have come back in between
             else:
                 request_id = batch[0][0].request_id
-                log.error("the prediction of %s cannot be recorded: %s", request_id, database.reason(error))
+                reason = database.reason(error)
+                log.error("the prediction of %s cannot be recorded: %s", request_id, reason, exc_info=True)
                 self._drop(REFUSED)
                 self._remove(batch)
             return
