@@ -1,1 +1,1 @@
-"""Making the environment. Standard library only: it runs before anything is installed."""
+"""Set-up of the environment. Standard library only, because it runs before anything is installed."""

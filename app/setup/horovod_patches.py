@@ -1,19 +1,19 @@
-"""What is changed in Horovod's source before it is built: `PATCHES` of (file, old text, new text).
+"""Patches for Horovod's source, applied before it is built: `PATCHES` of (file, old text, new text).
 
-Each old text stands once in the file, or its last place is meant.
+The last occurrence of the old text in the file is replaced.
 """
 
-RIGHT_INTERFACE = (
+USE_CHOSEN_INTERFACE = (
     (
         "horovod/common/gloo/gloo_context.cc",
         "device_attr.iface = gloo_iface_;",
         "device_attr.iface = global_context.gloo_iface_;",
     ),
 )
-"""Horovod 0.28.1 minds HOROVOD_GLOO_IFACE for its first connections only: those of the gradients, made last
-in this file, go over the interface of the host's own name, or abort if it has none."""
+"""Horovod 0.28.1 uses HOROVOD_GLOO_IFACE only for its first connections. The connections for gradients, which
+this file opens last, use the interface of the host's name, and fail if the name has no address."""
 
-WAKE_WHEN_WAITED_FOR = (
+WAKE_FOR_WAITING_THREADS = (
     (
         "horovod/common/global_state.h",
         "#include <queue>\n",
@@ -76,9 +76,9 @@ void horovod_waiting(int change);
 void Reset""",
     ),
 )
-"""Between two looks at what is ready, Horovod's background thread sleeps for the cycle time, so that it finds
-several gradients at once. It slept even while the program did nothing but wait for it, so a short cycle was
-needed; and each look is a round of messages among all ranks, taken from the backward pass. Now it sleeps
-only as long as nobody waits, and the cycle can be long."""
+"""Horovod's background thread sleeps for the cycle time between two rounds, so that one round reduces several
+gradients. It slept even while the program only waited for a result, so the cycle had to be short, although
+each round exchanges messages among all ranks, which delays the backward pass. With this patch it wakes up as
+soon as a thread waits for a result, so the cycle can be long."""
 
-PATCHES = RIGHT_INTERFACE + WAKE_WHEN_WAITED_FOR
+PATCHES = USE_CHOSEN_INTERFACE + WAKE_FOR_WAITING_THREADS
