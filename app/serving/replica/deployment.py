@@ -7,6 +7,7 @@ import sys
 import starlette.requests
 import starlette.responses
 
+from app.cluster.requirements import require_tested_versions
 from app.config import Serving
 from app.config.serving import Issuer
 from app.serving.gateway import limits
@@ -38,7 +39,9 @@ class Replica:
     """Every replica loads all variants of its model, except those that have workers of their own."""
 
     def __init__(self, model: str, serving: Serving, issuer: Issuer | None):
-        """Raises UserError if a bundle is broken or the variants take different inputs."""
+        """Raises UserError if a bundle is broken, the variants take different inputs, or the node has another
+        version of Ray or Optuna."""
+        require_tested_versions()
         sys.setswitchinterval(SWITCH_S)
         self._model = model
         self._authenticator = Authenticator(issuer) if issuer else None

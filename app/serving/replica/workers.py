@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from app.bundle.bundle import Ranking
+from app.cluster.requirements import require_tested_versions
 from app.serving.traffic.variants import DeployedVariant, open_bundle, with_local_bundles
 
 Columns = Mapping[str, np.ndarray]
@@ -26,9 +27,11 @@ class Worker:
     def __init__(
         self, model: str, variant: DeployedVariant, max_batch_rows: int, trusted_keys: Sequence[str]
     ):
-        """Raises UserError, as `app.serving.traffic.variants.with_local_bundles` and `open_bundle`."""
+        """Raises UserError, as `app.serving.traffic.variants.with_local_bundles` and `open_bundle`, or if the
+        node has another version of Ray or Optuna."""
         from ray import serve
 
+        require_tested_versions()
         path = with_local_bundles(model, {"": variant})[""].path
         self._bundle = open_bundle(path, trusted_keys)
         self._max_batch_rows = max_batch_rows

@@ -9,7 +9,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from app.cluster.requirements import TESTED, require_tested_versions
+from app.config import Serving
 from app.errors import UserError
+from app.serving.replica.deployment import Replica
+from app.serving.replica.workers import Worker
+from app.serving.traffic.variants import DeployedVariant
 
 ROOT = Path(__file__).parents[3]
 VERSIONS = {"ray": "2.60.1", "optuna": "5.0.0"}
@@ -48,6 +52,14 @@ def test_another_version_of_optuna_is_refused(installed):
     installed["optuna"] = "5.1.0"
     with pytest.raises(UserError, match=r"optuna must be version 5\.0\.x.* has 5\.1\.0"):
         require_tested_versions()
+
+
+def test_a_replica_does_not_start_with_another_version(installed):
+    installed["ray"] = "2.61.0"
+    with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
+        Replica("income", Serving.model_validate({"variants": {}}), None)
+    with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
+        Worker("income", DeployedVariant(version="1", weight=1, path=ROOT), 32, [])
 
 
 def test_pyproject_pins_the_tested_versions():
