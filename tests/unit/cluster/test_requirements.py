@@ -57,7 +57,9 @@ def test_another_version_of_optuna_is_refused(installed):
 def test_a_replica_does_not_start_with_another_version(installed):
     installed["ray"] = "2.61.0"
     with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
-        Replica("income", Serving.model_validate({"variants": {}}), None)
+        Replica(
+            "income", Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}}), None
+        )
     with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
         Worker("income", DeployedVariant(version="1", weight=1, path=ROOT), 32, [])
 
