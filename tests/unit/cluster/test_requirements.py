@@ -54,6 +54,13 @@ def test_another_version_of_optuna_is_refused(installed):
         require_tested_versions()
 
 
+class Local(Replica):
+    """Serve awaits what `__del__` returns; Python does not."""
+
+    def __del__(self):
+        pass
+
+
 def test_a_replica_does_not_start_with_another_version(installed):
     installed["ray"] = "2.61.0"
     with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
