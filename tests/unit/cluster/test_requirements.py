@@ -64,7 +64,7 @@ class Local(Replica):
 def test_a_replica_does_not_start_with_another_version(installed):
     installed["ray"] = "2.61.0"
     with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
-        Replica(
+        Local(
             "income", Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}}), None
         )
     with pytest.raises(UserError, match=r"ray must be version 2\.60\.x"):
