@@ -81,4 +81,15 @@ gradients. It slept even while the program only waited for a result, so the cycl
 each round exchanges messages among all ranks, which delays the backward pass. With this patch it wakes up as
 soon as a thread waits for a result, so the cycle can be long."""
 
-PATCHES = USE_CHOSEN_INTERFACE + WAKE_FOR_WAITING_THREADS
+INCLUDE_ONLY_WHAT_IS_USED = tuple(
+    (
+        f"horovod/torch/{file}",
+        "#include <torch/extension.h>\n#include <torch/torch.h>\n",
+        "#include <torch/types.h>\n#include <torch/csrc/utils/pybind.h>\n",
+    )
+    for file in ("adapter_v2.h", "mpi_ops_v2.cc")
+)
+"""Horovod uses PyTorch's tensors and their conversion from Python. Its includes bring all of PyTorch's C++
+API, which doubles the compiler's time for the two largest files."""
+
+PATCHES = USE_CHOSEN_INTERFACE + WAKE_FOR_WAITING_THREADS + INCLUDE_ONLY_WHAT_IS_USED
