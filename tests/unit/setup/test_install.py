@@ -1,24 +1,35 @@
 """Set-up, from a copy of the few files that it needs, by a Python that sees nothing else."""
 
+import contextlib
 import hashlib
 import io
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+import venv
 import zipfile
 from pathlib import Path
 
+import pip
+import psutil
 import pytest
 
 from app.errors import UserError
-from app.setup.install import _digest
+from app.setup.environment import PACKAGES
+from app.setup.horovod import _digest, _verify
 
 ROOT = Path(__file__).parents[3]
 NEEDED = (
     "app/__init__.py",
     "app/errors.py",
+    "app/setup/__init__.py",
     "app/setup/install.py",
+    "app/setup/environment.py",
+    "app/setup/processes.py",
+    "app/setup/horovod.py",
     "app/setup/horovod_patches.py",
     "app/data/__init__.py",
     "app/data/sources/samples.py",
@@ -87,6 +98,8 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
         "pyproject.toml",
         "constraints.txt",
         "app/setup/install.py",
+        "app/setup/environment.py",
+        "app/setup/horovod.py",
         "app/setup/horovod_patches.py",
         "app/data/sources/samples.py",
     ],
@@ -127,13 +140,13 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
 
 DOWNLOAD = """
 import pathlib, sys
-from app.setup import install
-install.PYTHON = pathlib.Path(sys.argv[1])
+from app.setup import environment, horovod
+environment.PYTHON = pathlib.Path(sys.argv[1])
 folder = pathlib.Path(sys.argv[2])
 options = ["--no-index", "--find-links", sys.argv[3], "--disable-pip-version-check"]
 try:
-    print(install._download("small==1.0", sys.argv[4], folder, *options))
-except install.UserError as error:
+    print(horovod._download("small==1.0", sys.argv[4], folder, *options))
+except horovod.UserError as error:
     print("error:", error)
 """
 
@@ -170,10 +183,8 @@ def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy,
 
 @pytest.mark.parametrize("damage", ["cut off", "other content", "a file more", "a file less", "no record"])
 def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
-    from app.setup import install
-
     files = {"small.py": b"BUILD = 1\n", "small-1.0.dist-info/METADATA": b"Name: small\n"}
-    record = "".join(f"{name},{install._digest(content)},{len(content)}\n" for name, content in files.items())
+    record = "".join(f"{name},{_digest(content)},{len(content)}\n" for name, content in files.items())
     record += "small-1.0.dist-info/RECORD,,\n"
     wheel = tmp_path / "small-1.0-py3-none-any.whl"
 
@@ -184,7 +195,7 @@ def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
 
     whole = {**files, "small-1.0.dist-info/RECORD": record.encode()}
     write(whole)
-    install._verify(wheel)
+    _verify(wheel)
     match damage:
         case "cut off":
             wheel.write_bytes(wheel.read_bytes()[:-30])
@@ -197,17 +208,17 @@ def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
         case "no record":
             write(files)
     with pytest.raises(UserError, match=r"is damaged .*run `make setup` again") as caught:
-        install._verify(wheel)
+        _verify(wheel)
     assert "\n" not in str(caught.value)
 
 
 def test_a_wheel_replaces_one_of_the_same_version(copy):
     """As when Horovod is built again with other patches."""
-    make = "import venv; from app.setup import install; venv.create(install.VENV, with_pip=True)"
     install = (
-        "import pathlib, sys; from app.setup.install import _install_wheel as f; f(pathlib.Path(sys.argv[1]))"
+        "import pathlib, sys; from app.setup.horovod import install_wheel as f; f(pathlib.Path(sys.argv[1]))"
     )
-    assert python(copy, "/usr/bin:/bin", "-c", make).returncode == 0
+    venv.create(copy / ".venv")
+    (copy / ".venv" / PACKAGES / "pip").symlink_to(Path(pip.__file__).parent)  # which ensurepip takes 6 s for
     for build in ("first", "second"):
         wheel = copy / build / "small-1.0-py3-none-any.whl"
         wheel.parent.mkdir()
@@ -225,3 +236,78 @@ def test_a_wheel_replaces_one_of_the_same_version(copy):
         assert done.returncode == 0, done.stderr
         (installed,) = copy.glob(".venv/lib/*/site-packages/small.py")
         assert build in installed.read_text()
+
+
+PARALLEL = """
+import os, subprocess, sys, time
+from app.setup.processes import run, run_in_parallel
+# A process of its own below each task's: as pip starts a build, and a build starts compilers.
+sleep = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])"
+def wait():
+    run([sys.executable, "-S", "-c", sleep])
+def fail():
+    run([sys.executable, "-S", "-c", "import sys; sys.stdin.read(); sys.exit('no space left')"])
+print("started", flush=True)
+run_in_parallel(wait, {second})
+"""
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
+
+
+def test_a_task_that_fails_ends_the_other_and_is_the_one_that_is_reported(copy):
+    began = time.monotonic()
+    done = python(copy, "/usr/bin:/bin", "-c", PARALLEL.format(second="fail"))
+    assert time.monotonic() - began < 30
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "no space left"
+    assert "failed:" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_that_was_started(copy, number):
+    script = PARALLEL.format(second="wait")
+    handler = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", handler + script], cwd=copy, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 30
+        while len(started := descendants(process)) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left
+    assert process.returncode != 0
+
+
+LOCKED = """
+import sys
+from app.setup import environment, install
+environment.VENV.mkdir(exist_ok=True)
+with install._locked(install.LOCK):
+    print("locked", flush=True)
+    if sys.argv[1] == "hold":
+        sys.stdin.read()
+        install.STAMP.write_text(install._state())
+"""
+
+
+def test_a_second_set_up_waits_for_the_first_and_finds_its_work(copy, programs):
+    path = programs("g++", "make")
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", LOCKED, "hold"],
+        cwd=copy, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as first:  # fmt: skip
+        assert first.stdout.readline() == "locked\n"
+        with subprocess.Popen(
+            [sys.executable, "-S", *INSTALL], cwd=copy, env={"PATH": path}, stdout=subprocess.PIPE, text=True
+        ) as second:
+            assert second.stdout.readline().startswith("Waiting for another set-up of ")
+            first.communicate()
+            assert second.communicate(timeout=30)[0] == "", "nothing is left to do"
+            assert second.returncode == 0
