@@ -41,8 +41,9 @@ class Target(NamedTuple):
     nccl: Path | None
     folder: Path
 
-    def wheel(self) -> Path | None:
-        return next(self.folder.glob("*.whl"), None)
+    def wheels(self) -> list[Path]:
+        """The wheel that was built, if there is one."""
+        return list(self.folder.glob("*.whl"))
 
 
 def find_target() -> Target:
@@ -117,8 +118,8 @@ def _build(scratch: Path, compiler: str, nccl: Path | None) -> Path:
         }
     source = _source(scratch)
     options = ["-v", "--no-deps", "--no-build-isolation", "--no-cache-dir", "--use-pep517"]
-    command = [build_environment / "bin" / "python", "-m", "pip", "wheel", *options]
-    command += ["-w", scratch / "wheel", source]
+    pip_wheel = [build_environment / "bin" / "python", "-m", "pip", "wheel", *options]
+    command = [*map(str, pip_wheel), "-w", str(scratch / "wheel"), str(source)]
     log = scratch / "build.log"
     started = time.monotonic()
     with (

@@ -61,7 +61,7 @@ def _install(compiler: str) -> None:
     # First and alone: any other package that needs torch would choose another build of it.
     _step("PyTorch", lambda: pip_install(TORCH))
     target = horovod.find_target()
-    if target.wheel() is None:
+    if not target.wheels():
         print(f"  the other dependencies, and Horovod built {target.description}: {BUILD_TIME}", flush=True)
         run_in_parallel(
             lambda: _timed("dependencies installed", _install_dependencies),
@@ -71,7 +71,7 @@ def _install(compiler: str) -> None:
         )
     else:
         _step("the other dependencies", _install_dependencies)
-    _step("Horovod", lambda: horovod.install_wheel(target.wheel()))
+    _step("Horovod", lambda: horovod.install_wheel(target.wheels()[0]))
 
 
 def _install_dependencies() -> None:
