@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow check bench soak clean
+.PHONY: setup demo test test-unit test-slow check bench soak clean
 
 setup:
 	@$(PYTHON) -m app.setup.install
@@ -12,6 +12,9 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-unit: setup
+	@$(BIN)/python -m pytest tests/unit
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not gpu"
