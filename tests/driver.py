@@ -11,6 +11,7 @@ from pathlib import Path
 
 from app.cluster.session import session
 from app.config import projectfile
+from app.state import hooks
 
 
 def say(kind: str, **facts) -> None:
@@ -91,7 +92,7 @@ def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
                 fresh=True,
                 wrap=noting(folder, seconds_per_step),
             )
-            say("end", history=trained.history)
+            say("end", history=trained.history, without_effect=list(hooks.reported()))
         except Exception as error:
             say("error", type=type(error).__name__, text=str(error))
 

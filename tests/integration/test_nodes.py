@@ -77,5 +77,6 @@ def test_an_elastic_group_grows_and_shrinks_with_the_cluster(cluster, tmp_path):
     training.wait_for("epoch", timeout=60)
     comes.kill()
     training.wait_for("note", "1 workers", timeout=90)
-    epochs = [e["epoch"] for e in training.wait_for("end", timeout=200)["history"]]
-    assert epochs == list(range(20))
+    end = training.wait_for("end", timeout=200)
+    assert [epoch["epoch"] for epoch in end["history"]] == list(range(20))
+    assert end["without_effect"] == [], "Ray calls the overrides of an elastic group"

@@ -296,6 +296,7 @@ def test_status_says_what_happens_now(served, raylway):
     assert done.returncode == 0, done.stderr
     (endpoint,) = json.loads(done.stdout)
     assert (endpoint["name"], endpoint["status"], endpoint["faults"]) == (NAME, "RUNNING", [])
+    assert endpoint["hooks"] == []
     assert endpoint["replicas"] == {"running": 2, "target": 2}
     champion = endpoint["variants"]["champion"]
     assert (champion["version"], champion["share"]) == ("1", 0.5)

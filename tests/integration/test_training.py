@@ -71,6 +71,22 @@ def test_two_processes_end_with_equal_parameters(uninterrupted):
     assert history[-1]["train_loss"] < history[0]["train_loss"]
 
 
+def test_an_override_that_ray_does_not_call_is_reported(prepared, monkeypatch):
+    from app.state import hooks
+    from app.training.workers import launch, overrides
+
+    assert list(hooks.reported()) == [], "Ray has called all of them in the trainings before"
+    monkeypatch.setattr(overrides, "_called", set())
+    monkeypatch.delattr(launch.Trainer, "_create_default_callbacks")
+    notes = []
+    train(small("training.epochs=1"), prepared, on_note=notes.append)
+    assert "Ray Train did not call Trainer._create_default_callbacks: " in notes[0]
+    monkeypatch.undo()
+    train(small("training.epochs=1"), prepared, on_note=notes.append)
+    assert len(notes) == 1
+    assert list(hooks.reported()) == []
+
+
 def test_the_same_seed_gives_the_same_history_and_so_does_deterministic(prepared, uninterrupted):
     again = train(small("training.deterministic=true"), prepared).history
     assert timeless(again) == timeless(uninterrupted[0])
