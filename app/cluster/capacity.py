@@ -11,8 +11,8 @@ MIN_CPUS = 0.01
 """Fewest CPUs that a worker can claim. Ray counts CPUs to four decimals; claims are rounded down to two."""
 REPLICA_CLASS_PREFIX = "ServeReplica:"
 """Start of the actor class name of every Serve replica; the application and the deployment follow."""
-VERSION_SEPARATOR = "@"
-"""Separates model and version in the name of the application that runs a version's own workers."""
+WORKERS_SEPARATOR = "@"
+"""Character between the model and the version in the name of the application that runs a version's workers."""
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,5 @@ def _endpoint_cpus() -> dict[str, float]:
         actor = ActorTableData.FromString(row)
         if actor.class_name.startswith(REPLICA_CLASS_PREFIX) and actor.required_resources.get("CPU"):
             application = actor.class_name.removeprefix(REPLICA_CLASS_PREFIX).split(":")[0]
-            cpus[application.split(VERSION_SEPARATOR)[0]] += actor.required_resources["CPU"]
+            cpus[application.split(WORKERS_SEPARATOR)[0]] += actor.required_resources["CPU"]
     return dict(cpus)

@@ -6,6 +6,8 @@ a capital letter or WORKERS_SEPARATOR in their names.
 
 from collections.abc import Iterable
 
+from app.cluster.capacity import WORKERS_SEPARATOR
+
 ROOT = "Raylway"
 """Application that answers for the server as a whole and keeps the counts of the rate limits."""
 GRPC = "Grpc"
@@ -13,8 +15,6 @@ GRPC = "Grpc"
 WATCH = "Watch"
 """Application that updates the endpoints which follow the registry or a bandit; see
 `app.monitoring.deployment`."""
-WORKERS_SEPARATOR = "@"
-"""Character between the model and the version in the name of a workers' application."""
 
 
 def workers_application(model: str, version: str) -> str:

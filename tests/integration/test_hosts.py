@@ -1,5 +1,5 @@
-"""Training and serving on two hosts: network namespaces with their own addresses and names, and a cable
-between them."""
+"""Training and serving on two hosts: network namespaces with their own addresses and names, connected by a
+virtual cable."""
 
 import json
 import os
@@ -31,14 +31,14 @@ SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=3"
 class Machine(Host):
     name: str = ""
     other_address: str = ""
-    """On a network that the cluster is not to use."""
+    """Address in a network that the cluster must not use."""
 
     def run(self, *command: str) -> str:
         ran = subprocess.run([*self.enter, *command], check=True, capture_output=True, text=True)
         return ran.stdout
 
     def sent(self, interface: str) -> int:
-        """Bytes so far."""
+        """Bytes sent so far."""
         (link,) = json.loads(self.run("ip", "-json", "-stats", "link", "show", interface))
         return link["stats64"]["tx"]["bytes"]
 
@@ -49,7 +49,7 @@ class Machine(Host):
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory):
-    """Two machines with two networks; the default route is on the one that the cluster is not on."""
+    """Two machines in two networks; the default route uses the network that the cluster does not use."""
     table = tmp_path_factory.mktemp("hosts") / "hosts"
 
     def ip(*arguments: str) -> None:
@@ -71,9 +71,9 @@ def hosts(tmp_path_factory):
         machines = []
         for number, name in enumerate(names, start=1):
             ip("-n", name, "route", "add", "default", "via", f"10.99.2.{3 - number}")
-            begin = f'hostname {name} && mount --bind {table} /etc/hosts && exec "$@"'
+            enter_host = f'hostname {name} && mount --bind {table} /etc/hosts && exec "$@"'
             enter = ("nsenter", f"--net=/run/netns/{name}", "unshare", "--uts", "--mount")
-            enter = (*enter, "sh", "-c", begin, "sh")
+            enter = (*enter, "sh", "-c", enter_host, "sh")
             machines.append(Machine(f"10.99.1.{number}", enter, name, f"10.99.2.{number}"))
         names_of = "".join(f"{machine.address} {machine.name}\n" for machine in machines)
         table.write_text(f"127.0.0.1 localhost\n{names_of}")
@@ -85,11 +85,11 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster(home, hosts):
-    """Two CPUs on each host."""
-    with nodes(hosts[0]) as started:
+    """A cluster with two CPUs on each host."""
+    with nodes(hosts[0]) as cluster:
         for host in hosts:
-            started.join(2, host)
-        yield started
+            cluster.join(2, host)
+        yield cluster
 
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
@@ -116,18 +116,18 @@ def test_four_ranks_on_two_hosts(cluster, hosts, tmp_path, backend):
     assert {rank["environment"][name] for rank in ranks for name in names} == {CLUSTER}
     address = {host.name: host.address for host in hosts}
     for rank in ranks:
-        rank["listens"].remove("::")  # Ray's own
+        rank["listens"].remove("::")  # Ray's own port
         assert set(rank["listens"]) <= {address[rank["hostname"]]}
     assert len({rank["parameters"] for rank in ranks}) == 1
-    # A ring sends all gradients, and half of them again, over every cable in it.
-    at_least = ranks[0]["steps"] * ranks[0]["bytes"]
+    # In a ring, every cable carries all gradients one and a half times.
+    min_bytes = ranks[0]["steps"] * ranks[0]["bytes"]
     for host, (cluster_bytes, other_bytes) in zip(hosts, before, strict=True):
-        assert host.sent(CLUSTER) - cluster_bytes > at_least
-        assert host.sent(OTHER) - other_bytes < at_least / 100
+        assert host.sent(CLUSTER) - cluster_bytes > min_bytes
+        assert host.sent(OTHER) - other_bytes < min_bytes / 100
 
 
 def test_an_endpoint_on_two_hosts(home, hosts, server, monkeypatch):
-    """One replica on each; both hosts answer, to whoever has a token, and replicas answer nobody else."""
+    """One replica on each host. Both hosts answer requests with a token; replicas answer HAProxy only."""
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", server.url())
     with nodes(hosts[0]) as cluster:
         for host in hosts:
@@ -162,7 +162,7 @@ def test_an_endpoint_on_two_hosts(home, hosts, server, monkeypatch):
         first, last = (
             cluster.environment[f"RAY_SERVE_DIRECT_INGRESS_{end}_HTTP_PORT"] for end in ("MIN", "MAX")
         )
-        look = f"""
+        probe = f"""
 import httpx, socket
 for address in {addresses}:
     for headers in ({{"authorization": "Bearer {token}"}}, {{}}):
@@ -173,16 +173,18 @@ for address in {addresses}:
             print(address, httpx.get(f"http://{{address}}:{{replica}}/v2", trust_env=False).status_code)
 """
         for host in hosts:
-            seen = host.run(sys.executable, "-c", look).splitlines()
+            seen = host.run(sys.executable, "-c", probe).splitlines()
             for address in addresses:
-                door, closed, *replicas = [line.split()[1] for line in seen if line.startswith(address)]
-                assert (door, closed) == ("200", "401")
-                assert replicas, "each host has one"
+                with_token, without, *replicas = [
+                    line.split()[1] for line in seen if line.startswith(address)
+                ]
+                assert (with_token, without) == ("200", "401")
+                assert replicas, "each host has a replica"
                 assert set(replicas) == {"403"}
 
 
-def test_a_cable_that_is_unplugged(home, hosts, tmp_path):
-    """For a moment: nothing is lost but time. For good: the group is given up, and goes on elsewhere."""
+def test_a_training_survives_an_unplugged_cable(home, hosts, tmp_path):
+    """After a short interruption the group continues; after a long one it restarts on the other host."""
     first, second = hosts
     with nodes(first) as cluster:
         for host in hosts:

@@ -1,4 +1,4 @@
-"""Training on several nodes: Ray nodes on this machine that come, are taken away, and die."""
+"""Training on several Ray nodes on this machine: nodes join, are preempted, and die."""
 
 import socket
 import time
@@ -14,9 +14,9 @@ SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=4"
 
 @pytest.fixture
 def cluster(home):
-    """A head without CPUs, apart from the shared cluster."""
-    with nodes() as started:
-        yield started
+    """A cluster besides the shared one, with a head without CPUs."""
+    with nodes() as cluster:
+        yield cluster
 
 
 def listens(address: str, port: str) -> bool:
@@ -26,7 +26,7 @@ def listens(address: str, port: str) -> bool:
 
 @pytest.mark.slow
 def test_four_ranks_on_two_nodes(cluster, tmp_path):
-    where = {cluster.join(num_cpus=2).id, cluster.join(num_cpus=2).id}
+    node_ids = {cluster.join(num_cpus=2).id, cluster.join(num_cpus=2).id}
     training = cluster.train(tmp_path / "run", *SMALL, "training.num_workers=4", seconds_per_step=0.05)
     rendezvous = training.wait_for_ranks(4, timeout=180)[0]["environment"]
     port = rendezvous["HOROVOD_GLOO_RENDEZVOUS_PORT"]
@@ -35,12 +35,12 @@ def test_four_ranks_on_two_nodes(cluster, tmp_path):
     assert training.wait_for("end", timeout=90)["history"][-1]["epoch"] == 3
     ranks = sorted(training.ranks(), key=lambda rank: rank["rank"])
     assert [rank["node"] for rank in ranks[::2]] == [rank["node"] for rank in ranks[1::2]]
-    assert {rank["node"] for rank in ranks} == where
+    assert {rank["node"] for rank in ranks} == node_ids
     places = [[rank["environment"][f"HOROVOD_{k}_RANK"] for k in ("LOCAL", "CROSS")] for rank in ranks]
     assert places == [["0", "0"], ["1", "0"], ["0", "1"], ["1", "1"]]
     assert len({rank["parameters"] for rank in ranks}) == 1
     for rank in ranks:
-        rank["listens"].remove("::")  # Ray's own
+        rank["listens"].remove("::")  # Ray's own port
         assert set(rank["listens"]) <= {cluster.host.address}
 
 
@@ -64,18 +64,18 @@ def test_ranks_move_on_from_a_node_that_is_preempted(cluster, tmp_path):
 
 @pytest.mark.slow
 def test_an_elastic_group_grows_and_shrinks_with_the_cluster(cluster, tmp_path):
-    stays = cluster.join(num_cpus=1)
+    first_node = cluster.join(num_cpus=1)
     elastic = ("training.num_workers=[1, 3]", "training.epochs=20", "training.max_failures=1")
     training = cluster.train(tmp_path / "run", *SMALL, *elastic, seconds_per_step=0.05)
     (first,) = training.wait_for_ranks(1, timeout=180)
-    assert first["node"] == stays.id
+    assert first["node"] == first_node.id
     training.wait_for("epoch", timeout=60)
-    comes = cluster.join(num_cpus=2)
+    second_node = cluster.join(num_cpus=2)
     nodes = [rank["node"] for rank in training.wait_for_ranks(3, timeout=45)]
-    assert sorted(nodes) == sorted([stays.id, comes.id, comes.id])
+    assert sorted(nodes) == sorted([first_node.id, second_node.id, second_node.id])
     training.wait_for("note", "3 workers", timeout=30)  # from a checkpoint
     training.wait_for("epoch", timeout=60)
-    comes.kill()
+    second_node.kill()
     training.wait_for("note", "1 workers", timeout=90)
     end = training.wait_for("end", timeout=200)
     assert [epoch["epoch"] for epoch in end["history"]] == list(range(20))
