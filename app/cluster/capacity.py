@@ -12,7 +12,7 @@ MIN_CPUS = 0.01
 REPLICA_CLASS_PREFIX = "ServeReplica:"
 """Start of the actor class name of every Serve replica; the application and the deployment follow."""
 WORKERS_SEPARATOR = "@"
-"""Character between the model and the version in the name of the application that runs a version's workers."""
+"""Character between the model and the version in the name of the application of a version's workers."""
 
 
 @dataclass(frozen=True)
