@@ -14,7 +14,7 @@ from app.bundle.manifest import seal
 from app.config import Project
 from app.data import tokens
 from app.data.prepare import LABEL, Prepared
-from app.evaluation import report
+from app.evaluation import card
 from app.tasks.text.packager import Packager
 from app.tasks.text.task import Task
 from tests import encoders
@@ -92,7 +92,7 @@ def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
     bundle.write_example(opened, made.frame("test"))
     evaluation = {**packager.evaluate(opened), "baselines": {}, "onnx_difference": difference}
     (folder / "metrics.json").write_text(json.dumps(evaluation))
-    (folder / "card.md").write_text(report.card(settings, made.summary, evaluation))
+    (folder / "card.md").write_text(card.render(settings, made.summary, evaluation))
     facts = {"data_version": "0" * 64, "prepared": made.key, "seed": 0, "decision": PASSED}
     seal(folder, facts)
     return folder

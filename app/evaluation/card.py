@@ -1,4 +1,4 @@
-"""The card of a bundle: what a person should know before using the model."""
+"""The card of a bundle, in Markdown: what a person should know before using the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,22 +14,22 @@ COLUMNS = tuple(
         ]
     )
 )
-"""Metrics that stand in the card, where a model has them."""
+"""Metrics that the card shows, of those that a model has."""
 
 
-def card(project: Project, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
-    """The card in Markdown.
+def render(project: Project, summary: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    """Write the card.
 
-    `summary` is the prepared data's; `evaluation` has `model`, `baselines` (metrics by name) and
-    `reliability` (bins), as in the bundle's metrics.json, and `classes`, `slices` and `compression` if there
-    are. A recommender has no `reliability`.
+    `summary` is the summary of the prepared data. `evaluation` holds `model` (metrics), `baselines` (metrics
+    by name) and `reliability` (bins) as the bundle's metrics.json does, and `classes`, `slices` and
+    `compression` if there are any. A recommender has no `reliability`.
     """
     source = project.data.source
-    baselines = {name.replace("_", " "): found for name, found in evaluation["baselines"].items()}
+    baselines = {name.replace("_", " "): metrics for name, metrics in evaluation["baselines"].items()}
     lines = [
         f"# {project.name}: {project.model.kind}",
         "",
-        f"Predicts {_predicts(project)}.",
+        f"Predicts {_prediction(project)}.",
         "",
         "## Data",
         "",
@@ -62,48 +62,49 @@ def card(project: Project, summary: Mapping[str, Any], evaluation: Mapping[str, 
             ),
             "",
         ]
-    for column, found in evaluation.get("slices", {}).items():
-        names = list(next(iter(found.values())))
-        lines += [f"By `{column}`:", "", *_metrics(found, names), ""]
+    for column, values in evaluation.get("slices", {}).items():
+        names = list(next(iter(values.values())))
+        lines += [f"By `{column}`:", "", *_metrics(values, names), ""]
     if compression := evaluation.get("compression"):
         lines += ["## Compression", "", *_compression(compression), ""]
     return "\n".join([*lines, *_inputs(project), ""])
 
 
-def verdict(passed: bool, reason: str) -> str:
-    """The card's last section: what the gate decided, and why."""
+def gate_section(passed: bool, reason: str) -> str:
+    """The last section of the card: the gate's decision and its reason."""
     return f"## Gate\n\n{'Passed' if passed else 'Not passed'}: {reason}.\n"
 
 
 def _inputs(project: Project) -> list[str]:
-    if of := project.data.interactions:
+    if interactions := project.data.interactions:
         return [
-            "Each user's last item was held out and ranked among all that the user has not had, by what came",
-            "before it. The baselines were fitted on the training and the validation part, this model on the",
-            "training part alone.",
+            "The last item of each user was held out and ranked among all items that the user had not had",
+            "before. The baselines were fitted on the training and validation parts, this model on the",
+            "training part only.",
             "",
             "## Inputs",
             "",
-            f"- `{of.user}`: who; items that the user had in the training and validation parts are left out",
+            f"- `{interactions.user}`: the user; items of the user in the training and validation parts are "
+            "not recommended",
             "",
-            "Who is not known is refused, or gets the items that most users had, as the contract says.",
+            "For an unknown user, the contract decides: an error, or the items that most users had.",
         ]
     return [
         "## Inputs",
         "",
         *(
-            f"- `{name}`: {project.data.columns[name].type}, {e.encode}"
-            for name, e in project.features.items()
+            f"- `{name}`: {project.data.columns[name].type}, {encoding.encode}"
+            for name, encoding in project.features.items()
         ),
         "",
-        "A category never seen in training is refused or left out, as the contract says of each column;",
-        "a missing number stands at the training mean.",
+        "For a category that training never saw, the column's contract decides: an error, or a prediction",
+        "without this column. A missing number is replaced by the training mean.",
     ]
 
 
-def _predicts(project: Project) -> str:
-    if of := project.data.interactions:
-        return f"which `{of.item}` a `{of.user}` takes next"
+def _prediction(project: Project) -> str:
+    if interactions := project.data.interactions:
+        return f"which `{interactions.item}` a `{interactions.user}` takes next"
     label = project.data.target
     if label.classes is None:
         return f"the probability that `{label.column}` is `{label.outcome}`"
@@ -121,32 +122,32 @@ def _part(part: Mapping[str, Any], project: Project) -> str:
     return f"{rows}, {', '.join(shares)}"
 
 
-def _share(count: int, of: int) -> str:
-    """A share in percent; small ones as counts, which would round to nothing."""
-    share = count / of
-    return f"{share:.1%}" if share >= 0.001 else f"{count:,} of {of:,}"
+def _share(count: int, total: int) -> str:
+    """A share in percent, or the count if the percentage would round to zero."""
+    share = count / total
+    return f"{share:.1%}" if share >= 0.001 else f"{count:,} of {total:,}"
 
 
-def _compression(found: Mapping[str, Any]) -> list[str]:
-    before, after = found["before"], found["after"]
+def _compression(comparison: Mapping[str, Any]) -> list[str]:
+    versions = comparison["before"], comparison["after"]
     rows = [
-        ["size of the graph", *(f"{f['bytes'] / 1e6:.2f} MB" for f in (before, after))],
-        ["median time of 1 row", *(f"{f['ms_1']:.2f} ms" for f in (before, after))],
-        ["median time of 32 rows", *(f"{f['ms_32']:.2f} ms" for f in (before, after))],
-        [f"test {found['metric']}", *(f"{f['score']:.4f}" for f in (before, after))],
+        ["size of the graph", *(f"{version['bytes'] / 1e6:.2f} MB" for version in versions)],
+        ["median time of 1 row", *(f"{version['ms_1']:.2f} ms" for version in versions)],
+        ["median time of 32 rows", *(f"{version['ms_32']:.2f} ms" for version in versions)],
+        [f"test {comparison['metric']}", *(f"{version['score']:.4f}" for version in versions)],
     ]
     return [
-        f"In int8, quantised by ONNX Runtime. {found['changed']:.1%} of the test part's answers are others.",
+        f"In int8, quantised by ONNX Runtime. {comparison['changed']:.1%} of test predictions changed.",
         "",
         *_table(["", "before", "after"], rows),
     ]
 
 
 def _metrics(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str] = COLUMNS) -> list[str]:
-    """A table of metrics: a row for each model, class or slice, a column for each that the first one has."""
-    shown = [name for name in names if name in next(iter(rows.values()))]
-    header = ["", *(name.replace("_", " ") for name in shown)]
-    return _table(header, ([label, *(_figure(m, n) for n in shown)] for label, m in rows.items()))
+    """A table with a row for each model, class or slice, and a column for each metric of the first one."""
+    columns = [name for name in names if name in next(iter(rows.values()))]
+    header = ["", *(name.replace("_", " ") for name in columns)]
+    return _table(header, ([label, *(_figure(values, n) for n in columns)] for label, values in rows.items()))
 
 
 def _figure(metrics: Mapping[str, Any], name: str) -> str:

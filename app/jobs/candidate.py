@@ -13,7 +13,7 @@ from app.bundle.manifest import seal
 from app.config import Project
 from app.data import split
 from app.data.prepare import Prepared
-from app.evaluation import report
+from app.evaluation import card
 from app.registry import flavor
 from app.state import stages
 from app.tasks import Task, baselines_of, module_of, packager_of
@@ -55,7 +55,7 @@ def build(
         bundle.write_example(opened, test)
         evaluation = {**packager.evaluate(opened), "baselines": scores, "onnx_difference": difference}
         (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
-        (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
+        (draft / "card.md").write_text(card.render(project, prepared.summary, evaluation))
         flavor.write(draft)
         facts = {"data_version": prepared.summary["data_version"], "prepared": prepared.key}
         seal(draft, {**facts, "seed": project.seed})

@@ -12,7 +12,7 @@ from app.bundle.bundle import Bundle
 from app.bundle.manifest import identity_of, manifest_of, seal
 from app.config import Gate
 from app.console import Console
-from app.evaluation import gate, report
+from app.evaluation import card, gate
 from app.evaluation.champion import Comparison, NotComparable, compare
 from app.registry import versions
 from app.registry.runs import Run
@@ -82,8 +82,8 @@ def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any],
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch)
         manifest.copy(candidate, draft)
-        card = draft / "card.md"
-        card.write_text(f"{card.read_text()}\n{report.verdict(decision.passed, decision.reason)}")
+        file = draft / "card.md"
+        file.write_text(f"{file.read_text()}\n{card.gate_section(decision.passed, decision.reason)}")
         known = {k: v for k, v in manifest_of(candidate).items() if k != "files"}
         seal(draft, {**known, "candidate": identity_of(candidate), "decision": facts})
         return copies.keep(draft)

@@ -24,7 +24,7 @@ from app.bundle.manifest import identity_of, seal
 from app.config import Project
 from app.data.prepare import Prepared
 from app.errors import UserError
-from app.evaluation import report
+from app.evaluation import card
 from app.state import stages
 from app.tasks import module_of, packager_of, task_of
 
@@ -134,7 +134,7 @@ def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) 
     before = json.loads((original.path / "metrics.json").read_text())
     evaluation = {**before, **evaluations["after"], "compression": comparison}
     (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
-    (draft / "card.md").write_text(report.card(project, prepared.summary, evaluation))
+    (draft / "card.md").write_text(card.render(project, prepared.summary, evaluation))
     facts = {name: original.manifest[name] for name in ("data_version", "prepared", "seed")}
     parent = {"identity": identity_of(original.path), "decision": original.manifest.get("decision")}
     seal(draft, {**facts, "compressed_from": parent})

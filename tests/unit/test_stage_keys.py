@@ -27,15 +27,15 @@ USED = {
     "baselines": "data.prepare tasks.{family}.baselines",
     "train": "data.prepare training.loop training.schedule training.workers.horovod tasks "
     "tasks.{family}.task tasks.{family}.network",
-    "bundle": "training.loop tasks.{family}.packager tasks.{family}.graph tasks.onnx evaluation.report "
+    "bundle": "training.loop tasks.{family}.packager tasks.{family}.graph tasks.onnx evaluation.card "
     "bundle.bundle bundle.manifest bundle.schema registry.flavor",
-    "compress": "jobs.quantization tasks.{family}.packager bundle.manifest evaluation.report",
+    "compress": "jobs.quantization tasks.{family}.packager bundle.manifest evaluation.card",
 }
 UNUSED = {
     "prepare": "bundle.bundle training.loop tasks.{family}.task cli.main",
     "baselines": "tasks.{family}.packager tasks.{family}.graph tasks.{other}.baselines training.loop",
     "train": "tasks.{family}.packager tasks.{family}.graph tasks.{family}.baselines tasks.{other}.network "
-    "tasks.{other}.task evaluation.report bundle.bundle console registry.versions "
+    "tasks.{other}.task evaluation.card bundle.bundle console registry.versions "
     "serving.replica.endpoint",
     "bundle": "tasks.{other}.graph tasks.{other}.packager registry.versions console state.audit",
     "compress": "tasks.{other}.packager jobs.compress registry.versions state.audit",

@@ -3,8 +3,8 @@ import copy
 import numpy as np
 
 from app.config import Project
+from app.evaluation.card import render
 from app.evaluation.metrics import evaluate, reliability
-from app.evaluation.report import card
 from tests.bundles import PROJECT
 
 LABELS = np.array([0, 0, 1, 1, 0])
@@ -36,7 +36,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def test_names_the_model_the_label_the_data_and_every_input():
-    text = card(Project.model_validate(PROJECT), SUMMARY, EVALUATION)
+    text = render(Project.model_validate(PROJECT), SUMMARY, EVALUATION)
     assert text.startswith("# income: mlp\n")
     assert "the probability that `income` is `>50K`" in text
     assert "- source: unused.parquet" in text
@@ -51,11 +51,11 @@ def test_names_the_model_the_label_the_data_and_every_input():
 def test_names_the_sample_where_the_source_is_one():
     project = copy.deepcopy(PROJECT)
     project["data"]["source"] = {"sample": "adult"}
-    assert "- source: sample adult" in card(Project.model_validate(project), SUMMARY, EVALUATION)
+    assert "- source: sample adult" in render(Project.model_validate(project), SUMMARY, EVALUATION)
 
 
 def test_has_the_metrics_of_the_model_and_every_baseline():
-    quality, calibration = tables(card(Project.model_validate(PROJECT), SUMMARY, EVALUATION))
+    quality, calibration = tables(render(Project.model_validate(PROJECT), SUMMARY, EVALUATION))
     head, rule, *rows = quality
     assert {len(row) for row in quality} == {len(head)}
     assert set(rule) == {"---"}

@@ -18,7 +18,7 @@ from app.bundle.schema import Schema, columns_of
 from app.config import Project
 from app.data.prepare import LABEL
 from app.errors import UserError
-from app.evaluation import report
+from app.evaluation import card
 from app.jobs import quantization
 from app.registry import versions
 from app.serving.http import Refused
@@ -299,9 +299,9 @@ def test_a_card_says_what_an_int8_version_cost(encoder, made, bundle):
     evaluation = json.loads((bundle / "metrics.json").read_text())
     size = {"bytes": 2_000_000, "ms_1": 3.0, "ms_32": 40.0, "score": 0.8}
     comparison = {"metric": "macro_f1", "changed": 0.01, "before": size, "after": {**size, "bytes": 500_000}}
-    card = report.card(project, made.summary, {**evaluation, "compression": comparison})
-    assert "| size of the graph | 2.00 MB | 0.50 MB |" in card
-    assert "| test macro_f1 | 0.8000 | 0.8000 |" in card
+    text = card.render(project, made.summary, {**evaluation, "compression": comparison})
+    assert "| size of the graph | 2.00 MB | 0.50 MB |" in text
+    assert "| test macro_f1 | 0.8000 | 0.8000 |" in text
     assert made.frame("test")[LABEL].dtype == np.int64
 
 
