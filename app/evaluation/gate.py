@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.config import Gate
-from app.evaluation.champion import Comparison, NotComparable
+from app.evaluation.comparison import Comparison, NotComparable
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from app.bundle.manifest import identity_of, manifest_of, seal
 from app.config import Gate
 from app.console import Console
 from app.evaluation import card, gate
-from app.evaluation.champion import Comparison, NotComparable, compare
+from app.evaluation.comparison import Comparison, NotComparable, compare
 from app.registry import versions
 from app.registry.runs import Run
 from app.registry.versions import CHAMPION, Version

@@ -1,7 +1,7 @@
 import pytest
 
 from app.config import Gate
-from app.evaluation.champion import Comparison, NotComparable
+from app.evaluation.comparison import Comparison, NotComparable
 from app.evaluation.gate import decide
 
 CANDIDATE = {"auc": 0.9, "accuracy": 0.8, "recall": 0.6}

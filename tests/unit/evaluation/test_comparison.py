@@ -11,7 +11,7 @@ import pytest
 from app.config import Project
 from app.data import split
 from app.data.prepare import LABEL, Prepared
-from app.evaluation.champion import MIN_ROWS, Comparison, NotComparable, compare, differences
+from app.evaluation.comparison import MIN_ROWS, Comparison, NotComparable, compare, differences
 from tests.bundles import PROJECT
 
 TABLE = pd.DataFrame(
