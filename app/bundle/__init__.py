@@ -1,1 +1,1 @@
-"""The bundle: the immutable directory that training makes and everything else consumes."""
+"""The bundle: an immutable folder that training makes and everything after it reads."""

@@ -71,7 +71,7 @@ class Bundle:
         """Probabilities, float32: of the positive label (rows,), or of each class (rows, classes)."""
         arrays = self._inputs(columns)
         if self._tokenizer is None:
-            probabilities = self._session.run([OUTPUT], inputs(arrays))[0]
+            probabilities = self._session.run([OUTPUT], feed_of(arrays))[0]
         else:
             (texts,) = arrays.values()
             probabilities = self._predict_texts(self._tokenizer, texts)
@@ -79,7 +79,7 @@ class Bundle:
 
     def rank(self, columns: Columns) -> Ranking:
         """The best items for each user."""
-        return Ranking(*self._session.run([ITEMS, SCORES, KNOWN], inputs(self._inputs(columns))))
+        return Ranking(*self._session.run([ITEMS, SCORES, KNOWN], feed_of(self._inputs(columns))))
 
     def _inputs(self, columns: Columns) -> dict[str, np.ndarray]:
         return {item.name: np.asarray(columns[item.name]) for item in self.schema.inputs}
@@ -120,8 +120,8 @@ def open_graph(model: Path) -> "onnxruntime.InferenceSession":
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def inputs(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Convert arrays (rows,) to the graph's inputs: float64, or str with MISSING for None and NaN."""
+def feed_of(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Convert arrays (rows,) to what a graph is fed: float64, or str with MISSING for None and NaN."""
     feed = {}
     for name, values in columns.items():
         if values.dtype.kind in "fiub":

@@ -1,7 +1,8 @@
-"""Bundles in the state directory: one folder each, named by the bundle's identity and never written again.
+"""The copies of bundles in the state directory: one folder each, named by the bundle's identity, never
+changed.
 
-Whatever is served, judged or used for predictions is read from here. The folders of MLflow's store are for
-MLflow's tools, which may write into them.
+Serving, judging and prediction read bundles from here. The folders in MLflow's store are for MLflow's tools,
+which may write into them.
 """
 
 import hashlib
@@ -16,29 +17,30 @@ from app.state.home import home
 
 
 def folder(identity: str) -> Path:
-    """Where the bundle with an identity is kept, or would be: the same path on every machine that has this
-    state directory."""
+    """The folder for the bundle with an identity, whether it exists or not. The path is the same on every
+    machine that shares this state directory."""
     return home() / "bundles" / identity
 
 
 def require(identity: str) -> Path:
-    """The folder of a bundle that is kept.
+    """The folder of an existing copy.
 
-    Raises BrokenBundle if its manifest has another identity: who changes a bundle can change that as well.
+    Raises BrokenBundle if its manifest has another identity: whoever can change a bundle's files can change
+    its manifest too.
     """
     path = folder(identity)
     if manifest.identity_of(path) != identity:
-        raise BrokenBundle(f"{path}: its {manifest.MANIFEST} was changed; {manifest.AGAIN}")
+        raise BrokenBundle(f"{path}: its {manifest.MANIFEST} was changed; {manifest.REPAIR}")
     return path
 
 
 def keep(source: Path, facts: Mapping[str, Any] | None = None) -> Path:
-    """Keep a copy of a bundle, with `facts` added to its manifest; returns its folder.
+    """Copy a bundle into the state directory, with `facts` added to its manifest; returns the copy's folder.
 
-    Copies the manifest's files and no other. Raises BrokenBundle if they are not as the manifest says.
+    Copies only the files of the manifest. Raises BrokenBundle if they do not match the manifest.
     """
     sealed = verify(source)
-    content = manifest.document({**sealed, **facts}) if facts else (source / manifest.MANIFEST).read_bytes()
+    content = manifest.encoded({**sealed, **facts}) if facts else (source / manifest.MANIFEST).read_bytes()
     target = folder(hashlib.sha256(content).hexdigest())
     stages.place(target, lambda draft: manifest.copy(source, draft, content))
     return target

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: the hash of every file, and how the bundle came about."""
+"""The manifest of a bundle: the SHA-256 of every file, and how the bundle was made."""
 
 import json
 import platform
@@ -12,80 +12,84 @@ from app.errors import UserError
 from app.state import files
 
 MANIFEST = "MANIFEST.json"
-KINDS = {".json", ".md", ".onnx", ".parquet", ".safetensors", ".txt"}
-"""Endings of files that a bundle may have. None of them is run by whoever opens it."""
-AGAIN = "remove the folder and give the command again: a registered bundle is then fetched anew"
-"""What to do about a broken bundle."""
+SUFFIXES = {".json", ".md", ".onnx", ".parquet", ".safetensors", ".txt"}
+"""Suffixes of the files that a bundle may have. Opening such a file runs no code from it."""
 REQUIRED = ("example.json", "model.onnx", "schema.json")
-FLAVOR = "MLmodel"
-"""For MLflow's own tools."""
+MLFLOW_MODEL = "MLmodel"
+"""The file without a suffix that a bundle may have; MLflow's tools read it."""
+REPAIR = "remove the folder and give the command again: a registered bundle is then fetched again"
+"""What to do about a broken bundle."""
 
 
 class BrokenBundle(UserError):
-    """A bundle's files are not as its manifest says."""
+    """A bundle's files do not match its manifest."""
 
 
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest, last: the SHA-256 of every file, and `facts` of how the bundle came about.
+    """Write the manifest of a complete bundle: the SHA-256 of every file, and `facts` about how it was made.
 
-    It holds no time, so that the same content has the same identity.
+    It holds no time, so that equal contents have the same identity.
     """
-    found = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_symlink() or not f.is_dir())
-    listed = {name: files.sha256(folder / name) for name in found if name not in (MANIFEST, SIGNATURE)}
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = sorted(str(path.relative_to(folder)) for path in paths)
+    hashes = {name: files.sha256(folder / name) for name in names if name not in (MANIFEST, SIGNATURE)}
     origin = {"git_commit": _git_commit(), "python": platform.python_version()}
-    files.write(folder / MANIFEST, document({**facts, **origin, "files": listed}))
+    files.write(folder / MANIFEST, encoded({**facts, **origin, "files": hashes}))
 
 
-def document(manifest: Mapping[str, Any]) -> bytes:
+def encoded(manifest: Mapping[str, Any]) -> bytes:
     """The content of a manifest's file."""
     return json.dumps(manifest, indent=1).encode()
 
 
 def identity_of(path: Path) -> str:
-    """The SHA-256 of a bundle's manifest, which has the hash of every other file: two bundles with the same
-    identity are the same in all that counts. Raises BrokenBundle if there is no manifest."""
+    """The SHA-256 of a bundle's manifest. As the manifest has the hash of every other file, bundles with the
+    same identity are equal. Raises BrokenBundle if there is no manifest."""
     manifest_of(path)
     return files.sha256(path / MANIFEST)
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """The manifest of the bundle in a folder, whose files are not looked at. Raises BrokenBundle."""
+    """Read the manifest of the bundle in a folder without checking its files. Raises BrokenBundle if there is
+    none or it cannot be read."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         dict(manifest["files"])
     except (FileNotFoundError, NotADirectoryError):
         raise BrokenBundle(f"{path}: is not a bundle: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
-        raise BrokenBundle(f"{path}: its {MANIFEST} cannot be read; {AGAIN}") from None
+        raise BrokenBundle(f"{path}: its {MANIFEST} cannot be read; {REPAIR}") from None
     return manifest
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """The manifest of a bundle whose files are all as it says; raises BrokenBundle if not.
+    """Read the manifest of a bundle and check its files. Raises BrokenBundle unless all match.
 
-    Files that are not in the manifest are ignored: other programs leave theirs, and nothing opens them.
+    Files that are not in the manifest are ignored: other programs leave files there, and nothing opens them.
     """
     manifest = manifest_of(path)
-    listed = dict(manifest["files"])
-    faults = [f"{name} is not a file that a bundle may have" for name in listed if not _allowed(path, name)]
-    faults += [f"{name} is not in the manifest" for name in REQUIRED if name not in listed]
-    for name, digest in listed.items():
+    hashes = dict(manifest["files"])
+    faults = [
+        f"{name} is not a file that a bundle may have" for name in hashes if not _is_allowed(path, name)
+    ]
+    faults += [f"{name} is not in the manifest" for name in REQUIRED if name not in hashes]
+    for name, expected in hashes.items():
         try:
-            if files.sha256(path / name) != digest:
+            if files.sha256(path / name) != expected:
                 faults.append(f"{name} was changed")
         except FileNotFoundError:
             faults.append(f"{name} is missing")
         except OSError as error:
             faults.append(f"{name} cannot be read ({error.strerror})")
     if faults:
-        raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; {AGAIN}")
+        raise BrokenBundle(f"{path}: {', '.join(sorted(faults))}; {REPAIR}")
     return manifest
 
 
 def copy(source: Path, target: Path, manifest: bytes | None = None) -> None:
-    """Copy a bundle's files, and no others, into an empty folder, with its manifest or another one.
+    """Copy the files of a bundle's manifest into an empty folder, with its manifest or the given one.
 
-    Raises BrokenBundle if they are not as the manifest says.
+    Raises BrokenBundle if the files do not match the manifest.
     """
     for name in verify(source)["files"]:
         files.copy(source / name, target / name)
@@ -95,29 +99,29 @@ def copy(source: Path, target: Path, manifest: bytes | None = None) -> None:
 
 
 def require_passed(manifest: Mapping[str, Any], what: str) -> None:
-    """Raises UserError unless the gate's decision is in a manifest and the model passed.
+    """Raise UserError unless a manifest says that the model passed the gate.
 
-    `what` names the bundle, such as "income version 3".
+    `what` names the bundle in the message, such as "income version 3".
     """
     decision = manifest.get("decision")
     if decision is None:
         raise UserError(
-            f"{what} must have passed the gate, but its bundle holds no decision of it; train it again with "
-            "`raylway train`, which keeps what is done already"
+            f"{what} must have passed the gate, but its bundle holds no decision; train it again with "
+            "`raylway train`, which skips the stages that are done"
         )
     if not decision["passed"]:
         raise UserError(f"{what} must have passed the gate, which refused it: {decision['reason']}")
 
 
-def _allowed(folder: Path, name: str) -> bool:
-    """Whether it names a plain file of data, directly in the folder. A link could lead anywhere."""
+def _is_allowed(folder: Path, name: str) -> bool:
+    """Whether `name` is a data file directly in the folder. A link could lead anywhere."""
     file = folder / name
-    plain = name == file.name and not file.is_symlink()
-    return plain and (file.suffix in KINDS or name == FLAVOR)
+    is_plain = name == file.name and not file.is_symlink()
+    return is_plain and (file.suffix in SUFFIXES or name == MLFLOW_MODEL)
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, with `+` if it was changed since; None outside a checkout."""
+    """The commit of the running code, with `+` if the code was changed since; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """Signatures of bundles: Ed25519 over the manifest, which has the hash of every other file.
 
-Keys are PEM files, as OpenSSL makes them:
+Keys are PEM files as OpenSSL makes them:
 
     openssl genpkey -algorithm ed25519 -out signing.pem
     openssl pkey -in signing.pem -pubout -out signing.pub
@@ -19,28 +19,28 @@ from app.errors import UserError
 from app.state import files
 
 SIGNATURE = "MANIFEST.sig"
-"""Beside the manifest, the 64 bytes themselves."""
+"""The file beside the manifest with the 64 bytes of the signature."""
 SIGNING_KEY = "RAYLWAY_SIGNING_KEY"
-"""Names the private key's file in the environment."""
+"""Environment variable with the path of the private key."""
 
 
-def signed(content: bytes, key: Path) -> bytes:
-    """The signature of a manifest's content. Raises UserError if the file holds no private key."""
-    private = _key(key, serialization.load_pem_private_key, password=None)
+def sign(content: bytes, key: Path) -> bytes:
+    """Sign the content of a manifest. Raises UserError if the file holds no Ed25519 private key."""
+    private = _load(key, serialization.load_pem_private_key, password=None)
     if not isinstance(private, Ed25519PrivateKey):
         raise UserError(f"{key}: must be an Ed25519 private key")
     return private.sign(content)
 
 
-def put(manifest: Path, signature: bytes) -> None:
-    """Have a signature beside a manifest, unless this one is there."""
+def write(manifest: Path, signature: bytes) -> None:
+    """Write a signature beside a manifest, unless it is there already."""
     file = manifest.with_name(SIGNATURE)
     if not file.exists() or file.read_bytes() != signature:
         files.write(file, signature)
 
 
 def signing_key() -> Path:
-    """The private key's file. Raises UserError if the environment names none."""
+    """The path of the private key. Raises UserError if the environment has none."""
     file = os.environ.get(SIGNING_KEY)
     if not file:
         raise UserError(f"{SIGNING_KEY} must name the file of a private key; see `raylway sign --help`")
@@ -48,17 +48,18 @@ def signing_key() -> Path:
 
 
 def require(manifest: Path, trusted: Sequence[str]) -> None:
-    """Raises UserError unless the manifest is signed with a key whose public one is in a `trusted` file."""
+    """Raise UserError unless a manifest is signed with the private key of one of the `trusted` public key
+    files."""
     folder = manifest.parent
     try:
         signature = manifest.with_name(SIGNATURE).read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: is not signed, and serving.trusted_keys asks for it; say `raylway sign` first"
+            f"{folder}: is not signed, but serving.trusted_keys requires it; sign it with `raylway sign`"
         ) from None
     content = manifest.read_bytes()
     for name in trusted:
-        public = _key(Path(name), serialization.load_pem_public_key)
+        public = _load(Path(name), serialization.load_pem_public_key)
         if not isinstance(public, Ed25519PublicKey):
             raise UserError(f"serving.trusted_keys: {name}: must be an Ed25519 public key")
         try:
@@ -66,11 +67,11 @@ def require(manifest: Path, trusted: Sequence[str]) -> None:
         except InvalidSignature:
             continue
         return
-    raise UserError(f"{folder}: is signed by nobody whom serving.trusted_keys names")
+    raise UserError(f"{folder}: is not signed by any key in serving.trusted_keys")
 
 
-def _key(file: Path, load: Callable[..., Any], **options: Any) -> Any:
+def _load(file: Path, parse: Callable[..., Any], **options: Any) -> Any:
     try:
-        return load(file.read_bytes(), **options)
+        return parse(file.read_bytes(), **options)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: is no key in PEM format: {error}") from None
+        raise UserError(f"{file}: is not a key in PEM format: {error}") from None

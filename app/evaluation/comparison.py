@@ -1,4 +1,4 @@
-"""The champion beside a candidate: on rows that neither learnt from, or not at all."""
+"""The comparison of a candidate with the champion, on rows that neither was trained on."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ from app.data import split
 from app.data.prepare import LABEL, Prepared
 
 MIN_ROWS = 200
-"""Fewest test rows to compare on, where some of the test part have to be left out."""
+"""Minimum number of rows for a comparison on a part of the test rows."""
 MIN_ROWS_PER_LABEL = 10
-"""Fewest of them with each label."""
+"""Minimum number of these rows with each label."""
 
 Metrics = Mapping[str, float]
 Evaluate = Callable[[Bundle, np.ndarray], Metrics]
-"""The metrics of a bundle on those rows of the test part where a mask (rows,) is true."""
+"""Computes the metrics of a bundle on the test rows where a mask (rows,) is true."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidate and champion on the same test rows, none of which either learnt from."""
+    """Metrics of candidate and champion on the same test rows, on which neither was trained."""
 
     candidate: Metrics
     champion: Metrics
     num_rows: int
     num_test_rows: int
-    """Rows of the candidate's test part, which `num_rows` are of."""
+    """Number of rows in the candidate's test part, of which `num_rows` were compared."""
 
 
 @dataclass(frozen=True)
 class NotComparable:
-    """There is a champion, but nothing to compare it on."""
+    """There is a champion, but it cannot be compared with the candidate."""
 
     reason: str
 
@@ -44,14 +44,14 @@ class NotComparable:
 def compare(
     prepared: Prepared, candidate: Bundle, champion: Bundle, evaluate: Evaluate
 ) -> Comparison | NotComparable:
-    """Evaluate both on the rows of the candidate's test part that the champion did not learn from either."""
+    """Evaluate both on the rows of the candidate's test part on which the champion was not trained."""
     project = _project(candidate.path)
     try:
-        theirs = _project(champion.path)
+        champions_project = _project(champion.path)
     except (FileNotFoundError, ValidationError):
         return NotComparable("this release cannot read the champion's project.json")
-    if faults := differences(project, theirs):
-        return NotComparable(f"its contract is another one: {'; '.join(faults)}")
+    if faults := differences(project, champions_project):
+        return NotComparable(f"its contract differs: {'; '.join(faults)}")
     test = prepared.frame("test")
     rows = unseen(project, prepared, champion)
     if isinstance(rows, NotComparable):
@@ -69,50 +69,52 @@ def _project(path: Path) -> Project:
     return Project.model_validate_json((path / "project.json").read_text())
 
 
-def differences(ours: Project, theirs: Project) -> list[str]:
-    """What keeps two projects' models from being compared, in words; empty if nothing does.
+def differences(candidate: Project, champion: Project) -> list[str]:
+    """Why the models of two projects cannot be compared, one line each; empty if they can.
 
-    The champion must predict the same, and read each of its columns as the candidate's data have it.
+    The champion must predict the same, have the gate's metric, and read each of its columns as the
+    candidate's data have it.
     """
     faults = []
+    by_rating = candidate.gate.metric in RATING_METRICS
     for section in ("label", "interactions"):
-        now, before = (getattr(project.data, section) for project in (ours, theirs))
+        now, before = (getattr(project.data, section) for project in (candidate, champion))
         if (now is None) != (before is None):
             return [f"data.{section} was {'not ' if before is None else ''}given"]
         if now is None:
             continue
-        names = ("column", "positive", "above", "classes") if section == "label" else ("user", "item")
-        if section == "interactions" and ours.gate.metric in RATING_METRICS:  # they are of this column
-            names = (*names, "rating")
-        for name in names:
-            old, new = getattr(before, name), getattr(now, name)
+        keys = ("column", "positive", "above", "classes") if section == "label" else ("user", "item")
+        if section == "interactions" and by_rating:
+            keys = (*keys, "rating")
+        for key in keys:
+            old, new = getattr(before, key), getattr(now, key)
             if old != new:
-                faults.append(f"data.{section}.{name} was {old!r} and is {new!r}")
-    if ours.gate.metric not in theirs.model.test_metrics:
-        faults.append(f"its model has no {ours.gate.metric}")
-    if (now := sorted(ours.data.missing)) != (before := sorted(theirs.data.missing)):
-        faults.append(f"data.missing was {before} and is {now}")
-    for name in theirs.features:
-        before, now = theirs.data.columns[name].type, ours.data.columns.get(name)
-        if now is None:
+                faults.append(f"data.{section}.{key} was {old!r} and is {new!r}")
+    if candidate.gate.metric not in champion.model.test_metrics:
+        faults.append(f"its model has no {candidate.gate.metric}")
+    if (new := sorted(candidate.data.missing)) != (old := sorted(champion.data.missing)):
+        faults.append(f"data.missing was {old} and is {new}")
+    for name in champion.features:
+        old_type, column = champion.data.columns[name].type, candidate.data.columns.get(name)
+        if column is None:
             faults.append(f"its input {name!r} is no longer in data.columns")
-        elif now.type != before:
-            faults.append(f"its input {name!r} was a {before} and is a {now.type}")
+        elif column.type != old_type:
+            faults.append(f"its input {name!r} was a {old_type} and is a {column.type}")
     return faults
 
 
 def unseen(project: Project, prepared: Prepared, champion: Bundle) -> np.ndarray | NotComparable:
-    """Which rows of the test part the champion did not learn from, bool (rows,)."""
+    """Rows of the test part on which the champion was not trained, bool (rows,)."""
     partition = split.partition_at(champion.path)
     if partition is None:
-        return NotComparable("its bundle does not say which rows it was trained on")
+        return NotComparable("its bundle does not say on which rows it was trained")
     if fault := partition.obstacle(project.data):
         return NotComparable(fault)
     return partition.unseen(prepared.frame("test"), champion.path)
 
 
 def _too_few(rows: np.ndarray, labels: np.ndarray) -> str:
-    """Why rows are too few to compare on; empty if they are enough."""
+    """Why the rows of a mask are too few for a comparison; empty if they are enough."""
     seen = f"the champion was trained on {1 - rows.mean():.0%} of the {len(rows):,} test rows"
     if rows.sum() < MIN_ROWS:
         return f"{seen}; {rows.sum():,} are left, and a comparison needs {MIN_ROWS}"

@@ -1,4 +1,4 @@
-"""The gate: may a candidate be registered? A pure decision, with its reason."""
+"""The gate: the pure decision whether a candidate may be registered, and its reason."""
 
 import math
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from app.evaluation.comparison import Comparison, NotComparable
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says of a candidate."""
+    """The gate's decision about a candidate."""
 
     passed: bool
     reason: str
-    """One line: what was decisive, in figures; and why there was no comparison with a champion, if so."""
+    """One line with the decisive figures, and why there was no comparison with the champion, if so."""
 
 
 def decide(
@@ -23,44 +23,53 @@ def decide(
     baselines: Mapping[str, Mapping[str, float]],
     champion: Comparison | NotComparable | None,
 ) -> Decision:
-    """Hold a candidate's metrics against the gate.
+    """Decide whether a candidate's metrics meet the gate.
 
-    `candidate` and `baselines` are metrics of the whole test part. `champion` is None where no version is
+    `candidate` and `baselines` are metrics of the whole test part. `champion` is None if no version is
     registered yet. A champion that cannot be compared does not stop a candidate that meets the other
-    criteria: it becomes the challenger, and the reason says that it was not compared.
+    criteria: the candidate becomes the challenger, and the reason says that it was not compared.
     """
     name = gate.metric
     value = candidate[name]
     faults = [] if math.isfinite(value) else [f"{name} is {value}, not a number"]
     faults += [
-        f"{metric} {candidate[metric]:.4f} is below the minimum {least:.4f}"
-        for metric, least in gate.minimum.items()
-        if not candidate[metric] >= least
+        f"{metric} {candidate[metric]:.4f} is below the minimum {minimum:.4f}"
+        for metric, minimum in gate.minimum.items()
+        if not candidate[metric] >= minimum
     ]
-    faults += [
-        f"{name} {value:.4f} does not exceed {other.replace('_', ' ')}'s {baselines[other][name]:.4f}"
-        for other in gate.beat
-        if not value > baselines[other][name]
-    ]
-    held = [f"{other.replace('_', ' ')} {baselines[other][name]:.4f}" for other in gate.beat]
+    references = []
+    for baseline in gate.beat:
+        title, score = baseline.replace("_", " "), baselines[baseline][name]
+        references.append(f"{title} {score:.4f}")
+        if not value > score:
+            faults.append(f"{name} {value:.4f} does not exceed {title}'s {score:.4f}")
     note = ""
     match champion:
         case None:
-            held.append("no champion yet")
+            references.append("no champion yet")
         case NotComparable(reason):
             note = f"; not compared with the champion: {reason}"
-        case Comparison(ours, theirs, num_rows, num_test_rows):
-            among = ""
-            if num_rows < num_test_rows:
-                among = f" on the {num_rows:,} of {num_test_rows:,} test rows that neither was trained on"
-            if not ours[name] >= theirs[name] - gate.tolerance:
-                allowed = f" (tolerance {gate.tolerance:g})" if gate.tolerance else ""
-                faults.append(
-                    f"{name} {ours[name]:.4f} is below the champion's {theirs[name]:.4f}{among}{allowed}"
-                )
-            beside = f" to {ours[name]:.4f}{among}" if among else ""
-            held.append(f"champion {theirs[name]:.4f}{beside}")
+        case Comparison():
+            fault, reference = _against_champion(gate, champion)
+            faults += [fault] if fault else []
+            references.append(reference)
     if faults:
         return Decision(False, "; ".join(faults) + note)
-    against = f" against {', '.join(held)}" if held else ""
-    return Decision(True, f"{name} {value:.4f}{against}{note}")
+    compared = f" ({', '.join(references)})" if references else ""
+    return Decision(True, f"{name} {value:.4f}{compared}{note}")
+
+
+def _against_champion(gate: Gate, comparison: Comparison) -> tuple[str, str]:
+    """A fault if the candidate is worse than the tolerance allows, else "", and both figures."""
+    name = gate.metric
+    candidate, champion = comparison.candidate[name], comparison.champion[name]
+    rows = ""
+    reference = f"champion {champion:.4f}"
+    if comparison.num_rows < comparison.num_test_rows:
+        counts = f"{comparison.num_rows:,} of {comparison.num_test_rows:,}"
+        rows = f" on the {counts} test rows that neither was trained on"
+        reference += f" and candidate {candidate:.4f}{rows}"
+    if candidate >= champion - gate.tolerance:
+        return "", reference
+    tolerance = f" (tolerance {gate.tolerance:g})" if gate.tolerance else ""
+    return f"{name} {candidate:.4f} is below the champion's {champion:.4f}{rows}{tolerance}", reference

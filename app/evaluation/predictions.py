@@ -1,4 +1,4 @@
-"""Everything that a bundle's card says about predictions of a label."""
+"""The evaluation of predictions of a label, with all that the card of a bundle shows."""
 
 from typing import Any
 
@@ -14,12 +14,13 @@ def evaluate(project: Project, rows: pd.DataFrame, probabilities: np.ndarray) ->
     """Evaluate predictions for rows of a prepared part.
 
     `probabilities` are those of the positive label, (rows,), or of each class, (rows, classes). Returns the
-    metrics as `model`, calibration bins as `reliability`, metrics by slice as `slices`, and with several
-    classes the metrics of each as `classes`.
+    metrics as `model`, the bins of the calibration as `reliability`, the metrics by slice as `slices`, and
+    with several classes the metrics of each as `classes`.
     """
     labels = rows[LABEL].to_numpy()
     results: dict[str, Any]
     if classes := project.data.target.classes:
+        evaluate_slice = slices.evaluate_classes
         is_right = (probabilities.argmax(axis=1) == labels).astype(float)
         results = {
             "model": metrics.evaluate_classes(labels, probabilities),
@@ -27,12 +28,12 @@ def evaluate(project: Project, rows: pd.DataFrame, probabilities: np.ndarray) ->
             "reliability": metrics.reliability(is_right, probabilities.max(axis=1)),
         }
     else:
+        evaluate_slice = slices.evaluate_binary
         results = {
-            "model": metrics.evaluate(labels, probabilities),
+            "model": metrics.evaluate_binary(labels, probabilities),
             "reliability": metrics.reliability(labels, probabilities),
         }
-    of_slice = slices.of_classes if classes else slices.of_binary
-    results["slices"] = slices.slices(
-        rows, project.evaluation.slices, lambda mask: of_slice(labels[mask], probabilities[mask])
+    by_slice = slices.evaluate(
+        rows, project.evaluation.slices, lambda mask: evaluate_slice(labels[mask], probabilities[mask])
     )
-    return results
+    return {**results, "slices": by_slice}

@@ -1,4 +1,4 @@
-"""The same metrics for parts of the test rows: whom does the model serve worse?"""
+"""Metrics of parts of the test rows, which show where a model is worse."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,53 +6,56 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from app.evaluation import metrics
+
 MAX_VALUES = 20
-"""Values of a column that stand alone, the most frequent ones; the others are taken together."""
+"""Number of a column's most frequent values that are slices of their own; other values form one slice."""
 MISSING, OTHERS = "(missing)", "(others)"
 
 Slices = dict[str, dict[str, dict[str, Any]]]
-"""By column and value: `rows` and the metrics."""
+"""`rows` and the metrics, by column and value."""
 
 
-def slices(
-    frame: pd.DataFrame, columns: Sequence[str], evaluate: Callable[[np.ndarray], dict[str, float | None]]
+def evaluate(
+    frame: pd.DataFrame, columns: Sequence[str], metrics_of: Callable[[np.ndarray], dict[str, float | None]]
 ) -> Slices:
-    """`evaluate` is given the rows of a slice as a mask (rows,), and gives its metrics; most rows first."""
-    found: Slices = {}
+    """Evaluate the slices of some columns, the most frequent value first.
+
+    `metrics_of` is called with a mask (rows,) of a slice and returns the metrics of its rows.
+    """
+    results: Slices = {}
     for column in columns:
         values = frame[column].astype(object).where(frame[column].notna(), MISSING)
         frequent = list(values.value_counts().index[:MAX_VALUES])
         values = values.where(values.isin(frequent), OTHERS)
-        found[column] = {}
+        results[column] = {}
         for value in [*frequent, OTHERS]:
-            rows = (values == value).to_numpy()
-            if rows.any():
-                found[column][value] = {"rows": int(rows.sum()), **evaluate(rows)}
-    return found
+            mask = (values == value).to_numpy()
+            if mask.any():
+                results[column][value] = {"rows": int(mask.sum()), **metrics_of(mask)}
+    return results
 
 
-def of_binary(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
-    """Of one slice: the share of positives, predicted and observed, and how they fit.
+def evaluate_binary(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
+    """Metrics of a slice: the observed and predicted share of positives, AUC, accuracy and F1.
 
-    `labels` (rows,) of 0 and 1, `probabilities` (rows,) of 1. AUC is None where all labels are the same.
+    `labels` (rows,) are 0 and 1, `probabilities` (rows,) those of 1. AUC is None if all labels are the same.
     """
-    from app.evaluation import metrics
-
     predicted = probabilities >= 0.5
-    right = float(np.sum(predicted & (labels == 1)))
+    num_right = float(np.sum(predicted & (labels == 1)))
     return {
         "observed": float(labels.mean()),
         "predicted": float(probabilities.mean()),
         "auc": metrics.auc(labels, probabilities) if 0 < labels.mean() < 1 else None,
         "accuracy": float((predicted == labels).mean()),
-        "f1": 2 * right / max(1.0, float(predicted.sum() + labels.sum())),
+        "f1": 2 * num_right / max(1.0, float(predicted.sum() + labels.sum())),
     }
 
 
-def of_classes(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
-    """Of one slice; macro F1 is over the classes that occur in it or are predicted.
+def evaluate_classes(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float | None]:
+    """Metrics of a slice: accuracy, and macro F1 over the classes that occur in it or are predicted.
 
-    `labels` (rows,) places of classes, `probabilities` (rows, classes).
+    `labels` (rows,) are indices of classes, `probabilities` (rows, classes).
     """
     from sklearn.metrics import f1_score
 

@@ -175,7 +175,7 @@ def _kept(name: str, entry: Any) -> str:
         identity = fetched
     path = copies.require(identity)
     if signed := entry.tags.get(SIGNATURE_TAG):
-        signature.put(path / manifest.MANIFEST, base64.b64decode(signed))
+        signature.write(path / manifest.MANIFEST, base64.b64decode(signed))
     return identity
 
 
@@ -265,7 +265,7 @@ def sign(name: str, version: str, key: Path) -> Version:
     """
     chosen = resolve(name, version)
     verify(chosen.path)
-    signed = signature.signed((chosen.path / manifest.MANIFEST).read_bytes(), key)
+    signed = signature.sign((chosen.path / manifest.MANIFEST).read_bytes(), key)
     with database.alone(f"registry-{name}"), Audit() as audit:
         tag = base64.b64encode(signed).decode()
         client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)

@@ -1,4 +1,4 @@
-"""Exporting a network as an ONNX graph, and holding the two against each other."""
+"""Exporting a network as an ONNX graph, and the largest difference allowed between the two."""
 
 import logging
 import warnings
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference allowed between the graph's outputs and PyTorch's, on any row."""
+"""Largest difference allowed between an output of the graph and of PyTorch."""
 OPSET = 20
 
 
@@ -22,13 +22,10 @@ def exported(
     outputs: list[str],
     dynamic_shapes: dict[str, Any],
 ) -> onnx.ModelProto:
-    """The graph of a network; `inputs` and `outputs` are the names that its tensors get.
-
-    `dynamic_shapes` are the axes that may have another length than in the `example`, as `torch.export` takes
-    them.
-    """
+    """Export a network. `inputs` and `outputs` name its tensors; `dynamic_shapes` are those of
+    `torch.export`: the axes whose length may differ from the example's."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             network,
@@ -51,14 +48,14 @@ def write(graph: onnx.ModelProto, path: Path) -> None:
 
 
 def require_equal(difference: float) -> float:
-    """Raises RuntimeError if a difference to PyTorch exceeds MAX_DIFFERENCE or is NaN; returns it."""
+    """Return a difference to PyTorch. Raises RuntimeError if it exceeds MAX_DIFFERENCE or is NaN."""
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(
-            f"the exported graph differs from the trained model by {difference:.2g} (limit {MAX_DIFFERENCE})"
+            f"the exported graph differs from the trained model by {difference:.2g}; limit: {MAX_DIFFERENCE}"
         )
     return difference
 
 
 def inner_prefix(columns: Iterable[str]) -> str:
-    """What inner names of a graph begin with and no column does: as many slashes as that takes."""
+    """A prefix for the inner names of a graph that no column begins with: one slash more than any column."""
     return "/" * (1 + max(len(name) - len(name.lstrip("/")) for name in columns))

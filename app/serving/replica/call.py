@@ -121,13 +121,13 @@ class Call:
         self.num_rows = query.num_rows
 
     async def predict(self, columns: Columns) -> np.ndarray | Ranking:
-        """The chosen variant's prediction for columns of any number of rows, as `Bundle.predict` or `rank`.
+        """The chosen variant's prediction for columns of any number of rows, as of `Bundle.answer`.
 
         Raises Refused if its workers do not answer.
         """
         bundle = self.loaded.bundles.get(self.variant)
         if bundle is not None:
-            return bundle.rank(columns) if self.loaded.schema.task == "ranking" else bundle.predict(columns)
+            return bundle.answer(columns)
         try:
             return await self.loaded.workers[self.variant].predict(columns)
         except (TimeoutError, RayError) as error:

@@ -1,1 +1,1 @@
-"""Users, items, and which items a user will want next."""
+"""Recommenders: which items a user takes next."""

@@ -1,6 +1,6 @@
-"""Recommenders without any training by gradient, to hold a trained one against.
+"""The baselines of a recommender: popularity, nearest items and EASE, none of them trained by gradients.
 
-Each takes `interactions`, a sparse matrix (users, items) with a 1 where the user had the item, and gives
+Each takes `interactions`, a sparse matrix (users, items) with 1 where the user had the item, and returns
 scores (users, items), float64.
 """
 
@@ -17,13 +17,13 @@ from app.evaluation import ranking
 from app.tasks.recommender.task import Task
 
 EASE_PENALTIES = (50.0, 100.0, 200.0, 400.0, 800.0)
+"""Penalties of EASE; the best one on the validation part is used."""
 
 Baseline = Callable[[sparse.csr_matrix], np.ndarray]
 
 
 def baselines(task: Task) -> dict[str, dict[str, float]]:
-    """See `app.tasks.baselines_of`. Fitted on the training and the validation part; EASE's penalty is chosen
-    on the validation part."""
+    """See `app.tasks.baselines_of`. They are fitted on the training and validation parts."""
 
     def metrics(part: str, seen: Tensor, baseline: Baseline) -> dict[str, float]:
         frame = task.frame(part)
@@ -32,39 +32,40 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
         return ranking.evaluate(ranking.ranks(scores[users], seen.numpy()[users], items))
 
     train, seen = task.seen_in("train"), task.seen_in("train", "validation")
-    tried: list[Baseline] = [functools.partial(ease, penalty=penalty) for penalty in EASE_PENALTIES]
+    eases: list[Baseline] = [functools.partial(ease, penalty=penalty) for penalty in EASE_PENALTIES]
     # BLAS's threads spin while they wait for each other, which on busy cores takes longer than the sums.
     with threadpool_limits(1):
-        chosen: dict[str, Baseline] = {
+        fitted: dict[str, Baseline] = {
             "popularity": popularity,
             "item_knn": item_knn,
-            "ease": max(tried, key=lambda ease: metrics("validation", train, ease)["hr@10"]),
+            "ease": max(eases, key=lambda ease: metrics("validation", train, ease)["hr@10"]),
         }
-        return {name: metrics("test", seen, baseline) for name, baseline in chosen.items()}
+        return {name: metrics("test", seen, baseline) for name, baseline in fitted.items()}
 
 
 def popularity(interactions: sparse.csr_matrix) -> np.ndarray:
-    """The number of users who had the item: the same for everyone."""
+    """The number of users who had the item, the same scores for every user."""
     counts = np.asarray(interactions.sum(axis=0), dtype=np.float64)
     return np.repeat(counts, interactions.shape[0], axis=0)
 
 
 def item_knn(interactions: sparse.csr_matrix, neighbours: int = 100) -> np.ndarray:
-    """The sum of cosines to the user's items, over each item's nearest `neighbours` (Sarwar et al., 2001)."""
+    """The sum of the item's cosines to the user's items, for each item's nearest `neighbours` (Sarwar et al.,
+    2001)."""
     together = (interactions.T @ interactions).toarray().astype(np.float64)
     norm = np.sqrt(np.maximum(together.diagonal(), 1))
     cosine = together / np.outer(norm, norm)
     np.fill_diagonal(cosine, 0)
     if neighbours < len(cosine):
-        least = np.partition(cosine, -neighbours, axis=0)[-neighbours]
-        cosine[cosine < least] = 0
+        threshold = np.partition(cosine, -neighbours, axis=0)[-neighbours]
+        cosine[cosine < threshold] = 0
     return np.asarray(interactions @ cosine)
 
 
 def ease(interactions: sparse.csr_matrix, penalty: float) -> np.ndarray:
     """EASE (Steck, 2019): the ridge regression of every item on all others, in closed form.
 
-    `penalty` is the ridge's. Takes the cube of the number of items in time.
+    `penalty` is that of the ridge regression. The time grows with the cube of the number of items.
     """
     gram = (interactions.T @ interactions).toarray().astype(np.float64)
     gram[np.diag_indices_from(gram)] += penalty

@@ -1,4 +1,4 @@
-"""The ONNX graph of a recommender: from user ids to the best items that they have not had."""
+"""The ONNX graph of a recommender, from user ids to the best items that the users have not had."""
 
 from pathlib import Path
 
@@ -14,49 +14,52 @@ from app.bundle.schema import MAX_ITEMS
 from app.data.interactions import Catalogue
 from app.tasks.onnx import exported, inner_prefix, require_equal, write
 
-USERS_AT_ONCE = 64
+USERS_PER_BATCH = 64
 LOWEST = torch.finfo(torch.float32).min
-"""The score of what is not to be recommended."""
+"""The score of an item that is not to be recommended."""
 
 
-class _Best(nn.Module):
-    """The best items that a user has not had; for the new user, 0, the most popular ones."""
+class _TopItems(nn.Module):
+    """The best items that a user has not had; for the unknown user, 0, the most popular ones."""
 
     def __init__(self, network: nn.Module, catalogue: Catalogue, seen: Tensor):
         super().__init__()
         self.network = network
-        self.count = min(MAX_ITEMS, len(catalogue.items))
+        self.num_items = min(MAX_ITEMS, len(catalogue.items))
         self.register_buffer("seen", seen)
         self.register_buffer("popularity", torch.tensor(catalogue.popularity, dtype=torch.float32))
 
+    def scores(self, users: Tensor) -> Tensor:
+        """The scores of all items, (users, items): popularity for the unknown user."""
+        return torch.where(users[:, None] > 0, self.network(users), self.popularity)
+
     def forward(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and places of items (users, count), best first, and whether users are known (users,)."""
-        known = users > 0
-        scores = torch.where(known[:, None], self.network(users), self.popularity)
-        scores = scores.masked_fill(self.seen[users], LOWEST)
-        best, items = scores.topk(self.count)
-        return best, items, known
+        """Scores and indices of items (users, num_items), best first, and whether users are known
+        (users,)."""
+        scores, items = self.scores(users).masked_fill(self.seen[users], LOWEST).topk(self.num_items)
+        return scores, items, users > 0
 
 
 def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, path: Path) -> None:
     """Write the graph: the string input `user` (rows,) to ITEMS, SCORES (rows, n) and KNOWN (rows,).
 
-    `seen` bool (users, items): what is not recommended. Where a user has not n items left to recommend, the
-    rest are empty strings with the score LOWEST.
+    `seen` bool (users, items) marks items that are not recommended. If a user has fewer than n items left,
+    the rest are empty strings with the score LOWEST.
     """
-    best = _Best(network.cpu().eval(), catalogue, seen.cpu())
+    top = _TopItems(network.cpu().eval(), catalogue, seen.cpu())
     shapes = {"users": {0: torch.export.Dim("rows", min=1)}}
-    network_graph = exported(best, (torch.tensor([0, 1]),), ["users"], [SCORES, "places", KNOWN], shapes)
-    inner = inner_prefix([user])
-    middle = onnx.compose.add_prefix(network_graph, f"{inner}/", rename_inputs=False, rename_outputs=False)
-    users, places, items, nothing, lowest, named, left = (
-        f"{inner}{name}" for name in ("users", "places", "items", "nothing", "lowest", "named", "left")
+    outputs = [SCORES, "indices", KNOWN]
+    whole = exported(top, (torch.tensor([0, 1]),), ["users"], outputs, shapes)
+    prefix = inner_prefix([user])
+    whole = onnx.compose.add_prefix(whole, f"{prefix}/", rename_inputs=False, rename_outputs=False)
+    users, indices, items, empty, lowest, names, is_left = (
+        f"{prefix}{name}" for name in ("users", "indices", "items", "empty", "lowest", "names", "left")
     )
-    names = {"users": users, "places": places}
-    for node in middle.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-    del middle.graph.input[:], middle.graph.output[:]
+    renamed = {"users": users, "indices": indices}
+    for node in whole.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    del whole.graph.input[:], whole.graph.output[:]
     lookup = helper.make_node(
         "LabelEncoder",
         [user],
@@ -66,56 +69,57 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
         values_int64s=list(range(1, len(catalogue.users) + 1)),
         default_int64=0,
     )
-    middle.graph.node.insert(0, lookup)
+    whole.graph.node.insert(0, lookup)
     for name, value in (
         (items, np.array(catalogue.items, dtype=object)),
-        (nothing, np.array("", dtype=object)),
+        (empty, np.array("", dtype=object)),
         (lowest, np.array(LOWEST, dtype=np.float32)),
     ):
-        middle.graph.initializer.append(numpy_helper.from_array(value, name))
-    middle.graph.node.extend(
+        whole.graph.initializer.append(numpy_helper.from_array(value, name))
+    whole.graph.node.extend(
         [
-            helper.make_node("Gather", [items, places], [named]),
-            helper.make_node("Greater", [SCORES, lowest], [left]),
-            helper.make_node("Where", [left, named, nothing], [ITEMS]),
+            helper.make_node("Gather", [items, indices], [names]),
+            helper.make_node("Greater", [SCORES, lowest], [is_left]),
+            helper.make_node("Where", [is_left, names, empty], [ITEMS]),
         ]
     )
-    middle.graph.input.append(helper.make_tensor_value_info(user, TensorProto.STRING, ["rows"]))
+    whole.graph.input.append(helper.make_tensor_value_info(user, TensorProto.STRING, ["rows"]))
     for name, kind, shape in (
-        (ITEMS, TensorProto.STRING, ["rows", best.count]),
-        (SCORES, TensorProto.FLOAT, ["rows", best.count]),
+        (ITEMS, TensorProto.STRING, ["rows", top.num_items]),
+        (SCORES, TensorProto.FLOAT, ["rows", top.num_items]),
         (KNOWN, TensorProto.BOOL, ["rows"]),
     ):
-        middle.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
-    middle.opset_import.append(helper.make_opsetid("ai.onnx.ml", 4))
-    write(middle, path)
+        whole.graph.output.append(helper.make_tensor_value_info(name, kind, shape))
+    whole.opset_import.append(helper.make_opsetid("ai.onnx.ml", 4))
+    write(whole, path)
 
 
 def difference(
     network: nn.Module, catalogue: Catalogue, seen: Tensor, path: Path, users: np.ndarray
 ) -> float:
-    """The largest difference between the graph's scores and PyTorch's, over users (rows,) and a new one.
+    """The largest difference between the graph's scores and PyTorch's, for users (rows,) and an unknown one,
+    relative to the size of the scores.
 
-    Compared are the scores in their order, and that each item has the score that the network gives it: items
-    with the same score may change places. Raises RuntimeError if it exceeds MAX_DIFFERENCE, relative to the
-    size of the scores.
+    Compares the scores in their order, and each item's score with the network's: items with equal scores may
+    change places. Raises RuntimeError if the difference exceeds MAX_DIFFERENCE, or the graph recommends an
+    item that a user has had.
     """
-    graph, best, worst = open_graph(path), _Best(network.cpu().eval(), catalogue, seen.cpu()), 0.0
+    graph, top, largest = open_graph(path), _TopItems(network.cpu().eval(), catalogue, seen.cpu()), 0.0
+    (column,) = (item.name for item in graph.get_inputs())
     users = np.append(users, "")
-    for start in range(0, len(users), USERS_AT_ONCE):
-        asked = users[start : start + USERS_AT_ONCE].astype(object)
-        (name,) = (item.name for item in graph.get_inputs())
-        items, scores = graph.run([ITEMS, SCORES], {name: asked})
-        places = torch.from_numpy(catalogue.user_places(asked))
+    for start in range(0, len(users), USERS_PER_BATCH):
+        batch = users[start : start + USERS_PER_BATCH].astype(object)
+        items, scores = graph.run([ITEMS, SCORES], {column: batch})
+        indices = torch.from_numpy(catalogue.user_places(batch))
         with torch.no_grad():
-            expected, _, known = best(places)
-            every = torch.where(known[:, None], best.network(places), best.popularity).numpy()
-        given = scores > LOWEST
-        at = np.where(given, catalogue.item_places(items.ravel()).reshape(items.shape), 0)
-        own = np.where(given, np.take_along_axis(every, at, axis=1), LOWEST)
+            expected, _, _ = top(indices)
+            all_scores = top.scores(indices).numpy()
+        is_left = scores > LOWEST
+        columns = np.where(is_left, catalogue.item_places(items.ravel()).reshape(items.shape), 0)
+        own = np.where(is_left, np.take_along_axis(all_scores, columns, axis=1), LOWEST)
         size = np.maximum(1, np.abs(own))
         for other in (expected.numpy(), own):
-            worst = max(worst, float((np.abs(scores - other) / size).max()))
-        if (given & np.take_along_axis(best.seen[places].numpy(), at, axis=1)).any():
-            raise RuntimeError("the exported graph recommends what a user has had")
-    return require_equal(worst)
+            largest = max(largest, float((np.abs(scores - other) / size).max()))
+        if (is_left & np.take_along_axis(top.seen[indices].numpy(), columns, axis=1)).any():
+            raise RuntimeError("the exported graph recommends an item that the user has had")
+    return require_equal(largest)

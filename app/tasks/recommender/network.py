@@ -1,6 +1,7 @@
-"""Recommenders: a score for every pair of a user and an item.
+"""Networks that score every pair of a user and an item.
 
-Users and items are places in their catalogues. User 0 is whoever is not in it: the zero vector, never learnt.
+Users and items are indices in the catalogue. User 0 stands for unknown users: its vector is zero and is not
+trained.
 """
 
 import math
@@ -14,24 +15,24 @@ from torch.nn.functional import softplus
 
 from app.config.families import recommender as config
 
-SPREAD = 0.05
-"""Standard deviation of the vectors' components at the start."""
+INITIAL_DEVIATION = 0.05
+"""Standard deviation of the initial components of the vectors."""
 
 
 class Recommender(nn.Module):
-    """What the recommenders share: biases, the scores of all items, the loss.
+    """What the recommenders share: biases, the scores of all items and the loss.
 
-    A subclass gives `affinity`, the scores without biases.
+    A subclass computes `affinity`, the scores without biases.
     """
 
     def __init__(self, num_users: int, num_items: int, loss: str, mean: float = 0.0):
-        """`num_users` counts user 0. `loss` is `softmax` or `bpr` for implicit feedback, or `squared_error`
-        for ratings, of which `mean` is the mean."""
+        """`num_users` includes user 0. `loss` is `softmax` or `bpr` for implicit feedback, or `squared_error`
+        for ratings, whose mean is `mean`."""
         super().__init__()
         self.num_items = num_items
         self.loss_name = loss
-        self.user_bias = _embedding(num_users, 1, spread=0, padding_idx=0)
-        self.item_bias = _embedding(num_items, 1, spread=0)
+        self.user_bias = _embedding(num_users, 1, deviation=0, padding_idx=0)
+        self.item_bias = _embedding(num_items, 1, deviation=0)
         self.register_buffer("mean", torch.tensor(mean))
 
     def forward(self, users: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class Recommender(nn.Module):
         return self.of_all(users, torch.arange(self.num_items, device=users.device))
 
     def of_all(self, users: Tensor, items: Tensor) -> Tensor:
-        """The scores (users, items) of every one of users (users,) for every one of items (items,)."""
+        """The scores (users, items) of all pairs of users (users,) and items (items,)."""
         return (
             self.affinity(users, items, every=True)
             + self.user_bias(users)
@@ -48,19 +49,19 @@ class Recommender(nn.Module):
         )
 
     def of_pairs(self, users: Tensor, items: Tensor) -> Tensor:
-        """The scores (pairs,) of users (pairs,) for an item each, (pairs,)."""
+        """The scores (pairs,) of each user (pairs,) with the item (pairs,) at the same index."""
         biases = (self.user_bias(users) + self.item_bias(items)).squeeze(1)
         return self.affinity(users, items, every=False) + biases + self.mean
 
     def affinity(self, users: Tensor, items: Tensor, every: bool) -> Tensor:
-        """As `of_all` if `every`, else as `of_pairs`, without biases."""
+        """The scores of `of_all` if `every`, else those of `of_pairs`, without biases."""
         raise NotImplementedError
 
     def loss(self, users: Tensor, items: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
-        """The mean loss of users' items, (rows,) each, with the rows' weights.
+        """The weighted mean loss of pairs of a user and an item; `users`, `items` and `weight` are (rows,).
 
-        `more` is of implicit feedback the negatives (n,), items that all rows are held against, and which of
-        them count, bool (rows, n); of explicit feedback the ratings (rows,).
+        `more` is, for implicit feedback, the negatives (n,), items that all rows are compared with, and the
+        mask bool (rows, n) of those that count; for explicit feedback, the ratings (rows,).
         """
         scores = self.of_pairs(users, items)
         if self.loss_name == "squared_error":
@@ -77,25 +78,25 @@ class Recommender(nn.Module):
 def softmax(scores: Tensor, others: Tensor, allowed: Tensor, num_items: int) -> Tensor:
     """Sampled softmax, (rows,): the negative log-likelihood of the items among all that are allowed.
 
-    `scores` (rows,) are the items', `others` (rows, n) the negatives'. Each negative stands for
-    `num_items / n` items, or few of them would teach something else than many (Bengio and Senécal, 2008).
+    `scores` (rows,) are those of the items, `others` (rows, n) those of the negatives. Each negative
+    represents `num_items / n` items, so that the expected loss does not depend on n (Bengio and Senécal,
+    2008).
     """
-    represented = math.log(num_items / others.shape[1])
-    others = (others + represented).masked_fill(~allowed, -torch.inf)
+    correction = math.log(num_items / others.shape[1])
+    others = (others + correction).masked_fill(~allowed, -torch.inf)
     return torch.cat([scores[:, None], others], dim=1).logsumexp(dim=1) - scores
 
 
 def bpr(scores: Tensor, others: Tensor, allowed: Tensor, num_items: int) -> Tensor:
-    """Bayesian personalised ranking, (rows,) (Rendle et al., 2009): each item above each negative."""
+    """Bayesian personalised ranking, (rows,) (Rendle et al., 2009): the item should score above each
+    negative. The arguments are those of `softmax`."""
     pairs = softplus(others - scores[:, None]) * allowed
     return pairs.sum(dim=1) / allowed.sum(dim=1).clamp(min=1)
 
 
 class MatrixFactorization(Recommender):
-    """The dot product of a user's and an item's vector, with biases (Koren et al., 2009).
-
-    Well tuned it is hard to beat (Rendle et al., 2020). Dropout is on the user's vector.
-    """
+    """The dot product of a user's and an item's vector, with biases (Koren et al., 2009); hard to beat if
+    well tuned (Rendle et al., 2020). Dropout applies to the user's vector."""
 
     def __init__(self, width: int, dropout: float, **shared: Any):
         super().__init__(**shared)
@@ -112,8 +113,8 @@ class NeuralCollaborativeFiltering(Recommender):
     """NeuMF (He et al., 2017): a generalised matrix factorization and a perceptron, each with vectors of its
     own, under one output layer.
 
-    The perceptron's first layer is a sum of the user's and the item's share, so that all pairs of some users
-    and items cost little more than the users and the items; it starts as a plain dot product.
+    The perceptron's first layer is the sum of a user's and an item's part, so that the parts are computed
+    once for all pairs. The factorization starts as a plain dot product.
     """
 
     def __init__(self, width: int, hidden: list[int], dropout: float, **shared: Any):
@@ -129,20 +130,25 @@ class NeuralCollaborativeFiltering(Recommender):
         self.product = nn.Parameter(torch.ones(width))
 
     def affinity(self, users: Tensor, items: Tensor, every: bool) -> Tensor:
-        user, mine = self.dropout(self.user(users)).chunk(2, dim=1)
-        item, its = self.item(items).chunk(2, dim=1)
-        user, mine, its = user * self.product, self.of_user(mine), self.of_item(its)
-        product = user @ item.T if every else (user * item).sum(dim=1)
-        pairs = mine[:, None] + its[None] if every else mine + its
-        return product + self.output(self.layers(pairs)).squeeze(-1)
+        factors_user, inputs_user = self.dropout(self.user(users)).chunk(2, dim=1)
+        factors_item, inputs_item = self.item(items).chunk(2, dim=1)
+        factors_user = factors_user * self.product
+        hidden_user, hidden_item = self.of_user(inputs_user), self.of_item(inputs_item)
+        if every:
+            product = factors_user @ factors_item.T
+            hidden = hidden_user[:, None] + hidden_item[None]
+        else:
+            product = (factors_user * factors_item).sum(dim=1)
+            hidden = hidden_user + hidden_item
+        return product + self.output(self.layers(hidden)).squeeze(-1)
 
 
 def _embedding(
-    count: int, width: int, *, spread: float = SPREAD, padding_idx: int | None = None
+    count: int, width: int, *, deviation: float = INITIAL_DEVIATION, padding_idx: int | None = None
 ) -> nn.Embedding:
     table = nn.Embedding(count, width, padding_idx=padding_idx)
     with torch.no_grad():
-        table.weight.mul_(spread)  # a padding row is zero already
+        table.weight.mul_(deviation)  # the row of padding_idx is zero
     return table
 
 
@@ -161,6 +167,6 @@ NETWORKS: dict[str, Callable[..., Recommender]] = {"mf": mf, "ncf": ncf}
 
 
 def recommender(settings: config.Recommender, num_users: int, num_items: int, mean: float) -> Recommender:
-    """The network of a project's model; `num_users` counts user 0, `mean` is the mean rating."""
+    """Make the network of some settings; `num_users` includes user 0, `mean` is the mean rating."""
     loss = settings.loss if settings.feedback == "implicit" else "squared_error"
     return NETWORKS[settings.kind](settings, num_users=num_users, num_items=num_items, loss=loss, mean=mean)

@@ -1,4 +1,4 @@
-"""Users, items, and which items a user will want next."""
+"""The task of recommenders: users, items, and one held-out item of each user."""
 
 import math
 from typing import Any
@@ -17,27 +17,26 @@ from app.evaluation import ranking
 from app.tasks import Arrays
 from app.tasks.recommender import network as networks
 
-USERS_AT_ONCE = 64
-"""In one forward pass outside training: each takes all items."""
+USERS_PER_BATCH = 64
+"""Users in a forward pass outside training, which scores all items for each."""
 
 
 class Task:
-    """Users, items, and which items a user will want next."""
+    """See `app.tasks.task.Task`."""
 
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, Settings)
+        assert project.data.interactions
         self.project = project
+        self.score = project.model.score
         self.prepared = prepared
         self.model = project.model
-        of = project.data.interactions
-        assert of
-        self.columns = of
+        self.columns = project.data.interactions
         self.catalogue = interactions.catalogue(prepared.path)
         self.seen = self.seen_in("train")
-        self.score = project.model.score
 
     def seen_in(self, *parts: str) -> Tensor:
-        """Which items each user has in the parts, bool (users, items); the new user, 0, has none."""
+        """The items that each user has in some parts, bool (users, items); the unknown user, 0, has none."""
         seen = torch.zeros(len(self.catalogue.users) + 1, len(self.catalogue.items), dtype=torch.bool)
         for part in parts:
             frame = self.frame(part)
@@ -46,15 +45,15 @@ class Task:
         return seen
 
     def frame(self, part: str, rows: np.ndarray | None = None) -> pd.DataFrame:
-        """One part, or its rows where the mask `rows` is true; the columns are USER, ITEM, RATING and AGE."""
-        return self._named(self.prepared.frame(part, rows))
+        """A part, or its rows where the mask `rows` is true, with the columns USER, ITEM, RATING and AGE."""
+        return self._renamed(self.prepared.frame(part, rows))
 
-    def _named(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def _renamed(self, frame: pd.DataFrame) -> pd.DataFrame:
         return frame.rename(columns={self.columns.user: USER, self.columns.item: ITEM})
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """`user` and `item`, places; `weight` and `rating`, float32; all (rows,)."""
-        frame = self._named(frame)
+        """`user` and `item`, indices in the catalogue; `weight` and `rating`, float32; all (rows,)."""
+        frame = self._renamed(frame)
         age = frame[AGE].to_numpy(np.float32)
         recency = self.model.recency
         return {
@@ -65,9 +64,9 @@ class Task:
         }
 
     def network(self) -> networks.Recommender:
-        found = self.catalogue
-        mean = found.mean if self.model.feedback == "explicit" else 0.0
-        return networks.recommender(self.model, len(found.users) + 1, len(found.items), mean)
+        catalogue = self.catalogue
+        mean = catalogue.mean if self.model.feedback == "explicit" else 0.0
+        return networks.recommender(self.model, len(catalogue.users) + 1, len(catalogue.items), mean)
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
         return [{"params": list(network.parameters())}]
@@ -76,7 +75,7 @@ class Task:
         return order
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
-        """As `networks.Recommender.loss` takes it; negatives are drawn here, without replacement."""
+        """The arguments of `networks.Recommender.loss`; draws negatives without replacement."""
         users, items, weight = arrays["user"][rows], arrays["item"][rows], arrays["weight"][rows]
         if self.model.feedback == "explicit":
             return users, items, weight, arrays["rating"][rows]
@@ -85,35 +84,35 @@ class Task:
         return users, items, weight, negatives, ~self.seen[users][:, negatives]
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
-        """Of each held-out item its rank, log loss among all that were not seen, score and rating."""
-        held_out = (arrays[name].split(USERS_AT_ONCE) for name in ("user", "item"))
-        found = [
+        """Rank, log loss among all unseen items, score and rating of each held-out item, (rows,) each."""
+        held_out = (arrays[name].split(USERS_PER_BATCH) for name in ("user", "item"))
+        batches = [
             ranked(network(users).float().cpu(), self.seen[users.to(self.seen.device)].cpu(), items.cpu())
             for users, items in zip(*held_out, strict=True)
         ]
         device = arrays["user"].device
-        return *(torch.cat(part).to(device) for part in zip(*found, strict=True)), arrays["rating"]
+        return *(torch.cat(part).to(device) for part in zip(*batches, strict=True)), arrays["rating"]
 
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
-        """The loss, HR@10, NDCG@10, MRR, and of explicit feedback RMSE and R2."""
+        """The loss, HR@10, NDCG@10 and MRR; with explicit feedback also RMSE and R2."""
         ranks, losses, scores, ratings = (output.numpy().astype(np.float64) for output in outputs)
-        found = ranking.evaluate(ranks)
+        of_ranks = ranking.evaluate(ranks)
         if self.model.feedback == "implicit":
-            return {"loss": float(losses.mean()), **found}
-        ratings_found = self.rating_metrics(scores, ratings)
-        return {"loss": ratings_found["rmse"] ** 2, **found, **ratings_found}
+            return {"loss": float(losses.mean()), **of_ranks}
+        of_ratings = self.rating_metrics(scores, ratings)
+        return {"loss": of_ratings["rmse"] ** 2, **of_ranks, **of_ratings}
 
     def rating_metrics(self, scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
-        """RMSE, and R2 against the mean rating of the training part."""
+        """RMSE, and R2 relative to the mean rating of the training part; both arguments are (rows,)."""
         error = float(np.mean((scores - ratings) ** 2))
-        spread = float(np.mean((ratings - self.catalogue.mean) ** 2))
-        return {"rmse": math.sqrt(error), "r2": 1 - error / spread if spread else 0.0}
+        variance = float(np.mean((ratings - self.catalogue.mean) ** 2))
+        return {"rmse": math.sqrt(error), "r2": 1 - error / variance if variance else 0.0}
 
 
 def ranked(scores: Tensor, seen: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each held-out item's rank, log loss among all that were not seen, and score, (users,).
+    """Rank, log loss among all unseen items, and score of each held-out item, (users,) each.
 
-    `scores` and `seen` (users, items), `items` (users,).
+    `scores` and `seen` are (users, items), `items` (users,).
     """
     ranks = ranking.ranks(scores.numpy(), seen.numpy(), items.numpy())
     own = scores.gather(1, items[:, None]).squeeze(1)

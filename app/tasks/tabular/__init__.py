@@ -1,1 +1,1 @@
-"""Rows of numbers and categories, and a binary outcome."""
+"""Networks on rows of numbers and categories that predict a binary label."""

@@ -1,4 +1,4 @@
-"""One ONNX graph from raw columns to probabilities: the fitted preprocessing and the trained model."""
+"""The ONNX graph of a tabular model, from raw columns to probabilities: fitted preprocessing and network."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from app.bundle.bundle import OUTPUT, inputs, open_graph
+from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import OPSET, exported, inner_prefix, require_equal, write
 
 
 class _Column(nn.Module):
-    """A network with its probabilities as a column, (rows, 1)."""
+    """A network whose probabilities are a column, (rows, 1)."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -27,35 +27,33 @@ class _Column(nn.Module):
         return self.network(x)[:, None]
 
 
-def export(model: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
-    """Write the graph: an input (rows,) for each raw column, float64 or string; one output (rows, 1)."""
-    model = _Column(model.cpu().eval())
+def export(network: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
+    """Write the graph: an input (rows,) for each raw column, float64 or string, and one output (rows, 1)."""
     example = torch.zeros(2, preprocessor.layout.width)
     rows = torch.export.Dim("rows", min=1)
-    network = exported(model, (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
-    front = _preprocessing(preprocessor, network.ir_version)
-    # The exporter's inner names ("linear", say) could be a column's. One slash more than the front's names.
-    inner = inner_prefix(c.column for c in preprocessor.columns)
-    network = onnx.compose.add_prefix(network, f"{inner}/", rename_outputs=False)
-    whole = onnx.compose.merge_models(front, network, io_map=[(f"{inner}encoded", f"{inner}/matrix")])
-    write(whole, path)
+    graph = exported(_Column(network.cpu().eval()), (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
+    preprocessing = _preprocessing(preprocessor, graph.ir_version)
+    # A column may have an inner name of the exporter, such as "linear". The prefix keeps them apart; it has
+    # one slash more than that of the preprocessing.
+    prefix = inner_prefix(c.column for c in preprocessor.columns)
+    graph = onnx.compose.add_prefix(graph, f"{prefix}/", rename_outputs=False)
+    joint = [(f"{prefix}encoded", f"{prefix}/matrix")]
+    write(onnx.compose.merge_models(preprocessing, graph, io_map=joint), path)
 
 
-def difference(model: nn.Module, preprocessor: Preprocessor, path: Path, frame: pd.DataFrame) -> float:
-    """The largest difference between the graph and PyTorch on training-time preprocessing, over rows.
-
-    Raises RuntimeError if it exceeds MAX_DIFFERENCE.
-    """
+def difference(network: nn.Module, preprocessor: Preprocessor, path: Path, frame: pd.DataFrame) -> float:
+    """The largest difference, over rows, between the graph's probabilities and those of PyTorch with the
+    preprocessing of training. Raises RuntimeError if it exceeds MAX_DIFFERENCE."""
     with torch.no_grad():
         matrix = torch.from_numpy(preprocessor.transform(frame))
-        expected = model.cpu().eval()(matrix).numpy()
+        expected = network.cpu().eval()(matrix).numpy()
     columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
-    got = open_graph(path).run([OUTPUT], inputs(columns))[0]
-    return require_equal(float(np.abs(got[:, 0] - expected).max()))
+    probabilities = open_graph(path).run([OUTPUT], feed_of(columns))[0]
+    return require_equal(float(np.abs(probabilities[:, 0] - expected).max()))
 
 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:
-    """The same arithmetic as `Preprocessor.transform`, as a graph with the output `encoded`."""
+    """A graph with the arithmetic of `Preprocessor.transform` and the output `encoded`."""
     graph = _Graph(inner_prefix(c.column for c in preprocessor.columns))
     named = graph.named
     scaled = [c for c in preprocessor.columns if isinstance(c, Scaled)]
@@ -71,16 +69,16 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
     parts += [_encoded(graph, column) for column in categories]
     graph.add("Concat", parts, "encoded", axis=1)
 
-    takes = [(c.column, TensorProto.DOUBLE) for c in [*scaled, *binned]]
-    takes += [(c.column, TensorProto.STRING) for c in categories]
-    gives = helper.make_tensor_value_info(
+    inputs = [(c.column, TensorProto.DOUBLE) for c in [*scaled, *binned]]
+    inputs += [(c.column, TensorProto.STRING) for c in categories]
+    output = helper.make_tensor_value_info(
         named("encoded"), TensorProto.FLOAT, ["rows", preprocessor.layout.width]
     )
     proto = helper.make_graph(
         graph.nodes,
         "preprocessing",
-        [helper.make_tensor_value_info(name, kind, ["rows"]) for name, kind in takes],
-        [gives],
+        [helper.make_tensor_value_info(name, kind, ["rows"]) for name, kind in inputs],
+        [output],
         graph.constants,
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("ai.onnx.ml", 4)]
@@ -88,7 +86,7 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
 
 
 class _Graph:
-    """Nodes and constants as they are added; inner names begin with `prefix`, as no column does."""
+    """The nodes and constants of a graph. Inner names begin with `prefix`, which no column does."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -96,21 +94,22 @@ class _Graph:
         self.constants: list[onnx.TensorProto] = []
 
     def named(self, name: str) -> str:
-        """An inner name, such as `age/raw`."""
+        """The full name of an inner value, such as `age/raw`."""
         return f"{self._prefix}{name}"
 
     def constant(self, name: str, value: np.ndarray) -> str:
+        """Add a constant; returns its full name."""
         self.constants.append(numpy_helper.from_array(value, self.named(name)))
         return self.named(name)
 
-    def add(self, operator: str, takes: list[str], gives: str, **attributes: Any) -> str:
-        """A node; `takes` are whole names, `gives` is an inner one. Returns its whole name."""
-        self.nodes.append(helper.make_node(operator, takes, [self.named(gives)], **attributes))
-        return self.named(gives)
+    def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
+        """Add a node. `inputs` are full names, `output` is an inner name; returns the output's full name."""
+        self.nodes.append(helper.make_node(operator, inputs, [self.named(output)], **attributes))
+        return self.named(output)
 
 
 def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
-    """All numbers at once, in float64 like training: a large one would lose digits before it is scaled."""
+    """Scale all numbers at once, in float64 as in training: in float32 large numbers would lose digits."""
     low = graph.constant("low", np.array([c.minimum for c in numbers]))
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
     fill = graph.constant("fill", np.array([c.fill for c in numbers]))
@@ -125,7 +124,7 @@ def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
 
 
 def _binned(graph: _Graph, number: Binned) -> str:
-    """One number among its edges: its share of each bin, or their weighted sum; in float64, as above."""
+    """Encode one number by its bins: its share of each bin, or the weighted sum of the shares; in float64."""
     name = number.column
     raw = graph.named(f"{name}/raw")
     edges = graph.constant(f"{name}/edges", np.array(number.edges[:-1]))
@@ -147,7 +146,7 @@ def _binned(graph: _Graph, number: Binned) -> str:
 
 
 def _exact(graph: _Graph, number: Exact) -> str:
-    """Indicators of one number's frequent values."""
+    """Compare one number with its frequent values: an indicator for each."""
     name = number.column
     values = graph.constant(f"{name}/values", np.array(number.values, dtype=np.float64))
     same = graph.add("Equal", [graph.named(f"{name}/raw"), values], f"{name}/same")
@@ -155,7 +154,8 @@ def _exact(graph: _Graph, number: Exact) -> str:
 
 
 def _encoded(graph: _Graph, column: Categories) -> str:
-    """One category: its place among the known values, 0 if it is none, then a row of a table or itself."""
+    """Encode one category: its index from 1 among the known values, or 0 if unknown; one-hot, a row of
+    indicators instead."""
     name = column.column
     place = graph.add(
         "LabelEncoder",

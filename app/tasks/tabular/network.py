@@ -1,4 +1,4 @@
-"""Networks on rows of numbers and categories."""
+"""Networks on rows of numbers and categories that give the probability of a binary label."""
 
 import math
 import warnings
@@ -15,17 +15,17 @@ from app.data.features import Layout
 
 
 class Columns(nn.Module):
-    """Opens the matrix (rows, layout.width): embedded numbers and categories become their vectors.
+    """Replaces embedded numbers and categories in the matrix (rows, layout.width) by their vectors.
 
-    A category's place 0, a value never seen in training, has the zero vector and never learns.
+    Index 0 of a category, a value that training never saw, has the zero vector and is not trained.
     """
 
     def __init__(self, layout: Layout, numbers: NumberEmbedding | None = None, width: int | None = None):
-        """`width` overrides the length of all categories' vectors."""
+        """`width` overrides the length of the categories' vectors."""
         super().__init__()
         self.dense = layout.dense
         self.embedded = 0
-        """Of the dense columns, the first ones, which are embedded numbers'."""
+        """Number of columns, the first ones, that belong to embedded numbers."""
         self.numbers: nn.Module | None = None
         sizes = [(count, width or length) for count, length in layout.embeddings]
         self.embeddings = nn.ModuleList(nn.Embedding(count, length, padding_idx=0) for count, length in sizes)
@@ -39,15 +39,15 @@ class Columns(nn.Module):
                 self.numbers = PeriodicEmbeddings(layout.numbers, numbers)
 
     def forward(self, x: Tensor) -> Tensor:
-        places = x[:, self.dense :].to(torch.int64)
-        vectors = [table(places[:, i]) for i, table in enumerate(self.embeddings)]
+        indices = x[:, self.dense :].to(torch.int64)
+        vectors = [table(indices[:, i]) for i, table in enumerate(self.embeddings)]
         if self.numbers:
             vectors.append(self.numbers(x[:, : self.embedded]))
         return torch.cat([x[:, self.embedded : self.dense], *vectors], dim=1)
 
 
 class LinearEmbeddings(nn.Module):
-    """Each number's columns through a linear layer of its own and ReLU (Gorishniy et al., 2022)."""
+    """A linear layer and ReLU for the columns of each number (Gorishniy et al., 2022)."""
 
     def __init__(self, widths: tuple[int, ...], width: int):
         super().__init__()
@@ -61,11 +61,11 @@ class LinearEmbeddings(nn.Module):
 
 
 class PeriodicEmbeddings(nn.Module):
-    """Sines and cosines of learnt frequencies, then as `LinearEmbeddings` (Gorishniy et al., 2022)."""
+    """Sines and cosines with learnt frequencies, then `LinearEmbeddings` (Gorishniy et al., 2022)."""
 
     def __init__(self, widths: tuple[int, ...], settings: PeriodicNumbers):
         super().__init__()
-        assert set(widths) == {1}, "the project file was checked for this"
+        assert set(widths) == {1}, "the settings refuse numbers of several columns"
         count, num_waves = len(widths), settings.frequencies
         self.frequencies = nn.Parameter(torch.randn(count, num_waves) * settings.scale)
         self.linear = LinearEmbeddings((2 * num_waves,) * count, settings.width)
@@ -77,19 +77,19 @@ class PeriodicEmbeddings(nn.Module):
 
 
 class BinaryClassifier(nn.Module):
-    """Gives the probability of the positive label; subclasses give its logit."""
+    """The probability of the positive label. A subclass computes its logit."""
 
     def logits(self, x: Tensor) -> Tensor:
-        """float32 (rows, layout.width) -> (rows,), or (rows, members) of an ensemble."""
+        """float32 (rows, layout.width) -> (rows,), or (rows, members) for an ensemble."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 (rows, layout.width) -> probabilities (rows,), the mean of an ensemble's."""
+        """float32 (rows, layout.width) -> probabilities (rows,), for an ensemble the mean of its members."""
         probabilities = torch.sigmoid(self.logits(x))
         return probabilities if probabilities.ndim == 1 else probabilities.mean(dim=1)
 
     def loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Weighted mean log loss of labels 0 and 1; of an ensemble, the mean of its members' losses."""
+        """Weighted mean log loss of labels 0 and 1; for an ensemble, the mean of its members' losses."""
         logits = self.logits(x)
         if logits.ndim == 2:
             y, weight = (t[:, None].expand_as(logits) for t in (y, weight))
@@ -97,7 +97,7 @@ class BinaryClassifier(nn.Module):
         return (losses * weight).sum() / weight.sum()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For the optimizer: only weights decay. Biases, frequencies and scales have no reason to be 0."""
+        """Groups for the optimizer. Only weights decay; biases, frequencies and scales do not."""
         named = list(self.named_parameters())
         return [
             {"params": [p for name, p in named if name.endswith("weight")]},
@@ -106,25 +106,25 @@ class BinaryClassifier(nn.Module):
 
 
 class LogisticRegression(BinaryClassifier):
-    """A weight for each number and indicator, and one for each value of an embedded category."""
+    """Logistic regression: a weight for each number, indicator and value of an embedded category."""
 
     def __init__(self, layout: Layout):
         super().__init__()
         self.columns = Columns(layout, width=1)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of no numbers there are no weights to initialise
+            warnings.simplefilter("ignore")  # PyTorch warns if there are no numbers, so no weights
             self.dense = nn.Linear(layout.dense, 1)
         for table in self.columns.embeddings:
             nn.init.zeros_(table.weight)
 
     def logits(self, x: Tensor) -> Tensor:
-        opened = self.columns(x)
+        vectors = self.columns(x)
         dense = self.columns.dense
-        return self.dense(opened[:, :dense]).squeeze(1) + opened[:, dense:].sum(dim=1)
+        return self.dense(vectors[:, :dense]).squeeze(1) + vectors[:, dense:].sum(dim=1)
 
 
 class MultiLayerPerceptron(BinaryClassifier):
-    """Linear layers with ReLU and dropout between them, on the opened matrix."""
+    """Linear layers with ReLU and dropout between them."""
 
     def __init__(
         self, layout: Layout, hidden: list[int], dropout: float, numbers: NumberEmbedding | None = None
@@ -142,10 +142,8 @@ class MultiLayerPerceptron(BinaryClassifier):
 
 
 class TabularEnsemble(BinaryClassifier):
-    """TabM (Gorishniy et al., 2024): perceptrons that share their weights but for scales, biases and output.
-
-    Each learns from its own loss; together they predict the mean of their probabilities.
-    """
+    """TabM (Gorishniy et al., 2024): perceptrons that share weights, with scales, biases and an output of
+    their own. Each member has its own loss; the prediction is the mean of their probabilities."""
 
     def __init__(
         self,
@@ -162,18 +160,15 @@ class TabularEnsemble(BinaryClassifier):
         for before, after in pairwise(widths):
             layers += [SharedLinear(members, before, after), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, MembersOutput(members, widths[-1]))
-        nn.init.normal_(self.layers[0].scale_in)  # what makes the members differ
+        nn.init.normal_(self.layers[0].scale_in)  # makes the members differ
 
     def logits(self, x: Tensor) -> Tensor:
         return self.layers(self.columns(x)[:, None])
 
 
 class SharedLinear(nn.Module):
-    """A linear layer whose members share the weight (BatchEnsemble, Wen et al., 2020).
-
-    Each member scales its inputs and outputs and adds its bias. (rows, members or 1, before) -> (rows,
-    members, after).
-    """
+    """A linear layer whose members share the weight, and each have a bias and scales of inputs and outputs
+    (BatchEnsemble, Wen et al., 2020). (rows, members or 1, before) -> (rows, members, after)."""
 
     def __init__(self, members: int, before: int, after: int):
         super().__init__()
@@ -188,7 +183,7 @@ class SharedLinear(nn.Module):
 
 
 class MembersOutput(nn.Module):
-    """An output for each member: (rows, members, before) -> (rows, members)."""
+    """A linear output for each member: (rows, members, before) -> (rows, members)."""
 
     def __init__(self, members: int, before: int):
         super().__init__()
@@ -218,5 +213,4 @@ def tabm(settings: TabM, layout: Layout) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[Any, Layout], nn.Module]] = {"linear": linear, "mlp": mlp, "tabm": tabm}
-"""By `model.kind`: from its settings and the layout of its inputs to a module whose `forward` is what is
-served, and whose `loss` is the mean loss of a batch."""
+"""The network of each `model.kind`, from its settings and the layout of its inputs."""

@@ -1,4 +1,4 @@
-"""Making a bundle of a trained network on a table, and measuring it."""
+"""The packager of networks on rows of numbers and categories."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,19 @@ from app.tasks.tabular.task import Task
 
 
 class Packager:
-    """See `app.tasks.Packager`."""
+    """See `app.tasks.task.Packager`."""
 
     def __init__(self, task: Task):
         self.task = task
 
     def export(self, network: nn.Module, folder: Path) -> float:
-        graph.export(network, self.task.preprocessor, folder / "model.onnx")
-        (folder / "preprocessor.json").write_text(self.task.preprocessor.model_dump_json(indent=1))
-        return graph.difference(
-            network, self.task.preprocessor, folder / "model.onnx", self.task.prepared.frame("test")
-        )
+        preprocessor, model = self.task.preprocessor, folder / "model.onnx"
+        graph.export(network, preprocessor, model)
+        (folder / "preprocessor.json").write_text(preprocessor.model_dump_json(indent=1))
+        return graph.difference(network, preprocessor, model, self.task.prepared.frame("test"))
 
     def schema(self) -> Schema:
-        labels = self.task.prepared.summary["labels"]
-        return label_schema(self.task.project, self.task.preprocessor, labels)
+        return label_schema(self.task.project, self.task.preprocessor, self.task.prepared.summary["labels"])
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
         test = self.task.prepared.frame("test", rows)

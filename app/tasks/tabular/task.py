@@ -1,4 +1,4 @@
-"""Rows of numbers and categories, and a binary outcome."""
+"""The task of networks on rows of numbers and categories, with a binary label."""
 
 import math
 from typing import Any
@@ -15,12 +15,12 @@ from app.evaluation import metrics
 from app.tasks import Arrays
 from app.tasks.tabular.network import NETWORKS
 
-VALIDATION_ROWS = 8192
-"""In one forward pass."""
+VALIDATION_BATCH_ROWS = 8192
+"""Rows in a forward pass of the validation."""
 
 
 class Task:
-    """Rows of numbers and categories, and a binary outcome."""
+    """See `app.tasks.task.Task`."""
 
     def __init__(self, project: Project, prepared: Prepared):
         self.project = project
@@ -30,7 +30,7 @@ class Task:
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """`x`, float32 (rows, layout.width); `y` and `weight`, float32 (rows,)."""
-        y = np.array(frame[LABEL], dtype=np.float32)
+        y = frame[LABEL].to_numpy(np.float32)
         return {"x": self.preprocessor.transform(frame), "y": y, "weight": self._weights(y)}
 
     def _weights(self, y: np.ndarray) -> np.ndarray:
@@ -49,16 +49,18 @@ class Task:
         return order
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
+        """`x`, `y` and `weight` of these rows."""
         return arrays["x"][rows], arrays["y"][rows], arrays["weight"][rows]
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
-        predicted = [network(x).float() for x in arrays["x"].split(VALIDATION_ROWS)]
-        return torch.cat(predicted), arrays["y"]
+        """Probabilities (rows,) and labels (rows,)."""
+        probabilities = [network(x).float() for x in arrays["x"].split(VALIDATION_BATCH_ROWS)]
+        return torch.cat(probabilities), arrays["y"]
 
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
-        """Log loss and AUC of probabilities (rows,) against labels (rows,)."""
+        """Log loss and AUC."""
         probabilities, labels = outputs
-        if not probabilities.isfinite().all():  # the training has diverged; PyTorch would refuse them
+        if not probabilities.isfinite().all():  # PyTorch's log loss would raise an error
             return {"loss": math.nan, "auc": math.nan}
         loss = log_loss(probabilities.double(), labels.double()).item()
         return {"loss": loss, "auc": metrics.auc(labels.numpy(), probabilities.numpy())}

@@ -1,1 +1,1 @@
-"""A text and one of several classes."""
+"""Classifiers of texts on a pretrained encoder."""

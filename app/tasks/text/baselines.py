@@ -1,4 +1,4 @@
-"""What a text classifier must be compared with: a constant, and a logistic regression on word counts."""
+"""The baselines of a text classifier: a constant, and a logistic regression on word counts."""
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -7,15 +7,15 @@ from app.data.prepare import LABEL
 from app.evaluation import metrics
 from app.tasks.text.task import Task
 
-STRENGTHS = (0.3, 1.0, 3.0, 10.0)
-"""Of the logistic regression (the inverse of its penalty): the best one on the validation part is taken."""
+INVERSE_PENALTIES = (0.3, 1.0, 3.0, 10.0)
+"""Inverse penalties of the logistic regression; the best one on the validation part is used."""
 
 
 def baselines(task: Task) -> dict[str, dict[str, float]]:
     """See `app.tasks.baselines_of`.
 
-    The logistic regression sees TF-IDF of words and pairs of words that occur twice or more (scikit-learn),
-    with sublinear counts.
+    The logistic regression takes the TF-IDF, with sublinear counts, of words and pairs of words that occur in
+    two texts or more.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -28,7 +28,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
     words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     with threadpool_limits(1):
         x_train, x_validation, x_test = words.fit_transform(texts[0]), *map(words.transform, texts[1:])
-        models = [LogisticRegression(C=c, max_iter=1000).fit(x_train, train) for c in STRENGTHS]
+        models = [LogisticRegression(C=c, max_iter=1000).fit(x_train, train) for c in INVERSE_PENALTIES]
         best = max(models, key=lambda m: metrics.macro_f1(validation, m.predict_proba(x_validation)))
         scores["tfidf_logistic_regression"] = metrics.evaluate_classes(test, best.predict_proba(x_test))
     return scores

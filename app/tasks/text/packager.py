@@ -1,4 +1,4 @@
-"""Making a bundle of a trained text classifier, and measuring it."""
+"""The packager of classifiers of a text."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from app.tasks.text import graph
 from app.tasks.text import network as networks
 from app.tasks.text.task import Task
 
-NUM_CHECKED = 512
-"""Texts of the test part on which the exported graph is held against PyTorch."""
+NUM_CHECKED_TEXTS = 512
+"""Texts of the test part on which the exported graph is compared with PyTorch."""
 
 
 class Packager:
-    """See `app.tasks.Packager`."""
+    """See `app.tasks.task.Packager`."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -29,7 +29,7 @@ class Packager:
         tokenizer = self.task.prepared.path / tokens.FILE
         (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
         graph.export(network, folder / "model.onnx")
-        texts = self.task.prepared.frame("test")[self.task.column].head(NUM_CHECKED)
+        texts = self.task.prepared.frame("test")[self.task.column].head(NUM_CHECKED_TEXTS)
         ids, lengths = tokens.encode(tokens.load(tokenizer), texts)
         return graph.difference(network, folder / "model.onnx", ids, lengths)
 

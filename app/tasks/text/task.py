@@ -1,6 +1,7 @@
-"""A text and one of several classes."""
+"""The task of classifiers of a text, with a label of several classes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,12 @@ from app.evaluation import metrics
 from app.tasks import Arrays
 from app.tasks.text import network as networks
 
-TEXTS_AT_ONCE = 64
-"""In one forward pass outside training."""
+TEXTS_PER_BATCH = 64
+"""Texts in a forward pass outside training."""
 
 
 class Task:
-    """A text and one of several classes."""
+    """See `app.tasks.task.Task`."""
 
     def __init__(self, project: Project, prepared: Prepared):
         assert isinstance(project.model, TextClassifier)
@@ -36,7 +37,7 @@ class Task:
         """`ids` int32 (rows, longest) and `lengths`, or `vectors` float32 (rows, hidden) of a frozen encoder;
         `y` int64 and `weight` float32 (rows,)."""
         y = np.array(frame[LABEL], dtype=np.int64)
-        labels = {"y": y, "weight": self._weights()[y]}
+        labels = {"y": y, "weight": self._class_weights()[y]}
         ids, lengths = tokens.encode(tokens.load(self.prepared.path / tokens.FILE), frame[self.column])
         if not self.model.freeze:
             return {"ids": ids.astype(np.int32), "lengths": lengths, **labels}
@@ -45,8 +46,8 @@ class Task:
             vectors = _by_length(network.vectors, torch.from_numpy(ids), torch.from_numpy(lengths))
         return {"vectors": vectors.numpy(), **labels}
 
-    def _weights(self) -> np.ndarray:
-        """Of each class."""
+    def _class_weights(self) -> np.ndarray:
+        """The weight of a row in the loss by its class, float32 (classes,)."""
         if self.project.training.class_weights == "none":
             return np.ones(len(self.classes), dtype=np.float32)
         return self.prepared.balanced_weights()
@@ -66,30 +67,34 @@ class Task:
         return buckets.by_length(arrays["lengths"], order.to(arrays["lengths"].device), batch_size)
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
+        """`ids`, `mask`, `y` and `weight` of these rows; `vectors` instead of the first two if the encoder is
+        frozen."""
         y, weight = arrays["y"][rows], arrays["weight"][rows]
         if self.model.freeze:
             return arrays["vectors"][rows], y, weight
         return *tokens.pad(arrays["ids"][rows].long(), arrays["lengths"][rows]), y, weight
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
+        """Probabilities (rows, classes) and labels (rows,)."""
         assert isinstance(network, networks.TextClassifier)
         if self.model.freeze:
             return network.probabilities(arrays["vectors"]), arrays["y"]
         return _by_length(network, arrays["ids"], arrays["lengths"]), arrays["y"]
 
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
-        """Log loss and macro F1 of probabilities (rows, classes) against labels (rows,)."""
+        """Log loss and macro F1."""
         probabilities, labels = (output.numpy() for output in outputs)
         if not np.isfinite(probabilities).all():
             return {"loss": math.nan, "macro_f1": math.nan}
-        found = metrics.evaluate_classes(labels, probabilities.astype(np.float64))
-        return {"loss": found["log_loss"], "macro_f1": found["macro_f1"]}
+        evaluation = metrics.evaluate_classes(labels, probabilities.astype(np.float64))
+        return {"loss": evaluation["log_loss"], "macro_f1": evaluation["macro_f1"]}
 
 
-def _by_length(forward: Any, ids: Tensor, lengths: Tensor) -> Tensor:
-    """`forward(ids, mask)` of all rows, float32, those of like length together."""
+def _by_length(forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, lengths: Tensor) -> Tensor:
+    """`forward(ids, mask)` of all rows, float32, computed in batches of similar length."""
     order = lengths.argsort(stable=True)
-    given = [
-        forward(*tokens.pad(ids[rows].long(), lengths[rows])).float() for rows in order.split(TEXTS_AT_ONCE)
+    outputs = [
+        forward(*tokens.pad(ids[rows].long(), lengths[rows])).float()
+        for rows in order.split(TEXTS_PER_BATCH)
     ]
-    return torch.cat(given)[order.argsort()]
+    return torch.cat(outputs)[order.argsort()]

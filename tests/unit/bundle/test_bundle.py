@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from app.bundle import manifest
-from app.bundle.bundle import Bundle, inputs
+from app.bundle.bundle import Bundle, feed_of
 from app.bundle.manifest import MANIFEST, BrokenBundle, identity_of, seal, verify
 from app.bundle.schema import columns_of
 from tests.bundles import EDUCATION, PASSED, ROWS, build
@@ -81,7 +81,7 @@ def test_an_absent_key_is_missing(made):
 
 
 def test_inputs_are_float64_and_strings_without_null():
-    feed = inputs(
+    feed = feed_of(
         {
             "int": np.array([1, 2]),
             "bool": np.array([True, False]),
@@ -149,7 +149,7 @@ def test_what_every_bundle_has_must_be_in_the_manifest(copy, name):
     """Otherwise a file that nobody sealed would be opened."""
     sealed = verify(copy)
     del sealed["files"][name]
-    (copy / MANIFEST).write_bytes(manifest.document(sealed))
+    (copy / MANIFEST).write_bytes(manifest.encoded(sealed))
     assert f"{name} is not in the manifest" in refusal(copy)
 
 

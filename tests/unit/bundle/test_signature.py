@@ -23,7 +23,7 @@ def keys(tmp_path_factory):
 def signed(keys, tmp_path):
     path = build(tmp_path / "bundle", seed=1)
     file = path / manifest.MANIFEST
-    signature.put(file, signature.signed(file.read_bytes(), keys / "ours.pem"))
+    signature.write(file, signature.sign(file.read_bytes(), keys / "ours.pem"))
     return path
 
 
@@ -36,26 +36,26 @@ def test_what_is_signed_by_one_whom_we_trust_passes(signed, keys):
 def test_what_was_changed_after_it_was_signed_does_not(signed, keys):
     file = signed / manifest.MANIFEST
     file.write_text(file.read_text() + " ")
-    with pytest.raises(UserError, match="signed by nobody"):
+    with pytest.raises(UserError, match="is not signed by any key"):
         signature.require(file, [str(keys / "ours.pub")])
 
 
 def test_nor_what_others_have_signed_or_nobody(signed, keys, tmp_path):
-    with pytest.raises(UserError, match="signed by nobody"):
+    with pytest.raises(UserError, match="is not signed by any key"):
         signature.require(signed / manifest.MANIFEST, [str(keys / "theirs.pub")])
-    with pytest.raises(UserError, match="is not signed"):
+    with pytest.raises(UserError, match="is not signed, but"):
         signature.require(build(tmp_path / "other", seed=1) / manifest.MANIFEST, [str(keys / "ours.pub")])
 
 
 def test_what_is_no_key_is_named(signed, keys, tmp_path, monkeypatch):
     file = signed / manifest.MANIFEST
     (tmp_path / "no.pem").write_text("no key")
-    with pytest.raises(UserError, match=r"no\.pem: is no key in PEM format"):
-        signature.signed(file.read_bytes(), tmp_path / "no.pem")
+    with pytest.raises(UserError, match=r"no\.pem: is not a key in PEM format"):
+        signature.sign(file.read_bytes(), tmp_path / "no.pem")
     with pytest.raises(UserError, match=r"gone\.pub"):
         signature.require(file, [str(tmp_path / "gone.pub")])
-    with pytest.raises(UserError, match="is no key"):
-        signature.signed(file.read_bytes(), keys / "ours.pub")
+    with pytest.raises(UserError, match="is not a key"):
+        signature.sign(file.read_bytes(), keys / "ours.pub")
     monkeypatch.delenv(signature.SIGNING_KEY, raising=False)
     with pytest.raises(UserError, match=signature.SIGNING_KEY):
         signature.signing_key()

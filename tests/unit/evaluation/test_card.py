@@ -4,7 +4,7 @@ import numpy as np
 
 from app.config import Project
 from app.evaluation.card import render
-from app.evaluation.metrics import evaluate, reliability
+from app.evaluation.metrics import evaluate_binary, reliability
 from tests.bundles import PROJECT
 
 LABELS = np.array([0, 0, 1, 1, 0])
@@ -18,8 +18,11 @@ SUMMARY = {
     },
 }
 EVALUATION = {
-    "model": evaluate(LABELS, MODEL),
-    "baselines": {"constant": evaluate(LABELS, CONSTANT), "logistic_regression": evaluate(LABELS, MODEL**2)},
+    "model": evaluate_binary(LABELS, MODEL),
+    "baselines": {
+        "constant": evaluate_binary(LABELS, CONSTANT),
+        "logistic_regression": evaluate_binary(LABELS, MODEL**2),
+    },
     "reliability": reliability(LABELS, MODEL),
 }
 

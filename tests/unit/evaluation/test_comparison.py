@@ -165,7 +165,7 @@ def test_a_bundle_that_does_not_say_what_it_saw_is_not_compared(tmp_path):
     (tmp_path / "test").mkdir()
     TABLE.head(9).to_parquet(tmp_path / "test" / "0.parquet")
     found = compare(prepared, ours, opened, lambda *_: {})
-    assert found == NotComparable("its bundle does not say which rows it was trained on")
+    assert found == NotComparable("its bundle does not say on which rows it was trained")
     (opened.path / "project.json").write_text('{"name": "of a later release"}')
     found = compare(prepared, ours, opened, lambda *_: {})
     assert found == NotComparable("this release cannot read the champion's project.json")
@@ -228,5 +228,5 @@ def test_another_contract_is_not_evaluated(tmp_path):
     flipped = changed(data__label={"column": "income", "positive": "<=50K"})
     found, calls = compared(tmp_path, flipped, changed())
     assert isinstance(found, NotComparable)
-    assert found.reason == "its contract is another one: data.label.positive was '>50K' and is '<=50K'"
+    assert found.reason == "its contract differs: data.label.positive was '>50K' and is '<=50K'"
     assert not calls

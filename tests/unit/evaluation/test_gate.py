@@ -22,18 +22,18 @@ CHAMPION = beside({"auc": 0.9, "accuracy": 0.81})
 @pytest.mark.parametrize(
     ("gate", "champion", "reason"),
     [
-        (Gate(), None, "auc 0.9000 against constant 0.5000, no champion yet"),
-        (Gate(beat=[]), None, "auc 0.9000 against no champion yet"),
-        (Gate(), CHAMPION, "auc 0.9000 against constant 0.5000, champion 0.9000"),
+        (Gate(), None, "auc 0.9000 (constant 0.5000, no champion yet)"),
+        (Gate(beat=[]), None, "auc 0.9000 (no champion yet)"),
+        (Gate(), CHAMPION, "auc 0.9000 (constant 0.5000, champion 0.9000)"),
         (
             Gate(metric="accuracy", beat=["constant", "logistic_regression"], tolerance=0.02),
             CHAMPION,
-            "accuracy 0.8000 against constant 0.7600, logistic regression 0.7900, champion 0.8100",
+            "accuracy 0.8000 (constant 0.7600, logistic regression 0.7900, champion 0.8100)",
         ),
         (
             Gate(minimum={"auc": 0.9, "recall": 0.5}),
             None,
-            "auc 0.9000 against constant 0.5000, no champion yet",
+            "auc 0.9000 (constant 0.5000, no champion yet)",
         ),
     ],
 )
@@ -93,19 +93,19 @@ def test_on_some_rows_both_are_judged_by_these():
     among = "on the 300 of 1,000 test rows that neither was trained on"
     decision = decide(Gate(beat=[]), CANDIDATE, {}, some)
     assert decision.passed
-    assert decision.reason == f"auc 0.9000 against champion 0.8400 to 0.8500 {among}"
+    assert decision.reason == f"auc 0.9000 (champion 0.8400 and candidate 0.8500 {among})"
     decision = decide(Gate(beat=[]), {"auc": 0.99}, {}, beside({"auc": 0.86}, {"auc": 0.85}, num_rows=300))
     assert not decision.passed
     assert decision.reason == f"auc 0.8500 is below the champion's 0.8600 {among}"
 
 
 def test_without_a_comparison_the_other_criteria_decide_and_the_reason_says_so():
-    none = NotComparable("its contract is another one")
+    none = NotComparable("its contract differs")
     decision = decide(Gate(), CANDIDATE, BASELINES, none)
     assert decision.passed
     assert decision.reason == (
-        "auc 0.9000 against constant 0.5000; not compared with the champion: its contract is another one"
+        "auc 0.9000 (constant 0.5000); not compared with the champion: its contract differs"
     )
     decision = decide(Gate(minimum={"auc": 0.95}), CANDIDATE, BASELINES, none)
     assert not decision.passed
-    assert decision.reason.endswith("0.9500; not compared with the champion: its contract is another one")
+    assert decision.reason.endswith("0.9500; not compared with the champion: its contract differs")

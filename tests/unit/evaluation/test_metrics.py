@@ -3,7 +3,7 @@ import pytest
 import sklearn.metrics as theirs
 
 from app.config import BINARY_METRICS
-from app.evaluation.metrics import auc, evaluate, reliability
+from app.evaluation.metrics import auc, evaluate_binary, reliability
 
 
 def predictions(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
@@ -17,7 +17,7 @@ def predictions(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
 def test_is_what_scikit_learn_says(seed, threshold):
     labels, probabilities = predictions(seed)
     predicted = probabilities >= threshold
-    got = evaluate(labels, probabilities, threshold)
+    got = evaluate_binary(labels, probabilities, threshold)
     expected = {
         "auc": theirs.roc_auc_score(labels, probabilities),
         "accuracy": theirs.accuracy_score(labels, predicted),
@@ -31,7 +31,7 @@ def test_is_what_scikit_learn_says(seed, threshold):
 
 
 def test_by_hand():
-    got = evaluate(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
+    got = evaluate_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
     assert got == pytest.approx(
         {
             "auc": 3 / 4,  # 0.5 stands behind 0.6, the other three pairs are in order
@@ -47,12 +47,12 @@ def test_by_hand():
 
 
 def test_nothing_predicted_positive_is_0_and_no_warning():
-    got = evaluate(np.array([0, 1]), np.array([0.1, 0.2]))
+    got = evaluate_binary(np.array([0, 1]), np.array([0.1, 0.2]))
     assert (got["precision"], got["recall"], got["f1"], got["accuracy"]) == (0, 0, 0, 0.5)
 
 
 def test_all_that_a_gate_may_name_is_there_as_plain_floats():
-    got = evaluate(*predictions(0))
+    got = evaluate_binary(*predictions(0))
     assert set(BINARY_METRICS) <= set(got)
     assert {type(value) for value in got.values()} == {float}
 
@@ -66,7 +66,7 @@ def test_auc_does_not_depend_on_the_scale():
 
 def test_certain_and_right_is_perfect():
     labels = np.array([0.0, 1.0, 1.0])
-    got = evaluate(labels, labels)
+    got = evaluate_binary(labels, labels)
     assert [got[n] for n in BINARY_METRICS] == [1.0] * 5
     assert (got["brier"], got["calibration_error"]) == (0, 0)
 

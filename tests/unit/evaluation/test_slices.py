@@ -13,7 +13,7 @@ PROBABILITIES = np.array(
 
 def test_every_value_of_a_column_is_a_slice_and_missing_is_one():
     frame = pd.DataFrame({"town": ["a", None, "a", "b", "a", None]})
-    found = slices.slices(frame, ["town"], lambda rows: {"first": float(rows.argmax())})
+    found = slices.evaluate(frame, ["town"], lambda rows: {"first": float(rows.argmax())})
     assert found == {
         "town": {
             "a": {"rows": 3, "first": 0},
@@ -25,7 +25,7 @@ def test_every_value_of_a_column_is_a_slice_and_missing_is_one():
 
 def test_rare_values_are_taken_together():
     frame = pd.DataFrame({"id": [f"{i:03}" for i in range(50)] + ["often"] * 5})
-    found = slices.slices(frame, ["id"], lambda rows: {})["id"]
+    found = slices.evaluate(frame, ["id"], lambda rows: {})["id"]
     assert len(found) == slices.MAX_VALUES + 1
     assert found["often"] == {"rows": 5}
     assert found[slices.OTHERS]["rows"] == 55 - 5 - (slices.MAX_VALUES - 1)
@@ -33,7 +33,7 @@ def test_rare_values_are_taken_together():
 
 def test_a_binary_slice_tells_what_was_predicted_beside_what_was():
     labels, probabilities = np.array([1, 0, 1, 0]), np.array([0.9, 0.2, 0.4, 0.6])
-    found = slices.of_binary(labels, probabilities)
+    found = slices.evaluate_binary(labels, probabilities)
     assert found == {
         "observed": 0.5,
         "predicted": pytest.approx(0.525),
@@ -44,11 +44,11 @@ def test_a_binary_slice_tells_what_was_predicted_beside_what_was():
 
 
 def test_a_slice_with_one_label_alone_has_no_auc():
-    assert slices.of_binary(np.zeros(3), np.array([0.1, 0.2, 0.9]))["auc"] is None
+    assert slices.evaluate_binary(np.zeros(3), np.array([0.1, 0.2, 0.9]))["auc"] is None
 
 
 def test_a_slice_of_classes_counts_those_that_occur_in_it():
-    found = slices.of_classes(LABELS[:2], PROBABILITIES[:2])
+    found = slices.evaluate_classes(LABELS[:2], PROBABILITIES[:2])
     assert found == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0) / 2)}
 
 

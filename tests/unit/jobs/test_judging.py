@@ -132,9 +132,9 @@ MORE = {
 def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged, name):
     """On its own test rows, it has its own score: that holds for another seed and for one more column."""
     first, decision, _ = judged(project())
-    assert decision.reason == f"auc {first['auc']:.4f} against no champion yet"
+    assert decision.reason == f"auc {first['auc']:.4f} (no champion yet)"
     second, decision, path = judged(project(seed=7, **MORE))
-    assert decision.reason == f"auc {second['auc']:.4f} against champion {first['auc']:.4f}"
+    assert decision.reason == f"auc {second['auc']:.4f} (champion {first['auc']:.4f})"
     assert (path / "card.md").read_text().endswith(f"## Gate\n\nPassed: {decision.reason}.\n")
     assert versions.find(name, CHALLENGER) is not None
 

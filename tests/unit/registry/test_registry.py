@@ -361,7 +361,7 @@ def test_mlflows_own_tools_open_the_bundle_and_predict_the_same(bundles):
     mlflow.set_tracking_uri(connection.uri())
     mlflow.set_registry_uri(connection.uri())
     model = mlflow.pyfunc.load_model(f"models:/pyfunc@{versions.CHAMPION}")
-    got = model.predict(bundle.inputs(columns))["probability"]
+    got = model.predict(bundle.feed_of(columns))["probability"]
     np.testing.assert_array_equal(np.ravel(got), opened.predict(columns))
 
 
@@ -424,7 +424,7 @@ def test_what_is_registered_is_not_written_again(bundles, home):
 
 @pytest.mark.parametrize(
     ("decision", "message"),
-    [(None, "holds no decision of it; train it again"), (False, "which refused it: not good enough")],
+    [(None, "holds no decision; train it again"), (False, "which refused it: not good enough")],
 )
 def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
     bundles, tmp_path, decision, message
@@ -451,7 +451,7 @@ def test_a_manifest_that_was_changed_with_its_bundle_is_found_out(bundles):
     version = registered("forged", bundles[0])
     sealed = verify(version.path)
     before = (version.path / manifest.MANIFEST).read_bytes()
-    (version.path / manifest.MANIFEST).write_bytes(manifest.document({**sealed, "seed": 17}))
+    (version.path / manifest.MANIFEST).write_bytes(manifest.encoded({**sealed, "seed": 17}))
     verify(version.path)
     with pytest.raises(BrokenBundle, match=r"its MANIFEST\.json was changed"):
         versions.resolve("forged", "1")

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from app.bundle.bundle import OUTPUT, inputs, open_graph
+from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.config.families.tabular import LinearNumbers, PeriodicNumbers
 from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
 from app.tasks.onnx import MAX_DIFFERENCE
@@ -106,7 +106,7 @@ def expected(model: torch.nn.Module, preprocessor: Preprocessor, frame: pd.DataF
 
 
 def answers(graph: onnxruntime.InferenceSession, frame: pd.DataFrame) -> np.ndarray:
-    return graph.run([OUTPUT], inputs({name: frame[name].to_numpy() for name in frame}))[0]
+    return graph.run([OUTPUT], feed_of({name: frame[name].to_numpy() for name in frame}))[0]
 
 
 def made(folder, columns, seed: int = 0, kind: str = "mlp"):
