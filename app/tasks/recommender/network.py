@@ -79,8 +79,8 @@ def softmax(scores: Tensor, others: Tensor, allowed: Tensor, num_items: int) -> 
     """Sampled softmax, (rows,): the negative log-likelihood of the items among all that are allowed.
 
     `scores` (rows,) are those of the items, `others` (rows, n) those of the negatives. Each negative
-    represents `num_items / n` items, so that the expected loss does not depend on n (Bengio and Senécal,
-    2008).
+    represents `num_items / n` items, so that few and many negatives estimate the same sum
+    (Bengio and Senécal, 2008).
     """
     correction = math.log(num_items / others.shape[1])
     others = (others + correction).masked_fill(~allowed, -torch.inf)
