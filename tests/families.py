@@ -40,7 +40,7 @@ def example_of(family: str) -> ModuleType:
 
 def tensors(task: Task, part: str) -> dict[str, torch.Tensor]:
     """The arrays of a part."""
-    return {name: torch.tensor(array) for name, array in task.arrays(task.prepared.frame(part)).items()}
+    return {name: torch.from_numpy(array) for name, array in task.arrays(task.prepared.frame(part)).items()}
 
 
 def validate(task: Task, network: torch.nn.Module) -> dict[str, float]:

@@ -30,7 +30,7 @@ class Task(Protocol):
     def __init__(self, project: Project, prepared: Prepared): ...
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Convert rows of a part to arrays with as many rows. Each rank does so once for its own rows."""
+        """Convert rows of a part to writable arrays with as many rows, once on each rank for its own rows."""
 
     def network(self) -> nn.Module:
         """Make a network with random parameters from torch's global seed.

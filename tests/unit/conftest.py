@@ -1,5 +1,6 @@
 """A unit test stays one: no Ray is started, and no state is written but the test's own."""
 
+import functools
 import os
 
 import pytest
@@ -30,3 +31,15 @@ def no_ray(monkeypatch):
         raise AssertionError("a unit test must not start Ray; see tests/integration")
 
     monkeypatch.setattr(ray, "init", refuse)
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """`families.build` in one state directory for each family; builds each model once."""
+    from tests import families  # here, because torch and MLflow take seconds that few tests need
+
+    @functools.cache
+    def folder(family: str):
+        return tmp_path_factory.mktemp(f"home-{family}")
+
+    return functools.cache(lambda family, name: families.build(family, name, folder(family)))

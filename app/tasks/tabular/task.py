@@ -30,7 +30,7 @@ class Task:
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
         """`x`, float32 (rows, layout.width); `y` and `weight`, float32 (rows,)."""
-        y = frame[LABEL].to_numpy(np.float32)
+        y = np.array(frame[LABEL], dtype=np.float32)
         return {"x": self.preprocessor.transform(frame), "y": y, "weight": self._weights(y)}
 
     def _weights(self, y: np.ndarray) -> np.ndarray:

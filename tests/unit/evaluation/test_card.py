@@ -1,10 +1,14 @@
 import copy
 
 import numpy as np
+import pandas as pd
 
 from app.config import Project
+from app.data.prepare import LABEL
+from app.evaluation import predictions
 from app.evaluation.card import render
 from app.evaluation.metrics import evaluate_binary, reliability
+from tests import texts
 from tests.bundles import PROJECT
 
 LABELS = np.array([0, 0, 1, 1, 0])
@@ -69,3 +73,19 @@ def test_has_the_metrics_of_the_model_and_every_baseline():
     assert {"auc", "accuracy", "brier", "calibration_error"} <= set(names)
     assert len(calibration) == 2 + len(EVALUATION["reliability"])
     assert calibration[2] == ["0.100", "0.000", "0.200"]
+
+
+def test_a_label_of_classes_has_a_table_of_classes_and_of_slices(tmp_path):
+    project = Project.model_validate(texts.project(tmp_path))
+    summary = {
+        "data_version": "c0ffee" * 8,
+        "parts": {name: {"rows": 240, "counts": [80, 60, 100]} for name in ("train", "validation", "test")},
+    }
+    rows = pd.DataFrame({"about": ["flights", "phones", None], LABEL: [0, 1, 2]})
+    evaluation = predictions.evaluate(project, rows, np.eye(3) * 0.7 + 0.1)
+    text = render(project, summary, {**evaluation, "baselines": {}})
+    assert "Predicts the probabilities that `mood` is `bad`, `fine`, `good`." in text
+    assert "- train: 240 rows, 33.3% bad, 25.0% fine, 41.7% good" in text
+    for line in ("By class:", "By `about`:", "| phones | ", "| macro f1 |"):
+        assert line in text
+    assert "- `text`: text, tokens\n" in text

@@ -7,7 +7,6 @@ entry of FAMILIES are all that it needs.
 import json
 import math
 import shutil
-from itertools import chain
 
 import numpy as np
 import pytest
@@ -18,7 +17,8 @@ from app import tasks
 from app.bundle.bundle import Bundle, Ranking
 from app.bundle.manifest import verify
 from app.bundle.schema import Schema, columns_of
-from app.config import FAMILIES, Gate
+from app.config import FAMILIES
+from app.data import split
 from app.evaluation import card
 from app.jobs import candidate, quantization
 from app.state import fingerprint
@@ -86,14 +86,6 @@ def test_the_settings_name_what_the_family_gives(built):
     assert set(model.baselines) == set(evaluation["baselines"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_reference_of_keys_names_every_baseline(family, tmp_path):
-    example = example_of(family)
-    for name in example.MODELS:
-        for baseline in example.project(name, tmp_path).model.baselines:
-            assert baseline in Gate.model_fields["beat"].description
-
-
 def test_a_project_survives_json(built):
     project = built.task.project
     assert type(project).model_validate_json(project.model_dump_json()) == project
@@ -107,6 +99,7 @@ def test_arrays_have_a_row_for_each_row_and_do_not_change(built):
     arrays, again = built.task.arrays(frame), built.task.arrays(frame)
     for name, array in arrays.items():
         assert len(array) == len(frame) > 0
+        assert array.flags.writeable, "PyTorch shares the memory, and warns of what it could not write to"
         np.testing.assert_array_equal(array, again[name])
 
 
@@ -148,9 +141,8 @@ def test_the_loss_of_a_batch_is_one_finite_number(built):
         assert loss.isfinite()
 
 
-def test_training_lowers_the_loss_and_raises_the_score(built):
+def test_training_raises_the_score(built):
     before, after = built.validation
-    assert after["loss"] < before["loss"]
     assert after[built.task.score] > before[built.task.score]
 
 
@@ -184,7 +176,7 @@ def test_the_bundle_answers_like_the_network(built):
     assert answer.dtype == np.float32
     assert answer.shape == expected.shape
     np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=MAX_DIFFERENCE)
-    assert answer.std() > 0.001, "equal answers would say nothing"
+    assert len(np.unique(answer)) > 20, "equal answers would say nothing"
     np.testing.assert_allclose(answer_of(built.bundle, test[4:5]), answer[4:5], rtol=1e-4, atol=1e-5)
 
 
@@ -199,15 +191,9 @@ def test_the_bundle_is_sealed_with_all_that_made_it(built):
     assert {"model.onnx", "model.safetensors", "schema.json", "project.json", "metrics.json"} <= set(
         manifest["files"]
     )
-    assert {"card.md", "example.json", "reference.parquet", "partition.json"} <= set(manifest["files"])
+    assert {"card.md", "example.json", "reference.parquet", split.PARTITION} <= set(manifest["files"])
     weights = load_file(built.bundle.path / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in built.network.state_dict().items())
-
-
-def test_an_export_says_how_far_the_graph_is_from_pytorch(built, tmp_path):
-    difference = built.packager.export(built.network, tmp_path)
-    assert 0 <= difference <= MAX_DIFFERENCE
-    assert (tmp_path / "model.onnx").read_bytes() == (built.bundle.path / "model.onnx").read_bytes()
 
 
 def test_the_schema_has_the_inputs_and_what_is_predicted(built):
@@ -235,7 +221,7 @@ def test_an_evaluation_is_of_the_test_part_or_some_rows_of_it(built):
 
 def test_the_card_shows_the_model_beside_its_baselines(built):
     evaluation = evaluation_of(built)
-    assert evaluation["onnx_difference"] <= MAX_DIFFERENCE
+    assert 0 <= evaluation["onnx_difference"] <= MAX_DIFFERENCE
     text = card.render(built.task.project, built.task.prepared.summary, evaluation)
     assert text == (built.bundle.path / "card.md").read_text()
     for name in built.task.project.model.baselines:
@@ -300,8 +286,3 @@ def test_the_keys_follow_the_code_of_the_family(family, build, application):
         file.write_text(source)
         forget_source()
         assert {stage for stage in before if before[stage] != after[stage]} == depending, module
-
-
-def test_all_families_are_in_the_suite():
-    assert {family for family, _ in CASES} == {*FAMILIES}
-    assert len(set(chain(*FAMILIES.values()))) == len(list(chain(*FAMILIES.values())))

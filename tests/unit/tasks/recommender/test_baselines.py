@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -32,3 +34,9 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(penalty):
         others = np.delete(had, item, axis=1)
         ridge = np.linalg.solve(others.T @ others + penalty * np.eye(3), others.T @ had[:, item])
         assert scores[:, item] == pytest.approx(others @ ridge)
+
+
+def test_ease_learns_the_tastes_and_popularity_does_not(build):
+    evaluation = json.loads((build("recommender", "mf").bundle.path / "metrics.json").read_text())
+    assert evaluation["baselines"]["ease"]["hr@10"] > 0.75
+    assert evaluation["baselines"]["popularity"]["hr@10"] < 0.75

@@ -25,7 +25,7 @@ class Packager:
         rows, example = torch.export.Dim("rows", min=1), torch.zeros(2, dtype=torch.float64)
         column, path = self.task.column, folder / "model.onnx"
         write(exported(Column(network.eval()), (example,), [column], [OUTPUT], {"x": {0: rows}}), path)
-        x = self.task.prepared.frame("test")[column].to_numpy("float64")
+        x = np.array(self.task.prepared.frame("test")[column])
         with torch.no_grad():
             expected = network(torch.from_numpy(x)).numpy()
         graph = open_graph(path).run([OUTPUT], feed_of({column: x}))[0]

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy
@@ -27,7 +28,7 @@ class Task:
         (self.column,) = project.features
 
     def arrays(self, frame):
-        return {"x": frame[self.column].to_numpy("float64"), "y": frame[LABEL].to_numpy("float32")}
+        return {"x": np.array(frame[self.column], "float64"), "y": np.array(frame[LABEL], "float32")}
 
     def network(self):
         return Network(self.project.model.slope)
