@@ -10,8 +10,8 @@ import pytest
 
 from app.config import Project
 from app.data import prepare as stage
-from app.data import sources
 from app.data.prepare import Prepared
+from app.data.sources import files
 
 
 class Rows:
@@ -44,6 +44,6 @@ def prepare(project: Project, table: pa.Table) -> Prepared:
     """Prepare a table as if it were the project's source."""
     version = hashlib.sha256(repr(table.to_pydict()).encode()).hexdigest()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "read", lambda data: Rows(table.select(data.names)))
-        patch.setattr(sources, "version", lambda source: version)
+        patch.setattr(files, "read", lambda data: Rows(table.select(data.names)))
+        patch.setattr(files, "version", lambda source: version)
         return stage.prepare(project)

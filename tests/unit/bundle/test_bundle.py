@@ -12,18 +12,18 @@ from tests.bundles import EDUCATION, PASSED, ROWS, build
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("made") / "bundle", seed=0)
+def sealed(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("sealed") / "bundle", seed=0)
 
 
 @pytest.fixture
-def copy(made, tmp_path):
+def copy(sealed, tmp_path):
     """A bundle to break."""
-    return shutil.copytree(made, tmp_path / "bundle")
+    return shutil.copytree(sealed, tmp_path / "bundle")
 
 
 def refusal(path) -> str:
-    """How both ways to a bundle refuse it; each names it."""
+    """The message with which `verify` and `Bundle` refuse a bundle, which names its folder."""
     with pytest.raises(BrokenBundle) as verified:
         verify(path)
     with pytest.raises(BrokenBundle) as opened:
@@ -33,20 +33,20 @@ def refusal(path) -> str:
     return str(opened.value)
 
 
-def test_the_manifest_has_every_file_and_the_facts(made):
-    manifest = verify(made)
+def test_the_manifest_lists_every_file_and_the_facts(sealed):
+    manifest = verify(sealed)
     assert sorted(manifest["files"]) == ["example.json", "model.onnx", "reference.parquet", "schema.json"]
     assert manifest["seed"] == 0
     assert {"git_commit", "python"} <= set(manifest)
 
 
-def test_opens_with_its_schema_and_predicts(made):
-    opened = Bundle(made)
-    got = opened.predict(columns_of(opened.schema, ROWS))
-    assert got.shape == (len(ROWS),)
-    assert got.dtype == np.float32
-    assert ((got > 0) & (got < 1)).all()
-    assert len(set(got)) == len(ROWS)
+def test_opens_with_its_schema_and_predicts(sealed):
+    opened = Bundle(sealed)
+    probabilities = opened.predict(columns_of(opened.schema, ROWS))
+    assert probabilities.shape == (len(ROWS),)
+    assert probabilities.dtype == np.float32
+    assert ((probabilities > 0) & (probabilities < 1)).all()
+    assert len(set(probabilities)) == len(ROWS)
     known = {i.name: i.known for i in opened.schema.inputs}
     assert known == {
         "age": None,
@@ -57,23 +57,23 @@ def test_opens_with_its_schema_and_predicts(made):
     }
 
 
-def test_a_draft_predicts_the_same(made, tmp_path):
-    opened = Bundle(made)
+def test_a_draft_predicts_the_same(sealed, tmp_path):
+    opened = Bundle(sealed)
     columns = columns_of(opened.schema, ROWS)
     expected = opened.predict(columns)
-    draft = shutil.copytree(made, tmp_path / "draft")
+    draft = shutil.copytree(sealed, tmp_path / "draft")
     (draft / MANIFEST).unlink()
     np.testing.assert_array_equal(Bundle(draft, sealed=False).predict(columns), expected)
 
 
-def test_a_row_is_predicted_the_same_in_any_company(made):
-    opened = Bundle(made)
+def test_a_row_is_predicted_the_same_in_any_batch(sealed):
+    opened = Bundle(sealed)
     alone = [opened.predict(columns_of(opened.schema, [row]))[0] for row in ROWS]
     np.testing.assert_allclose(opened.predict(columns_of(opened.schema, ROWS)), alone, atol=1e-6)
 
 
-def test_an_absent_key_is_missing(made):
-    schema = Bundle(made).schema
+def test_an_absent_key_is_missing(sealed):
+    schema = Bundle(sealed).schema
     columns = columns_of(schema, [{"age": 3, "beyond": 1}, {"age": None, "gender": "Male"}])
     assert list(columns) == [i.name for i in schema.inputs]
     assert columns["gender"].tolist() == [None, "Male"]
@@ -97,14 +97,14 @@ def test_inputs_are_float64_and_strings_without_null():
     np.testing.assert_array_equal(feed["float"], [1.5, np.nan])
 
 
-def test_answers_its_own_example(made):
-    example = json.loads((made / "example.json").read_text())
+def test_predicts_its_own_example(sealed):
+    example = json.loads((sealed / "example.json").read_text())
     assert example["rows"][0] == ROWS[0]
     assert example["rows"][1]["workclass"] is None
-    Bundle(made).check_example()
+    Bundle(sealed).check_example()
 
 
-def test_another_answer_to_its_example_is_refused(copy):
+def test_another_prediction_for_its_example_is_refused(copy):
     example = json.loads((copy / "example.json").read_text())
     example["probability"][0] += 0.001
     (copy / "example.json").write_text(json.dumps(example))
@@ -131,13 +131,13 @@ FOREIGN = ["model.pkl", "hook.py", "deep/extra.txt", f"deep/{MANIFEST}", ".DS_St
 
 
 @pytest.mark.parametrize("name", [*FOREIGN, "tokenizer.json", "model.onnx~", ".schema.json.swp"])
-def test_what_other_programs_leave_is_neither_refused_nor_read_nor_copied(made, copy, tmp_path, name):
+def test_files_of_other_programs_are_neither_refused_nor_opened_nor_copied(sealed, copy, tmp_path, name):
     (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text("no content that anybody could open")
-    opened, whole = Bundle(copy), Bundle(made)
+    (copy / name).write_text("not a file that a bundle could open")
+    opened, whole = Bundle(copy), Bundle(sealed)
     columns = columns_of(whole.schema, ROWS)
     np.testing.assert_array_equal(opened.predict(columns), whole.predict(columns))
-    assert identity_of(copy) == identity_of(made)
+    assert identity_of(copy) == identity_of(sealed)
     (tmp_path / "private").mkdir()
     manifest.copy(copy, tmp_path / "private")
     private = {file.name for file in (tmp_path / "private").iterdir()}
@@ -145,41 +145,41 @@ def test_what_other_programs_leave_is_neither_refused_nor_read_nor_copied(made, 
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "schema.json", "example.json"])
-def test_what_every_bundle_has_must_be_in_the_manifest(copy, name):
-    """Otherwise a file that nobody sealed would be opened."""
+def test_a_required_file_must_be_in_the_manifest(copy, name):
+    """Otherwise a file that is not sealed would be opened."""
     sealed = verify(copy)
     del sealed["files"][name]
     (copy / MANIFEST).write_bytes(manifest.encoded(sealed))
     assert f"{name} is not in the manifest" in refusal(copy)
 
 
-def test_the_same_content_has_the_same_identity_and_another_contract_another(made, copy):
+def test_equal_contents_have_the_same_identity_and_another_contract_has_another(sealed, copy):
     facts = {"seed": 0, "data_version": "c0ffee", "decision": PASSED}
     seal(copy, facts)
-    assert identity_of(copy) == identity_of(made)
+    assert identity_of(copy) == identity_of(sealed)
     schema = json.loads((copy / "schema.json").read_text())
     schema["inputs"][0]["contract"]["max"] = 100
     (copy / "schema.json").write_text(json.dumps(schema))
     seal(copy, facts)
-    assert identity_of(copy) != identity_of(made)
+    assert identity_of(copy) != identity_of(sealed)
 
 
 @pytest.mark.parametrize("name", ["model.pkl", "hook.py", "lib/custom.so", "model", "weights.pt"])
-def test_what_could_be_run_is_refused_though_it_is_in_the_manifest(copy, name):
+def test_code_is_refused_even_if_the_manifest_lists_it(copy, name):
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text("import os")
     seal(copy, {})
     assert f": {name} is not a file that a bundle may have;" in refusal(copy)
 
 
-def test_a_link_is_refused_though_it_is_in_the_manifest(copy, tmp_path):
+def test_a_link_is_refused_even_if_the_manifest_lists_it(copy, tmp_path):
     (copy / "schema.json").rename(tmp_path / "schema.json")
     (copy / "schema.json").symlink_to(tmp_path / "schema.json")
     seal(copy, {})
     assert ": schema.json is not a file that a bundle may have;" in refusal(copy)
 
 
-def test_all_that_is_wrong_is_named(copy):
+def test_every_fault_is_named(copy):
     (copy / "model.onnx").rename(copy / "other.onnx")
     (copy / "schema.json").write_text("{}")
     message = refusal(copy)
@@ -194,14 +194,14 @@ def test_an_unreadable_manifest_is_named(copy, content):
     assert f"its {MANIFEST} cannot be read" in refusal(copy)
 
 
-def test_no_manifest_is_no_bundle(copy, tmp_path):
+def test_a_folder_without_a_manifest_is_refused(copy, tmp_path):
     (copy / MANIFEST).unlink()
     for path in (copy, tmp_path / "nowhere"):
         assert f"is not a bundle: it has no {MANIFEST}" in refusal(path)
 
 
-def test_is_without_pickle(made):
-    files = [file for file in made.rglob("*") if file.is_file()]
+def test_has_no_pickle(sealed):
+    files = [file for file in sealed.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".json", ".onnx", ".parquet"}
     for file in files:
         head = file.read_bytes()[:2]

@@ -10,7 +10,7 @@ from tests.bundles import build
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
-    """Two pairs, made as the documentation says."""
+    """Two key pairs, made with the commands of the documentation."""
     folder = tmp_path_factory.mktemp("keys")
     for name in ("ours", "theirs"):
         private, public = folder / f"{name}.pem", folder / f"{name}.pub"
@@ -27,27 +27,27 @@ def signed(keys, tmp_path):
     return path
 
 
-def test_what_is_signed_by_one_whom_we_trust_passes(signed, keys):
+def test_a_signature_of_a_trusted_key_passes(signed, keys):
     file = signed / manifest.MANIFEST
     signature.require(file, [str(keys / "theirs.pub"), str(keys / "ours.pub")])
     verify(signed)
 
 
-def test_what_was_changed_after_it_was_signed_does_not(signed, keys):
+def test_a_manifest_changed_after_signing_is_refused(signed, keys):
     file = signed / manifest.MANIFEST
     file.write_text(file.read_text() + " ")
     with pytest.raises(UserError, match="is not signed by any key"):
         signature.require(file, [str(keys / "ours.pub")])
 
 
-def test_nor_what_others_have_signed_or_nobody(signed, keys, tmp_path):
+def test_another_key_or_no_signature_is_refused(signed, keys, tmp_path):
     with pytest.raises(UserError, match="is not signed by any key"):
         signature.require(signed / manifest.MANIFEST, [str(keys / "theirs.pub")])
     with pytest.raises(UserError, match="is not signed, but"):
         signature.require(build(tmp_path / "other", seed=1) / manifest.MANIFEST, [str(keys / "ours.pub")])
 
 
-def test_what_is_no_key_is_named(signed, keys, tmp_path, monkeypatch):
+def test_a_file_that_is_not_a_key_is_named(signed, keys, tmp_path, monkeypatch):
     file = signed / manifest.MANIFEST
     (tmp_path / "no.pem").write_text("no key")
     with pytest.raises(UserError, match=r"no\.pem: is not a key in PEM format"):

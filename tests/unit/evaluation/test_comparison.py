@@ -1,4 +1,4 @@
-"""Which champion a candidate is compared with, and on which rows."""
+"""Whether a candidate can be compared with a champion, and on which rows."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ MOVIES = {
 
 
 def changed(base=PROJECT, **changes) -> Project:
-    """A project with other values, by dotted key; None takes the key away."""
+    """A project with some values replaced, by key with `__` for the dot; None removes the key."""
     document = copy.deepcopy(base)
     for key, value in changes.items():
         *path, last = key.split("__")
@@ -57,7 +57,7 @@ def changed(base=PROJECT, **changes) -> Project:
 
 
 def parts_of(project: Project, table: pd.DataFrame):
-    """As `prepare` divides rows: a part for each, and where the later parts begin."""
+    """The part of each row as `prepare` divides them, and where the later parts begin."""
     data, starts = project.data, None
     if data.split.by == "time":
         times = table[split.TIME].to_numpy()
@@ -66,34 +66,34 @@ def parts_of(project: Project, table: pd.DataFrame):
 
 
 def champion(folder: Path, project: Project, table: pd.DataFrame = TABLE):
-    """A bundle's files, as far as a comparison reads them, and the rows that it was trained on."""
+    """The files of a bundle that a comparison reads, and the rows on which it was trained."""
     folder.mkdir()
     (folder / "project.json").write_text(project.model_dump_json())
     parts, starts = parts_of(project, table)
-    divided = split.partition(project.data, starts)
-    (folder / split.PARTITION).write_text(divided.model_dump_json())
+    partition = split.partition(project.data, starts)
+    (folder / split.PARTITION).write_text(partition.model_dump_json())
     return SimpleNamespace(path=folder), set(table.index[parts < 2])
 
 
-def compared(tmp_path, ours: Project, theirs: Project, table: pd.DataFrame = TABLE):
-    """The comparison, and the rows that both were evaluated on."""
-    parts, _ = parts_of(ours, table)
-    made = tmp_path / "prepared"
-    (made / "test").mkdir(parents=True)
+def compared(tmp_path, candidate: Project, incumbent: Project, table: pd.DataFrame = TABLE):
+    """The result of a comparison, and the calls of `evaluate` with their rows."""
+    parts, _ = parts_of(candidate, table)
+    prepared = tmp_path / "prepared"
+    (prepared / "test").mkdir(parents=True)
     test = table[parts == 2]
-    test.to_parquet(made / "test" / "0.parquet", index=False)
-    opened, seen = champion(tmp_path / "champion", theirs)
+    test.to_parquet(prepared / "test" / "0.parquet", index=False)
+    opened, seen = champion(tmp_path / "champion", incumbent)
     calls = []
 
     def evaluate(bundle, rows):
         calls.append((bundle, set(test.index[rows])))
         return {"auc": 0.5}
 
-    (made / "project.json").write_text(ours.model_dump_json())
-    found = compare(Prepared(made, cached=True), SimpleNamespace(path=made), opened, evaluate)
+    (prepared / "project.json").write_text(candidate.model_dump_json())
+    result = compare(Prepared(prepared, cached=True), SimpleNamespace(path=prepared), opened, evaluate)
     for _, rows in calls:
-        assert not rows & seen, "judged on a row that it was trained on"
-    return found, calls
+        assert not rows & seen, "evaluated on a row on which it was trained"
+    return result, calls
 
 
 COLUMNS = PROJECT["data"]["columns"]
@@ -101,25 +101,25 @@ MORE = {"data__columns": {**COLUMNS, "new": {"type": "number"}}}
 BY_TIME = {"by": "time", "column": "day"}
 
 
-def test_another_seed_judges_on_the_same_rows(tmp_path):
-    found, calls = compared(tmp_path, changed(seed=7), changed())
-    assert isinstance(found, Comparison)
-    assert found.num_rows == found.num_test_rows == pytest.approx(2000, abs=150)
+def test_another_seed_is_compared_on_the_same_rows(tmp_path):
+    result, calls = compared(tmp_path, changed(seed=7), changed())
+    assert isinstance(result, Comparison)
+    assert result.num_rows == result.num_test_rows == pytest.approx(2000, abs=150)
     assert calls[0][1] == calls[1][1]
 
 
-def test_one_more_column_judges_on_the_same_rows(tmp_path):
-    theirs = changed()
-    before = split.partition(theirs.data, None)
-    ours = changed(**MORE)
-    ours = ours.model_copy(update={"data": split.carried(ours.data, before)})
-    found, _ = compared(tmp_path, ours, theirs)
-    assert isinstance(found, Comparison)
-    assert found.num_rows == found.num_test_rows
+def test_one_more_column_is_compared_on_the_same_rows(tmp_path):
+    incumbent = changed()
+    before = split.partition(incumbent.data, None)
+    candidate = changed(**MORE)
+    candidate = candidate.model_copy(update={"data": split.carried(candidate.data, before)})
+    result, _ = compared(tmp_path, candidate, incumbent)
+    assert isinstance(result, Comparison)
+    assert result.num_rows == result.num_test_rows
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "share"),
+    ("candidate", "incumbent", "share"),
     [
         (changed(**MORE, data__split={"key": ["new"]}), changed(), 0.2),
         (changed(data__split={"seed": 1}), changed(), 0.2),
@@ -130,45 +130,45 @@ def test_one_more_column_judges_on_the_same_rows(tmp_path):
         (changed(), changed(data__split={"fold": [1, 3], "test": 0.2}), 1),
     ],
 )
-def test_where_parts_differ_rows_that_the_champion_saw_are_left_out(tmp_path, ours, theirs, share):
-    found, _ = compared(tmp_path, ours, theirs)
-    assert isinstance(found, Comparison)
-    assert found.num_rows / found.num_test_rows == pytest.approx(share, abs=0.05)
+def test_rows_on_which_the_champion_was_trained_are_left_out(tmp_path, candidate, incumbent, share):
+    result, _ = compared(tmp_path, candidate, incumbent)
+    assert isinstance(result, Comparison)
+    assert result.num_rows / result.num_test_rows == pytest.approx(share, abs=0.05)
 
 
-def test_too_few_unseen_rows_are_not_compared_on(tmp_path):
-    found, calls = compared(tmp_path, changed(data__split={"seed": 1}), changed(), TABLE.head(2000))
-    assert isinstance(found, NotComparable)
-    assert f"a comparison needs {MIN_ROWS}" in found.reason
-    assert "the champion was trained on 8" in found.reason
+def test_too_few_unseen_rows_are_no_comparison(tmp_path):
+    result, calls = compared(tmp_path, changed(data__split={"seed": 1}), changed(), TABLE.head(2000))
+    assert isinstance(result, NotComparable)
+    assert f"a comparison needs {MIN_ROWS}" in result.reason
+    assert "the champion was trained on 8" in result.reason
     assert not calls
 
 
-def test_a_label_that_is_nearly_gone_is_not_compared_on(tmp_path):
+def test_too_few_rows_of_a_label_are_no_comparison(tmp_path):
     rare = TABLE.assign(**{LABEL: (TABLE.index % 250 == 0).astype(np.float32)})
-    found, _ = compared(tmp_path, changed(data__split={"seed": 1}), changed(), rare)
-    assert isinstance(found, NotComparable)
-    assert "with some label are left" in found.reason
+    result, _ = compared(tmp_path, changed(data__split={"seed": 1}), changed(), rare)
+    assert isinstance(result, NotComparable)
+    assert "with some label are left" in result.reason
 
 
-def test_a_small_test_part_is_compared_on_whole(tmp_path):
-    found, _ = compared(tmp_path, changed(seed=1), changed(), TABLE.head(300))
-    assert isinstance(found, Comparison)
-    assert found.num_rows < MIN_ROWS
+def test_a_small_test_part_is_compared_as_a_whole(tmp_path):
+    result, _ = compared(tmp_path, changed(seed=1), changed(), TABLE.head(300))
+    assert isinstance(result, Comparison)
+    assert result.num_rows < MIN_ROWS
 
 
-def test_a_bundle_that_does_not_say_what_it_saw_is_not_compared(tmp_path):
+def test_a_bundle_without_its_partition_is_not_compared(tmp_path):
     opened, _ = champion(tmp_path / "old", changed())
-    ours, _ = champion(tmp_path / "new", changed())
+    candidate, _ = champion(tmp_path / "new", changed())
     (opened.path / split.PARTITION).unlink()
     prepared = Prepared(tmp_path, cached=True)
     (tmp_path / "test").mkdir()
     TABLE.head(9).to_parquet(tmp_path / "test" / "0.parquet")
-    found = compare(prepared, ours, opened, lambda *_: {})
-    assert found == NotComparable("its bundle does not say on which rows it was trained")
+    result = compare(prepared, candidate, opened, lambda *_: {})
+    assert result == NotComparable("its bundle does not say on which rows it was trained")
     (opened.path / "project.json").write_text('{"name": "of a later release"}')
-    found = compare(prepared, ours, opened, lambda *_: {})
-    assert found == NotComparable("this release cannot read the champion's project.json")
+    result = compare(prepared, candidate, opened, lambda *_: {})
+    assert result == NotComparable("this release cannot read the champion's project.json")
 
 
 WITHOUT_AGE = {n: c for n, c in COLUMNS.items() if n != "age"}
@@ -177,7 +177,7 @@ AS_CATEGORY = {**COLUMNS, "age": {"type": "category"}}
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "expected"),
+    ("candidate", "incumbent", "expected"),
     [
         (changed(seed=3, **MORE), changed(), []),
         (changed(model={"kind": "linear"}), changed(), []),
@@ -220,13 +220,13 @@ AS_CATEGORY = {**COLUMNS, "age": {"type": "category"}}
         ),
     ],
 )
-def test_the_contract_decides_whether_the_champion_is_comparable(ours, theirs, expected):
-    assert differences(ours, theirs) == expected
+def test_the_contract_decides_whether_the_champion_is_comparable(candidate, incumbent, expected):
+    assert differences(candidate, incumbent) == expected
 
 
 def test_another_contract_is_not_evaluated(tmp_path):
     flipped = changed(data__label={"column": "income", "positive": "<=50K"})
-    found, calls = compared(tmp_path, flipped, changed())
-    assert isinstance(found, NotComparable)
-    assert found.reason == "its contract differs: data.label.positive was '>50K' and is '<=50K'"
+    result, calls = compared(tmp_path, flipped, changed())
+    assert isinstance(result, NotComparable)
+    assert result.reason == "its contract differs: data.label.positive was '>50K' and is '<=50K'"
     assert not calls

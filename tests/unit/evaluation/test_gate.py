@@ -12,11 +12,11 @@ BASELINES = {
 }
 
 
-def beside(champion, candidate=CANDIDATE, num_rows=1000):
+def comparison(champion, candidate=CANDIDATE, num_rows=1000):
     return Comparison(candidate, champion, num_rows, num_test_rows=1000)
 
 
-CHAMPION = beside({"auc": 0.9, "accuracy": 0.81})
+CHAMPION = comparison({"auc": 0.9, "accuracy": 0.81})
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ CHAMPION = beside({"auc": 0.9, "accuracy": 0.81})
         ),
     ],
 )
-def test_passes_with_what_it_was_held_against(gate, champion, reason):
+def test_passes_with_the_figures_that_it_was_compared_with(gate, champion, reason):
     decision = decide(gate, CANDIDATE, BASELINES, champion)
     assert decision.passed
     assert decision.reason == reason
@@ -48,10 +48,10 @@ def test_passes_with_what_it_was_held_against(gate, champion, reason):
     [
         (Gate(minimum={"recall": 0.7}), None, "recall 0.6000 is below the minimum 0.7000"),
         (Gate(beat=["gradient_boosting"]), None, "auc 0.9000 does not exceed gradient boosting's 0.9200"),
-        (Gate(), beside({"auc": 0.91}), "auc 0.9000 is below the champion's 0.9100"),
+        (Gate(), comparison({"auc": 0.91}), "auc 0.9000 is below the champion's 0.9100"),
         (
             Gate(tolerance=0.005),
-            beside({"auc": 0.91}),
+            comparison({"auc": 0.91}),
             "auc 0.9000 is below the champion's 0.9100 (tolerance 0.005)",
         ),
         (
@@ -72,31 +72,33 @@ def test_fails_with_every_reason(gate, champion, reason):
 def test_a_tie_with_a_baseline_fails_and_with_the_champion_or_a_minimum_passes():
     tied = {"auc": 0.5}
     assert not decide(Gate(beat=["constant"]), tied, BASELINES, None).passed
-    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, beside(tied, tied)).passed
+    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, comparison(tied, tied)).passed
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.75, True), (0.7500001, True), (0.7499, False)])
-def test_the_tolerance_is_how_far_below_the_champion(value, passed):
+def test_the_tolerance_allows_a_distance_below_the_champion(value, passed):
     gate = Gate(beat=[], tolerance=0.25)
-    assert decide(gate, {"auc": value}, {}, beside({"auc": 1.0}, {"auc": value})).passed is passed
+    assert decide(gate, {"auc": value}, {}, comparison({"auc": 1.0}, {"auc": value})).passed is passed
 
 
-def test_a_metric_that_is_no_number_does_not_pass():
+def test_a_metric_that_is_not_a_number_does_not_pass():
     for gate, champion in ((Gate(beat=["constant"]), None), (Gate(beat=[]), CHAMPION), (Gate(beat=[]), None)):
         assert not decide(gate, {"auc": float("nan")}, BASELINES, champion).passed
-    nan = beside({"auc": 0.5}, {"auc": float("nan")}, num_rows=300)
+    nan = comparison({"auc": 0.5}, {"auc": float("nan")}, num_rows=300)
     assert not decide(Gate(beat=[]), CANDIDATE, {}, nan).passed
 
 
-def test_on_some_rows_both_are_judged_by_these():
-    some = beside({"auc": 0.84}, {"auc": 0.85}, num_rows=300)
-    among = "on the 300 of 1,000 test rows that neither was trained on"
+def test_on_a_part_of_the_rows_both_are_judged_by_that_part():
+    some = comparison({"auc": 0.84}, {"auc": 0.85}, num_rows=300)
+    rows = "on the 300 of 1,000 test rows that neither was trained on"
     decision = decide(Gate(beat=[]), CANDIDATE, {}, some)
     assert decision.passed
-    assert decision.reason == f"auc 0.9000 (champion 0.8400 and candidate 0.8500 {among})"
-    decision = decide(Gate(beat=[]), {"auc": 0.99}, {}, beside({"auc": 0.86}, {"auc": 0.85}, num_rows=300))
+    assert decision.reason == f"auc 0.9000 (champion 0.8400 and candidate 0.8500 {rows})"
+    decision = decide(
+        Gate(beat=[]), {"auc": 0.99}, {}, comparison({"auc": 0.86}, {"auc": 0.85}, num_rows=300)
+    )
     assert not decision.passed
-    assert decision.reason == f"auc 0.8500 is below the champion's 0.8600 {among}"
+    assert decision.reason == f"auc 0.8500 is below the champion's 0.8600 {rows}"
 
 
 def test_without_a_comparison_the_other_criteria_decide_and_the_reason_says_so():

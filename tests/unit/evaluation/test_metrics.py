@@ -14,10 +14,10 @@ def predictions(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_is_what_scikit_learn_says(seed, threshold):
+def test_agrees_with_scikit_learn(seed, threshold):
     labels, probabilities = predictions(seed)
     predicted = probabilities >= threshold
-    got = evaluate_binary(labels, probabilities, threshold)
+    results = evaluate_binary(labels, probabilities, threshold)
     expected = {
         "auc": theirs.roc_auc_score(labels, probabilities),
         "accuracy": theirs.accuracy_score(labels, predicted),
@@ -27,14 +27,14 @@ def test_is_what_scikit_learn_says(seed, threshold):
         "log_loss": theirs.log_loss(labels, probabilities),
         "brier": theirs.brier_score_loss(labels, probabilities),
     }
-    assert {name: got[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 def test_by_hand():
-    got = evaluate_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
-    assert got == pytest.approx(
+    results = evaluate_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
+    assert results == pytest.approx(
         {
-            "auc": 3 / 4,  # 0.5 stands behind 0.6, the other three pairs are in order
+            "auc": 3 / 4,  # 0.5 is below 0.6, the other three pairs are in order
             "accuracy": 3 / 4,  # 0.5 counts as positive
             "precision": 2 / 3,
             "recall": 1,
@@ -46,15 +46,15 @@ def test_by_hand():
     )
 
 
-def test_nothing_predicted_positive_is_0_and_no_warning():
-    got = evaluate_binary(np.array([0, 1]), np.array([0.1, 0.2]))
-    assert (got["precision"], got["recall"], got["f1"], got["accuracy"]) == (0, 0, 0, 0.5)
+def test_without_a_positive_prediction_precision_and_f1_are_0():
+    results = evaluate_binary(np.array([0, 1]), np.array([0.1, 0.2]))
+    assert (results["precision"], results["recall"], results["f1"], results["accuracy"]) == (0, 0, 0, 0.5)
 
 
-def test_all_that_a_gate_may_name_is_there_as_plain_floats():
-    got = evaluate_binary(*predictions(0))
-    assert set(BINARY_METRICS) <= set(got)
-    assert {type(value) for value in got.values()} == {float}
+def test_every_metric_of_the_gate_is_a_plain_float():
+    results = evaluate_binary(*predictions(0))
+    assert set(BINARY_METRICS) <= set(results)
+    assert {type(value) for value in results.values()} == {float}
 
 
 def test_auc_does_not_depend_on_the_scale():
@@ -64,11 +64,11 @@ def test_auc_does_not_depend_on_the_scale():
     assert auc(labels, -probabilities) == pytest.approx(1 - auc(labels, probabilities))
 
 
-def test_certain_and_right_is_perfect():
+def test_certain_and_right_predictions_are_perfect():
     labels = np.array([0.0, 1.0, 1.0])
-    got = evaluate_binary(labels, labels)
-    assert [got[n] for n in BINARY_METRICS] == [1.0] * 5
-    assert (got["brier"], got["calibration_error"]) == (0, 0)
+    results = evaluate_binary(labels, labels)
+    assert [results[n] for n in BINARY_METRICS] == [1.0] * 5
+    assert (results["brier"], results["calibration_error"]) == (0, 0)
 
 
 @pytest.mark.parametrize("seed", range(5))

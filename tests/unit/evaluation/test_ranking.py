@@ -23,29 +23,29 @@ def test_the_best_is_first_and_the_worst_last():
 def test_seen_items_take_no_part():
     assert rank([5, 4, 3, 2, 1], 2, seen=(0,)) == 2
     assert rank([5, 4, 3, 2, 1], 2, seen=(0, 1, 4)) == 1
-    assert rank([3, 3, 3, 2, 1], 2, seen=(0, 1)) == 1, "not even in a tie"
+    assert rank([3, 3, 3, 2, 1], 2, seen=(0, 1)) == 1, "also in a tie"
 
 
 def test_equal_scores_share_the_mean_of_their_ranks():
     assert rank([7, 7, 1, 0, 0], 0) == 1.5
     assert rank([9, 7, 7, 7, 0], 2) == 3
-    assert rank([0, 0, 0, 0, 0], 3) == 3, "a model that tells nothing apart is in the middle"
+    assert rank([0, 0, 0, 0, 0], 3) == 3, "a model with equal scores ranks it in the middle"
 
 
-def test_no_number_is_never_a_hit():
+def test_nan_ranks_below_every_number():
     assert rank([np.nan, 4, 3, 2, 1], 0) == 5
     assert rank([np.nan] * 5, 0) == 3
     assert rank([np.nan, 4, 3, 2, 1], 1) == 1
     assert rank([-np.inf, -np.inf, 3, 2, 1], 0) == 4.5
 
 
-def test_each_user_has_a_ranking_of_their_own():
+def test_every_user_has_a_ranking():
     scores = np.array([[3.0, 2, 1], [3, 2, 1], [1, 1, 1]])
     seen = np.array([[True, False, False], [False, False, True], [False, False, False]])
     assert ranks(scores, seen, np.array([2, 1, 0])).tolist() == [2, 2, 2]
 
 
-def test_a_held_out_item_that_was_seen_is_a_mistake():
+def test_a_seen_held_out_item_is_refused():
     with pytest.raises(ValueError, match="must not be among the seen"):
         rank([5, 4, 3, 2, 1], 2, seen=(2,))
 
@@ -64,7 +64,7 @@ def test_hit_rate_and_ndcg_by_hand():
     }
 
 
-def test_a_tie_across_the_edge_is_a_miss():
+def test_a_tie_across_rank_k_is_a_miss():
     assert hit_rate(np.array([10.0, 10.5]), 10) == 0.5
 
 

@@ -3,10 +3,8 @@
 import io
 import json
 import zlib
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -15,39 +13,12 @@ from safetensors.torch import save_file
 from app.bundle.manifest import manifest_of
 from app.config import Project
 from app.console import Console
-from app.data.prepare import prepare
-from app.data.sources import files
 from app.jobs import candidate, judging, pipeline
 from app.registry import runs, versions
 from app.registry.versions import CHALLENGER, CHAMPION
 from app.tasks import task_of
 from app.training.trainer import Trained
-
-
-class Rows:
-    """As much of Ray Data as `prepare` uses, in one block."""
-
-    def __init__(self, table: pa.Table):
-        self.table = table
-
-    def map_batches(self, function, fn_args=(), **_):
-        return Rows(function(self.table, *fn_args))
-
-    def materialize(self):
-        return self
-
-    def count(self) -> int:
-        return self.table.num_rows
-
-    def take_all(self) -> list[dict]:
-        return self.table.to_pylist()
-
-    def to_pandas(self) -> pd.DataFrame:
-        return self.table.to_pandas()
-
-    def write_parquet(self, folder: str) -> None:
-        Path(folder).mkdir()
-        pa.parquet.write_table(self.table, Path(folder) / "0.parquet")
+from tests import without_ray
 
 
 def table() -> pa.Table:
@@ -99,22 +70,20 @@ def judged(name, state, tmp_path, monkeypatch):
     """Judges and registers an untrained network of a project; returns its metrics, the decision and the
     bundle."""
     monkeypatch.setenv("RAYLWAY_HOME", str(state))
-    monkeypatch.setattr(files, "read", lambda data: Rows(table().select(data.names)))
-    monkeypatch.setattr(files, "version", lambda source: "c0ffee")
-    made = 0
+    num_judged = 0
 
-    def judge(given: Project):
-        nonlocal made
-        made += 1
-        settled = pipeline.with_key(given.model_copy(update={"name": name}))
-        task = task_of(settled, prepare(settled))
-        torch.manual_seed(made)
-        folder = tmp_path / f"trained-{made}"
+    def judge(project: Project):
+        nonlocal num_judged
+        num_judged += 1
+        settled = pipeline.with_key(project.model_copy(update={"name": name}))
+        task = task_of(settled, without_ray.prepare(settled, table()))
+        torch.manual_seed(num_judged)
+        folder = tmp_path / f"trained-{num_judged}"
         folder.mkdir()
         save_file(task.network().state_dict(), folder / "model.safetensors")
-        path = candidate.build(settled, task, Trained(folder, str(made), False), {}, fresh=True)
+        path = candidate.build(settled, task, Trained(folder, str(num_judged), False), {}, fresh=True)
         metrics = json.loads((path / "metrics.json").read_text())["model"]
-        with runs.run(settled, str(made)) as run:
+        with runs.run(settled, str(num_judged)) as run:
             path, decision, _ = judging.register(
                 settled.name, path, settled.gate, task, run, Console(io.StringIO())
             )

@@ -27,9 +27,9 @@ def project(name: str, folder: Path) -> Project:
     )
 
 
-def table() -> pa.Table:
-    """People whose age, hours and education say much about the label."""
-    random, count = np.random.default_rng(0), 700
+def people(count: int, seed: int) -> pd.DataFrame:
+    """People whose age, hours, education and missing workclass say much about their income."""
+    random = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {
             "age": random.uniform(17, 90, count),
@@ -42,7 +42,11 @@ def table() -> pa.Table:
     score = (frame["age"] - 50) / 10 + (frame["hours-per-week"].fillna(40) - 40) / 5
     score += 3 * (frame["education"] == "Doctorate") + 2 * frame["workclass"].isna() - 1
     is_rich = random.random(count) < 1 / (1 + np.exp(-score))
-    return pa.Table.from_pandas(frame.assign(income=np.where(is_rich, ">50K", "<=50K")), preserve_index=False)
+    return frame.assign(income=np.where(is_rich, ">50K", "<=50K"))
+
+
+def table() -> pa.Table:
+    return pa.Table.from_pandas(people(700, seed=0), preserve_index=False)
 
 
 def answers(task: Task, network: torch.nn.Module, frame: pd.DataFrame) -> np.ndarray:

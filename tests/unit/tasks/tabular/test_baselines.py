@@ -12,6 +12,7 @@ from app.data.prepare import LABEL, Prepared
 from app.jobs import candidate
 from app.tasks import baselines_of, task_of
 from tests.bundles import PROJECT
+from tests.unit.tasks.tabular.example import people
 
 LAYOUTS = {
     "mixed": list(PROJECT["features"]),
@@ -27,26 +28,14 @@ def project(features: list[str]) -> Project:
 
 
 def rows(count: int, seed: int) -> pd.DataFrame:
-    """People whose age, hours and education say much about the label."""
-    random = np.random.default_rng(seed)
-    frame = pd.DataFrame(
-        {
-            "age": random.uniform(17, 90, count),
-            "hours-per-week": np.where(random.random(count) < 0.1, np.nan, random.normal(40, 10, count)),
-            "education": random.choice(["Bachelors", "Doctorate", "HS-grad"], count),
-            "workclass": random.choice(np.array(["Private", "State-gov", None], dtype=object), count),
-            "gender": random.choice(["Female", "Male"], count),
-        }
-    )
-    score = (frame["age"] - 50) / 10 + (frame["hours-per-week"].fillna(40) - 40) / 5
-    score += 3 * (frame["education"] == "Doctorate") + 2 * frame["workclass"].isna() - 1
-    frame[LABEL] = (random.random(count) < 1 / (1 + np.exp(-score))).astype(np.float32)
-    return frame
+    """A prepared part."""
+    frame = people(count, seed)
+    return frame.assign(**{LABEL: (frame.pop("income") == ">50K").astype(np.float32)})
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """On a busy machine the threads of a small fit would only wait for one another."""
+    """One thread: on a busy machine the threads of a small fit spend their time waiting for each other."""
     with threadpool_limits(1):
         yield
 
@@ -61,7 +50,7 @@ def prepared(tmp_path):
 
 
 @pytest.mark.parametrize("features", LAYOUTS.values(), ids=LAYOUTS)
-def test_each_learns_what_there_is_to_learn(prepared, features):
+def test_every_baseline_beats_the_constant(prepared, features):
     scores = baselines_of(task_of(project(features), prepared))
     assert set(scores) == {"constant", "logistic_regression", "gradient_boosting"}
     assert scores["constant"]["auc"] == 0.5
@@ -71,7 +60,7 @@ def test_each_learns_what_there_is_to_learn(prepared, features):
         assert scores[name]["log_loss"] < scores["constant"]["log_loss"]
 
 
-def test_values_unseen_in_training_and_a_column_that_is_all_missing_are_taken(prepared):
+def test_unseen_values_and_a_column_without_values_are_accepted(prepared):
     for part in ("train", "test"):
         file = prepared.part(part) / "0.parquet"
         frame = pd.read_parquet(file).assign(**{"hours-per-week": np.nan})
@@ -84,11 +73,11 @@ def test_values_unseen_in_training_and_a_column_that_is_all_missing_are_taken(pr
     assert scores["gradient_boosting"]["auc"] > 0.7
 
 
-def test_is_done_once_for_each_prepared_data_set_and_seed(prepared, tmp_path):
+def test_the_stage_runs_once_for_each_prepared_data_set_and_seed(prepared, tmp_path):
     mixed = project(LAYOUTS["mixed"])
-    first = candidate.baselines(task_of(mixed, prepared))
+    scores = candidate.baselines(task_of(mixed, prepared))
     shutil.rmtree(prepared.part("train"))
-    assert candidate.baselines(task_of(mixed, prepared)) == first
+    assert candidate.baselines(task_of(mixed, prepared)) == scores
     with pytest.raises(FileNotFoundError):
         candidate.baselines(task_of(mixed, prepared), fresh=True)
     with pytest.raises(FileNotFoundError):

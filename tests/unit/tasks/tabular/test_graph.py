@@ -105,11 +105,12 @@ def expected(model: torch.nn.Module, preprocessor: Preprocessor, frame: pd.DataF
         return model.eval()(torch.from_numpy(preprocessor.transform(frame))).numpy()
 
 
-def answers(graph: onnxruntime.InferenceSession, frame: pd.DataFrame) -> np.ndarray:
+def run(graph: onnxruntime.InferenceSession, frame: pd.DataFrame) -> np.ndarray:
     return graph.run([OUTPUT], feed_of({name: frame[name].to_numpy() for name in frame}))[0]
 
 
-def made(folder, columns, seed: int = 0, kind: str = "mlp"):
+def export_network(folder, columns, seed: int = 0, kind: str = "mlp"):
+    """The network, its preprocessor and the path of its graph."""
     preprocessor = Preprocessor(columns=columns)
     model = network(preprocessor, seed, kind)
     export(model, preprocessor, folder / "model.onnx")
@@ -131,25 +132,29 @@ def made(folder, columns, seed: int = 0, kind: str = "mlp"):
     ids="-".join,
 )
 def exported(request, tmp_path_factory):
-    """A model of each layout, its preprocessor and its graph: exporting takes a second."""
+    """A network on each layout. Exporting takes a second."""
     layout, kind = request.param
-    return made(tmp_path_factory.mktemp(layout), LAYOUTS[layout], kind=kind)
+    return export_network(tmp_path_factory.mktemp(layout), LAYOUTS[layout], kind=kind)
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
-    return made(tmp_path_factory.mktemp("other"), [*LAYOUTS["mixed"][:1], one_hot("c"), embedding("d")])
+    return export_network(
+        tmp_path_factory.mktemp("other"), [*LAYOUTS["mixed"][:1], one_hot("c"), embedding("d")]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
-def test_the_graph_answers_like_the_trained_model(exported, count):
+def test_the_graph_answers_like_the_network(exported, count):
     model, preprocessor, path = exported
     frame = rows(preprocessor, count, seed=count)
-    got = answers(open_graph(path), frame)
-    assert got.shape == (count, 1)
-    assert got.dtype == np.float32
-    np.testing.assert_allclose(got[:, 0], expected(model, preprocessor, frame), atol=MAX_DIFFERENCE / 10)
-    assert count < 1000 or got.std() > 0.001, "the answers must vary, or equal ones say nothing"
+    probabilities = run(open_graph(path), frame)
+    assert probabilities.shape == (count, 1)
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(
+        probabilities[:, 0], expected(model, preprocessor, frame), atol=MAX_DIFFERENCE / 10
+    )
+    assert count < 1000 or probabilities.std() > 0.001, "equal answers would say nothing"
     assert difference(model, preprocessor, path, frame) <= MAX_DIFFERENCE / 10
 
 
@@ -162,9 +167,9 @@ def test_the_graph_answers_like_the_trained_model(exported, count):
     ],
     ids=lambda names: ", ".join(names.values()),
 )
-def test_a_column_may_be_called_like_something_inside(tmp_path, names):
+def test_a_column_may_have_an_inner_name_of_the_graph(tmp_path, names):
     kinds = {"number": number, "one_hot": one_hot, "embedding": embedding}
-    model, preprocessor, path = made(tmp_path, [kinds[kind](name) for kind, name in names.items()])
+    model, preprocessor, path = export_network(tmp_path, [kinds[kind](name) for kind, name in names.items()])
     difference(model, preprocessor, path, rows(preprocessor, 50))
 
 
@@ -180,24 +185,24 @@ def test_takes_each_raw_column_by_name_and_type(mixed):
     assert (output.name, output.type, output.shape[1]) == (OUTPUT, "tensor(float)", 1)
 
 
-def test_values_beyond_ascii_are_told_apart(mixed):
+def test_values_beyond_ascii_are_distinguished(mixed):
     model, preprocessor, path = mixed
     frame = pd.DataFrame(
         {"x": 0.0, "c": ["größe ✓", "grösse ✓", "größe", None], "d": ["c", "c", "c", "größe ✓"]}
     )
-    got = answers(open_graph(path), frame)[:, 0]
-    np.testing.assert_allclose(got, expected(model, preprocessor, frame), atol=1e-6)
-    assert got[1] == got[2], "both are unseen"
-    assert len(set(got)) == 3
+    probabilities = run(open_graph(path), frame)[:, 0]
+    np.testing.assert_allclose(probabilities, expected(model, preprocessor, frame), atol=1e-6)
+    assert probabilities[1] == probabilities[2], "both are unseen"
+    assert len(set(probabilities)) == 3
 
 
-def test_the_graph_of_another_model_is_noticed(mixed):
+def test_the_graph_of_another_network_is_refused(mixed):
     _, preprocessor, path = mixed
     with pytest.raises(RuntimeError, match="differs from the trained model"):
         difference(network(preprocessor, seed=1), preprocessor, path, rows(preprocessor, 100))
 
 
-def test_the_graph_of_another_preprocessor_is_noticed(mixed):
+def test_the_graph_of_another_preprocessor_is_refused(mixed):
     model, preprocessor, path = mixed
     shifted = Preprocessor(columns=[number("x", minimum=-1.0), *preprocessor.columns[1:]])
     with pytest.raises(RuntimeError, match="differs from the trained model"):
