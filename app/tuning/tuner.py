@@ -42,8 +42,6 @@ TUNE_ENVIRONMENT = {
 """Environment variables with which Tune runs."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 """States of finished trials."""
-MODEL_KEYS_OF_PREPARED_DATA = ("model", "model.kind", "model.encoder")
-"""Keys of `model` that the prepared data depend on."""
 
 
 def run(
@@ -226,9 +224,9 @@ def _remove(document: Any, path: Sequence[str]) -> None:
 
 def _shares_data(space: Space) -> bool:
     """Whether all trials train on the same prepared data."""
+    of_model = {"model", "model.kind", *(f"model.{name}" for name in space.base.model.data_settings)}
     return not any(
-        key in MODEL_KEYS_OF_PREPARED_DATA or key.split(".")[0] in ("data", "features")
-        for key in space.sweep.space
+        key in of_model or key.split(".")[0] in ("data", "features") for key in space.sweep.space
     )
 
 

@@ -38,6 +38,11 @@ class Model(Section):
         """Encoder whose tokenizer prepares the texts; None for a model that takes none."""
         return None
 
+    @property
+    def data_settings(self) -> tuple[str, ...]:
+        """Settings on which the prepared data depend, besides `kind`."""
+        return ()
+
     def check(self, project: "Project") -> None:
         """Raise ValueError if another section of the project does not fit the model."""
         raise NotImplementedError

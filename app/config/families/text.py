@@ -44,6 +44,10 @@ class TextClassifier(Model):
     def tokenizer(self) -> str:
         return self.encoder
 
+    @property
+    def data_settings(self) -> tuple[str, ...]:
+        return ("encoder",)
+
     def check(self, project: "Project") -> None:
         require_label(project, classes=True)
         if [type(encoding) for encoding in project.features.values()] != [Tokens]:
