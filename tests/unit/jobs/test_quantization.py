@@ -79,7 +79,7 @@ def test_one_that_loses_too_much_is_refused_and_not_kept(tmp_path, encoder, made
     path = texts.build(tmp_path / "moods", project, made)
     real = Packager.evaluate
 
-    def worse(bundle: Bundle):
+    def worse(self, bundle: Bundle):
         found = copy.deepcopy(real(bundle))
         found["model"]["macro_f1"] -= 0.0 if bundle.manifest else 0.05
         return found

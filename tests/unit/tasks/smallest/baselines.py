@@ -2,9 +2,10 @@ import numpy as np
 
 from app.data.prepare import LABEL
 from app.evaluation import metrics
+from app.tasks.smallest.task import Task
 
 
-def baselines(task):
+def baselines(task: Task):
     share = task.prepared.frame("train")[LABEL].mean()
     labels = task.prepared.frame("test")[LABEL].to_numpy()
     return {"constant": metrics.evaluate_binary(labels, np.full(len(labels), share))}

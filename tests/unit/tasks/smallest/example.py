@@ -5,7 +5,7 @@ from app.config import Project
 from tests.unit.tasks.smallest.settings import Threshold
 
 KINDS = (Threshold,)
-MODELS = {"threshold": {"kind": "threshold", "slope": 0.5}}
+MODELS = {"threshold": {"kind": "threshold", "slope": -0.5}}
 
 
 class ThresholdProject(Project):

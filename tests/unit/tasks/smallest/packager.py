@@ -6,6 +6,7 @@ from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.bundle.schema import label_schema
 from app.evaluation import predictions
 from app.tasks.onnx import exported, require_equal, write
+from app.tasks.smallest.task import Task
 
 
 class Column(nn.Module):
@@ -18,7 +19,7 @@ class Column(nn.Module):
 
 
 class Packager:
-    def __init__(self, task):
+    def __init__(self, task: Task):
         self.task = task
 
     def export(self, network, folder):
