@@ -225,9 +225,7 @@ def _remove(document: Any, path: Sequence[str]) -> None:
 def _shares_data(space: Space) -> bool:
     """Whether all trials train on the same prepared data."""
     of_model = {"model", "model.kind", *(f"model.{name}" for name in space.base.model.data_settings)}
-    return not any(
-        key in of_model or key.split(".")[0] in ("data", "features") for key in space.sweep.space
-    )
+    return not any(key in of_model or key.split(".")[0] in ("data", "features") for key in space.sweep.space)
 
 
 def _prepare(space: Space) -> list[str]:

@@ -94,7 +94,6 @@ def _by_length(forward: Callable[[Tensor, Tensor], Tensor], ids: Tensor, lengths
     """`forward(ids, mask)` of all rows, float32, computed in batches of similar length."""
     order = lengths.argsort(stable=True)
     outputs = [
-        forward(*tokens.pad(ids[rows].long(), lengths[rows])).float()
-        for rows in order.split(TEXTS_PER_BATCH)
+        forward(*tokens.pad(ids[rows].long(), lengths[rows])).float() for rows in order.split(TEXTS_PER_BATCH)
     ]
     return torch.cat(outputs)[order.argsort()]

@@ -1,8 +1,8 @@
 import numpy as np
+from app.tasks.smallest.task import Task
 
 from app.data.prepare import LABEL
 from app.evaluation import metrics
-from app.tasks.smallest.task import Task
 
 
 def baselines(task: Task):

@@ -1,12 +1,12 @@
 import numpy as np
 import torch
+from app.tasks.smallest.task import Task
 from torch import nn
 
 from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.bundle.schema import label_schema
 from app.evaluation import predictions
 from app.tasks.onnx import exported, require_equal, write
-from app.tasks.smallest.task import Task
 
 
 class Column(nn.Module):
