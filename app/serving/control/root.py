@@ -13,7 +13,7 @@ from app.serving.control.status import statuses
 from app.serving.gateway.guard import through_serve
 from app.serving.gateway.limits import Buckets
 from app.serving.http import Request, Response
-from app.serving.protocols import openapi
+from app.serving.protocols import docs_page
 
 
 class Root:
@@ -40,7 +40,7 @@ class Root:
             "/v2/health/live": self._live,
             "/v2/health/ready": self._ready,
             "/v2/docs": self._page,
-            **{f"/v2/docs/{name}": partial(self._asset, name) for name in openapi.ASSETS},
+            **{f"/v2/docs/{name}": partial(self._asset, name) for name in docs_page.ASSETS},
         }
         if path not in known:
             models = ", ".join(sorted(await _models())) or "none"
@@ -50,11 +50,11 @@ class Root:
         return await known[path]()
 
     async def _page(self) -> Response:
-        return Response(openapi.PAGE, media_type="text/html; charset=utf-8")
+        return Response(docs_page.page(), media_type="text/html; charset=utf-8")
 
     async def _asset(self, name: str) -> Response:
-        content = await asyncio.to_thread(openapi.asset, name)
-        return Response(content, 200, {"cache-control": "max-age=86400"}, openapi.ASSETS[name])
+        content = await asyncio.to_thread(docs_page.asset, name)
+        return Response(content, 200, {"cache-control": "max-age=86400"}, docs_page.ASSETS[name])
 
     async def _metadata(self) -> Response:
         return _json(200, {"name": "raylway", "version": __version__, "extensions": ["binary_tensor_data"]})

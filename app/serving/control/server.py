@@ -18,6 +18,7 @@ from app.serving.gateway import frontend
 from app.serving.gateway.frontend import Frontend, Gateway
 from app.serving.gateway.grpc import Grpc
 from app.serving.names import ROOT
+from app.serving.protocols import docs_page
 
 LOOPBACK = "127.0.0.1"
 GRPC = "Grpc"
@@ -73,7 +74,8 @@ def stop() -> None:
 
 def start_root(secured: bool) -> None:
     """The deployment that answers for the server; if `secured`, it names no model."""
-    root = deployment(Root, ROOT, secured, ray_actor_options={"num_cpus": 0})
+    version = [secured, docs_page.page().decode()]
+    root = deployment(Root, ROOT, version, ray_actor_options={"num_cpus": 0})
     run(root.bind(secured), ROOT, ROOT, "/")
 
 

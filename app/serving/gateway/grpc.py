@@ -8,14 +8,12 @@ https://github.com/open-inference/open-inference-protocol/blob/main/specificatio
 """
 
 import io
-import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import grpc
-import numpy as np
 import orjson
 from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc
@@ -26,7 +24,8 @@ from app.serving.gateway.body import BODY_S, UnfinishedBodies
 from app.serving.gateway.frontend import bracketed
 from app.serving.gateway.haproxy import ANSWER_S, HEAD_S, IDLE_S, IN_HAND, MAX_BODY_BYTES
 from app.serving.http import Refused
-from app.serving.protocols.tensors import HEADER_LENGTH, NUMBERS
+from app.serving.protocols.grpc_tensors import InvalidMessage, from_http, to_http
+from app.serving.protocols.tensors import HEADER_LENGTH
 
 FORWARDED = (
     "authorization",
@@ -53,8 +52,6 @@ OPEN = {f"{SERVICE}{name}" for name in ("ServerLive", "ServerReady", "ModelReady
 """Methods that need no token, as over HTTP."""
 MAX_CALLS = 2 * IN_HAND
 """Calls at once; more get RESOURCE_EXHAUSTED."""
-MAX_PARTS = 10_000
-"""Inputs, outputs or parameters in a call: each costs far more memory than its bytes in the message."""
 LIMITS = [
     ("grpc.max_send_message_length", MAX_BODY_BYTES),
     ("grpc.max_concurrent_streams", MAX_CALLS),
@@ -65,18 +62,6 @@ LIMITS = [
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),
 ]
-TYPED = {
-    "BOOL": "bool_contents",
-    "INT8": "int_contents", "INT16": "int_contents", "INT32": "int_contents", "INT64": "int64_contents",
-    "UINT8": "uint_contents", "UINT16": "uint_contents", "UINT32": "uint_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents", "FP64": "fp64_contents", "BYTES": "bytes_contents",
-}  # fmt: skip
-"""Where a typed tensor's values are."""
-
-
-class Broken(ValueError):
-    """A request that cannot be put into HTTP; the message is for the client."""
 
 
 class Admission(grpc.aio.ServerInterceptor):
@@ -184,8 +169,8 @@ class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         try:
-            head, tail = _as_http(request)
-        except Broken as error:
+            head, tail = to_http(request)
+        except InvalidMessage as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         body = orjson.dumps(head)
         headers = {"content-type": "application/octet-stream", HEADER_LENGTH: str(len(body))}
@@ -193,7 +178,7 @@ class Gateway(service_pb2_grpc.GRPCInferenceServiceServicer):
         status, answered, content = await self._ask(context, "POST", path, headers, body + tail)
         if status != 200:
             await _abort(context, status, answered, content)
-        return _as_grpc(content, int(answered.get(HEADER_LENGTH, len(content))))
+        return from_http(content, int(answered.get(HEADER_LENGTH, len(content))))
 
     async def _get(self, context: Any, path: str) -> dict[str, Any]:
         status, headers, content = await self._ask(context, "GET", path)
@@ -288,75 +273,6 @@ def _path(name: str, version: str) -> str:
     # A name with a slash would be another path; no model has one.
     name, version = name.replace("/", "%2F"), version.replace("/", "%2F")
     return f"/v2/models/{name}/versions/{version}" if version else f"/v2/models/{name}"
-
-
-def _as_http(request: Any) -> tuple[dict[str, Any], bytes]:
-    """The head in JSON and the tensors behind it, all of them binary. Raises Broken."""
-    for name in ("inputs", "outputs", "raw_input_contents", "parameters"):
-        if len(getattr(request, name)) > MAX_PARTS:
-            raise Broken(f"{name} must have at most {MAX_PARTS} entries")
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise Broken(f"raw_input_contents must have a value for each of the {len(request.inputs)} inputs")
-    inputs, tensors = [], []
-    for number, tensor in enumerate(request.inputs):
-        content = raw[number] if raw else _packed(tensor)
-        described = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        inputs.append(described | {"parameters": {"binary_data_size": len(content)}})
-        tensors.append(content)
-    head: dict[str, Any] = {"inputs": inputs}
-    if request.id:
-        head["id"] = request.id
-    if request.outputs:
-        head["outputs"] = [
-            {"name": output.name, "parameters": {"binary_data": True}} for output in request.outputs
-        ]
-    parameters = {name: _value(value) for name, value in request.parameters.items()}
-    head["parameters"] = {**parameters, "binary_data_output": True}
-    return head, b"".join(tensors)
-
-
-def _packed(tensor: Any) -> bytes:
-    """A typed tensor as it lies in memory. Raises Broken."""
-    field = TYPED.get(tensor.datatype)
-    if field is None:
-        raise Broken(
-            f"the input {tensor.name!r} has the datatype {tensor.datatype!r}; known: {', '.join(TYPED)}"
-        )
-    values = list(getattr(tensor.contents, field))
-    if tensor.datatype == "BYTES":
-        return b"".join(struct.pack("<I", len(value)) + value for value in values)
-    if tensor.datatype == "BOOL":
-        return np.array(values, dtype=bool).tobytes()
-    try:
-        return np.array(values, dtype=NUMBERS[tensor.datatype]).tobytes()
-    except OverflowError as error:
-        raise Broken(f"the input {tensor.name!r}: {error}") from None
-
-
-def _value(parameter: Any) -> Any:
-    kind = parameter.WhichOneof("parameter_choice")
-    return None if kind is None else getattr(parameter, kind)
-
-
-def _as_grpc(content: bytes, end: int) -> Any:
-    document = orjson.loads(content[:end])
-    outputs, raw = [], []
-    for output in document["outputs"]:
-        size = output["parameters"]["binary_data_size"]
-        raw.append(content[end : end + size])
-        end += size
-        tensor = messages.ModelInferResponse.InferOutputTensor
-        outputs.append(tensor(name=output["name"], datatype=output["datatype"], shape=output["shape"]))
-    said = {name: messages.InferParameter(string_param=v) for name, v in document["parameters"].items()}
-    return messages.ModelInferResponse(
-        model_name=document["model_name"],
-        model_version=document["model_version"],
-        id=document["id"],
-        parameters=said,
-        outputs=outputs,
-        raw_output_contents=raw,
-    )
 
 
 async def _abort(context: Any, status: int, headers: Any, content: bytes) -> None:

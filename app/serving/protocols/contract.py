@@ -1,4 +1,7 @@
-"""What the rows of a request must hold, whatever its protocol. All violations are found at once."""
+"""Validation of requests against the data contract of a bundle, for all protocols.
+
+A refusal lists all violations of a request at once.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,41 +19,43 @@ from app.serving.http import MAX_LISTED_VIOLATIONS, Refused
 MAX_UNIT_LENGTH = 256
 """Maximum length of a unit, in characters."""
 UNIT_PATTERN = r"^[^\x00]+$"
-"""PostgreSQL stores no text with a NUL."""
+"""Pattern of a unit. It excludes NUL, which PostgreSQL cannot store in a text."""
 DEFAULT_NUM_ITEMS = 10
-"""Items per user that a recommender returns if the request does not say."""
+"""Items per user that a recommender returns by default."""
 MAX_VIOLATIONS = 10_000
-"""Above this, violations are counted but not listed: describing a million takes seconds and a gigabyte."""
+"""Maximum number of violations that are formatted; a million would take seconds and a gigabyte of memory."""
 ABSENT, GENERAL = object(), object()
-"""Stand-ins for the value of a violation: ABSENT if none came, GENERAL if the rule says everything."""
+"""Markers in place of the value of a violation: ABSENT if the request has no value, GENERAL if the message
+needs none."""
 
 Columns = Mapping[str, np.ndarray]
-"""Columns by name, each (rows,)."""
+"""Columns by name; every array has the shape (rows,)."""
 Location = tuple[int | str, ...]
-"""A place in a request, such as ("rows", 3, "age")."""
+"""Location in a request, such as ("rows", 3, "age")."""
 Violations = list[tuple[Location, str, Any]]
-"""Place, broken rule and the value that came. Formatted only when they are listed."""
+"""Location, violated rule and received value of all violations. They are formatted when they are listed."""
 
 
-def dotted(place: Location) -> str:
-    """A place as text, such as `rows.3.age`; `body` for the whole request."""
-    return ".".join(str(part)[:MAX_UNIT_LENGTH] for part in place) or "body"
+def dotted(location: Location) -> str:
+    """A location as text, such as `rows.3.age`; `body` for the whole request."""
+    return ".".join(str(part)[:MAX_UNIT_LENGTH] for part in location) or "body"
 
 
 @dataclass(frozen=True)
 class Query:
-    """The content of a request that keeps the contract."""
+    """The content of a request that fulfils the contract."""
 
     columns: dict[str, np.ndarray]
-    """An array (rows,) for each input, as `Bundle.predict` takes them."""
+    """Values of every input, as `Bundle.predict` takes them: arrays of the shape (rows,)."""
     num_rows: int
     unit: str | None
+    """Unit that the variant is chosen by; None if the request has none."""
     k: int | None = None
-    """Items per user, of a recommender; None if the request does not say."""
+    """Items per user, of a recommender; None for the default."""
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The rows as read, with None for a missing value."""
+        """Rows as they are recorded, with None for a missing value."""
         values = [array.tolist() for array in self.columns.values()]
         for column, array in zip(values, self.columns.values(), strict=True):
             if array.dtype == np.float64:
@@ -60,20 +65,20 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The prediction of one variant, before it is encoded for a protocol."""
+    """The prediction of a variant, before it is encoded for a protocol."""
 
     model: str
     variant: str
     version: str
     request_id: str
     probabilities: np.ndarray | None = None
-    """float32 (rows,), or (rows, classes)"""
+    """Probabilities, float32 of shape (rows,) or (rows, classes); None for a recommender."""
     ranking: Ranking | None = None
-    """A recommender's answer, instead of probabilities."""
+    """Recommended items; None for any other model."""
 
 
 class Contract:
-    """The bundle's schema, prepared to check and convert the rows of requests."""
+    """The data contract of a bundle, prepared to validate and convert requests."""
 
     def __init__(self, schema: Schema, max_rows: int):
         self.schema = schema
@@ -82,9 +87,9 @@ class Contract:
         self.columns = self._cells.keys()
         """Names of the input columns."""
         self.optional_columns = {item.name for item in schema.inputs if item.contract.nullable}
-        """Names of the columns that a row may leave out."""
+        """Names of the input columns that a row may omit."""
         self.takes_k = schema.task == "ranking"
-        """Whether a request may say how many items it wants per user."""
+        """Whether a request may set k, the number of items per user."""
 
     def check(
         self,
@@ -95,31 +100,31 @@ class Contract:
         other_violations: Sequence[tuple[Location, str, Any]] = (),
         path: Callable[[Location], str] = dotted,
     ) -> Query:
-        """Check and convert columns of any protocol; a nullable column may be left out.
+        """Validate and convert columns of any protocol; a nullable column may be omitted.
 
-        Raises Refused with every violation, those in `other_violations` included; `path` formats places.
+        Raises Refused with all violations, including `other_violations`; `path` formats their locations.
         """
         violations: Violations = []
         arrays = {}
         if columns or not other_violations:
             for name, cells in self._cells.items():
                 values = columns.get(name)
-                arrays[name], broken = cells.read_all([None] * num_rows if values is None else values)
-                for row, rule in broken.items():
+                arrays[name], broken_rules = cells.read_all([None] * num_rows if values is None else values)
+                for row, rule in broken_rules.items():
                     assert values is not None
                     violations.append((("rows", row, name), rule, values[row]))
         violations += other_violations
         if unit is not None and not _is_unit(unit):
-            rule = f"must be a text of 1 to {MAX_UNIT_LENGTH} characters without NUL"
+            rule = f"must be a string of 1 to {MAX_UNIT_LENGTH} characters without NUL"
             violations.append((("unit",), rule, unit))
         if k is not None and self.takes_k and not (type(k) is int and 1 <= k <= self.schema.num_items):
             violations.append((("k",), f"must be an integer from 1 to {self.schema.num_items}", k))
         if violations:
-            raise refused(violations, path)
+            raise contract_refusal(violations, path)
         return Query(arrays, num_rows, unit, k)
 
     def require_num_rows(self, num_rows: int) -> None:
-        """Raise Refused with 413 if there are too many."""
+        """Raise Refused with 413 if a request has too many rows."""
         if num_rows > self.max_rows:
             raise Refused(
                 413,
@@ -128,8 +133,8 @@ class Contract:
             )
 
 
-def refused(violations: Violations, path: Callable[[Location], str] = dotted) -> Refused:
-    """A refusal with 422 that lists violations by row, in whatever order they were found."""
+def contract_refusal(violations: Violations, path: Callable[[Location], str] = dotted) -> Refused:
+    """A refusal with 422 that lists violations by row; those without a row come last."""
 
     def row(violation: tuple[Location, str, Any]) -> float:
         match violation[0]:
@@ -137,10 +142,27 @@ def refused(violations: Violations, path: Callable[[Location], str] = dotted) ->
                 return number
         return math.inf
 
-    # Violations of the request as a whole come last.
     listed = sorted(violations, key=row)[:MAX_LISTED_VIOLATIONS]
-    messages = [{"path": path(place), "message": _message(rule, value)} for place, rule, value in listed]
-    return Refused(422, f"the request breaks the contract in {len(violations)} places", messages)
+    messages = [
+        {"path": path(location), "message": _message(rule, value)} for location, rule, value in listed
+    ]
+    return unprocessable(len(violations), messages)
+
+
+def validation_refusal(error: ValidationError) -> Refused:
+    """A refusal of a body that pydantic cannot validate: 400 if it is not JSON, 422 otherwise."""
+    if (count := error.error_count()) > MAX_VIOLATIONS:
+        return Refused(422, f"the request breaks the contract in {count} places, too many to list")
+    errors = error.errors(include_url=False)
+    if errors[0]["type"] == "json_invalid":
+        return Refused(400, f"the body must be JSON: {errors[0]['ctx']['error']}")
+    messages = [{"path": dotted(e["loc"]), "message": e["msg"]} for e in errors[:MAX_LISTED_VIOLATIONS]]
+    return unprocessable(len(errors), messages)
+
+
+def unprocessable(num_violations: int, listed: Sequence[Mapping[str, str]]) -> Refused:
+    """A refusal with 422; `listed` are formatted violations with the keys path and message."""
+    return Refused(422, f"the request breaks the contract in {num_violations} places", listed)
 
 
 def _message(rule: str, value: Any) -> str:
@@ -151,14 +173,3 @@ def _message(rule: str, value: Any) -> str:
 
 def _is_unit(unit: Any) -> bool:
     return type(unit) is str and 1 <= len(unit) <= MAX_UNIT_LENGTH and "\0" not in unit
-
-
-def refusal(error: ValidationError) -> Refused:
-    """The refusal of a body that pydantic cannot validate: 400 if it is not JSON, else 422."""
-    if (count := error.error_count()) > MAX_VIOLATIONS:
-        return Refused(422, f"the request breaks the contract in {count} places, too many to list")
-    errors = error.errors(include_url=False)
-    if errors[0]["type"] == "json_invalid":
-        return Refused(400, f"the body must be JSON: {errors[0]['ctx']['error']}")
-    violations = [{"path": dotted(e["loc"]), "message": e["msg"]} for e in errors[:MAX_LISTED_VIOLATIONS]]
-    return Refused(422, f"the request breaks the contract in {len(errors)} places", violations)

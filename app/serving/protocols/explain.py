@@ -1,4 +1,4 @@
-"""Why a table's model answers as it does: how much each raw column of a row adds to the answer.
+"""Explanations of a tabular model's answers: the contribution of every raw column to the output of a row.
 
     POST /v2/models/income/explain
     {"rows": [{"age": 39, "education": "Bachelors", ...}], "unit": "user-17"}
@@ -7,12 +7,13 @@
      "of": "log-odds of >50K",
      "explanations": [{"output": 0.61, "base": -1.84, "attributions": {"age": 0.52, "education": 1.3, ...}}]}
 
-`base` is the mean output over rows of the training data, and `base` and all attributions sum to `output`. Of
-a model of several classes it is the log-probability of the class that the row gets.
+`base` is the mean output over rows of the training data; `base` and all attributions sum to `output`. The
+output of a model with several classes is the log-probability of the predicted class.
 """
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -23,84 +24,99 @@ from app.serving.http import Refused
 from app.serving.protocols.contract import Answer, Columns, Query
 
 NUM_WALKS = 32
+"""Number of walks per explained row."""
 MAX_ROWS = 16
-"""In one request: each takes as long as `NUM_WALKS * (columns + 1)` rows of a prediction."""
+"""Maximum number of rows in a request. A row costs as much as predicting `NUM_WALKS * (columns + 1)` rows."""
 MAX_CELLS = 8_000_000
-"""Values of all points of a request, which grow with the square of the columns: 64 MB. One row is explained
-even if it has more."""
-MAX_AT_ONCE = 2
-"""Explanations that a replica computes at once; more wait."""
+"""Maximum number of values in the points of a request (64 MB); it grows with the square of the columns. A
+single row may exceed it."""
+MAX_CONCURRENT = 2
+"""Maximum number of explanations that a replica computes at a time; further requests wait."""
 TOLERANCE = 1e-3
-"""Of the sum: probabilities are float32."""
+"""Maximum difference of the sum of the attributions from the output; probabilities are float32."""
+
+
+class Attributions(NamedTuple):
+    """The output of every row as a sum of its columns' contributions."""
+
+    base: np.ndarray
+    """Mean output over the background rows, float (rows,)."""
+    output: np.ndarray
+    """Output of the explained rows, float (rows,)."""
+    by_column: np.ndarray
+    """Contribution of every column, float (rows, columns)."""
 
 
 class Walks:
     """Shapley values by sampled permutations: Strumbelj and Kononenko, "Explaining prediction models and
     individual predictions with feature contributions" (2014).
 
-    Each walk begins at a row of the training data, and takes over the explained row's columns one after the
-    other; what the output changes by at a step is put down to its column. Walks come in pairs, one the other
-    backwards, which halves the variance and more (Mitchell et al., "Sampling permutations for Shapley value
-    estimation", 2022). The walks are the same for every request.
+    A walk starts at a background row, a row of the training data, and replaces one column after the other by
+    the value of the explained row. The change of the output at a step is attributed to its column. Walks come
+    in pairs of opposite order, which at least halves the variance (Mitchell et al., "Sampling permutations
+    for Shapley value estimation", 2022). All requests use the same walks.
     """
 
-    def __init__(self, orders: np.ndarray, background: Columns):
-        """`orders` is int (walks, columns), each row a permutation; `background` has a row for each walk."""
-        self._orders = orders
+    def __init__(self, permutations: np.ndarray, background: Columns):
+        """`permutations` is int (walks, columns): the order of the columns in every walk. `background` has
+        one row per walk."""
+        self._positions = np.argsort(permutations, axis=1)
+        """Position of every column in every walk, int (walks, columns)."""
         self._background = background
-        # Of each walk, step and column: whether it is the explained row's by then.
-        places = np.argsort(orders, axis=1)
-        self._taken = places[:, None, :] < np.arange(orders.shape[1] + 1)[None, :, None]
+        steps = np.arange(permutations.shape[1] + 1)
+        self._is_replaced = self._positions[:, None, :] < steps[None, :, None]
+        """Whether a column has the value of the explained row, bool (walks, steps, columns)."""
 
     def points(self, columns: Columns) -> Columns:
-        """The rows to be predicted, for explained rows: (rows * walks * steps,) of each column."""
-        found = {}
+        """The rows to predict for the explained rows: arrays of the shape (rows * walks * steps,)."""
+        points = {}
         for number, name in enumerate(self._background):
             rows, background = columns[name], self._background[name]
-            taken = self._taken[None, :, :, number]
-            found[name] = np.where(taken, rows[:, None, None], background[None, :, None]).reshape(-1)
-        return found
+            is_replaced = self._is_replaced[None, :, :, number]
+            points[name] = np.where(is_replaced, rows[:, None, None], background[None, :, None]).reshape(-1)
+        return points
 
-    def attributions(self, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """From the outputs of `points`: of each row the base and the output (rows,), and what each column
-        adds (rows, columns)."""
-        num_walks, num_columns = self._orders.shape
+    def attributions(self, outputs: np.ndarray) -> Attributions:
+        """Attribute the model's outputs for `points`, float (rows * walks * steps,), to the columns."""
+        num_walks, num_columns = self._positions.shape
         walked = outputs.reshape(-1, num_walks, num_columns + 1)
-        steps = np.diff(walked, axis=2)
-        places = np.broadcast_to(np.argsort(self._orders, axis=1), steps.shape)
-        added = np.take_along_axis(steps, places, axis=2).mean(axis=1)
-        return walked[:, :, 0].mean(axis=1), walked[:, :, -1].mean(axis=1), added
+        changes = np.diff(walked, axis=2)
+        positions = np.broadcast_to(self._positions, changes.shape)
+        by_column = np.take_along_axis(changes, positions, axis=2).mean(axis=1)
+        return Attributions(walked[:, :, 0].mean(axis=1), walked[:, :, -1].mean(axis=1), by_column)
 
 
 @cache
-def orders(num_columns: int, num_walks: int = NUM_WALKS) -> np.ndarray:
-    """Permutations, int (walks, columns), in pairs of which one is the other backwards."""
+def sample_permutations(num_columns: int, num_walks: int = NUM_WALKS) -> np.ndarray:
+    """Random permutations, int (walks, columns): the second half are the first half in reverse order."""
     random = np.random.default_rng(0)
     half = np.array([random.permutation(num_columns) for _ in range(num_walks // 2)])
     return np.concatenate([half, half[:, ::-1]])
 
 
-def walks(path: Path, schema: Schema) -> Walks:
-    """Those of a bundle, that begin at rows of its training data. Raises Refused if it is no table's."""
+def load_walks(path: Path, schema: Schema) -> Walks:
+    """Walks from rows of a bundle's training data. Raises Refused if the model is not tabular."""
     if schema.task == "ranking" or any(item.contract.type == "text" for item in schema.inputs):
-        raise Refused(404, "only models of tables are explained, and this is none")
+        raise Refused(404, "only predictions of tabular models can be explained; this model is not tabular")
     names = [item.name for item in schema.inputs]
     reference = pd.read_parquet(path / "reference.parquet", columns=names)
-    chosen = reference.iloc[np.arange(NUM_WALKS // 2) % len(reference)]
+    sample = reference.iloc[np.arange(NUM_WALKS // 2) % len(reference)]
     background = {}
     for item in schema.inputs:
-        values = chosen[item.name]
+        values = sample[item.name]
         if item.contract.type == "number":
             array = values.to_numpy(np.float64)
         else:
             array = values.astype(object).where(values.notna(), None).to_numpy()
         background[item.name] = np.concatenate([array, array])
-    return Walks(orders(len(names)), background)
+    return Walks(sample_permutations(len(names)), background)
 
 
-def outputs(probabilities: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
-    """What is explained, float64 (rows,): log-odds, or the log-probability of each row's class in
-    `classes`."""
+def explained_outputs(probabilities: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
+    """The outputs that are explained, float64 (rows,).
+
+    Log-odds if `classes` is None, else the log-probability of the class in `classes`, int (rows,).
+    """
     p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
     if classes is None:
         return np.log(p) - np.log1p(-p)
@@ -108,41 +124,46 @@ def outputs(probabilities: np.ndarray, classes: np.ndarray | None) -> np.ndarray
 
 
 def max_rows(num_columns: int) -> int:
-    """How many rows of a table with so many columns are explained in one request."""
-    cells = NUM_WALKS * (num_columns + 1) * num_columns
-    return max(1, min(MAX_ROWS, MAX_CELLS // cells))
+    """Maximum number of rows that a request may explain, for a table with `num_columns` columns."""
+    num_cells = NUM_WALKS * (num_columns + 1) * num_columns
+    return max(1, min(MAX_ROWS, MAX_CELLS // num_cells))
 
 
-def check(query: Query, schema: Schema) -> None:
-    """Raises Refused if there are too many rows."""
-    most = max_rows(len(schema.inputs))
-    if query.num_rows > most:
-        raise Refused(413, f"too many rows to explain in one request: at most {most}")
+def require_num_rows(query: Query, schema: Schema) -> None:
+    """Raise Refused with 413 if a request has too many rows."""
+    limit = max_rows(len(schema.inputs))
+    if query.num_rows > limit:
+        raise Refused(413, f"too many rows to explain in one request: at most {limit}, not {query.num_rows}")
 
 
-def encode(given: Answer, schema: Schema, walked: Walks, probabilities: np.ndarray) -> bytes:
-    """The answer; `probabilities` are those of the points. Raises RuntimeError if the sums are not the
-    answers."""
-    assert given.probabilities is not None
-    num_points = len(probabilities) // len(given.probabilities)
-    classes = given.probabilities.argmax(axis=1) if schema.task == "classes" else None
-    repeated = None if classes is None else np.repeat(classes, num_points)
-    base, reached, added = walked.attributions(outputs(probabilities, repeated))
-    off = np.abs(base + added.sum(axis=1) - outputs(given.probabilities, classes)).max()
-    if not off <= TOLERANCE:
-        raise RuntimeError(f"attributions sum to something else than the answer, by {off:.2g}")
-    of = f"log-odds of {schema.positive}" if classes is None else "log-probability of the label"
+def encode(answer: Answer, schema: Schema, walks: Walks, point_probabilities: np.ndarray) -> bytes:
+    """Encode the explanations of an answer as JSON; `point_probabilities` are the predictions for the points.
+
+    Raises RuntimeError if the attributions of a row do not sum to its output.
+    """
+    probabilities = answer.probabilities
+    assert probabilities is not None
+    num_points = len(point_probabilities) // len(probabilities)
+    classes = probabilities.argmax(axis=1) if schema.task == "classes" else None
+    point_classes = None if classes is None else np.repeat(classes, num_points)
+    base, output, by_column = walks.attributions(explained_outputs(point_probabilities, point_classes))
+    difference = np.abs(base + by_column.sum(axis=1) - explained_outputs(probabilities, classes)).max()
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"the attributions must sum to the output within {TOLERANCE:g}; they differ by {difference:.2g}"
+        )
     names = [item.name for item in schema.inputs]
+    explanations = [
+        {"output": output[row], "base": base[row], "attributions": dict(zip(names, attributed, strict=True))}
+        | ({} if classes is None else {"label": schema.classes[classes[row]]})
+        for row, attributed in enumerate(by_column)
+    ]
     document = {
-        "model": given.model,
-        "variant": given.variant,
-        "version": given.version,
-        "request_id": given.request_id,
-        "of": of,
-        "explanations": [
-            {"output": output, "base": start, "attributions": dict(zip(names, row, strict=True))}
-            | ({} if classes is None else {"label": schema.classes[classes[number]]})
-            for number, (output, start, row) in enumerate(zip(reached, base, added, strict=True))
-        ],
+        "model": answer.model,
+        "variant": answer.variant,
+        "version": answer.version,
+        "request_id": answer.request_id,
+        "of": f"log-odds of {schema.positive}" if classes is None else "log-probability of the label",
+        "explanations": explanations,
     }
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)

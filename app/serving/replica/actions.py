@@ -89,7 +89,7 @@ async def explain_prediction(call: Call) -> Response:
     """Predictions for rows of JSON, with what each column contributes."""
     body = await call.read_body()
     query = rows.parse(body, call.loaded.contract)
-    explain.check(query, call.loaded.schema)
+    explain.require_num_rows(query, call.loaded.schema)
     call.choose(query)
     walks = await asyncio.to_thread(call.loaded.attribution_walks, call.variant)
     answer = call.answer(await call.predict(query.columns))

@@ -39,7 +39,7 @@ class Services:
     """None if there is no rate limit."""
     recorder: Recorder | None = None
     """None if the endpoint keeps no records."""
-    explaining: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(explain.MAX_AT_ONCE))
+    explaining: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(explain.MAX_CONCURRENT))
     """Held while an explanation is computed."""
 
 

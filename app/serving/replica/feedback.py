@@ -33,7 +33,7 @@ from app.config.serving import Limits
 from app.data.cells import NUM_VALUES
 from app.serving.gateway.auth import Principal
 from app.serving.http import Refused, Response
-from app.serving.protocols.contract import UNIT_PATTERN, refusal
+from app.serving.protocols.contract import UNIT_PATTERN, validation_refusal
 from app.serving.replica.recorder import Recorder
 from app.state.records import Feedback, FeedbackStatus
 
@@ -74,7 +74,7 @@ def parse(body: bytes, schema: Schema) -> Submission:
     try:
         submission = Submission.model_validate_json(body)
     except ValidationError as error:
-        raise refusal(error) from None
+        raise validation_refusal(error) from None
     outcomes: list[Outcome] = []
     violations = []
     for row, value in enumerate(submission.outcomes or []):

@@ -10,7 +10,7 @@ from app.bundle.bundle import ITEMS, OUTPUT, SCORES, Bundle, Ranking
 from app.bundle.schema import Schema, schema_at
 from app.serving.protocols import rows, tensors
 from app.serving.protocols.contract import Answer, Contract
-from app.serving.protocols.explain import Walks, walks
+from app.serving.protocols.explain import Walks, load_walks
 from app.serving.replica.workers import WorkerHandle
 from app.serving.traffic import routing
 from app.serving.traffic.traffic import Traffic
@@ -60,7 +60,7 @@ class Loaded:
     def attribution_walks(self, variant: str) -> Walks:
         """The walks that `/explain` uses for a variant. Raises Refused unless its model is tabular."""
         if variant not in self._walks:
-            self._walks[variant] = walks(self.traffic.variants[variant].path, self.schema)
+            self._walks[variant] = load_walks(self.traffic.variants[variant].path, self.schema)
         return self._walks[variant]
 
     def example(self) -> dict[str, Any]:

@@ -18,10 +18,9 @@ from app.config import Category, Number, Text, projectfile
 from app.data import contract
 from app.data.cells import LIMIT, NUMBER, SPACE, Broken, Cells
 from app.data.sources import samples
-from app.serving.gateway import grpc
 from app.serving.http import Refused
+from app.serving.protocols import grpc_tensors, tensors
 from app.serving.protocols import rows as json_rows
-from app.serving.protocols import tensors
 from app.serving.protocols.contract import Contract
 
 MISSING = ["?", "-9", "n/a"]
@@ -256,7 +255,7 @@ def test_tensors_of_grpc_are_read_as_training_reads_them(census, trained, model,
     request = messages.ModelInferRequest(
         model_name="income", inputs=inputs, raw_input_contents=contents if raw else None
     )
-    head, tail = grpc._as_http(request)
+    head, tail = grpc_tensors.to_http(request)
     body = orjson.dumps(head)
     read = tensors.parse(body + tail, str(len(body)), Contract(model, 50_000)).query.columns
     assert_same(read, trained)

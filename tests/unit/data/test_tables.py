@@ -8,9 +8,8 @@ from tritonclient.grpc import service_pb2 as messages
 
 from app.bundle.schema import Input, Schema
 from app.errors import UserError
-from app.serving.gateway import grpc
+from app.serving.protocols import grpc_tensors, tensors
 from app.serving.protocols import rows as json_rows
-from app.serving.protocols import tensors
 from app.serving.protocols.contract import Contract
 from tests import tables
 from tests.tables import REFUSED, TRAINED
@@ -92,7 +91,7 @@ def test_tensors_of_grpc(trained, names, contract, asked):
         shape = [len(asked[name])]
         tensor = messages.ModelInferRequest.InferInputTensor
         inputs.append(tensor(name=name, datatype=kind, shape=shape, contents=contents))
-    head, tail = grpc._as_http(messages.ModelInferRequest(model_name="m", inputs=inputs))
+    head, tail = grpc_tensors.to_http(messages.ModelInferRequest(model_name="m", inputs=inputs))
     body = orjson.dumps(head)
     same(tensors.parse(body + tail, str(len(body)), contract).query.columns, trained)
 
