@@ -3,7 +3,7 @@ import orjson
 import pytest
 from tritonclient.grpc import service_pb2 as messages
 
-from app.serving.gateway import grpc
+from app.serving.protocols import grpc_tensors
 from app.serving.protocols.contract import Answer, Contract
 from app.serving.protocols.tensors import HEADER_LENGTH, encode, parse
 from tests.bundles import schema
@@ -32,12 +32,13 @@ ROWS = [
 
 
 def read(contract, request):
-    head, tail = grpc._as_http(request)
-    body = orjson.dumps(head)
-    return parse(body + tail, str(len(body)), contract)
+    """The request as the HTTP endpoint parses it."""
+    document, binary_data = grpc_tensors.to_http(request)
+    content = orjson.dumps(document)
+    return parse(content + binary_data, str(len(content)), contract)
 
 
-def test_typed_tensors_are_the_rows(contract):
+def test_typed_tensors_become_rows(contract):
     request = messages.ModelInferRequest(model_name="income", id="mine", inputs=TYPED)
     request.parameters["unit"].string_param = "user-17"
     inference = read(contract, request)
@@ -46,7 +47,7 @@ def test_typed_tensors_are_the_rows(contract):
     assert inference.outputs == {"probability": True}
 
 
-def test_raw_tensors_are_the_rows(contract):
+def test_raw_tensors_become_rows(contract):
     bare = [
         messages.ModelInferRequest.InferInputTensor(name=t.name, datatype=t.datatype, shape=t.shape)
         for t in TYPED
@@ -59,8 +60,8 @@ def test_raw_tensors_are_the_rows(contract):
 
 
 @pytest.mark.parametrize("datatype", ["INT8", "INT64", "UINT32", "FP32"])
-def test_numbers_of_every_type(contract, datatype):
-    field = grpc.TYPED[datatype]
+def test_typed_numbers_of_every_type_become_rows(contract, datatype):
+    field = grpc_tensors.CONTENTS[datatype]
     age = tensor("age", datatype, [2, 1], **{field: [39, 52]})
     inference = read(contract, messages.ModelInferRequest(model_name="income", inputs=[age, *TYPED[1:]]))
     assert [row["age"] for row in inference.query.rows] == [39, 52]
@@ -69,23 +70,35 @@ def test_numbers_of_every_type(contract, datatype):
 @pytest.mark.parametrize(
     ("inputs", "raw", "message"),
     [
-        (TYPED, [b""], "raw_input_contents must have a value for each of the 3 inputs"),
-        ([tensor("age", "FP16", [1])], [], "'FP16'; known"),
+        (TYPED, [b""], "raw_input_contents must have one value for each of the 3 inputs, not 1"),
+        ([tensor("age", "FP16", [1])], [], "'age' must be one of BOOL, .*, not 'FP16'"),
         ([tensor("age", "INT8", [1], int_contents=[1000])], [], "'age'"),
     ],
 )
-def test_what_cannot_be_put_into_http_is_said(inputs, raw, message):
-    with pytest.raises(grpc.Broken, match=message):
-        grpc._as_http(messages.ModelInferRequest(model_name="m", inputs=inputs, raw_input_contents=raw))
+def test_a_message_without_an_equivalent_in_http_is_refused(inputs, raw, message):
+    with pytest.raises(grpc_tensors.InvalidMessage, match=message):
+        grpc_tensors.to_http(
+            messages.ModelInferRequest(model_name="m", inputs=inputs, raw_input_contents=raw)
+        )
 
 
-def test_the_answer_is_what_http_says(contract):
+@pytest.mark.parametrize("field", ["inputs", "outputs"])
+def test_the_number_of_tensors_is_bounded(monkeypatch, field):
+    monkeypatch.setattr(grpc_tensors, "MAX_PARTS", 2)
+    request = messages.ModelInferRequest(model_name="m")
+    for _ in range(3):
+        getattr(request, field).add()
+    with pytest.raises(grpc_tensors.InvalidMessage, match=f"{field} must have at most 2 entries"):
+        grpc_tensors.to_http(request)
+
+
+def test_an_http_answer_becomes_a_response_with_raw_outputs(contract):
     inference = read(contract, messages.ModelInferRequest(model_name="income", inputs=TYPED))
     values = np.array([0.25, 0.83], dtype=np.float32)
-    given = Answer(model="income", variant="champion", version="3", request_id="r-1", probabilities=values)
-    content, _, headers = encode(given, inference)
-    answered = grpc._as_grpc(content, int(headers[HEADER_LENGTH]))
-    assert (answered.model_name, answered.model_version, answered.id) == ("income", "3", "r-1")
-    assert answered.parameters["variant"].string_param == "champion"
-    assert (answered.outputs[0].name, list(answered.outputs[0].shape)) == ("probability", [2, 1])
-    np.testing.assert_array_equal(np.frombuffer(answered.raw_output_contents[0], "<f4"), values)
+    answer = Answer(model="income", variant="champion", version="3", request_id="r-1", probabilities=values)
+    body, _, headers = encode(answer, inference)
+    response = grpc_tensors.from_http(body, int(headers[HEADER_LENGTH]))
+    assert (response.model_name, response.model_version, response.id) == ("income", "3", "r-1")
+    assert response.parameters["variant"].string_param == "champion"
+    assert (response.outputs[0].name, list(response.outputs[0].shape)) == ("probability", [2, 1])
+    np.testing.assert_array_equal(np.frombuffer(response.raw_output_contents[0], "<f4"), values)

@@ -1,4 +1,4 @@
-"""Small requests that cost much: by memory, which does not depend on the machine, instead of time."""
+"""Memory that malformed requests cost: unlike time, it does not depend on the machine."""
 
 import tracemalloc
 
@@ -10,15 +10,15 @@ from app.serving.protocols.contract import Contract
 from app.serving.replica import feedback
 from tests.bundles import schema
 
-SIZE = 300_000
-"""Bytes of a body."""
-KEYS = ",".join(f'"{number:x}":0' for number in range(SIZE // 8))
+SIZE_BYTES = 300_000
+"""Size of a request body in bytes."""
+KEYS = ",".join(f'"{number:x}":0' for number in range(SIZE_BYTES // 8))
 AGE = '"name":"age","datatype":"FP64","data":[1]'
 
 
 def filled(item, head, tail):
-    """A body of about SIZE bytes in which an item is repeated."""
-    return f"{head}{','.join([item] * (SIZE // (len(item) + 1)))}{tail}"
+    """A body of about SIZE_BYTES that repeats an item between `head` and `tail`."""
+    return f"{head}{','.join([item] * (SIZE_BYTES // (len(item) + 1)))}{tail}"
 
 
 PREDICTIONS = {
@@ -26,10 +26,10 @@ PREDICTIONS = {
     "unknown members": f"{{{KEYS}}}",
     "empty rows": filled("{}", '{"rows":[', "]}"),
     "rows that are numbers": filled("1", '{"rows":[', "]}"),
-    "brackets": "[" * SIZE,
-    "nested rows": '{"rows":' + "[" * SIZE,
-    "a long integer": f'{{"rows":[{{"age":{"9" * SIZE}}}]}}',
-    "a long fraction": f'{{"rows":[{{"age":0.{"9" * SIZE}}}]}}',
+    "brackets": "[" * SIZE_BYTES,
+    "nested rows": '{"rows":' + "[" * SIZE_BYTES,
+    "a long integer": f'{{"rows":[{{"age":{"9" * SIZE_BYTES}}}]}}',
+    "a long fraction": f'{{"rows":[{{"age":0.{"9" * SIZE_BYTES}}}]}}',
 }
 INFERENCES = {
     "empty inputs": filled("{}", '{"inputs":[', "]}"),
@@ -48,8 +48,8 @@ FEEDBACKS = {
 }
 
 
-def check(parse, text):
-    """It is refused, and takes memory in proportion to its size."""
+def assert_cheap_refusal(parse, text):
+    """A body is refused, with memory in proportion to its size and a short answer."""
     body = text.encode()
     tracemalloc.start()
     try:
@@ -61,21 +61,21 @@ def check(parse, text):
     assert refused.value.status in (400, 413, 422)
     assert len(refused.value.violations) <= MAX_LISTED_VIOLATIONS
     assert len(refused.value.body()) < 100_000
-    assert peak < 100 * SIZE
+    assert peak < 100 * SIZE_BYTES
 
 
 @pytest.mark.parametrize("text", PREDICTIONS.values(), ids=PREDICTIONS.keys())
-def test_rows(text):
+def test_rows_are_refused_with_bounded_memory(text):
     contract = Contract(schema(), max_rows=1024)
-    check(lambda body: rows.parse(body, contract), text)
+    assert_cheap_refusal(lambda body: rows.parse(body, contract), text)
 
 
 @pytest.mark.parametrize("text", INFERENCES.values(), ids=INFERENCES.keys())
-def test_tensors(text):
+def test_tensors_are_refused_with_bounded_memory(text):
     contract = Contract(schema(), max_rows=1024)
-    check(lambda body: tensors.parse(body, None, contract), text)
+    assert_cheap_refusal(lambda body: tensors.parse(body, None, contract), text)
 
 
 @pytest.mark.parametrize("text", FEEDBACKS.values(), ids=FEEDBACKS.keys())
-def test_feedback(text):
-    check(lambda body: feedback.parse(body, schema()), text)
+def test_feedback_is_refused_with_bounded_memory(text):
+    assert_cheap_refusal(lambda body: feedback.parse(body, schema()), text)

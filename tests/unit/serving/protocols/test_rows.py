@@ -27,10 +27,10 @@ def refused(contract, body) -> Refused:
     return caught.value
 
 
-def test_rows_and_unit_are_taken(contract):
-    question = json_rows.parse(json.dumps({"rows": ROWS, "unit": "user-17"}).encode(), contract)
-    assert question.rows == ROWS
-    assert question.unit == "user-17"
+def test_rows_and_unit_are_parsed(contract):
+    query = json_rows.parse(json.dumps({"rows": ROWS, "unit": "user-17"}).encode(), contract)
+    assert query.rows == ROWS
+    assert query.unit == "user-17"
     assert json_rows.parse(json.dumps({"rows": [GOOD], "unit": None}).encode(), contract).unit is None
 
 
@@ -64,7 +64,7 @@ def test_rows_and_unit_are_taken(contract):
         ),
     ],
 )
-def test_each_violation_is_named_with_its_place(contract, change, path, message):
+def test_a_violation_has_its_location_and_message(contract, change, path, message):
     refusal = refused(contract, {"rows": [GOOD, GOOD | change]})
     assert refusal.status == 422
     (violation,) = refusal.violations
@@ -72,7 +72,7 @@ def test_each_violation_is_named_with_its_place(contract, change, path, message)
     assert violation["message"].startswith(message)
 
 
-def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
+def test_all_violations_are_counted_and_a_bounded_number_is_listed(contract):
     refusal = refused(contract, {"rows": [{"age": -1}, {"shoe": 1}], "user": "me"})
     assert [(v["path"], v["message"]) for v in refusal.violations] == [
         ("rows.0.age", "must be at least 0, not -1"),
@@ -120,29 +120,29 @@ def test_all_violations_are_told_at_once_but_only_so_many_listed(contract):
         (413, {"rows": [GOOD] * 6}),
     ],
 )
-def test_each_bad_body_has_its_status(contract, status, body):
+def test_a_malformed_body_is_refused_with_the_right_status(contract, status, body):
     assert refused(contract, body).status == status
 
 
-def test_a_value_never_seen_is_ignored_where_the_contract_says_so(contract):
+def test_an_unseen_category_is_accepted_if_the_contract_ignores_it(contract):
     (row,) = json_rows.parse(
         json.dumps({"rows": [GOOD | {"workclass": "Astronaut"}]}).encode(), contract
     ).rows
     assert row == GOOD | {"workclass": "Astronaut", "hours-per-week": None}
 
 
-def test_a_column_that_training_never_saw_filled_can_only_be_missing():
+def test_a_category_without_values_in_training_accepts_no_value():
     inputs = [item.model_copy(update={"known": []}) for item in schema().inputs if item.name == "education"]
     contract = Contract(schema().model_copy(update={"inputs": inputs}), max_rows=5)
     assert refused(contract, {"rows": [{"education": "Bachelors"}]}).status == 422
 
 
-def test_the_answer_carries_the_decision_and_exactly_the_probability():
+def test_an_answer_has_the_exact_probability_and_the_decision():
     probabilities = np.array([0.1, 0.5, 0.83], dtype=np.float32)
-    given = Answer(
+    answer = Answer(
         model="income", variant="challenger", version="2", request_id="r", probabilities=probabilities
     )
-    assert json.loads(encode(given, predictions(given, schema()))) == {
+    assert json.loads(encode(answer, predictions(answer, schema()))) == {
         "model": "income",
         "variant": "challenger",
         "version": "2",
@@ -156,10 +156,10 @@ def test_the_answer_carries_the_decision_and_exactly_the_probability():
     }
 
 
-def test_whatever_bytes_come_they_are_taken_or_refused(contract):
+def test_random_bytes_are_parsed_or_refused(contract):
     generator = random.Random(0)
-    good = json.dumps({"rows": ROWS, "unit": "user-17"}).encode()
-    scraps = [
+    valid = json.dumps({"rows": ROWS, "unit": "user-17"}).encode()
+    fragments = [
         b"NaN",
         b"1e999",
         b"\\ud800",
@@ -175,10 +175,12 @@ def test_whatever_bytes_come_they_are_taken_or_refused(contract):
     ]
     statuses = []
     for _ in range(5_000):
-        body = bytearray(good)
+        body = bytearray(valid)
         for _ in range(generator.randint(1, 4)):
-            at = generator.randrange(len(body))
-            body[at : at + generator.randint(0, 8)] = generator.choice([*scraps, generator.randbytes(1)])
+            start = generator.randrange(len(body))
+            body[start : start + generator.randint(0, 8)] = generator.choice(
+                [*fragments, generator.randbytes(1)]
+            )
         try:
             json_rows.parse(bytes(body), contract)
             statuses.append(200)
