@@ -21,7 +21,7 @@ from app.cluster.ports import free_ports
 from app.config import Serving
 from app.errors import UserError
 from app.serving.control import deploy
-from app.serving.gateway import frontend
+from app.serving.gateway import settings as gateway_settings
 from app.serving.traffic import routing
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.traffic import read_current as read_current_traffic
@@ -139,7 +139,7 @@ def test_a_first_deployment_that_fails_leaves_nothing_open(
     gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match="is not a bundle"):
         deploy.deploy(settings, "income", traffic(gone))
-    assert frontend.read() is None
+    assert gateway_settings.read() is None
     assert not listens(settings.port)
     assert not listens(settings.grpc_port)
 
@@ -499,7 +499,7 @@ def test_a_change_of_the_grpc_port_that_fails_changes_nothing(client, grpc, vari
         with pytest.raises(UserError, match=r"must be free.*serving\.grpc_port"):
             deploy.deploy(changed, "income", traffic(variants))
     assert grpc.is_model_ready("income")
-    assert frontend.read().front.grpc_port == settings.grpc_port
+    assert gateway_settings.read().frontend.grpc_port == settings.grpc_port
     try:
         deploy.deploy(settings.model_copy(update={"grpc_port": None}), "income", traffic(variants))
         assert not listens(settings.grpc_port)

@@ -24,7 +24,7 @@ from app.serving.control.applications import (
     start_workers,
     stop_workers,
 )
-from app.serving.gateway import frontend, issuer
+from app.serving.gateway import frontend, issuer, preflight, settings
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.serving.gateway.haproxy import MAX_BODY_BYTES
 from app.serving.names import model_names
@@ -59,7 +59,7 @@ def deploy(
     """
     stages.require_shared()
     asked = frontend.frontend_of(serving)
-    frontend.check_files(serving)
+    preflight.check_files(serving)
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:
         raise UserError(f"serving.limits.max_body_bytes must be at most {MAX_BODY_BYTES:,}")
     # Said here in one line; said by a replica it would be a traceback in Serve's log.
@@ -84,24 +84,24 @@ def _behind_front(
     ours = Backend(_issuer(serving), serving.limits.max_wait_s, serving.limits.max_body_bytes)
     secured = ours.secured
     deployed = set(model_names(serve.status().applications))
-    held = frontend.read() if deployed else None
-    frontend.check(held, name, asked, secured, server.num_nodes(), deployed)
+    held = settings.read() if deployed else None
+    frontend.require_compatible(held, name, asked, secured, server.num_nodes(), deployed)
     if not deployed and server.runs():
         undeploy()  # what a command that was killed has left
-    before = {other: it for other, it in held.endpoints.items() if other in deployed} if held else {}
+    before = {other: it for other, it in held.backends.items() if other in deployed} if held else {}
     # The front narrows before requests without a token are admitted, and widens after they no longer are.
     first = Gateway(
-        held.front if held and secured else asked, before | {name: ours.beside(before.get(name, ours))}
+        held.frontend if held and secured else asked, before | {name: ours.merged(before.get(name, ours))}
     )
     last = Gateway(asked, before | {name: ours})
     try:
         server.open_frontend(first)
         server.start_root(secured or any(each.secured for each in before.values()))
         beside()
-        _replace(serving, name, wanted, first.front.url)
+        _replace(serving, name, wanted, first.frontend.url)
         if last != first:
             server.open_frontend(last)
-            server.start_root(any(each.secured for each in last.endpoints.values()))
+            server.start_root(any(each.secured for each in last.backends.values()))
             _wait(asked.url, name)
     except BaseException:
         if not deployed:
@@ -178,7 +178,7 @@ def curl(server: str, name: str, variant: DeployedVariant) -> str:
 def undeploy() -> None:
     """Take all endpoints off the cluster, and Serve with them. Nothing happens if there are none."""
     server.stop()
-    frontend.forget()
+    settings.remove()
 
 
 def take_off(name: str, on_wait: Callable[[str], None] | None = None) -> None:

@@ -11,7 +11,7 @@ import starlette.responses
 from app import __version__
 from app.serving.control.status import statuses
 from app.serving.gateway.guard import through_serve
-from app.serving.gateway.limits import Buckets
+from app.serving.gateway.limits import Buckets, Grant
 from app.serving.http import Request, Response
 from app.serving.protocols import docs_page
 
@@ -25,9 +25,9 @@ class Root:
         self._secured = secured
         self._buckets = Buckets()
 
-    async def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
+    async def borrow(self, model: str, principal: str, per_s: float, max_requests: int) -> Grant:
         """As `Buckets.borrow`, for the replicas of all endpoints."""
-        return self._buckets.borrow(model, principal, per_s, wanted)
+        return self._buckets.borrow(model, principal, per_s, max_requests)
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
         """A request by way of Serve's proxy."""

@@ -14,9 +14,9 @@ from app.config.serving import Tls
 from app.errors import UserError
 from app.serving.control.applications import deployment, run
 from app.serving.control.root import Root
-from app.serving.gateway import frontend
+from app.serving.gateway import preflight, settings
 from app.serving.gateway.frontend import Frontend, Gateway
-from app.serving.gateway.grpc import Grpc
+from app.serving.gateway.grpc import GrpcServer
 from app.serving.names import ROOT
 from app.serving.protocols import docs_page
 
@@ -36,10 +36,10 @@ def open_frontend(wanted: Gateway) -> None:
 
     A renewed certificate is taken in, too. Raises UserError if they cannot; what was before then goes on.
     """
-    before = frontend.read()
+    before = settings.read()
     try:
-        with frontend.tried(wanted):
-            _start(wanted.front)
+        with settings.applied(wanted):
+            _start(wanted.frontend)
             _start_grpc(wanted, before)
     except BaseException:
         with contextlib.suppress(UserError):
@@ -93,7 +93,7 @@ def _start(front: Frontend) -> None:
     if runs():
         _reload()
         return
-    frontend.require_free(front.host, front.port, "serving.port")
+    preflight.require_free_port(front.host, front.port, "serving.port")
     # Replicas listen for HAProxy, which may be on another node.
     host = LOOPBACK if num_nodes() == 1 else "0.0.0.0"
     serve.start(http_options={"host": host, "port": front.port})
@@ -131,17 +131,17 @@ def _start_grpc(wanted: Gateway, before: Gateway | None) -> None:
     from ray import serve
 
     runs = GRPC in serve.status().applications
-    front = wanted.front
+    front = wanted.frontend
     if front.grpc_port is None:
         if runs:
             serve.delete(GRPC)
         return
-    if not runs or before is None or before.front.grpc_port != front.grpc_port:
-        frontend.require_free(front.host, front.grpc_port, "serving.grpc_port")
+    if not runs or before is None or before.frontend.grpc_port != front.grpc_port:
+        preflight.require_free_port(front.host, front.grpc_port, "serving.grpc_port")
     try:
         run(_grpc(wanted), GRPC, GRPC, None)
     except UserError:
-        if runs and before is not None and before.front.grpc_port is not None:
+        if runs and before is not None and before.frontend.grpc_port is not None:
             run(_grpc(before), GRPC, GRPC, None)
         else:
             serve.delete(GRPC)
@@ -149,7 +149,7 @@ def _start_grpc(wanted: Gateway, before: Gateway | None) -> None:
 
 
 def _grpc(wanted: Gateway) -> Any:
-    front, endpoints = wanted.front, wanted.endpoints.values()
+    front, endpoints = wanted.frontend, wanted.backends.values()
     issuers = {each.issuer for each in endpoints}
     taken = [] if None in issuers else sorted((each for each in issuers if each), key=repr)
     max_message_bytes = max(each.max_body_bytes for each in endpoints)
@@ -160,7 +160,7 @@ def _grpc(wanted: Gateway) -> Any:
         tls = Tls(certificate=front.certificate, key=front.key)
         contents = [Path(file).read_text() for file in (front.certificate, front.key)]
     server = deployment(
-        Grpc,
+        GrpcServer,
         GRPC,
         [front.host, front.grpc_port, front.url, contents, *made_of],
         ray_actor_options={"num_cpus": 0},

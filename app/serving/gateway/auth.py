@@ -1,8 +1,7 @@
-"""Who asks, and what they may: OAuth2 bearer tokens that are JSON Web Tokens (RFC 9068), checked against the
-issuer's keys.
+"""Authentication and authorization: OAuth2 bearer tokens in the form of JSON Web Tokens (RFC 9068).
 
-A token's signature takes longer to check than a small model to run, so its principal is cached until the
-token expires or the issuer's keys change.
+Checking a signature takes longer than running a small model. The principal of a token is therefore cached
+until the token expires or the issuer's keys change.
 """
 
 import re
@@ -16,32 +15,36 @@ from joserfc.errors import ExpiredTokenError, InvalidKeyIdError, JoseError
 from joserfc.jwk import KeySet
 
 from app.config.serving import Issuer
-from app.serving.gateway.keys import FETCH_S, Keys
+from app.serving.gateway.keys import FETCH_TIMEOUT_S, Keys
 from app.serving.http import Refused
 
 ALGORITHMS = ["RS256", "ES256"]
+"""Accepted signature algorithms."""
 LEEWAY_S = 30
-"""By which clocks may differ."""
-MAX_KNOWN_BYTES = 16 * 2**20
-"""Memory for tokens that are remembered: about 15,000 of usual length. Beyond it all are forgotten."""
-ENTRY_BYTES = 300
-"""What a remembered token takes besides its header, name and scopes."""
-SUBJECT = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
-MAX_LENGTH = 8_192
-"""Characters of a token."""
+"""Tolerated difference between this machine's clock and the issuer's."""
+MAX_TOKEN_LENGTH = 8_192
+"""Maximum length of a token in characters."""
+MAX_CACHE_BYTES = 16 * 2**20
+"""Memory limit of the token cache, about 15,000 tokens of usual length. A full cache is emptied."""
+CACHE_ENTRY_BYTES = 300
+"""Memory of a cached token besides its header, name and scopes."""
+SUBJECT_PATTERN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
+"""Pattern of the claim sub: 1 to 256 characters without control characters."""
+SCOPES = ("predict", "feedback", "explain", "admin")
+"""Scopes of a token. Each holds for all models, or for one, such as `predict:income`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Somebody who asks."""
+    """The sender of a request, as the token identifies it."""
 
     name: str
     scopes: frozenset[str]
-    until: float
-    """When the token expires, seconds since the epoch."""
+    expires_at: float
+    """Time at which the token expires, in seconds since the epoch."""
 
     def require(self, scope: str, model: str) -> None:
-        """Raise Refused unless they may."""
+        """Raise Refused with 403 if the token lacks the scope for this model."""
         if scope not in self.scopes and f"{scope}:{model}" not in self.scopes:
             raise Refused(
                 403,
@@ -50,14 +53,19 @@ class Principal:
             )
 
 
-ANYBODY = Principal("anonymous", frozenset(("predict", "feedback", "explain", "admin")), float("inf"))
-"""Who asks where no token is wanted."""
+ANONYMOUS = Principal("anonymous", frozenset(SCOPES), float("inf"))
+"""Sender of all requests to an endpoint that requires no tokens."""
 
 
 class Authenticator:
-    """The tokens of one issuer."""
+    """Checks the tokens of one issuer."""
 
-    def __init__(self, issuer: Issuer, fetch_s: float = FETCH_S, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        issuer: Issuer,
+        fetch_timeout_s: float = FETCH_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._claims = jwt.JWTClaimsRegistry(
             leeway=LEEWAY_S,
             iss={"essential": True, "value": issuer.issuer},
@@ -65,51 +73,57 @@ class Authenticator:
             sub={"essential": True},
             exp={"essential": True},
         )
-        self.keys = Keys(issuer.jwks, fetch_s, clock)
-        self._known: dict[str, Principal] = {}
-        self._known_bytes = 0
-        self._generation = self.keys.generation
-        """Of the keys that `_known` was found with."""
+        self.keys = Keys(issuer.jwks, fetch_timeout_s, clock)
+        self._cache: dict[str, Principal] = {}
+        """Principals by the value of the header authorization."""
+        self._cache_bytes = 0
+        self._cache_generation = self.keys.generation
+        """Generation of the keys that the cached tokens were checked with."""
 
-    def known(self, authorization: str) -> Principal | None:
-        """Whose header this is, if that is known already."""
-        if self._generation != self.keys.generation:
-            self._forget()
-        principal = self._known.get(authorization)
-        if principal is None or principal.until <= time.time() or not self.keys.hold():
+    def cached(self, authorization: str) -> Principal | None:
+        """The principal of a header, if it is cached and still valid."""
+        if self._cache_generation != self.keys.generation:
+            self._clear_cache()
+        principal = self._cache.get(authorization)
+        if principal is None or principal.expires_at <= time.time() or not self.keys.are_valid():
             return None
         return principal
 
     async def principal(self, authorization: str) -> Principal:
-        """Whose header this is. Raises Refused if it has no good token, or there are no keys to check it."""
+        """The principal of a header.
+
+        Raises Refused with 401 if the token is invalid, and with 503 if the issuer's keys cannot be fetched.
+        """
         scheme, _, token = authorization.partition(" ")
-        if scheme.lower() != "bearer" or not token or len(token) > MAX_LENGTH:
-            raise _refusal("a bearer token is needed: the header `authorization: Bearer ...`")
+        if scheme.lower() != "bearer" or not token or len(token) > MAX_TOKEN_LENGTH:
+            raise _refusal("the request must have a bearer token: the header `authorization: Bearer ...`")
         try:
-            principal = self._check(token, await self.keys.held())
+            principal = self._check(token, await self.keys.current())
         except InvalidKeyIdError:
             try:
-                principal = self._check(token, await self.keys.newer())
+                principal = self._check(token, await self.keys.refetched())
             except InvalidKeyIdError:
-                raise _refusal("the token's key is none of the issuer's") from None
-        self._remember(authorization, principal)
+                raise _refusal("the token must be signed with one of the issuer's keys") from None
+        self._add_to_cache(authorization, principal)
         return principal
 
-    def _remember(self, authorization: str, principal: Principal) -> None:
+    def _add_to_cache(self, authorization: str, principal: Principal) -> None:
         texts = (authorization, principal.name, principal.scopes, *principal.scopes)
-        size = ENTRY_BYTES + sum(map(sys.getsizeof, texts))
-        if self._known_bytes + size > MAX_KNOWN_BYTES or self._generation != self.keys.generation:
-            self._forget()
-        if authorization not in self._known:
-            self._known_bytes += size
-        self._known[authorization] = principal
+        size = CACHE_ENTRY_BYTES + sum(map(sys.getsizeof, texts))
+        if self._cache_bytes + size > MAX_CACHE_BYTES or self._cache_generation != self.keys.generation:
+            self._clear_cache()
+        if authorization not in self._cache:
+            self._cache_bytes += size
+        self._cache[authorization] = principal
 
-    def _forget(self) -> None:
-        self._known.clear()
-        self._known_bytes = 0
-        self._generation = self.keys.generation
+    def _clear_cache(self) -> None:
+        self._cache.clear()
+        self._cache_bytes = 0
+        self._cache_generation = self.keys.generation
 
     def _check(self, token: str, keys: KeySet) -> Principal:
+        """The principal of a token. Raises InvalidKeyIdError if its key is not among `keys`, Refused if it is
+        invalid for any other reason."""
         try:
             decoded = jwt.decode(token, keys, algorithms=ALGORITHMS)
             self._claims.validate(decoded.claims)
@@ -118,14 +132,14 @@ class Authenticator:
         except ExpiredTokenError:
             raise _refusal("the token has expired") from None
         except (JoseError, ValueError, TypeError) as error:
-            raise _refusal(f"the token is not good: {error}") from None
+            raise _refusal(f"the token is invalid: {error}") from None
         except RecursionError:
-            raise _refusal("the token is not good: its JSON is nested too deeply") from None
+            raise _refusal("the token is invalid: its JSON is nested too deeply") from None
         claims = decoded.claims
         subject = claims["sub"]
-        # Whole, as records and limits go by it: cut off, two principals could become one.
-        if not (isinstance(subject, str) and SUBJECT.fullmatch(subject)):
-            raise _refusal("the token's sub must be 1 to 256 characters, without control characters")
+        # Truncation could merge two principals, whose records and rate limits must stay separate.
+        if not (isinstance(subject, str) and SUBJECT_PATTERN.fullmatch(subject)):
+            raise _refusal("the token's sub must have 1 to 256 characters, none of them a control character")
         scope = claims.get("scope", "")
         scopes = scope.split() if isinstance(scope, str) else []
         return Principal(subject, frozenset(scopes), float(claims["exp"]) + LEEWAY_S)

@@ -1,9 +1,7 @@
-"""The body of a request, read only when the endpoint asks for it: after the token and the limits that the
-headers alone decide.
+"""Request bodies, read when the endpoint asks for them: after all checks that need the headers alone.
 
-A body has a limit in bytes and one time limit for all of it. The unfinished bodies of a process are bounded
-together, in number and in bytes. Whoever has been sending for longest makes room for a new one, so that slow
-clients cannot keep out fast ones.
+A body has a maximum size and one time limit. The unfinished bodies of a process are bounded together, in
+number and in bytes; beyond that the oldest one is refused, so that slow clients cannot block fast ones.
 """
 
 import asyncio
@@ -15,10 +13,10 @@ from starlette.types import Receive
 from app.serving.gateway.haproxy import IN_HAND, MAX_BODY_BYTES
 from app.serving.http import CLIENT_GONE, Refused
 
-BODY_S = 10.0
-"""Time for a whole body to arrive, however many chunks it comes in."""
+BODY_TIMEOUT_S = 10.0
+"""Time limit for a whole body to arrive, in any number of chunks."""
 MAX_UNFINISHED = IN_HAND // 2
-"""Unfinished bodies per process. The other half of a replica's places stays with complete requests."""
+"""Maximum number of unfinished bodies per process; half of a replica's places stay free of them."""
 
 
 class UnfinishedBodies:
@@ -28,19 +26,19 @@ class UnfinishedBodies:
         self,
         max_bytes: int = MAX_BODY_BYTES,
         max_unfinished: int = MAX_UNFINISHED,
-        body_s: float = BODY_S,
+        body_timeout_s: float = BODY_TIMEOUT_S,
     ):
         self._max_bytes = max_bytes
         self._max_unfinished = max_unfinished
-        self._body_s = body_s
+        self._body_timeout_s = body_timeout_s
         self._unfinished: dict[asyncio.Timeout, int] = {}
-        """Bytes so far by the body's time limit, the oldest first."""
+        """Bytes received so far, by the time limit of the body; the oldest body comes first."""
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[asyncio.Timeout]:
-        """A place for a body, until the block ends. Raises Refused if it takes too long."""
+        """Hold a place for a body during the block. Raises Refused with 408 if the block takes too long."""
         try:
-            async with asyncio.timeout(self._body_s) as limit:
+            async with asyncio.timeout(self._body_timeout_s) as limit:
                 self._unfinished[limit] = 0
                 self._make_room()
                 try:
@@ -48,13 +46,13 @@ class UnfinishedBodies:
                 finally:
                     self._unfinished.pop(limit, None)
         except TimeoutError:
-            error = (
-                f"the body must arrive within {self._body_s:g} s, sooner while many others do; send it again"
-            )
-            raise Refused(408, error) from None
+            raise Refused(
+                408,
+                f"the body must arrive within {self._body_timeout_s:g} s, less under load; send it again",
+            ) from None
 
     async def read(self, receive: Receive, max_bytes: int) -> bytes:
-        """A whole body. Raises Refused if it is too large or too slow, or if the client leaves."""
+        """Read a whole body. Raises Refused if it is too large or too slow, or if the client disconnects."""
         body = bytearray()
         async with self.place() as limit:
             while True:
@@ -73,7 +71,7 @@ class UnfinishedBodies:
         raise AssertionError
 
     def _make_room(self) -> None:
-        """End the oldest bodies until the others are within the bounds."""
+        """Expire the oldest bodies until the others are within the limits."""
         while len(self._unfinished) > self._max_unfinished or self._num_bytes() > self._max_bytes:
             oldest = next(iter(self._unfinished))
             del self._unfinished[oldest]
@@ -84,27 +82,30 @@ class UnfinishedBodies:
 
 
 class StreamedBody:
-    """A request's body, not read yet."""
+    """The body of a request, still unread."""
 
-    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, room: UnfinishedBodies):
-        self._declared = _declared(headers)
+    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive, unfinished: UnfinishedBodies):
+        self._declared_bytes = _declared_bytes(headers)
         self._receive = receive
-        self._room = room
-        self._begun = self._complete = False
+        self._unfinished = unfinished
+        self._has_started = self._is_complete = False
 
     async def read(self, max_bytes: int) -> bytes:
-        """All of it; may be called once. Raises Refused, without reading what is declared to be too large."""
-        if self._declared > max_bytes:
+        """Read the whole body; may be called once.
+
+        Raises Refused as `UnfinishedBodies.read`, and without reading if the declared length is too large.
+        """
+        if self._declared_bytes > max_bytes:
             raise too_large(max_bytes)
-        self._begun = True
-        body = await self._room.read(self._receive, max_bytes)
-        self._complete = True
+        self._has_started = True
+        body = await self._unfinished.read(self._receive, max_bytes)
+        self._is_complete = True
         return body
 
-    async def complete(self) -> bool:
-        """Whether nothing of it is left to come, for an answer that is given without it. Never waits."""
-        if self._begun:
-            return self._complete
+    async def is_complete(self) -> bool:
+        """Whether the body has arrived completely, read or not. Does not wait for the client."""
+        if self._has_started:
+            return self._is_complete
         try:
             async with asyncio.timeout(0):
                 message = await self._receive()
@@ -114,7 +115,7 @@ class StreamedBody:
 
 
 class ReceivedBody(StreamedBody):
-    """A body that has been read by somebody else."""
+    """A body that has already been received."""
 
     def __init__(self, content: bytes):
         async def receive() -> dict[str, object]:
@@ -124,12 +125,13 @@ class ReceivedBody(StreamedBody):
 
 
 def too_large(max_bytes: int) -> Refused:
+    """A refusal with 413."""
     return Refused(413, f"the body must not exceed {max_bytes} bytes")
 
 
-def _declared(headers: Mapping[bytes, bytes]) -> int:
-    """Bytes by the content-length, 0 without one. Raises Refused if it is no number of bytes."""
+def _declared_bytes(headers: Mapping[bytes, bytes]) -> int:
+    """The header content-length, 0 if it is missing. Raises Refused if it is not a number of bytes."""
     text = headers.get(b"content-length", b"0")
-    if not text.isdigit() or len(text) > 19:  # as many digits as a 64-bit integer may have
+    if not text.isdigit() or len(text) > 19:  # digits of a 64-bit integer
         raise Refused(400, "the header content-length must be a number of bytes")
     return int(text)

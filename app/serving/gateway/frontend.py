@@ -1,51 +1,42 @@
-"""What the endpoints of a cluster share, because one HAProxy answers for all of them: the interface, the
-port, the certificate, and the server for gRPC.
+"""The frontend of a cluster: the address, port, certificate and gRPC port that all endpoints share.
 
-It belongs to the cluster, not to a project: each `serve` is checked against every endpoint that is deployed,
-and refused if it asks for another front than theirs. Nothing becomes reachable where its own project file
-does not say so.
+One HAProxy serves all endpoints of a cluster. `serve` therefore refuses an endpoint whose project file asks
+for another frontend than the deployed endpoints have, so that no endpoint is reachable in a way that its own
+project file does not allow.
 """
 
-import contextlib
-import hashlib
 import ipaddress
-import json
-import socket
-import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-from joserfc.errors import JoseError
-from joserfc.jwk import KeySet
 
 from app.config import Serving
 from app.config.serving import Issuer
 from app.errors import UserError
-from app.serving.gateway.haproxy import SETTINGS
-from app.state import files
-from app.state.home import front_folder
+from app.serving.gateway import preflight
 
-PEMS = "front-*.pem"
 LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+"""Loopback address by IP version."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frontend:
-    """Where a cluster's endpoints are reached."""
+    """The side of the gateway that clients connect to."""
 
     host: str
-    """A numeric address."""
+    """Numeric IP address to listen on."""
     port: int
     certificate: str | None
+    """Path of the server certificate; None without TLS."""
     key: str | None
+    """Path of the certificate's private key; None without TLS."""
     grpc_port: int | None
+    """Port of the gRPC server; None if there is none."""
     connections_per_address: int | None = None
-    """None: no limit."""
+    """Maximum number of connections per client address; None for no limit."""
 
     @property
     def url(self) -> str:
-        """The server's URL, from this machine."""
+        """URL of the server for clients on this machine."""
         address = ipaddress.ip_address(self.host)
         host = LOOPBACK[address.version] if address.is_unspecified else self.host
         return f"{'https' if self.certificate else 'http'}://{bracketed(host)}:{self.port}"
@@ -53,38 +44,41 @@ class Frontend:
 
 @dataclass(frozen=True)
 class Backend:
-    """What the front has to know of an endpoint behind it."""
+    """The settings of an endpoint that the gateway applies."""
 
     issuer: Issuer | None
-    """Whose tokens it takes; None if it asks for none."""
+    """Issuer of the tokens that the endpoint accepts; None if it requires no tokens."""
     max_wait_s: float
+    """Maximum time for which a request waits for a replica."""
     max_body_bytes: int
 
     @property
     def secured(self) -> bool:
-        """Whether it asks for a token."""
+        """Whether the endpoint requires a token."""
         return self.issuer is not None
 
-    def beside(self, before: "Backend") -> "Backend":
-        """What holds while replicas of this and of `before` answer."""
-        largest = max(self.max_body_bytes, before.max_body_bytes)
-        return Backend(self.issuer if self.issuer == before.issuer else None, self.max_wait_s, largest)
+    def merged(self, previous: "Backend") -> "Backend":
+        """Settings for the time in which replicas with these and with the previous settings answer."""
+        max_body_bytes = max(self.max_body_bytes, previous.max_body_bytes)
+        return Backend(
+            self.issuer if self.issuer == previous.issuer else None, self.max_wait_s, max_body_bytes
+        )
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """A cluster's front, and the endpoints behind it."""
+    """The frontend of a cluster and the endpoints behind it."""
 
-    front: Frontend
-    endpoints: Mapping[str, Backend] = field(default_factory=dict)
-    """By name. An endpoint is written here before it is deployed."""
+    frontend: Frontend
+    backends: Mapping[str, Backend] = field(default_factory=dict)
+    """Endpoints by name. An endpoint is added before it is deployed."""
 
 
 def frontend_of(serving: Serving) -> Frontend:
-    """The front that a project asks for. Raises UserError if the host is no address of this machine."""
+    """The frontend of a project file. Raises UserError if the host is not an address of this machine."""
     tls = serving.tls
     return Frontend(
-        host=_resolved(serving.host),
+        host=preflight.resolve_host(serving.host),
         port=serving.port,
         certificate=tls.certificate if tls else None,
         key=tls.key if tls else None,
@@ -93,14 +87,50 @@ def frontend_of(serving: Serving) -> Frontend:
     )
 
 
-def check(
-    held: Gateway | None, name: str, asked: Frontend, secured: bool, num_nodes: int, deployed: set[str]
+def require_compatible(
+    current: Gateway | None,
+    name: str,
+    requested: Frontend,
+    secured: bool,
+    num_nodes: int,
+    deployed: set[str],
 ) -> None:
-    """Raise UserError unless `name` may be served behind this front.
+    """Raise UserError unless the endpoint `name` may be served with the `requested` frontend.
 
-    `held` is the cluster's front now, and `deployed` are the models that Ray Serve runs an endpoint for.
+    `current` is the gateway of the cluster, `secured` whether the endpoint requires tokens, and `deployed`
+    are the endpoints that Ray Serve runs.
     """
-    address = ipaddress.ip_address(asked.host)
+    _require_safe_address(name, ipaddress.ip_address(requested.host), secured, num_nodes)
+    others = sorted(deployed - {name})
+    if current is None:
+        if deployed:
+            raise UserError(
+                f"{', '.join(sorted(deployed))} runs on this cluster without a gateway that this version of "
+                "Raylway can read; undeploy it, or restart the cluster"
+            )
+        return
+    if current.frontend.port != requested.port and not others:
+        raise UserError(
+            f"serving.port of {name} is {requested.port}, but {name} is served on port "
+            f"{current.frontend.port}, which cannot change while it is served; undeploy it first"
+        )
+    if others and (differences := _differences(requested, current.frontend)):
+        raise UserError(
+            f"{name} must have the same frontend as {', '.join(others)}, which this cluster serves, but "
+            f"{'; '.join(differences)}. Change the project file of {name}, or serve {name} on a cluster "
+            "of its own (another RAYLWAY_HOME and port)."
+        )
+
+
+def bracketed(host: str) -> str:
+    """A numeric address as it is written before a port: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _require_safe_address(
+    name: str, address: ipaddress.IPv4Address | ipaddress.IPv6Address, secured: bool, num_nodes: int
+) -> None:
+    """Raise UserError if requests without tokens could come from other machines, or nodes cannot listen."""
     if not secured and not address.is_loopback:
         raise UserError(
             f"serving.auth of {name} must be local or an issuer: serving.host, {address}, can be reached "
@@ -116,157 +146,17 @@ def check(
             f"serving.host of {name} must be 0.0.0.0, :: or a loopback address, not {address}: each of the "
             f"cluster's {num_nodes} nodes listens on it"
         )
-    others = sorted(deployed - {name})
-    if held is None:
-        if deployed:
-            raise UserError(
-                f"{', '.join(sorted(deployed))} runs on this cluster, but not behind a front of this version "
-                "of Raylway; take it off, or restart the cluster"
-            )
-        return
-    if held.front.port != asked.port and not others:
-        raise UserError(
-            f"serving.port of {name} is {asked.port}, but it is served on port {held.front.port}, which does "
-            "not change while it is served; take it off first"
-        )
-    if others and (different := _differences(asked, held.front)):
-        raise UserError(
-            f"{name} and {', '.join(others)} would be served by one cluster, which has one front, but "
-            f"{'; '.join(different)}. Change it in the project file of {name}, or serve {name} on a cluster "
-            "of its own (another RAYLWAY_HOME and port)."
-        )
 
 
-def _differences(asked: Frontend, held: Frontend) -> list[str]:
-    keys = {"certificate": "tls", "key": "tls.key"}
-    pairs = {keys.get(name, name): (value, getattr(held, name)) for name, value in asdict(asked).items()}
+def _differences(requested: Frontend, current: Frontend) -> list[str]:
+    """The settings in which two frontends differ, as text."""
+    settings = {"certificate": "tls", "key": "tls.key"}
     return [
-        f"serving.{key} is {'none' if ours is None else ours}, theirs is {'none' if held is None else held}"
-        for key, (ours, held) in pairs.items()
-        if ours != held
+        f"serving.{settings.get(name, name)} is {_text(value)} instead of {_text(getattr(current, name))}"
+        for name, value in asdict(requested).items()
+        if value != getattr(current, name)
     ]
 
 
-def read() -> Gateway | None:
-    """What holds for this cluster; None if nothing is served."""
-    try:
-        document = json.loads((front_folder() / SETTINGS).read_text())
-    except FileNotFoundError:
-        return None
-    if "front" not in document:  # of an older version
-        return None
-    endpoints = {
-        name: Backend(**{**values, "issuer": values["issuer"] and Issuer.model_validate(values["issuer"])})
-        for name, values in document["endpoints"].items()
-    }
-    return Gateway(Frontend(**document["front"]), endpoints)
-
-
-@contextlib.contextmanager
-def tried(shared: Gateway) -> Iterator[None]:
-    """Let HAProxy go by it from its next reload on; by what was before, if the block fails.
-
-    Raises UserError if a file of the front is gone.
-    """
-    front, folder = shared.front, front_folder()
-    file, pem = folder / SETTINGS, None
-    before = file.read_text() if file.exists() else None
-    if front.certificate and front.key:
-        # HAProxy wants them in one file. A new one for each content: the old one may be needed again.
-        try:
-            content = f"{Path(front.certificate).read_text()}\n{Path(front.key).read_text()}"
-        except OSError as error:
-            raise UserError(
-                f"the certificate that is served now must be there until another is: {error}; put it back, "
-                "or take the endpoints off first (`raylway undeploy`)"
-            ) from None
-        pem = folder / f"front-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"
-        files.write(pem, content, mode=0o600)
-    document = {
-        "host": front.host,
-        "pem": pem and str(pem),
-        "connections_per_address": front.connections_per_address,
-        "front": asdict(front),
-        "endpoints": {
-            name: {**vars(behind), "issuer": behind.issuer and behind.issuer.model_dump()}
-            for name, behind in shared.endpoints.items()
-        },
-        "max_wait_s": {name: behind.max_wait_s for name, behind in shared.endpoints.items()},
-    }
-    files.write(file, json.dumps(document), mode=0o600)
-    try:
-        yield
-    except BaseException:
-        if before is None:
-            forget()
-        else:
-            files.write(file, before, mode=0o600)
-        raise
-    for other in folder.glob(PEMS):
-        if other != pem:
-            other.unlink(missing_ok=True)
-
-
-def forget() -> None:
-    """Nothing is served any more."""
-    for file in (front_folder() / SETTINGS, *front_folder().glob(PEMS)):
-        file.unlink(missing_ok=True)
-
-
-def check_files(serving: Serving) -> None:
-    """Raise UserError if a file that the project names for TLS or tokens is not there, or is none."""
-    if tls := serving.tls:
-        try:
-            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(tls.certificate, tls.key)
-        except (OSError, ssl.SSLError) as error:
-            raise UserError(
-                f"serving.tls must name a certificate and its key, in PEM format; {tls.certificate} and "
-                f"{tls.key}: {error}"
-            ) from None
-    if isinstance(serving.auth, str) or serving.auth.jwks.startswith(("http://", "https://")):
-        return
-    try:
-        KeySet.import_key_set(json.loads(Path(serving.auth.jwks).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, JoseError) as error:
-        raise UserError(
-            f"serving.auth.jwks must be a URL or a file with a JSON Web Key Set; {serving.auth.jwks}: {error}"
-        ) from None
-
-
-def require_free(host: str, port: int, setting: str) -> None:
-    """Raise UserError if somebody listens there: HAProxy would share the port instead of failing."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(
-                f"port {port} must be free on {host} for the endpoint ({error.strerror}). Stop what uses it, "
-                f"or choose another with {setting}."
-            ) from error
-
-
-def bracketed(host: str) -> str:
-    """A numeric address as it stands before a port."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _resolved(host: str) -> str:
-    """The address to listen on, IPv4 if a name has both."""
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(
-            f"serving.host: {host!r} must be an address of this machine: {error.strerror}"
-        ) from None
-    family, _, _, _, address = min(found, key=lambda each: each[0] != socket.AF_INET)
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((address[0], 0))
-        except OSError as error:
-            raise UserError(
-                f"serving.host: {host!r} must be an address of this machine, such as 127.0.0.1 or 0.0.0.0: "
-                f"{error.strerror}"
-            ) from None
-    return str(address[0])
+def _text(value: str | int | None) -> str:
+    return "none" if value is None else str(value)

@@ -1,10 +1,9 @@
-"""What stands before every deployment: no client header steers Ray Serve, and no body is read before the
-deployment asks for it.
+"""ASGI middleware in front of all deployments: cleans headers, and leaves bodies unread until needed.
 
-`middlewares` is called by Serve in each process that takes HTTP requests (see app.cluster.flags): behind
-HAProxy these are the replicas themselves. There a request goes from the HTTP server straight to the
-deployment: Serve's own way to it (three tasks, two contexts and a dozen metrics for each request) takes
-several times as long as a small model does.
+Client headers that control Ray Serve are removed. Serve calls `middlewares` in all processes that accept HTTP
+requests (`app.cluster.flags`); behind HAProxy these are the replicas. In a replica of ours, a request goes
+directly from the HTTP server to the deployment: Serve's own path (three tasks, two contexts and a dozen
+metrics per request) takes several times as long as a small model.
 """
 
 import os
@@ -25,28 +24,28 @@ from app.serving.http import CLIENT_GONE, Refused, Request, Responder, Response,
 from app.serving.logs import log
 from app.state.home import SECRET
 
-STEERING = {
-    b"x-request-timeout-seconds",  # 0 would switch the server's timeout off
+CONTROL_HEADERS = {
+    b"x-request-timeout-seconds",  # 0 would disable the server's timeout
     b"x-request-disconnect-disabled",
     b"x-session-id",
     b"serve-multiplexed-model-id",
 }
-"""Headers by which a client would give orders to Serve, with - for _, as Serve compares them."""
-DECODED = STEERING | {b"x-request-id", b"x-raylway-unit", b"traceparent", b"tracestate"}
-"""Headers that Serve or an endpoint reads as UTF-8; Serve answers 500 to one that is not."""
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
-"""A client's request id that is taken over; any other is replaced, because it ends up in logs."""
-OF_SERVE = "/-/"
-"""Paths below this are Serve's own."""
-UNFINISHED = {"connection": "close", UNFINISHED_HEADER: "1"}
-"""Headers of an answer that is given before the whole body has arrived: HAProxy then ends the request instead
-of waiting for the rest, which would keep one of the replica's places."""
-HEALTH = "/-/healthz"
-"""Where HAProxy asks whether a replica is healthy. What else Serve tells is nobody's business."""
+"""Headers that control Serve. Serve treats _ and - in their names alike."""
+DECODED_HEADERS = CONTROL_HEADERS | {b"x-request-id", b"x-raylway-unit", b"traceparent", b"tracestate"}
+"""Headers that Serve or an endpoint decodes as UTF-8; Serve answers invalid UTF-8 with 500."""
+REQUEST_ID_PATTERN = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
+"""Pattern of a client's request id that is kept. Any other is replaced, because request ids are logged."""
+SERVE_PREFIX = "/-/"
+"""Prefix of Serve's own paths. All but HEALTH_PATH are hidden, because they describe the applications."""
+HEALTH_PATH = "/-/healthz"
+"""Path of HAProxy's health checks."""
+UNFINISHED_HEADERS = {"connection": "close", UNFINISHED_HEADER: "1"}
+"""Headers of a response that is sent before the whole body has arrived. HAProxy then ends the request instead
+of waiting for the rest, which would occupy one of the replica's places."""
 
 
 class DirectPath:
-    """How requests get from the HTTP server of this process to its deployment: directly, or through Serve."""
+    """Whether requests go directly from the HTTP server of this process to its deployment."""
 
     def __init__(self) -> None:
         self.is_guarded = False
@@ -54,10 +53,10 @@ class DirectPath:
         self.has_deployment = False
         """Whether a deployment of ours runs in this process, which the guard calls directly."""
         self.num_missed = 0
-        """Requests that the guard handed to Serve although the deployment runs."""
+        """Number of requests that the guard passed to Serve although the deployment runs."""
 
     def faults(self) -> list[str]:
-        """Reasons why requests do not take the direct path."""
+        """Reasons why requests do not go directly to the deployment; empty if they do."""
         faults = []
         if not self.is_guarded:
             faults.append(
@@ -73,20 +72,20 @@ class DirectPath:
 
 
 DIRECT_PATH = DirectPath()
-"""That of this process. Serve calls `middlewares` by its path, so that nothing can be handed to it."""
+"""State of this process. It is global because Serve calls `middlewares` by name, without arguments."""
 
 
 def middlewares() -> list[Middleware]:
-    """For Ray Serve, which wraps each in the next: the outermost is the last."""
+    """The middlewares for Ray Serve, from the innermost to the outermost."""
     DIRECT_PATH.is_guarded = True
     return [Middleware(Guard, _deployment), Middleware(ProofMiddleware, os.environ.get(SECRET, ""))]
 
 
 class Guard:
-    """Cleans a request's headers and hands it to the replica's deployment, which asks for the body.
+    """Cleans the headers of a request and passes it to the deployment of this process, which reads the body.
 
-    Where there is none of ours, as in the proxy that Serve keeps on the head node for when no replica runs,
-    the request goes on to Serve, with its whole body.
+    In a process without a deployment of ours, the request goes on to Serve with its whole body. An example is
+    the proxy on the head node, which Serve uses while no replica runs.
     """
 
     def __init__(
@@ -94,56 +93,58 @@ class Guard:
         app: ASGIApp,
         deployment: Callable[[], Responder | None] = lambda: None,
         max_body_bytes: int = MAX_BODY_BYTES,
-        room: UnfinishedBodies | None = None,
+        unfinished: UnfinishedBodies | None = None,
     ):
-        """`deployment` is called for each request: Serve begins to listen before there is one."""
+        """`deployment` is called for every request, because Serve listens before the deployment exists."""
         self._app = app
         self._deployment = deployment
         self._max_body_bytes = max_body_bytes
-        self._room = room or UnfinishedBodies()
+        self._unfinished = unfinished or UnfinishedBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
             return
-        if scope["type"] != "http" or scope["path"] == HEALTH:
+        if scope["type"] != "http" or scope["path"] == HEALTH_PATH:
             await self._app(scope, receive, send)
             return
         request_id, body = "", None
         try:
-            if scope["path"].startswith(OF_SERVE):
+            if scope["path"].startswith(SERVE_PREFIX):
                 raise Refused(404, "no such path")
             headers = _clean(scope["headers"])
             request_id = headers.get(b"x-request-id", b"").decode()
             request_id = request_id or new_request_id()
-            body = StreamedBody(headers, receive, self._room)
+            body = StreamedBody(headers, receive, self._unfinished)
             deployment = self._deployment()
             if deployment is None:
                 DIRECT_PATH.num_missed += DIRECT_PATH.has_deployment
                 headers[b"x-request-id"] = request_id.encode()
                 content = await body.read(self._max_body_bytes)
-                await self._app({**scope, "headers": list(headers.items())}, _once(content, receive), send)
+                await self._app({**scope, "headers": list(headers.items())}, _replay(content, receive), send)
                 return
             response = await deployment.respond(
                 Request(scope["method"], scope["path"], headers, body, request_id)
             )
-        except Refused as refused:
-            response = Response.from_refusal(refused)
+        except Refused as refusal:
+            response = Response.from_refusal(refusal)
         except Exception:
             log.exception("request %s failed", request_id)
-            error = f"this is our mistake, not yours; the log says more of the request {request_id}"
+            error = f"internal error; the server's log has details of the request {request_id}"
             response = Response(Refused(500, error).body(), 500)
         if response.status == CLIENT_GONE:
             return
-        if body is None or not await body.complete():
-            # The rest of the body would be read as the connection's next request.
-            response = replace(response, headers={**response.headers, **UNFINISHED})
+        if body is None or not await body.is_complete():
+            # Otherwise the server would parse the rest of the body as the next request of the connection.
+            response = replace(response, headers={**response.headers, **UNFINISHED_HEADERS})
         await response.send(send, request_id or new_request_id(), scope["method"])
 
 
 def _deployment() -> Responder | None:
-    """The object that answers in this process, if it is a replica of ours. Other applications of Ray Serve on
-    the cluster get their requests from Serve."""
+    """The deployment that runs in this process; None if it is not one of ours.
+
+    Other applications on the cluster get their requests from Serve.
+    """
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -154,38 +155,39 @@ def _deployment() -> Responder | None:
     return servable if hasattr(servable, "respond") else None
 
 
-def _once(body: bytes, receive: Receive) -> Receive:
-    """The body again, as one message."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """An ASGI receive function that first returns a body which has been read, as one message."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    async def receive_again() -> Message:
+    async def receive_or_replay() -> Message:
         return pending.pop() if pending else await receive()
 
-    return receive_again
+    return receive_or_replay
 
 
 def _clean(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The headers without those that steer Serve. Raises Refused for bytes that are not UTF-8."""
-    kept = {}
+    """The headers without CONTROL_HEADERS and invalid request ids. Raises Refused for invalid UTF-8."""
+    cleaned = {}
     for name, value in headers:
-        plain = name.lower().replace(b"_", b"-")
-        if plain in DECODED:
+        normalized = name.lower().replace(b"_", b"-")
+        if normalized in DECODED_HEADERS:
             try:
                 value.decode()
             except UnicodeDecodeError:
-                raise Refused(400, f"the header {plain.decode()} must be UTF-8") from None
-            if plain in STEERING or (plain == b"x-request-id" and not REQUEST_ID.fullmatch(value)):
+                raise Refused(400, f"the header {normalized.decode()} must be UTF-8") from None
+            is_request_id = normalized == b"x-request-id"
+            if normalized in CONTROL_HEADERS or (is_request_id and not REQUEST_ID_PATTERN.fullmatch(value)):
                 continue
-        kept[name] = value
-    return kept
+        cleaned[name] = value
+    return cleaned
 
 
 async def through_serve(
     deployment: Responder, request: starlette.requests.Request
 ) -> starlette.responses.Response:
-    """Answer a request that Serve's own proxy on the head node passes on when no replica listens.
+    """Answer a request that comes from Serve's own proxy on the head node, as while no replica listens.
 
-    `Guard` has run in that proxy, so the headers are clean and the body has been read.
+    `Guard` has run in the proxy: the headers are clean, and the body has been read.
     """
     headers = dict(request.headers.raw)
     request_id = headers[b"x-request-id"].decode()
@@ -194,8 +196,8 @@ async def through_serve(
         response = await deployment.respond(
             Request(request.method, request.scope["path"], headers, body, request_id)
         )
-    except Refused as refused:
-        response = Response.from_refusal(refused)
+    except Refused as refusal:
+        response = Response.from_refusal(refusal)
     return starlette.responses.Response(
         response.body, response.status, dict(response.headers), response.media_type
     )

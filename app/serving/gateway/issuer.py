@@ -1,8 +1,6 @@
-"""A small issuer of access tokens, for when there is no OAuth2 server: its key is in the state directory."""
+"""A local issuer of access tokens, for `serving.auth: local`. Its keys are in the state directory."""
 
 import json
-import os
-import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -12,55 +10,45 @@ from joserfc import jwt
 from joserfc.jwk import ECKey, KeySet
 
 from app.errors import UserError
-from app.state import database
+from app.serving.gateway.auth import SCOPES
+from app.state import database, files
 from app.state.home import home, make_private
 
-PRIVATE, PUBLIC = "keys.json", "jwks.json"
-LOCK = "issuer"
 ISSUER = "raylway"
+"""Claim `iss` of the tokens."""
 AUDIENCE = "raylway"
-SCOPES = ("predict", "feedback", "explain", "admin")
-"""Each for all models, or for one, such as predict:income."""
+"""Claim `aud` of the tokens."""
+PRIVATE_KEYS, PUBLIC_KEYS = "keys.json", "jwks.json"
+"""Files with the JSON Web Key Sets; the first key signs."""
+LOCK = "issuer"
+"""Name of the database lock that is held while keys are added."""
 
 
 def jwks() -> Path:
-    """The public keys, as a JSON Web Key Set; made with a first key if there is none."""
-    if not (_folder() / PRIVATE).exists():
+    """The file with the public keys, a JSON Web Key Set. Creates the first key if there is none."""
+    if not (_folder() / PRIVATE_KEYS).exists():
         with database.alone(LOCK):
-            if not (_folder() / PRIVATE).exists():
+            if not (_folder() / PRIVATE_KEYS).exists():
                 _add_key()
-    return _folder() / PUBLIC
+    return _folder() / PUBLIC_KEYS
 
 
 def new_key() -> None:
-    """Sign with a new key from now on; tokens of the ones before stay good."""
+    """Create a key that signs all later tokens; tokens signed with earlier keys stay valid."""
     with database.alone(LOCK):
         _add_key()
 
 
-def _add_key() -> None:
-    """Needs the lock: of two who add a key at once, one would lose the other's."""
-    folder = _folder()
-    make_private(folder)
-    private = folder / PRIVATE
-    before = json.loads(private.read_text())["keys"] if private.exists() else []
-    key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
-    keys = KeySet([key, *(ECKey.import_key(each) for each in before)])
-    # Published before anything is signed with it, whatever ends this in between.
-    _write(folder / PUBLIC, dict(keys.as_dict(private=False)))
-    _write(private, dict(keys.as_dict(private=True)))
-
-
 def issue(subject: str, scopes: Sequence[str], hours: float) -> str:
-    """A token for somebody. Raises UserError for a scope that there is not."""
+    """Issue a token that expires after `hours`. Raises UserError for an unknown scope."""
     for scope in scopes:
         if scope.partition(":")[0] not in SCOPES:
             raise UserError(
-                f"{scope!r} is no scope; there are {', '.join(SCOPES)}, each also for one model, such as "
-                "predict:income"
+                f"a scope must be one of {', '.join(SCOPES)}, or one of them for one model, such as "
+                f"predict:income; not {scope!r}"
             )
     jwks()
-    key = ECKey.import_key(json.loads((_folder() / PRIVATE).read_text())["keys"][0])
+    key = ECKey.import_key(json.loads((_folder() / PRIVATE_KEYS).read_text())["keys"][0])
     now = int(time.time())
     claims = {
         "iss": ISSUER,
@@ -74,12 +62,22 @@ def issue(subject: str, scopes: Sequence[str], hours: float) -> str:
     return jwt.encode({"alg": "ES256", "kid": key.kid}, claims, key)
 
 
+def _add_key() -> None:
+    """Add a key; the caller must hold LOCK, because concurrent calls could overwrite each other's key."""
+    folder = _folder()
+    make_private(folder)
+    file = folder / PRIVATE_KEYS
+    existing = json.loads(file.read_text())["keys"] if file.exists() else []
+    key = ECKey.generate_key("P-256", {"use": "sig", "alg": "ES256"}, auto_kid=True)
+    keys = KeySet([key, *(ECKey.import_key(existing_key) for existing_key in existing)])
+    # Publish the key first: if the process is killed in between, no token has an unpublished key.
+    _write(folder / PUBLIC_KEYS, dict(keys.as_dict(private=False)))
+    _write(file, dict(keys.as_dict(private=True)))
+
+
 def _folder() -> Path:
     return home() / "issuer"
 
 
-def _write(path: Path, document: dict[str, object]) -> None:
-    descriptor, name = tempfile.mkstemp(dir=path.parent)  # mode 0600
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(document, file, indent=1)
-    Path(name).replace(path)
+def _write(file: Path, document: dict[str, object]) -> None:
+    files.write(file, json.dumps(document, indent=1), mode=0o600)

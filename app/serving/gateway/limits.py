@@ -1,7 +1,8 @@
-"""How many requests a principal has sent to a model, over all replicas of its endpoint.
+"""Rate limits: requests per second of a principal to a model, over all replicas of the endpoint.
 
-A replica borrows a few requests of a principal at a time from the one process that counts them all, so the
-limit holds exactly however the requests are spread, and a request seldom waits for the count.
+One process counts the requests of all replicas. A replica borrows a few requests of a principal at a time
+from it. So the limit holds exactly, however requests are spread over the replicas, and a request rarely waits
+for the count.
 """
 
 import asyncio
@@ -9,121 +10,151 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.serving.logs import log
+from app.serving.names import ROOT
 
-ROOT = "Raylway"
-"""The application that counts; a model's name, which its application has, has no capital."""
 LEASE_S = 0.1
-"""So much of a principal's rate is borrowed at once."""
+"""Size of a lease: the requests that the rate allows in this time are borrowed at once."""
+LEASE_LIFETIME_S = 1.0
+"""Time after which borrowed requests that were not used are lost."""
 BURST_S = 1.0
-"""So much of it may come at once."""
+"""Size of a bucket: the requests that the rate allows in this time may come at once."""
 FORGET_S = 60.0
-ALONE_S = 5.0
-"""How long a replica counts for itself after the one that counts for all has not answered."""
+"""Time after which the bucket of a principal without requests is removed. It is full by then."""
+FALLBACK_S = 5.0
+"""Time for which a replica counts on its own after the central count has failed."""
+ROOT_TIMEOUT_S = 1.0
+"""Time limit for an answer of the central count."""
+MAX_PRINCIPALS = 100_000
+"""Maximum number of principals that a replica keeps leases of."""
+
+
+class Grant(NamedTuple):
+    """Requests that a replica may admit."""
+
+    num_requests: int
+    wait_s: float
+    """Time until a request may be admitted; 0 if `num_requests` is positive."""
+
+
+Borrow = Callable[[str, str, float, int], Awaitable[Grant]]
+"""Function with the arguments and the result of `Buckets.borrow`."""
 
 
 @dataclass
 class _Bucket:
     tokens: float
-    at: float
+    updated_at: float
 
 
 class Buckets:
-    """The count: a token bucket for each model and principal (Turner, "New directions in
-    communications", 1986)."""
+    """Token buckets, one per model and principal.
+
+    Turner, "New directions in communications (or which way to the information age?)", 1986.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
-        self._swept = clock()
+        self._swept_at = clock()
 
-    def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
-        """Up to `wanted` requests, and if there are none: in how many seconds there is one."""
-        now, most = self._clock(), max(1.0, per_s * BURST_S)
-        bucket = self._buckets.setdefault((model, principal), _Bucket(most, now))
-        bucket.tokens = min(most, bucket.tokens + (now - bucket.at) * per_s)
-        bucket.at = now
-        given = min(wanted, math.floor(bucket.tokens))
-        bucket.tokens -= given
-        if now - self._swept > FORGET_S:
-            self._buckets = {key: b for key, b in self._buckets.items() if now - b.at < FORGET_S}
-            self._swept = now
-        return given, 0.0 if given else (1 - bucket.tokens) / per_s
+    def borrow(self, model: str, principal: str, per_s: float, max_requests: int) -> Grant:
+        """Take up to `max_requests` requests from a bucket that is filled at `per_s` requests per second."""
+        now, capacity = self._clock(), max(1.0, per_s * BURST_S)
+        bucket = self._buckets.setdefault((model, principal), _Bucket(capacity, now))
+        bucket.tokens = min(capacity, bucket.tokens + (now - bucket.updated_at) * per_s)
+        bucket.updated_at = now
+        num_requests = min(max_requests, math.floor(bucket.tokens))
+        bucket.tokens -= num_requests
+        if now - self._swept_at > FORGET_S:
+            self._buckets = {key: b for key, b in self._buckets.items() if now - b.updated_at < FORGET_S}
+            self._swept_at = now
+        return Grant(num_requests, 0.0 if num_requests else (1 - bucket.tokens) / per_s)
 
 
-Borrow = Callable[[str, str, float, int], Awaitable[tuple[int, float]]]
+class _Lease(NamedTuple):
+    num_requests: int
+    """Borrowed requests that are not used yet."""
+    expires_at: float
+
+
+_NO_LEASE = _Lease(0, 0.0)
 
 
 class Limiter:
-    """A replica's part: what it has borrowed and not used."""
+    """Admits requests to one model in one replica."""
 
     def __init__(self, model: str, per_s: float, borrow: Borrow, clock: Callable[[], float] = time.monotonic):
-        """`borrow` asks the one that counts, as `Buckets.borrow` answers."""
+        """`borrow` takes requests from the central count."""
         self._model = model
         self._per_s = per_s
         self._borrow = borrow
         self._clock = clock
-        self._borrowed: dict[str, tuple[int, float]] = {}
-        """How many are left of each principal, and until when they are good."""
-        self._none_until: dict[str, float] = {}
+        self._leases: dict[str, _Lease] = {}
+        """Borrowed requests by principal."""
+        self._blocked_until: dict[str, float] = {}
+        """Time until which the requests of a principal are refused without asking the central count."""
 
     async def wait_s(self, principal: str) -> float:
-        """0 if a request of theirs may be answered; else in how many seconds there may be another."""
+        """0 if a request of this principal is admitted, else seconds until one may be admitted."""
         now = self._clock()
-        left, until = self._borrowed.get(principal, (0, 0.0))
-        if left and now < until:
-            self._borrowed[principal] = (left - 1, until)
+        lease = self._leases.get(principal, _NO_LEASE)
+        if lease.num_requests and now < lease.expires_at:
+            self._leases[principal] = lease._replace(num_requests=lease.num_requests - 1)
             return 0.0
-        if now < (soonest := self._none_until.get(principal, 0.0)):
-            return soonest - now  # told without asking: those who ask too much are not to cost much
-        lease = max(1, round(self._per_s * LEASE_S))
-        given, wait_s = await self._borrow(self._model, principal, self._per_s, lease)
+        blocked_until = self._blocked_until.get(principal, 0.0)
+        if now < blocked_until:
+            return blocked_until - now
+        max_requests = max(1, round(self._per_s * LEASE_S))
+        num_requests, wait_s = await self._borrow(self._model, principal, self._per_s, max_requests)
         now = self._clock()
-        if len(self._borrowed) + len(self._none_until) > 100_000:
-            self._borrowed.clear()
-            self._none_until.clear()
-        if not given:
-            # Not for each drop anew: what gathers meanwhile is borrowed together.
-            self._none_until[principal] = now + max(wait_s, LEASE_S)
+        if len(self._leases) + len(self._blocked_until) > MAX_PRINCIPALS:
+            self._leases.clear()
+            self._blocked_until.clear()
+        if not num_requests:
+            # Wait at least LEASE_S, so that requests are borrowed in batches.
+            self._blocked_until[principal] = now + max(wait_s, LEASE_S)
             return wait_s
-        left, until = self._borrowed.get(principal, (0, 0.0))
-        self._borrowed[principal] = (given - 1 + (left if now < until else 0), now + 1.0)
+        # Another request of this principal may have borrowed meanwhile.
+        lease = self._leases.get(principal, _NO_LEASE)
+        unused = lease.num_requests if now < lease.expires_at else 0
+        self._leases[principal] = _Lease(num_requests - 1 + unused, now + LEASE_LIFETIME_S)
         return 0.0
 
 
-class Counter:
-    """The count of all replicas' requests, kept by `app.serving.control.root`.
+class CentralCount:
+    """A replica's access to the central count, which `app.serving.control.root` keeps.
 
-    While it does not answer, each replica counts for itself and asks again after ALONE_S: a count that hangs
-    delays one request.
+    If the central count does not answer, the replica counts on its own and asks again after FALLBACK_S: a
+    central count that hangs delays one request per FALLBACK_S.
     """
 
-    def __init__(self, ask: Borrow, clock: Callable[[], float] = time.monotonic):
-        """`ask` may raise TimeoutError or RayError."""
-        self._ask = ask
+    def __init__(self, borrow: Borrow, clock: Callable[[], float] = time.monotonic):
+        """`borrow` asks the central count. It may raise TimeoutError or RayError."""
+        self._borrow = borrow
         self._clock = clock
-        self._alone = Buckets(clock)
-        self._ask_again = float("-inf")
+        self._local = Buckets(clock)
+        self._retry_at = float("-inf")
 
-    async def borrow(self, model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
-        """As `Buckets.borrow`."""
+    async def borrow(self, model: str, principal: str, per_s: float, max_requests: int) -> Grant:
+        """Borrow from the central count, or from this replica's own if that fails."""
         from ray.exceptions import RayError
 
-        if self._clock() >= self._ask_again:
+        if self._clock() >= self._retry_at:
             try:
-                return await self._ask(model, principal, per_s, wanted)
+                return await self._borrow(model, principal, per_s, max_requests)
             except (TimeoutError, RayError) as error:
-                self._ask_again = self._clock() + ALONE_S
-                log.warning("requests are counted by each replica, for %g s: %r", ALONE_S, error)
-        return self._alone.borrow(model, principal, per_s, wanted)
+                self._retry_at = self._clock() + FALLBACK_S
+                log.warning("each replica enforces rate limits on its own for %g s: %r", FALLBACK_S, error)
+        return self._local.borrow(model, principal, per_s, max_requests)
 
 
-async def ask_root(model: str, principal: str, per_s: float, wanted: int) -> tuple[int, float]:
-    """Raises TimeoutError or RayError if it does not answer within a second."""
+async def borrow_from_root(model: str, principal: str, per_s: float, max_requests: int) -> Grant:
+    """Borrow from the central count. Raises TimeoutError or RayError if it does not answer."""
     from ray import serve
 
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(ROOT_TIMEOUT_S):
         handle: Any = serve.get_deployment_handle(ROOT, app_name=ROOT)
-        return await handle.borrow.remote(model, principal, per_s, wanted)
+        return await handle.borrow.remote(model, principal, per_s, max_requests)

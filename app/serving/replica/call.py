@@ -9,7 +9,7 @@ from ray.exceptions import RayError
 
 from app.bundle.bundle import Ranking
 from app.config.serving import Limits
-from app.serving.gateway.auth import ANYBODY, Authenticator, Principal
+from app.serving.gateway.auth import ANONYMOUS, Authenticator, Principal
 from app.serving.gateway.limits import Limiter
 from app.serving.http import JSON, Refused, Request
 from app.serving.logs import log
@@ -71,7 +71,7 @@ class Call:
     @property
     def sender(self) -> Principal:
         """Who sent the request, where every action may be called."""
-        return self.principal or ANYBODY
+        return self.principal or ANONYMOUS
 
     @property
     def seconds(self) -> float:

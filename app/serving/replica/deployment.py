@@ -49,7 +49,7 @@ class Replica:
             self._authenticator.keys.start()
         limiter = None
         if serving.limits.requests_per_s is not None:
-            borrow = limits.Counter(limits.ask_root).borrow
+            borrow = limits.CentralCount(limits.borrow_from_root).borrow
             limiter = Limiter(model, serving.limits.requests_per_s, borrow)
 
         def load(traffic: Traffic, previous: Loaded | None) -> Loaded:

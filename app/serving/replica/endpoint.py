@@ -5,7 +5,7 @@ import re
 import time
 
 from app.serving import logs
-from app.serving.gateway.auth import ANYBODY
+from app.serving.gateway.auth import ANONYMOUS
 from app.serving.http import Refused, Request, Response
 from app.serving.replica.actions import ACTIONS, Action
 from app.serving.replica.call import Call, Services
@@ -62,10 +62,10 @@ class Endpoint:
     async def _authenticate(self, call: Call) -> None:
         """Find out who sent the request. Raises Refused if that is unknown, or their rate is too high."""
         authenticator, limiter = self._services.authenticator, self._services.limiter
-        call.principal = ANYBODY
+        call.principal = ANONYMOUS
         if authenticator is not None:
             authorization = call.request.header(b"authorization")
-            call.principal = authenticator.known(authorization) or await authenticator.principal(
+            call.principal = authenticator.cached(authorization) or await authenticator.principal(
                 authorization
             )
         if limiter is not None and (wait_s := await limiter.wait_s(call.principal.name)):

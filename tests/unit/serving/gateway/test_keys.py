@@ -1,4 +1,4 @@
-"""The issuer's keys: what is fetched when, and who waits for it. The issuer is a real server."""
+"""Fetches of an issuer's keys from a real HTTP server."""
 
 import asyncio
 import contextlib
@@ -25,24 +25,24 @@ def bearer(key):
 
 
 class Server:
-    """An issuer that serves a key set, or hangs, drips, or sends something else.
+    """An issuer that serves a key set, hangs, sends it byte by byte, or sends something else.
 
-    It answers in threads and closes after the client's event loop has ended, so it leaves no stream to a loop
-    that is closed.
+    It answers in threads and closes after the client's event loop has ended, so that no stream belongs to a
+    closed loop.
     """
 
     def __init__(self):
         self.keys = [OLD]
         self.mode = "answer"
-        self.asked = 0
-        self.let_go = threading.Event()
+        self.num_requests = 0
+        self.release = threading.Event()
 
     def __enter__(self):
         issuer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                issuer.asked += 1
+                issuer.num_requests += 1
                 with contextlib.suppress(OSError):
                     issuer._send(self.wfile)
 
@@ -57,14 +57,14 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        self.let_go.set()
+        self.release.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
-    async def wait_until_asked(self, times):
+    async def wait_for_requests(self, count):
         async with asyncio.timeout(60):
-            while self.asked < times:
+            while self.num_requests < count:
                 await asyncio.sleep(0.001)
 
     def _send(self, stream):
@@ -72,13 +72,13 @@ class Server:
         answer = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(document) + document
         match self.mode:
             case "hang":
-                self.let_go.wait()
+                self.release.wait()
             case "late":
-                self.let_go.wait()
+                self.release.wait()
                 stream.write(answer)
             case "drip":
                 stream.write(b"HTTP/1.1 200 OK\r\n\r\n")
-                while not self.let_go.wait(0.01):
+                while not self.release.wait(0.01):
                     stream.write(b" ")
             case "500":
                 stream.write(b"HTTP/1.1 500 Oops\r\ncontent-length: 0\r\n\r\n")
@@ -97,162 +97,171 @@ class Clock:
 
 
 def scene(play):
-    """Plays it with an issuer, an authenticator and its clock."""
+    """Run the coroutine function `play` with an issuer, an authenticator and its clock."""
 
     async def run(server):
         clock = Clock()
-        checked = Authenticator(Issuer(issuer="i", jwks=server.url), 60, clock)
+        authenticator = Authenticator(Issuer(issuer="i", jwks=server.url), 60, clock)
         try:
-            return await play(server, checked, clock)
+            return await play(server, authenticator, clock)
         finally:
-            checked.keys.stop()
+            authenticator.keys.stop()
 
     with Server() as server:
         return asyncio.run(run(server))
 
 
-async def status(checked, header):
+async def status(authenticator, header):
     try:
-        await checked.principal(header)
+        await authenticator.principal(header)
     except Refused as refused:
         return refused.status
     return 200
 
 
-async def refresh(checked):
-    """One turn of the task that fetches from time to time."""
-    checked.keys.start()
+async def refresh(authenticator):
+    """Run the periodic task for one fetch."""
+    authenticator.keys.start()
     for _ in range(5):
         await asyncio.sleep(0)
-    flight = checked.keys._flight
-    if flight is not None:
-        await flight
-    checked.keys._refreshing.cancel()
+    fetch_task = authenticator.keys._fetch_task
+    if fetch_task is not None:
+        await fetch_task
+    authenticator.keys._refresh_task.cancel()
 
 
-BROKEN = ["hang", "drip", "500", b"", b"[]", b'{"keys": 3}', b"[" * 100_000, b" " * (keys.MAX_BYTES + 1)]
+FAULTS = [
+    "hang",
+    "drip",
+    "500",
+    b"",
+    b"[]",
+    b'{"keys": 3}',
+    b"[" * 100_000,
+    b" " * (keys.MAX_KEY_SET_BYTES + 1),
+]
 
 
-@pytest.mark.parametrize("mode", BROKEN, ids=lambda mode: str(mode[:12]))
-def test_while_the_issuer_is_away_known_keys_hold_and_nobody_with_one_waits(mode):
-    async def play(server, checked, clock):
-        known, unseen = bearer(OLD), bearer(OLD)
-        assert await status(checked, known) == 200
+@pytest.mark.parametrize("mode", FAULTS, ids=lambda mode: str(mode[:12]))
+def test_while_the_issuer_fails_its_last_keys_are_valid_and_their_tokens_do_not_wait(mode):
+    async def play(server, authenticator, clock):
+        cached, uncached = bearer(OLD), bearer(OLD)
+        assert await status(authenticator, cached) == 200
         server.mode = mode
         if mode in ("hang", "drip"):
-            checked.keys._fetch_s = 0.1
+            authenticator.keys._fetch_timeout_s = 0.1
         clock.now += keys.REFRESH_S + 1
         async with asyncio.timeout(60):
-            while server.asked < 2:  # on a loaded machine the limit may pass before the issuer is asked
-                clock.now += keys.AGAIN_S + 1
-                await refresh(checked)
-        clock.now += keys.AGAIN_S + 1
-        checked.keys.start()
+            while server.num_requests < 2:  # on a slow machine a fetch may time out before the issuer gets it
+                clock.now += keys.MIN_INTERVAL_S + 1
+                await refresh(authenticator)
+        clock.now += keys.MIN_INTERVAL_S + 1
+        authenticator.keys.start()
         await asyncio.sleep(0)
-        assert checked.keys._flight is not None
-        # A fetch is in flight; these are answered without another.
-        assert checked.known(known) is not None
-        assert await status(checked, unseen) == 200
-        await refresh(checked)
-        assert "cannot be fetched" in checked.keys.fault
-        assert checked.known(known) is not None
-        clock.now += keys.KEEP_S
-        assert checked.known(known) is None
-        assert await status(checked, known) == 503
-        server.mode, checked.keys._fetch_s = "answer", 60
-        clock.now += keys.AGAIN_S + 1
-        assert await status(checked, known) == 200
-        assert checked.keys.fault is None
+        assert authenticator.keys._fetch_task is not None
+        # A fetch runs; these tokens do not wait for it.
+        assert authenticator.cached(cached) is not None
+        assert await status(authenticator, uncached) == 200
+        await refresh(authenticator)
+        assert "cannot be fetched" in authenticator.keys.fault
+        assert authenticator.cached(cached) is not None
+        clock.now += keys.MAX_AGE_S
+        assert authenticator.cached(cached) is None
+        assert await status(authenticator, cached) == 503
+        server.mode, authenticator.keys._fetch_timeout_s = "answer", 60
+        clock.now += keys.MIN_INTERVAL_S + 1
+        assert await status(authenticator, cached) == 200
+        assert authenticator.keys.fault is None
 
     scene(play)
 
 
-def test_strangers_share_one_fetch_and_are_refused_by_its_end():
-    async def play(server, checked, clock):
-        assert await status(checked, bearer(OLD)) == 200
+def test_tokens_with_unknown_keys_share_one_fetch():
+    async def play(server, authenticator, clock):
+        assert await status(authenticator, bearer(OLD)) == 200
         server.mode = "hang"
-        clock.now += keys.AGAIN_S + 1
-        strangers = [asyncio.create_task(status(checked, bearer(NEW))) for _ in range(20)]
-        await server.wait_until_asked(2)
-        assert await status(checked, bearer(OLD)) == 200, "not behind the strangers"
-        server.let_go.set()
-        assert await asyncio.gather(*strangers) == [503] * 20
-        # And none of them has another fetch made soon after.
-        assert [await status(checked, bearer(NEW)) for _ in range(20)] == [503] * 20
-        return server.asked
+        clock.now += keys.MIN_INTERVAL_S + 1
+        unknown = [asyncio.create_task(status(authenticator, bearer(NEW))) for _ in range(20)]
+        await server.wait_for_requests(2)
+        assert await status(authenticator, bearer(OLD)) == 200, "a token with a known key does not wait"
+        server.release.set()
+        assert await asyncio.gather(*unknown) == [503] * 20
+        # Soon after, they cause no further fetch.
+        assert [await status(authenticator, bearer(NEW)) for _ in range(20)] == [503] * 20
+        return server.num_requests
 
     assert scene(play) == 2
 
 
-def test_a_client_that_leaves_does_not_end_the_fetch_for_others():
-    async def play(server, checked, clock):
+def test_a_client_that_disconnects_does_not_cancel_the_fetch_of_others():
+    async def play(server, authenticator, clock):
         server.mode = "late"
-        first = asyncio.create_task(status(checked, bearer(OLD)))
-        await server.wait_until_asked(1)
-        second = asyncio.create_task(status(checked, bearer(OLD)))
+        first = asyncio.create_task(status(authenticator, bearer(OLD)))
+        await server.wait_for_requests(1)
+        second = asyncio.create_task(status(authenticator, bearer(OLD)))
         await asyncio.sleep(0)
         first.cancel()
         await asyncio.wait([first])
-        server.let_go.set()
-        return await second, server.asked
+        server.release.set()
+        return await second, server.num_requests
 
     assert scene(play) == (200, 1)
 
 
-def test_a_new_key_is_fetched_when_it_is_first_seen_and_not_for_every_stranger():
-    async def play(server, checked, clock):
-        assert await status(checked, bearer(OLD)) == 200
+def test_a_new_key_is_fetched_when_a_token_names_it_but_not_too_often():
+    async def play(server, authenticator, clock):
+        assert await status(authenticator, bearer(OLD)) == 200
         server.keys = [OLD, NEW]
-        assert await status(checked, bearer(NEW)) == 401
-        assert server.asked == 1
-        clock.now += keys.AGAIN_S + 1
-        assert await status(checked, bearer(NEW)) == 200
-        assert await status(checked, bearer(OLD)) == 200, "tokens of the key before stay good"
+        assert await status(authenticator, bearer(NEW)) == 401
+        assert server.num_requests == 1
+        clock.now += keys.MIN_INTERVAL_S + 1
+        assert await status(authenticator, bearer(NEW)) == 200
+        assert await status(authenticator, bearer(OLD)) == 200, "tokens of the earlier key stay valid"
 
     scene(play)
 
 
 @pytest.mark.parametrize("step_s", [-3600, 3600, -(10**8)])
-def test_a_withdrawn_key_goes_with_the_next_fetch_whatever_the_wall_clock_does(monkeypatch, step_s):
-    async def play(server, checked, clock):
+def test_a_withdrawn_key_is_dropped_by_the_next_fetch_despite_clock_changes(monkeypatch, step_s):
+    async def play(server, authenticator, clock):
         header = bearer(OLD)
-        assert await status(checked, header) == 200
+        assert await status(authenticator, header) == 200
         server.keys = [NEW]
-        stepped = time.time() + step_s
-        monkeypatch.setattr("app.serving.gateway.auth.time.time", lambda: stepped)
+        changed_time = time.time() + step_s
+        monkeypatch.setattr("app.serving.gateway.auth.time.time", lambda: changed_time)
         clock.now += keys.REFRESH_S + 1
-        await refresh(checked)
-        assert checked.known(header) is None
-        return await status(checked, header)
+        await refresh(authenticator)
+        assert authenticator.cached(header) is None
+        return await status(authenticator, header)
 
     assert scene(play) == 401
 
 
-def test_the_same_keys_again_keep_what_is_known():
-    async def play(server, checked, clock):
+def test_fetching_the_same_keys_again_keeps_the_token_cache():
+    async def play(server, authenticator, clock):
         header = bearer(OLD)
-        await checked.principal(header)
+        await authenticator.principal(header)
         clock.now += keys.REFRESH_S + 1
-        await refresh(checked)
-        assert server.asked == 2
-        return checked.known(header)
+        await refresh(authenticator)
+        assert server.num_requests == 2
+        return authenticator.cached(header)
 
     assert scene(play) is not None
 
 
-def test_without_keys_nobody_is_told_that_the_token_is_bad():
-    async def play(server, checked, clock):
+def test_without_keys_tokens_are_refused_with_503_instead_of_401():
+    async def play(server, authenticator, clock):
         server.mode = "500"
-        given = [await status(checked, bearer(OLD)) for _ in range(3)]
-        return given, server.asked
+        statuses = [await status(authenticator, bearer(OLD)) for _ in range(3)]
+        return statuses, server.num_requests
 
     assert scene(play) == ([503] * 3, 1)
 
 
-def test_a_file(tmp_path):
+def test_keys_can_come_from_a_file(tmp_path):
     path = tmp_path / "jwks.json"
-    checked = Authenticator(Issuer(issuer="i", jwks=str(path)))
-    assert asyncio.run(status(checked, bearer(OLD))) == 503
+    authenticator = Authenticator(Issuer(issuer="i", jwks=str(path)))
+    assert asyncio.run(status(authenticator, bearer(OLD))) == 503
     path.write_text(json.dumps(KeySet([OLD]).as_dict(private=False)))
-    checked = Authenticator(Issuer(issuer="i", jwks=str(path)))
-    assert asyncio.run(status(checked, bearer(OLD))) == 200
+    authenticator = Authenticator(Issuer(issuer="i", jwks=str(path)))
+    assert asyncio.run(status(authenticator, bearer(OLD))) == 200

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from app.config.serving import Limits
 from app.serving.gateway import limits
-from app.serving.gateway.limits import Buckets, Counter, Limiter
+from app.serving.gateway.limits import Buckets, CentralCount, Limiter
 
 
 class Clock:
@@ -22,70 +22,70 @@ def clock():
     return Clock()
 
 
-def limiters(clock, per_s, count=1):
-    """The replicas of an endpoint, and how often they asked."""
-    buckets, asked = Buckets(clock), []
+def create_limiters(clock, per_s, num_replicas=1):
+    """The limiters of all replicas, and the list of their calls to the central count."""
+    buckets, calls = Buckets(clock), []
 
     async def borrow(*arguments):
-        asked.append(arguments)
+        calls.append(arguments)
         return buckets.borrow(*arguments)
 
-    return [Limiter("income", per_s, borrow, clock) for _ in range(count)], asked
+    return [Limiter("income", per_s, borrow, clock) for _ in range(num_replicas)], calls
 
 
-def admitted(clock, limiters, seconds, every_s, principal="bob"):
-    """How many requests of a principal pass, if they come one after the other to all replicas in turn."""
+def num_admitted(clock, limiters, seconds, interval_s, principal="bob"):
+    """Number of admitted requests of a principal, if one is sent per interval, to all replicas in turn."""
 
-    async def ask():
-        passed, end, turn = 0, clock.now + seconds, 0
+    async def send():
+        count, end, turn = 0, clock.now + seconds, 0
         while clock.now < end:
-            passed += await limiters[turn % len(limiters)].wait_s(principal) == 0
+            count += await limiters[turn % len(limiters)].wait_s(principal) == 0
             turn += 1
-            clock.now += every_s
-        return passed
+            clock.now += interval_s
+        return count
 
-    return asyncio.run(ask())
+    return asyncio.run(send())
 
 
-@pytest.mark.parametrize("replicas", [1, 4])
+@pytest.mark.parametrize("num_replicas", [1, 4])
 @pytest.mark.parametrize("per_s", [0.5, 20, 1000])
-def test_the_limit_holds_over_all_replicas(clock, replicas, per_s):
-    many, _ = limiters(clock, per_s, replicas)
-    passed = admitted(clock, many, 20, 0.2 / per_s)
-    # A burst of a second at the beginning, and what a replica borrowed and did not use.
-    assert 0.9 * per_s * 20 <= passed <= per_s * 21 + 1
+def test_the_limit_holds_over_all_replicas(clock, num_replicas, per_s):
+    limiters, _ = create_limiters(clock, per_s, num_replicas)
+    count = num_admitted(clock, limiters, 20, 0.2 / per_s)
+    # The first second may be a burst; leases that are not used are lost.
+    assert 0.9 * per_s * 20 <= count <= per_s * 21 + 1
 
 
-def test_who_asks_less_never_waits(clock):
-    many, _ = limiters(clock, 20, 2)
-    assert admitted(clock, many, 20, 0.06) == pytest.approx(20 / 0.06, abs=2)
+def test_requests_below_the_limit_are_all_admitted(clock):
+    limiters, _ = create_limiters(clock, 20, 2)
+    assert num_admitted(clock, limiters, 20, 0.06) == pytest.approx(20 / 0.06, abs=2)
 
 
-def test_one_principal_does_not_pay_for_another(clock):
-    (limiter,), _ = limiters(clock, 10)
-    assert admitted(clock, [limiter], 2, 0.001, "greedy") < 40
+def test_principals_have_separate_limits(clock):
+    (limiter,), _ = create_limiters(clock, 10)
+    assert num_admitted(clock, [limiter], 2, 0.001, "greedy") < 40
     assert asyncio.run(limiter.wait_s("modest")) == 0
 
 
-def test_what_one_model_was_asked_leaves_another_its_own_limit(clock):
+def test_models_have_separate_limits(clock):
     buckets = Buckets(clock)
 
     async def borrow(*arguments):
         return buckets.borrow(*arguments)
 
     income, flights = (Limiter(model, 10, borrow, clock) for model in ("income", "flights"))
-    assert 10 <= admitted(clock, [income], 0.1, 0.001) < 100
-    assert admitted(clock, [flights], 0.01, 0.001) == 10
+    assert 10 <= num_admitted(clock, [income], 0.1, 0.001) < 100
+    assert num_admitted(clock, [flights], 0.01, 0.001) == 10
 
 
-def test_the_count_is_asked_seldom_also_by_those_who_ask_too_much(clock):
-    (limiter,), asked = limiters(clock, 100)
-    admitted(clock, [limiter], 10, 0.0005)
-    assert len(asked) < 300
+def test_requests_above_the_limit_rarely_reach_the_central_count(clock):
+    (limiter,), calls = create_limiters(clock, 100)
+    num_admitted(clock, [limiter], 10, 0.0005)
+    assert len(calls) < 300
 
 
-def test_it_says_when_there_is_another(clock):
-    (limiter,), _ = limiters(clock, 0.5)
+def test_a_request_is_admitted_after_the_time_to_wait(clock):
+    (limiter,), _ = create_limiters(clock, 0.5)
     assert asyncio.run(limiter.wait_s("bob")) == 0
     wait_s = asyncio.run(limiter.wait_s("bob"))
     assert wait_s == pytest.approx(2.0)
@@ -93,7 +93,7 @@ def test_it_says_when_there_is_another(clock):
     assert asyncio.run(limiter.wait_s("bob")) == 0
 
 
-def test_who_has_not_come_for_long_is_forgotten(clock):
+def test_unused_buckets_are_removed(clock):
     buckets = Buckets(clock)
     for number in range(100):
         buckets.borrow("income", str(number), 1, 1)
@@ -102,52 +102,60 @@ def test_who_has_not_come_for_long_is_forgotten(clock):
     assert set(buckets._buckets) == {("income", "late")}
 
 
-def test_while_nobody_counts_each_replica_does_and_few_wait(clock):
-    """The one that counts hangs: a request waits for it every ALONE_S, the others don't."""
-    asked = []
+def test_without_the_central_count_a_replica_counts_on_its_own(clock):
+    """A central count that hangs delays one request per FALLBACK_S, and no others."""
+    calls = []
 
-    async def hang(*arguments):
-        asked.append(clock.now)
+    async def time_out(*arguments):
+        calls.append(clock.now)
         raise TimeoutError
 
-    limiter = Limiter("income", 10, Counter(hang, clock).borrow, clock)
-    passed = admitted(clock, [limiter], 20, 0.02)
-    assert 0.9 * 10 * 20 <= passed <= 10 * 21 + 1
-    assert len(asked) <= 20 / limits.ALONE_S + 1
+    limiter = Limiter("income", 10, CentralCount(time_out, clock).borrow, clock)
+    count = num_admitted(clock, [limiter], 20, 0.02)
+    assert 0.9 * 10 * 20 <= count <= 10 * 21 + 1
+    assert len(calls) <= 20 / limits.FALLBACK_S + 1
 
 
-def test_it_is_asked_again(clock):
+def test_the_central_count_is_used_again_after_a_failure(clock):
     buckets = Buckets(clock)
-    away = [True]
+    fails = True
 
-    async def ask(*arguments):
-        if away[0]:
+    async def borrow(*arguments):
+        if fails:
             raise TimeoutError
         return buckets.borrow(*arguments)
 
-    counter = Counter(ask, clock)
-    asyncio.run(counter.borrow("income", "bob", 10, 1))
-    away[0] = False
-    clock.now += limits.ALONE_S
-    asyncio.run(counter.borrow("income", "bob", 10, 3))
+    count = CentralCount(borrow, clock)
+    asyncio.run(count.borrow("income", "bob", 10, 1))
+    fails = False
+    clock.now += limits.FALLBACK_S
+    asyncio.run(count.borrow("income", "bob", 10, 3))
     assert buckets._buckets["income", "bob"].tokens == 7
 
 
+def test_a_grant_has_at_most_the_requested_number_of_requests(clock):
+    buckets = Buckets(clock)
+    assert buckets.borrow("income", "bob", 10, 4) == (4, 0.0)
+    assert buckets.borrow("income", "bob", 10, 100) == (6, 0.0)
+    grant = buckets.borrow("income", "bob", 10, 1)
+    assert (grant.num_requests, grant.wait_s) == (0, pytest.approx(0.1))
+
+
 @pytest.mark.parametrize("per_s", [0.001, 1e6])
-def test_the_smallest_and_the_largest_limit_can_be_counted(clock, per_s):
-    (limiter,), _ = limiters(clock, Limits(requests_per_s=per_s).requests_per_s)
+def test_the_smallest_and_the_largest_limit_work(clock, per_s):
+    (limiter,), _ = create_limiters(clock, Limits(requests_per_s=per_s).requests_per_s)
     assert asyncio.run(limiter.wait_s("bob")) == 0
     assert math.ceil(asyncio.run(limiter.wait_s("bob"))) in (0, 1000)
 
 
 @pytest.mark.parametrize(
-    "beyond",
+    "settings",
     [
         {"requests_per_s": 1e-310}, {"requests_per_s": 1e300}, {"max_wait_s": 0}, {"max_wait_s": 1e9},
         {"feedback_per_hour": 2**63}, {"feedback_days": 1e300}, {"max_rows": 10**30},
     ],
 )  # fmt: skip
-def test_a_limit_beyond_what_can_be_counted_is_refused(beyond):
-    """1 / 1e-310 is infinite, and 2^63 is no integer of a database."""
+def test_limits_outside_the_range_of_their_types_are_refused(settings):
+    """1 / 1e-310 is infinite, and a database has no integer 2^63."""
     with pytest.raises(ValidationError):
-        Limits.model_validate(beyond)
+        Limits.model_validate(settings)

@@ -49,7 +49,7 @@ class Door:
 
     def __init__(self, folder, max_wait_s, replica, connections_per_address):
         self.endpoint = Endpoint()
-        guard = Guard(healthy, lambda: self.endpoint, room=UnfinishedBodies(body_s=1))
+        guard = Guard(healthy, lambda: self.endpoint, unfinished=UnfinishedBodies(body_timeout_s=1))
         self._replica = replica or ProofMiddleware(guard, "0123")
         self._ready = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
