@@ -1,5 +1,5 @@
-"""Who gets one of a replica's places, and who waits how long: the HAProxy that comes with Ray Serve, with the
-settings that it gets from us, in front of an HTTP server with our Guard, as a replica has it."""
+"""Waiting, refusals and reloads: the HAProxy of Ray Serve with the edited configuration, in front of an HTTP
+server with our middlewares, as in a replica."""
 
 import asyncio
 import contextlib
@@ -27,25 +27,25 @@ PATH = "/v2/models/income/predict"
 
 
 class Endpoint:
-    """Wants a token, and answers when it is told to."""
+    """Requires a token, and answers after `release` is set."""
 
     def __init__(self):
-        self.open = asyncio.Event()
-        self.asked = self.held = 0
+        self.release = asyncio.Event()
+        self.num_requests = self.num_waiting = 0
 
     async def respond(self, request):
-        self.asked += 1
+        self.num_requests += 1
         if request.header(b"authorization") != "Bearer good":
             raise Refused(401, "'%[no]' tökén", headers={"www-authenticate": "Bearer", "retry-after": "7"})
         await request.body.read(100_000)
-        self.held += 1
-        await self.open.wait()
-        self.held -= 1
+        self.num_waiting += 1
+        await self.release.wait()
+        self.num_waiting -= 1
         return Response(b"{}", 503 if request.header(b"x-fail") else 200)
 
 
-class Door:
-    """HAProxy before a replica."""
+class Proxy:
+    """HAProxy in front of a replica."""
 
     def __init__(self, folder, max_wait_s, replica, connections_per_address):
         self.endpoint = Endpoint()
@@ -54,30 +54,30 @@ class Door:
         self._ready = threading.Event()
         threading.Thread(target=self._serve, daemon=True).start()
         assert self._ready.wait(10)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
         text = haproxy.edited(
             written(folder, [self._port]).read_text(),
             {"max_wait_s": {"income": max_wait_s}, "connections_per_address": connections_per_address},
         )
-        # Only the port of the endpoints: tests run side by side.
+        # Tests run in parallel: the proxy has a port of its own, and none for metrics and statistics.
         text = text.replace("127.0.0.1:8000", f"127.0.0.1:{self.port}")
         text = re.sub(r"^frontend prometheus\n(    .*\n)*|^listen stats\n(  .*\n)*", "", text, flags=re.M)
-        self._states = folder / "server-state"
+        self._state_file = folder / "server-state"
         text = re.sub(r"^( *server-state-base) .*", rf"\1 {folder}", text, flags=re.M)
-        text = re.sub(r"^( *server-state-file) .*", rf"\1 {self._states}", text, flags=re.M)
+        text = re.sub(r"^( *server-state-file) .*", rf"\1 {self._state_file}", text, flags=re.M)
         self._socket = re.search(r"stats socket (\S+) .*expose-fd listeners", text)[1]
-        self._file = folder / "door.cfg"
+        self._file = folder / "haproxy.cfg"
         self._file.write_text(text)
-        self._command = [get_haproxy_binary(), "-q", "-db", "-f", str(self._file)]
-        self._haproxy = [subprocess.Popen(self._command)]
-        while self._haproxy[0].poll() is None:
+        self._arguments = [get_haproxy_binary(), "-q", "-db", "-f", str(self._file)]
+        self._processes = [subprocess.Popen(self._arguments)]
+        while self._processes[0].poll() is None:
             with contextlib.suppress(OSError), self.connect():
                 return
 
-    def _ask(self, command):
-        """The answer of HAProxy's admin socket, which is put in place after the endpoints' port listens."""
+    def command(self, command):
+        """The answer of HAProxy's admin socket, which exists only after the port of the endpoints listens."""
         while True:
             with socket.socket(socket.AF_UNIX) as admin, contextlib.suppress(OSError):
                 admin.settimeout(30)
@@ -87,19 +87,21 @@ class Door:
             time.sleep(0.01)
 
     def reload(self, other=None, states=None):
-        """As Serve does: a new process, which takes the listening sockets over, so that none of those that
-        wait to be accepted is reset, and has the old one finish what it has; that one is returned. Leads to
-        the replica of `other` then, if there is one. `states` are those of the servers, if not the present
-        ones."""
+        """Reload as Serve does, and return the old process.
+
+        The new process takes over the listening sockets, so that no waiting connection is reset, and the old
+        one finishes its requests. With `other`, the new process routes to the replica of that proxy; `states`
+        replace the current states of the servers.
+        """
         if other:
             text = self._file.read_text()
             self._file.write_text(text.replace(str(self._port), str(other._port)))
         if states is None:
-            states = self._ask("show servers state")
-        self._states.write_text(states)
-        over = ["-sf", str(self._haproxy[-1].pid), "-x", self._socket]
-        self._haproxy.append(subprocess.Popen([*self._command, *over]))
-        return self._haproxy[-2]
+            states = self.command("show servers state")
+        self._state_file.write_text(states)
+        takeover = ["-sf", str(self._processes[-1].pid), "-x", self._socket]
+        self._processes.append(subprocess.Popen([*self._arguments, *takeover]))
+        return self._processes[-2]
 
     def _serve(self):
         async def serve():
@@ -115,26 +117,28 @@ class Door:
         asyncio.run(serve())
 
     def close(self):
-        for process in self._haproxy:
+        for process in self._processes:
             process.kill()
             process.wait()
-        self.let_answer()
+        self.release()
         self._server.should_exit = True
 
-    def let_answer(self):
-        self._loop.call_soon_threadsafe(self.endpoint.open.set)
+    def release(self):
+        """Let the endpoint answer."""
+        self._loop.call_soon_threadsafe(self.endpoint.release.set)
 
-    def wait_for_places_to_fill(self):
-        while self.endpoint.held < haproxy.IN_HAND:
+    def wait_until_full(self):
+        """Wait until requests occupy all places of the replica."""
+        while self.endpoint.num_waiting < haproxy.IN_HAND:
             time.sleep(0.001)
 
     def connect(self, source=None):
-        """`source` is an address of the client, where it matters."""
-        bound = source and (source, 0)
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30, source_address=bound)
+        """A connection; `source` is the address of the client."""
+        source_address = source and (source, 0)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30, source_address=source_address)
 
     def send(self, length=2, body=b"{}", *headers):
-        """A request of which `body` is sent; its connection."""
+        """Send a request with a declared `length` and this much of its body; return the connection."""
         connection = self.connect()
         lines = [f"POST {PATH} HTTP/1.1", "host: x", f"content-length: {length}", *headers]
         connection.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
@@ -146,7 +150,7 @@ async def healthy(scope, receive, send):
 
 
 def answer(connection):
-    """Status, headers and document that a connection gets."""
+    """Status, headers and JSON document of the response on a connection."""
     head, _, body = b"", b"", b""
     with connection, connection.makefile("rb") as stream:
         head = b"".join(iter(stream.readline, b"\r\n")).decode().lower()
@@ -155,33 +159,33 @@ def answer(connection):
     return int(head.split()[1]), headers, json.loads(body)
 
 
-GOOD = "authorization: Bearer good"
+TOKEN = "authorization: Bearer good"
 
 
 @pytest.fixture
-def door(tmp_path, monkeypatch):
+def create_proxy(tmp_path, monkeypatch):
     for name, value in haproxy.proofs("0123").items():
         monkeypatch.setenv(name, value)
 
-    opened = []
+    proxies = []
 
-    def make(max_wait_s=30.0, replica=None, connections_per_address=None):
-        (folder := tmp_path / str(len(opened))).mkdir()
-        opened.append(Door(folder, max_wait_s, replica, connections_per_address))
-        return opened[-1]
+    def create(max_wait_s=30.0, replica=None, connections_per_address=None):
+        (folder := tmp_path / str(len(proxies))).mkdir()
+        proxies.append(Proxy(folder, max_wait_s, replica, connections_per_address))
+        return proxies[-1]
 
-    yield make
-    for each in opened:
-        each.close()
+    yield create
+    for proxy in proxies:
+        proxy.close()
 
 
-def test_who_has_no_token_holds_no_place(door):
-    """70 bodies that never come, and the answer to each; others are answered meanwhile."""
-    here = door()
-    here.let_answer()
-    silent = [here.send(40_000, b"x" * 30_000) for _ in range(haproxy.IN_HAND + 6)]
-    assert answer(here.send(2, b"{}", GOOD))[0] == 200
-    for connection in silent:
+def test_requests_without_a_token_occupy_no_place(create_proxy):
+    """70 requests whose bodies never arrive are refused, and another request is answered meanwhile."""
+    proxy = create_proxy()
+    proxy.release()
+    unfinished = [proxy.send(40_000, b"x" * 30_000) for _ in range(haproxy.IN_HAND + 6)]
+    assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
+    for connection in unfinished:
         status, headers, document = answer(connection)
         assert (status, document["error"]) == (401, "'%[no]' tökén")
         assert (headers["www-authenticate"], headers["retry-after"]) == ("bearer", "7")
@@ -189,69 +193,69 @@ def test_who_has_no_token_holds_no_place(door):
         assert haproxy.UNFINISHED_HEADER not in headers
 
 
-def test_a_chunked_body_that_does_not_come_holds_no_place(door):
-    """HAProxy waits for the part of it that fits its buffer, as for a body of declared length."""
-    here = door()
-    here.let_answer()
-    silent = []
+def test_a_chunked_body_that_does_not_arrive_occupies_no_place(create_proxy):
+    """HAProxy waits for the part of the body that fits its buffer, as for a body of declared length."""
+    proxy = create_proxy()
+    proxy.release()
+    unfinished = []
     for _ in range(haproxy.IN_HAND + 6):
-        silent.append(here.connect())
-        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{GOOD}\r\ntransfer-encoding: chunked\r\n\r\n"
-        silent[-1].sendall(head.encode())
-    assert answer(here.send(2, b"{}", GOOD))[0] == 200
-    assert here.endpoint.asked == 1
-    for connection in silent:
+        unfinished.append(proxy.connect())
+        head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{TOKEN}\r\ntransfer-encoding: chunked\r\n\r\n"
+        unfinished[-1].sendall(head.encode())
+    assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
+    assert proxy.endpoint.num_requests == 1
+    for connection in unfinished:
         connection.close()
 
 
-def test_a_good_token_with_bodies_that_never_come_leaves_places_for_others(door):
-    here = door()
-    here.let_answer()
-    silent = [here.send(40_000, b"x" * 30_000, GOOD) for _ in range(haproxy.IN_HAND + 6)]
-    assert answer(here.send(2, b"{}", GOOD))[0] == 200
-    assert {answer(connection)[0] for connection in silent} == {408}
+def test_unfinished_bodies_with_a_token_leave_places_for_others(create_proxy):
+    proxy = create_proxy()
+    proxy.release()
+    unfinished = [proxy.send(40_000, b"x" * 30_000, TOKEN) for _ in range(haproxy.IN_HAND + 6)]
+    assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
+    assert {answer(connection)[0] for connection in unfinished} == {408}
 
 
-def test_more_than_there_are_places_wait_and_are_answered(door):
-    """As many as come in one stall, so long as it is shorter than they may wait."""
-    here = door()
-    waiting = [here.send(2, b"{}", GOOD) for _ in range(5 * haproxy.IN_HAND)]
-    here.wait_for_places_to_fill()
-    here.let_answer()
+def test_requests_beyond_the_places_wait_and_are_answered(create_proxy):
+    """As many as arrive while the replica stalls, if the stall is shorter than the time they may wait."""
+    proxy = create_proxy()
+    waiting = [proxy.send(2, b"{}", TOKEN) for _ in range(5 * haproxy.IN_HAND)]
+    proxy.wait_until_full()
+    proxy.release()
     assert {answer(connection)[0] for connection in waiting} == {200}
 
 
-def test_who_would_wait_too_long_gets_429(door):
-    here = door(max_wait_s=0.1)
-    held = [here.send(2, b"{}", GOOD) for _ in range(haproxy.IN_HAND)]
-    here.wait_for_places_to_fill()
-    for connection in [here.send(2, b"{}", GOOD) for _ in range(100)]:
+def test_a_request_that_waits_too_long_gets_429(create_proxy):
+    proxy = create_proxy(max_wait_s=0.1)
+    occupying = [proxy.send(2, b"{}", TOKEN) for _ in range(haproxy.IN_HAND)]
+    proxy.wait_until_full()
+    for connection in [proxy.send(2, b"{}", TOKEN) for _ in range(100)]:
         status, headers, document = answer(connection)
         assert (status, headers["retry-after"]) == (429, "1")
         assert set(document) == {"error", "violations"}
-    here.let_answer()
-    assert {answer(connection)[0] for connection in held} == {200}
+    proxy.release()
+    assert {answer(connection)[0] for connection in occupying} == {200}
 
 
-def test_a_replicas_own_503_stays_one(door):
-    here = door()
-    here.let_answer()
-    assert answer(here.send(2, b"{}", GOOD, "x-fail: 1"))[0] == 503
+def test_a_503_of_the_replica_stays_503(create_proxy):
+    proxy = create_proxy()
+    proxy.release()
+    assert answer(proxy.send(2, b"{}", TOKEN, "x-fail: 1"))[0] == 503
 
 
 @pytest.mark.parametrize("length", [2**32 + 1, 2**63 - 1])
-def test_a_length_beyond_32_bits_is_too_large(door, length):
-    status, _, document = answer(door().send(length, b""))
+def test_a_content_length_beyond_32_bits_is_refused(create_proxy, length):
+    status, _, document = answer(create_proxy().send(length, b""))
     assert (status, set(document)) == (413, {"error", "violations"})
 
 
-def test_a_reload_closes_no_connection_without_an_answer(door):
-    """What a client is told to close, it closes; each request is answered, by the old HAProxy or the new."""
-    here = door()
-    here.let_answer()
+def test_all_requests_during_a_reload_are_answered(create_proxy):
+    """The clients close connections when they are told to. The old or the new process answers."""
+    proxy = create_proxy()
+    proxy.release()
 
-    def ask_on(_):
-        connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
+    def send_requests(_):
+        connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
         statuses = set()
         for _ in range(100):
             connection.request("POST", PATH, b"{}", {"authorization": "Bearer good"})
@@ -262,97 +266,99 @@ def test_a_reload_closes_no_connection_without_an_answer(door):
         return statuses
 
     with ThreadPoolExecutor(4) as clients:
-        answers = [clients.submit(ask_on, number) for number in range(4)]
+        answers = [clients.submit(send_requests, number) for number in range(4)]
         for _ in range(2):
-            here.reload().wait(timeout=30)
+            proxy.reload().wait(timeout=30)
         assert [answer.result() for answer in answers] == [{200}] * 4
 
 
-def test_a_connection_from_before_a_reload_is_answered_by_the_replicas_of_now(door):
-    """The HAProxy that it leads to knows only those of before."""
-    here = door()
-    here.let_answer()
-    connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
-    head = {"authorization": "Bearer good"}
-    connection.request("POST", PATH, b"{}", head)
+def test_an_open_connection_reaches_the_replicas_of_the_new_process(create_proxy):
+    """The old process, which has the connection, knows only the old replicas."""
+    proxy = create_proxy()
+    proxy.release()
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+    headers = {"authorization": "Bearer good"}
+    connection.request("POST", PATH, b"{}", headers)
     assert connection.getresponse().read() == b"{}"
-    new = door()
-    new.let_answer()
-    here.reload(new)
-    while not new.endpoint.asked:
-        answer(here.send(2, b"{}", GOOD))
-    before = here.endpoint.asked
-    connection.request("POST", PATH, b"x" * 50_000, head)
+    new = create_proxy()
+    new.release()
+    proxy.reload(new)
+    while not new.endpoint.num_requests:
+        answer(proxy.send(2, b"{}", TOKEN))
+    old_requests = proxy.endpoint.num_requests
+    connection.request("POST", PATH, b"x" * 50_000, headers)
     response = connection.getresponse()
     assert (response.status, response.read(), response.getheader("connection")) == (200, b"{}", "close")
-    assert (here.endpoint.asked, new.endpoint.asked) == (before, 2)
+    assert (proxy.endpoint.num_requests, new.endpoint.num_requests) == (old_requests, 2)
 
 
-def test_the_successor_is_found_though_the_states_are_those_of_an_earlier_server(door):
-    """Serve keeps the file when it ends; a later one may have another port."""
-    here = door(5)
-    here.let_answer()
-    states = here._ask("show servers state")
-    assert f" {here.port} " in states
-    here.reload(states=states.replace(f" {here.port} ", " 1 ")).wait(timeout=30)
-    connection = http.client.HTTPConnection("127.0.0.1", here.port, timeout=30)
-    before = len(here._haproxy)
+def test_saved_server_states_do_not_change_the_port_of_the_successor(create_proxy):
+    """Serve keeps the file with the states when it ends; a later server may have another port."""
+    proxy = create_proxy(5)
+    proxy.release()
+    states = proxy.command("show servers state")
+    assert f" {proxy.port} " in states
+    proxy.reload(states=states.replace(f" {proxy.port} ", " 1 ")).wait(timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+    num_processes = len(proxy._processes)
     for _ in range(2):
         connection.request("POST", PATH, b"{}", {"authorization": "Bearer good"})
         assert (response := connection.getresponse()).read() == b"{}"
-        if len(here._haproxy) == before:
-            here.reload()
-            # It has stopped listening when a new connection is the new one's.
-            while here._ask("show info").count(f"Pid: {here._haproxy[-1].pid}\n") == 0:
+        if len(proxy._processes) == num_processes:
+            proxy.reload()
+            # The old process has stopped to listen when the new one answers on the socket.
+            while proxy.command("show info").count(f"Pid: {proxy._processes[-1].pid}\n") == 0:
                 time.sleep(0.01)
-    assert response.getheader("connection") == "close", "the old one answered"
+    assert response.getheader("connection") == "close", "the old process answered"
 
 
-def test_a_replica_answers_only_its_own_front(door):
-    here = door(5)
-    here.let_answer()
-    assert answer(here.send(2, b"{}", GOOD))[0] == 200
-    assert answer(here.send(2, b"{}", GOOD, "x-raylway-front: guessed"))[0] == 200, "the front sets it"
-    with socket.create_connection(("127.0.0.1", here._port), timeout=30) as stranger:
+def test_a_replica_answers_only_its_own_haproxy(create_proxy):
+    proxy = create_proxy(5)
+    proxy.release()
+    assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
+    assert answer(proxy.send(2, b"{}", TOKEN, "x-raylway-front: guessed"))[0] == 200, (
+        "HAProxy replaces the header"
+    )
+    with socket.create_connection(("127.0.0.1", proxy._port), timeout=30) as stranger:
         stranger.sendall(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-raylway-front: guessed\r\n\r\n")
         assert answer(stranger)[0] == 403
 
 
-def test_nobody_who_took_a_replicas_port_answers_for_it(door):
-    """Neither one that knows nothing, nor a replica of another cluster; each is soon known to be down."""
+def test_a_process_that_took_the_port_of_a_replica_does_not_answer(create_proxy):
+    """Neither a stranger nor a replica of another cluster; the next health check marks it as down."""
 
     async def stranger(scope, receive, send):
-        await Response(b'"of a stranger"').send(send, "r")
+        await Response(b'"a stranger"').send(send, "r")
 
     for replica in (stranger, ProofMiddleware(stranger, "of another cluster")):
-        here = door(replica=replica)
+        proxy = create_proxy(replica=replica)
         statuses = set()
         while 503 not in statuses:
-            status, headers, document = answer(here.send(2, b"{}", GOOD))
+            status, headers, document = answer(proxy.send(2, b"{}", TOKEN))
             assert document == {"error": haproxy.AWAY, "violations": []}
             assert headers["retry-after"] == "1"
             statuses.add(status)
         assert statuses <= {502, 503}
 
 
-def test_a_client_is_not_told_the_proof(door):
-    here = door()
-    here.let_answer()
-    status, headers, _ = answer(here.send(2, b"{}", GOOD))
+def test_the_proof_is_not_sent_to_clients(create_proxy):
+    proxy = create_proxy()
+    proxy.release()
+    status, headers, _ = answer(proxy.send(2, b"{}", TOKEN))
     assert (status, haproxy.PROOF_HEADER in headers) == (200, False)
 
 
 @pytest.mark.parametrize("method", ["BREW", "CONNECT", "PROPFIND"])
-def test_a_method_that_http_servers_do_not_agree_on_is_refused_by_the_front(door, method):
-    """Some replicas' HTTP servers answer 400 to it themselves, in plain text."""
-    connection = door().connect()
+def test_uncommon_methods_are_refused_by_haproxy(create_proxy, method):
+    """HTTP servers of replicas may answer them with 400 in plain text."""
+    connection = create_proxy().connect()
     target = "x:1" if method == "CONNECT" else PATH
     connection.sendall(f"{method} {target} HTTP/1.1\r\nhost: x:1\r\n\r\n".encode())
     status, headers, document = answer(connection)
     assert (status, headers["allow"], set(document)) == (405, "get, head, post", {"error", "violations"})
 
 
-NO_HTTP = [
+NOT_HTTP = [
     b"hello\r\n\r\n",
     b"GET / HTTP/1.1\r\nhost : x\r\n\r\n",
     b"POST / HTTP/1.1\r\ncontent-length: x\r\n\r\n",
@@ -360,20 +366,20 @@ NO_HTTP = [
 
 
 @pytest.mark.xfail(strict=True, reason="HAProxy's HTTP parser takes no errorfile and no http-error")
-@pytest.mark.parametrize("sent", NO_HTTP)
-def test_bytes_that_are_no_http_get_json(door, sent):
-    connection = door().connect()
+@pytest.mark.parametrize("sent", NOT_HTTP)
+def test_bytes_that_are_not_http_get_json(create_proxy, sent):
+    connection = create_proxy().connect()
     connection.sendall(sent)
     assert answer(connection)[2]["error"] == "the request must be HTTP"
 
 
-@pytest.mark.parametrize("sent", NO_HTTP)
-def test_bytes_that_are_no_http_get_400_and_reach_no_replica(door, sent):
-    here = door()
-    with here.connect() as connection, connection.makefile("rb") as stream:
+@pytest.mark.parametrize("sent", NOT_HTTP)
+def test_bytes_that_are_not_http_get_400_and_reach_no_replica(create_proxy, sent):
+    proxy = create_proxy()
+    with proxy.connect() as connection, connection.makefile("rb") as stream:
         connection.sendall(sent)
         assert stream.read().startswith(b"HTTP/1.1 400 ")
-    assert here.endpoint.asked == 0
+    assert proxy.endpoint.num_requests == 0
 
 
 def is_open(connection):
@@ -381,30 +387,30 @@ def is_open(connection):
     return connection.recv(1000).startswith(b"HTTP/1.1 404")
 
 
-def test_one_address_cannot_have_all_connections(door):
-    here = door(connections_per_address=5)
-    with contextlib.ExitStack() as opened:
+def test_connections_of_one_address_are_limited(create_proxy):
+    proxy = create_proxy(connections_per_address=5)
+    with contextlib.ExitStack() as connections:
 
-        def admitted(source):
-            """A connection from this address, or None if it is closed without an answer."""
+        def connect(source):
+            """A connection from this address, or None if HAProxy closes it without an answer."""
             try:
-                connection = opened.enter_context(here.connect(source))
+                connection = connections.enter_context(proxy.connect(source))
                 return connection if is_open(connection) else None
             except ConnectionError:
                 return None
 
-        held = [admitted("127.0.0.3") for _ in range(5)]
-        assert all(held)
-        assert admitted("127.0.0.3") is None
-        assert admitted("127.0.0.2"), "another address has its own"
-        assert all(map(is_open, held)), "those that are open stay"
-        held[0].close()
-        while not admitted("127.0.0.3"):  # until HAProxy has seen that the other is closed
+        first = [connect("127.0.0.3") for _ in range(5)]
+        assert all(first)
+        assert connect("127.0.0.3") is None
+        assert connect("127.0.0.2"), "another address has its own limit"
+        assert all(map(is_open, first)), "open connections stay"
+        first[0].close()
+        while not connect("127.0.0.3"):  # until HAProxy has noticed the closed connection
             pass
 
 
-def test_without_a_limit_one_address_can_have_as_many_as_it_opens(door):
-    here = door()
-    with contextlib.ExitStack() as opened:
-        connections = [opened.enter_context(here.connect()) for _ in range(20)]
+def test_without_a_limit_one_address_may_open_many_connections(create_proxy):
+    proxy = create_proxy()
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(proxy.connect()) for _ in range(20)]
         assert all(map(is_open, connections))
