@@ -44,12 +44,12 @@ class Admission(grpc.aio.ServerInterceptor):
         self._open, self._authenticated = unfinished(), unfinished()
 
     def start(self) -> None:
-        """Start to fetch the issuers' keys. Must be called in an event loop."""
+        """Start fetching the issuers' keys. Must be called in an event loop."""
         for authenticator in self._authenticators:
             authenticator.keys.start()
 
     def stop(self) -> None:
-        """Stop to fetch the issuers' keys."""
+        """Stop fetching the issuers' keys."""
         for authenticator in self._authenticators:
             authenticator.keys.stop()
 

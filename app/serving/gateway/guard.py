@@ -156,7 +156,7 @@ def _deployment() -> Responder | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """An ASGI receive function that first returns a body which has been read, as one message."""
+    """An ASGI receive function that returns again, as one message, a body that has been read."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_or_replay() -> Message:
@@ -185,7 +185,7 @@ def _clean(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
 async def through_serve(
     deployment: Responder, request: starlette.requests.Request
 ) -> starlette.responses.Response:
-    """Answer a request that comes from Serve's own proxy on the head node, as while no replica listens.
+    """Answer a request that comes from Serve's own proxy on the head node, because no replica listens.
 
     `Guard` has run in the proxy: the headers are clean, and the body has been read.
     """

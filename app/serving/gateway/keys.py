@@ -58,7 +58,7 @@ class Keys:
         """Number that increases whenever the keys change."""
 
     def start(self) -> None:
-        """Fetch the keys now and then every REFRESH_S. Must be called in an event loop."""
+        """Fetch the keys now, and every REFRESH_S from now on. Must be called in an event loop."""
         self._refresh_task = asyncio.create_task(self._refresh())
 
     def stop(self) -> None:

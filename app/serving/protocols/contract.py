@@ -43,7 +43,7 @@ def dotted(location: Location) -> str:
 
 @dataclass(frozen=True)
 class Query:
-    """The content of a request that fulfils the contract."""
+    """The content of a request that satisfies the contract."""
 
     columns: dict[str, np.ndarray]
     """Values of every input, as `Bundle.predict` takes them: arrays of the shape (rows,)."""

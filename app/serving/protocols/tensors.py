@@ -50,7 +50,7 @@ HEADER_LENGTH = "inference-header-content-length"
 
 @dataclass(frozen=True)
 class Inference:
-    """A request that fulfils the contract, and the outputs it asks for."""
+    """A request that satisfies the contract, and the outputs it asks for."""
 
     query: Query
     id: str | None
