@@ -115,7 +115,7 @@ def test_a_message_that_does_not_arrive_ends_the_call():
     async def play(channel, service, token):
         assert await code(silent(channel, token)) is grpc.StatusCode.DEADLINE_EXCEEDED
 
-    scene(play, unfinished=lambda: UnfinishedBodies(body_s=0.1))
+    scene(play, unfinished=lambda: UnfinishedBodies(body_timeout_s=0.1))
 
 
 def test_unfinished_calls_leave_places_for_others():

@@ -22,7 +22,7 @@ class Authenticator:
     def __init__(self, **scopes):
         self._scopes = scopes
 
-    def known(self, authorization):
+    def cached(self, authorization):
         return None
 
     async def principal(self, authorization):
