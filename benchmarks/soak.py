@@ -36,7 +36,7 @@ from app.config import Serving
 from app.errors import UserError
 from app.registry import versions
 from app.serving.control import deploy
-from app.serving.gateway.haproxy import IN_HAND, MAX_WAIT_S
+from app.serving.gateway.bounds import DEFAULT_MAX_WAIT_S, MAX_CONCURRENT_REQUESTS
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from app.state.records import Records
@@ -257,15 +257,15 @@ def _refused(endpoint: Served) -> bool:
 
 
 def overload(scale: float) -> dict[str, Any]:
-    """Ten times as many clients as a replica has places, against just as many: they wait for MAX_WAIT_S at
-    most, and then are told 429."""
+    """Ten times as many clients as a replica has places, against just as many: they wait for at most
+    DEFAULT_MAX_WAIT_S, and then get 429."""
     seconds = max(4, 20 * scale)
     with served(replicas=1) as endpoint:
         asked = target(endpoint)
         closed_loop(asked, seconds=2)
         before = endpoint.memory_mb()
-        usual = asyncio.run(hammer(asked, connections=IN_HAND, seconds=seconds))
-        much = asyncio.run(hammer(asked, connections=10 * IN_HAND, seconds=seconds))
+        usual = asyncio.run(hammer(asked, connections=MAX_CONCURRENT_REQUESTS, seconds=seconds))
+        much = asyncio.run(hammer(asked, connections=10 * MAX_CONCURRENT_REQUESTS, seconds=seconds))
         after = endpoint.memory_mb()
     return {
         "requests_per_s": round(usual.answered_per_s),
@@ -274,7 +274,7 @@ def overload(scale: float) -> dict[str, Any]:
         "p99_ms": [round(usual.p99_s * 1e3, 1), round(much.p99_s * 1e3, 1)],
         "memory_growth_mb": round(after - before, 1),
         "holds": set(much.statuses) <= {200, 429}
-        and much.p99_s <= MAX_WAIT_S + 2 * usual.p99_s
+        and much.p99_s <= DEFAULT_MAX_WAIT_S + 2 * usual.p99_s
         and after - before < 50,
     }
 

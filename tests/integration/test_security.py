@@ -19,7 +19,7 @@ from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving.control import deploy
 from app.serving.gateway import issuer
-from app.serving.gateway.haproxy import IN_HAND
+from app.serving.gateway.bounds import MAX_CONCURRENT_REQUESTS
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from app.state.records import Records
@@ -209,7 +209,7 @@ def test_bodies_that_never_come_keep_nobody_out(url, client, certificate):
     head = f"POST {BASE}/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 40000\r\n\r\n".encode()
     with contextlib.ExitStack() as opened:
         silent = []
-        for _ in range(2 * IN_HAND + 12):
+        for _ in range(2 * MAX_CONCURRENT_REQUESTS + 12):
             plain = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
             silent.append(opened.enter_context(trusted.wrap_socket(plain, server_hostname=host)))
             silent[-1].sendall(head + b" " * 30_000)

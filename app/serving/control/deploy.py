@@ -25,8 +25,8 @@ from app.serving.control.applications import (
     stop_workers,
 )
 from app.serving.gateway import frontend, issuer, preflight, settings
+from app.serving.gateway.bounds import MAX_BODY_BYTES
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
-from app.serving.gateway.haproxy import MAX_BODY_BYTES
 from app.serving.names import model_names
 from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Mapping
 
 from starlette.types import Receive
 
-from app.serving.gateway.haproxy import IN_HAND, MAX_BODY_BYTES
+from app.serving.gateway.bounds import MAX_BODY_BYTES, MAX_CONCURRENT_REQUESTS
 from app.serving.http import CLIENT_GONE, Refused
 
 BODY_TIMEOUT_S = 10.0
 """Time limit for a whole body to arrive, in any number of chunks."""
-MAX_UNFINISHED = IN_HAND // 2
+MAX_UNFINISHED = MAX_CONCURRENT_REQUESTS // 2
 """Maximum number of unfinished bodies per process; half of a replica's places stay free of them."""
 
 

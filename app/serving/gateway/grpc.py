@@ -8,20 +8,25 @@ import grpc
 from tritonclient.grpc import service_pb2_grpc
 
 from app.config.serving import Issuer, Tls
+from app.serving.gateway.bounds import (
+    HEADERS_TIMEOUT_S,
+    KEEP_ALIVE_TIMEOUT_S,
+    MAX_BODY_BYTES,
+    MAX_CONCURRENT_REQUESTS,
+)
 from app.serving.gateway.frontend import bracketed
 from app.serving.gateway.grpc_admission import Admission
 from app.serving.gateway.grpc_service import InferenceService
-from app.serving.gateway.haproxy import HEAD_S, IDLE_S, IN_HAND, MAX_BODY_BYTES
 
-MAX_CALLS = 2 * IN_HAND
+MAX_CALLS = 2 * MAX_CONCURRENT_REQUESTS
 """Maximum number of concurrent calls; further calls get RESOURCE_EXHAUSTED."""
 STOP_TIMEOUT_S = 5.0
 """Time that calls get to finish when the server stops."""
 OPTIONS = [
     ("grpc.max_send_message_length", MAX_BODY_BYTES),
     ("grpc.max_concurrent_streams", MAX_CALLS),
-    ("grpc.server_handshake_timeout_ms", HEAD_S * 1000),
-    ("grpc.max_connection_idle_ms", IDLE_S * 1000),
+    ("grpc.server_handshake_timeout_ms", HEADERS_TIMEOUT_S * 1000),
+    ("grpc.max_connection_idle_ms", KEEP_ALIVE_TIMEOUT_S * 1000),
     # Detects clients that disappeared without closing the connection.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

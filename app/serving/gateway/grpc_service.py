@@ -16,8 +16,8 @@ from tritonclient.grpc import service_pb2 as messages
 from tritonclient.grpc import service_pb2_grpc
 
 from app.serving.gateway.body import BODY_TIMEOUT_S
+from app.serving.gateway.bounds import RESPONSE_TIMEOUT_S
 from app.serving.gateway.grpc_admission import STATUS_CODES
-from app.serving.gateway.haproxy import ANSWER_S
 from app.serving.protocols.grpc_tensors import InvalidMessage, from_http, to_http
 from app.serving.protocols.tensors import BINARY, HEADER_LENGTH
 
@@ -48,7 +48,7 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._url = url
         # The certificate is not verified: the server is on this machine, under another name.
         connector = aiohttp.TCPConnector(ssl=False, limit=0)
-        timeout = aiohttp.ClientTimeout(total=ANSWER_S + BODY_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=RESPONSE_TIMEOUT_S + BODY_TIMEOUT_S)
         self._client = aiohttp.ClientSession(connector=connector, trust_env=False, timeout=timeout)
 
     async def close(self) -> None:

@@ -18,7 +18,8 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.gateway.body import ReceivedBody, StreamedBody, UnfinishedBodies
-from app.serving.gateway.haproxy import MAX_BODY_BYTES, UNFINISHED_HEADER
+from app.serving.gateway.bounds import MAX_BODY_BYTES
+from app.serving.gateway.haproxy_config import UNFINISHED_HEADER
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import CLIENT_GONE, Refused, Request, Responder, Response, new_request_id
 from app.serving.logs import log

@@ -14,17 +14,17 @@ import hmac
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.serving.gateway.haproxy import (
-    PROOF,
-    PROOF_HEADER,
-    SECRET_HEADER,
-    SHOWN,
-    proofs,
+from app.serving.gateway.haproxy import proofs
+from app.serving.gateway.haproxy_config import (
+    REQUEST_PROOF,
+    REQUEST_PROOF_HEADER,
+    RESPONSE_PROOF,
+    RESPONSE_PROOF_HEADER,
 )
 from app.serving.http import Refused, Response, new_request_id
 from app.serving.logs import log
 
-HEADER = SECRET_HEADER.encode()
+HEADER = REQUEST_PROOF_HEADER.encode()
 
 
 class ProofMiddleware:
@@ -34,8 +34,8 @@ class ProofMiddleware:
         """`app.cluster.flags` sets the secret on all nodes. If it is empty, all requests are refused."""
         self._app = app
         values = proofs(secret)
-        self._request_proof = values[SHOWN].encode() if secret else b""
-        self._response_proof = (PROOF_HEADER.encode(), values[PROOF].encode())
+        self._request_proof = values[REQUEST_PROOF].encode() if secret else b""
+        self._response_proof = (RESPONSE_PROOF_HEADER.encode(), values[RESPONSE_PROOF].encode())
         if not secret:
             log.error("RAYLWAY_FRONT_SECRET must be set on all nodes; without it all requests are refused")
 

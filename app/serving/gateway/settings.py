@@ -10,7 +10,7 @@ from pathlib import Path
 from app.config.serving import Issuer
 from app.errors import UserError
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
-from app.serving.gateway.haproxy import SETTINGS
+from app.serving.gateway.haproxy import SETTINGS_FILE
 from app.state import files
 from app.state.home import front_folder
 
@@ -21,7 +21,7 @@ PEM_FILES = "front-*.pem"
 def read() -> Gateway | None:
     """The gateway of this cluster; None if no endpoint is served, or an earlier version wrote the file."""
     try:
-        document = json.loads((front_folder() / SETTINGS).read_text())
+        document = json.loads((front_folder() / SETTINGS_FILE).read_text())
     except FileNotFoundError:
         return None
     if "front" not in document:
@@ -40,7 +40,7 @@ def applied(gateway: Gateway) -> Iterator[None]:
 
     Raises UserError if the certificate or its key cannot be read.
     """
-    file = front_folder() / SETTINGS
+    file = front_folder() / SETTINGS_FILE
     previous = file.read_text() if file.exists() else None
     pem = _write_pem(gateway.frontend)
     files.write(file, json.dumps(_document(gateway, pem)), mode=0o600)
@@ -59,7 +59,7 @@ def applied(gateway: Gateway) -> Iterator[None]:
 
 def remove() -> None:
     """Remove the settings, once no endpoint is served."""
-    for file in (front_folder() / SETTINGS, *front_folder().glob(PEM_FILES)):
+    for file in (front_folder() / SETTINGS_FILE, *front_folder().glob(PEM_FILES)):
         file.unlink(missing_ok=True)
 
 

@@ -4,9 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from app.serving.gateway import guard, haproxy
+from app.serving.gateway import guard
 from app.serving.gateway.guard import Guard
-from app.serving.gateway.haproxy import PROOF_HEADER, SECRET_HEADER, proofs
+from app.serving.gateway.haproxy import proofs
+from app.serving.gateway.haproxy_config import (
+    REQUEST_PROOF_HEADER,
+    RESPONSE_PROOF_HEADER,
+    UNFINISHED_HEADER,
+)
 from app.serving.http import Refused, Response
 from app.state.home import SECRET
 
@@ -92,12 +97,12 @@ def test_in_the_order_of_serve_the_middlewares_accept_only_the_proof(monkeypatch
     async def send(message):
         sent.append(message)
 
-    headers = [(SECRET_HEADER.encode(), value) for value in values]
+    headers = [(REQUEST_PROOF_HEADER.encode(), value) for value in values]
     scope = {"type": "http", "method": "GET", "path": path, "headers": headers}
     asyncio.run(_apply_middlewares(serve, guard.middlewares())(scope, receive, send))
-    proof = dict(sent[0]["headers"]).get(PROOF_HEADER.encode())
+    proof = dict(sent[0]["headers"]).get(RESPONSE_PROOF_HEADER.encode())
     if secret and values == [REQUEST_PROOF]:
-        assert SECRET_HEADER.encode() not in dict(scopes[0]["headers"])
+        assert REQUEST_PROOF_HEADER.encode() not in dict(scopes[0]["headers"])
         assert proof == RESPONSE_PROOF
     else:
         assert not scopes
@@ -201,7 +206,7 @@ def test_a_refusal_does_not_wait_for_the_body():
     _, (start, content) = send_request([], [b"x", SILENT], deployment=Deployment(refusal))
     headers = dict(start["headers"])
     assert (start["status"], headers[b"www-authenticate"]) == (401, b"Bearer")
-    assert (headers[b"connection"], headers[haproxy.UNFINISHED_HEADER.encode()]) == (b"close", b"1")
+    assert (headers[b"connection"], headers[UNFINISHED_HEADER.encode()]) == (b"close", b"1")
     assert b"no token" in content["body"]
 
 

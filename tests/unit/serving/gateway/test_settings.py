@@ -31,12 +31,12 @@ def test_a_gateway_is_read_as_it_was_written(folder):
     stored = haproxy.settings()
     assert (stored["host"], stored["pem"], stored["connections_per_address"]) == ("127.0.0.1", None, 7)
     assert stored["max_wait_s"] == {"one": 1.0, "two": 2.5}
-    assert (folder / haproxy.SETTINGS).stat().st_mode & 0o777 == 0o600
+    assert (folder / haproxy.SETTINGS_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_settings_of_an_earlier_version_are_not_read(folder):
     folder.mkdir()
-    (folder / haproxy.SETTINGS).write_text(json.dumps({"host": "127.0.0.1"}))
+    (folder / haproxy.SETTINGS_FILE).write_text(json.dumps({"host": "127.0.0.1"}))
     assert settings.read() is None
 
 
