@@ -249,7 +249,7 @@ def test_the_guard_removes_every_header_that_controls_serve():
     pattern = r"SERVE_HTTP_\w+_HEADER|SERVE_MULTIPLEXED_MODEL_ID|SERVE_SESSION_ID"
     headers = {value for name, value in vars(constants).items() if re.fullmatch(pattern, name)}
     headers.remove("x-request-id")  # the guard checks it
-    assert {header.replace("_", "-").encode() for header in headers} == guard.STEERING
+    assert {header.replace("_", "-").encode() for header in headers} == guard.CONTROL_HEADERS
 
 
 def test_the_autoscaling_policy_is_called_with_what_it_reads():

@@ -3,6 +3,7 @@
 `app.serving.protocols.tensors` describes the protocol.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
@@ -114,7 +115,7 @@ def read_columns(
     return columns, num_rows
 
 
-def _values(tensor: _Input, content: memoryview, num_rows: int, kinds: dict[str, str]) -> list[Any]:
+def _values(tensor: _Input, content: memoryview, num_rows: int, kinds: Mapping[str, str]) -> list[Any]:
     """The values of one input; `content` are its binary data and `kinds` the types of all columns by name.
 
     Raises ValueError if the tensor does not fit its column.
