@@ -1,4 +1,4 @@
-"""Sweeps: real trainings on Ray Tune, a stored study, and what survives whom."""
+"""Sweeps: real trainings on Ray Tune, the stored study, and interruptions."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ SMOKE = "configs/smoke.yaml"
 RATE = {"training.learning_rate": {"type": "float", "low": 0.002, "high": 0.1, "log": True}}
 SMALL = {"training.num_workers": 1, "training.epochs": 2, "training.batch_size": 128}
 NO_SCHEDULER = {"kind": "none"}
-# A project of its own, whose candidates pass the gate whatever was registered before.
+# Has its own name and a tolerant gate, so that its candidates pass whatever was registered before.
 SHOWN = (SMOKE, "--set", "name=shown", "--set", "gate.tolerance=1")
 
 
@@ -53,7 +53,7 @@ def states(progress: Progress) -> list[str]:
 
 @pytest.fixture(scope="module")
 def swept(home, reach):
-    """`raylway sweep` of four trials, once for the tests that look at what it left."""
+    """`raylway sweep` of four trials, once for the tests that read its results."""
     done = subprocess.run(
         [sys.executable, "-m", "app", "sweep", *SHOWN, "--trials", "4"],
         cwd=ROOT, env={**os.environ, "RAYLWAY_HOME": str(home)}, capture_output=True, text=True, timeout=240,
@@ -66,7 +66,7 @@ def experiment(client: MlflowClient) -> list[str]:
     return [client.get_experiment_by_name("shown").experiment_id]
 
 
-def test_the_command_says_each_trial_the_best_and_where_the_report_is(swept):
+def test_the_command_prints_each_trial_the_best_and_the_path_of_the_report(swept):
     for number in range(4):
         assert f"trial {number} (" in swept
     assert "4 of 4 trials" in swept
@@ -203,10 +203,10 @@ def test_the_value_of_folds_is_their_mean(ray_cluster):
         assert trial.value == pytest.approx(sum(folds) / 2)
 
 
-def test_several_objectives_give_a_front(ray_cluster):
+def test_several_objectives_give_a_pareto_front(ray_cluster):
     hidden = {"model.hidden": {"type": "choice", "values": [[4], [64, 64]]}}
-    asked = {"objectives": ["auc", "size_mb", "latency_ms"], "search": "nsga2", "trials": 5}
-    progress = run(project("front", {**RATE, **hidden}, **asked))
+    overrides = {"objectives": ["auc", "size_mb", "latency_ms"], "search": "nsga2", "trials": 5}
+    progress = run(project("front", {**RATE, **hidden}, **overrides))
     assert states(progress) == ["COMPLETE"] * 5
     sizes = {trial.params["model.hidden"]: trial.values[1] for trial in progress.trials}
     assert sizes["[4]"] < sizes["[64, 64]"]
@@ -234,7 +234,7 @@ def test_other_searches(ray_cluster, search):
     assert len({trial.params["training.learning_rate"] for trial in progress.trials}) == 4
 
 
-def test_successive_halving_stops_what_is_bad_and_stores_it_as_pruned(ray_cluster):
+def test_successive_halving_stores_stopped_trials_as_pruned(ray_cluster):
     rates = {"training.learning_rate": {"type": "choice", "values": [0.05, 0.04, 1e-9, 1e-8]}}
     points = [{"training.learning_rate": rate} for rate in rates["training.learning_rate"]["values"]]
     swept = project(
@@ -256,7 +256,7 @@ def test_other_schedulers(ray_cluster, scheduler):
     assert len(progress.trials) == 4
 
 
-def test_population_based_training_moves_the_worst_to_where_the_best_are(ray_cluster):
+def test_population_based_training_gives_bad_trials_the_network_of_good_ones(ray_cluster):
     rates = {"training.learning_rate": {"type": "float", "low": 1e-6, "high": 0.1, "log": True}}
     points = [{"training.learning_rate": rate} for rate in (0.05, 0.03, 1e-6, 2e-6)]
     settings = {**SMALL, "training.epochs": 6, "training.schedule": "constant"}
@@ -265,7 +265,7 @@ def test_population_based_training_moves_the_worst_to_where_the_best_are(ray_clu
     )
     assert states(progress) == ["COMPLETE"] * 4
     moved = [t for t in progress.trials if t.user_attrs["point"] != t.params]
-    assert moved, "of two bad ones at least one took over another's network"
+    assert moved, "at least one of two bad trials must take over another network"
     values = sorted(trial.value for trial in progress.trials)
     assert values[1] > 0.7, values
 
@@ -287,7 +287,7 @@ def test_a_warm_start_learns_from_an_earlier_study_and_points_come_first(ray_clu
 # What goes wrong
 
 
-def test_a_trial_that_diverges_is_stored_as_failed_and_the_sweep_goes_on(ray_cluster):
+def test_a_trial_that_diverges_is_stored_as_failed_and_the_sweep_continues(ray_cluster):
     rates = {"training.learning_rate": {"type": "choice", "values": [0.01, 1e30]}}
     points = [{"training.learning_rate": rate} for rate in (1e30, 0.01)]
     progress = run(project("diverging", rates, points=points, trials=3))
@@ -327,7 +327,7 @@ def test_the_target_ends_a_sweep(ray_cluster):
     assert "sweep.target" in progress.end_reason
 
 
-def test_core_hours_and_wall_time_end_a_sweep_that_can_be_gone_on_with(ray_cluster):
+def test_core_hours_and_wall_time_end_a_sweep_that_can_be_resumed(ray_cluster):
     progress = run(project("budget", max_core_hours=1e-6, trials=5, concurrent=1))
     assert len(progress.trials) == 1
     assert "max_core_hours" in progress.end_reason
@@ -381,10 +381,10 @@ def finished(study: optuna.Study) -> list[int]:
         *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT)),
     ],
 )
-def test_a_sweep_that_is_stopped_goes_on_with_the_same_trials(home, reach, how):
+def test_a_stopped_sweep_resumes_with_the_same_trials(home, reach, how):
     name = f"stopped-{how.name.lower()}"
-    asked = [f"sweep.study={name}", "sweep.trials=6", "training.epochs=30"]
-    with sweeping(home, *asked) as process:
+    overrides = [f"sweep.study={name}", "sweep.trials=6", "training.epochs=30"]
+    with sweeping(home, *overrides) as process:
         for line in process.stdout:
             if "trial " in line and "(2/6)" in line:
                 break
@@ -396,9 +396,9 @@ def test_a_sweep_that_is_stopped_goes_on_with_the_same_trials(home, reach, how):
         assert "the same command goes on" in rest
     before = {t.number: (t.state, t.values) for t in studies.load(name).trials if t.state.is_finished()}
     assert 2 <= len(before) < 6
-    with sweeping(home, *asked) as process:
-        said = process.stdout.read()
-        assert process.wait(10) == 0, said
+    with sweeping(home, *overrides) as process:
+        output = process.stdout.read()
+        assert process.wait(10) == 0, output
     study = studies.load(name)
     assert len(study.trials) == 6
     assert finished(study) == list(range(6))
@@ -439,10 +439,10 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, r
     import random
 
     chance = random.Random(4)
-    asked = ["sweep.study=forty", "sweep.trials=40", "training.epochs=25"]
+    overrides = ["sweep.study=forty", "sweep.trials=40", "training.epochs=25"]
     ends: dict[int, tuple] = {}
     for kill in range(4):
-        with sweeping(home, *asked) as process:
+        with sweeping(home, *overrides) as process:
             if kill < 3:
                 for line in process.stdout:
                     if "trial " in line:
@@ -451,8 +451,8 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, r
                 process.kill()
                 process.wait()
             else:
-                said = process.stdout.read()
-                assert process.wait(10) == 0, said
+                output = process.stdout.read()
+                assert process.wait(10) == 0, output
         now = {t.number: (t.state, t.values, t.datetime_complete) for t in studies.load("forty").trials
                if t.state.is_finished()}  # fmt: skip
         print(
