@@ -1,15 +1,17 @@
 """Training on one GPU, by one rank and without Ray."""
 
-import contextlib
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from app.data.prepare import Prepared
 from app.training import checkpoint, collective, device, loop
 from app.training.checkpoint import Checkpoints
-from app.training.collective import Alone
+from app.training.collective import Alone, Collective
 from app.training.observer import Observer, Request
 from tests import tabular
 
@@ -85,43 +87,66 @@ def test_an_interrupted_training_resumes_to_the_same_bits(prepared, tmp_path, pr
     assert resumed_history == history
 
 
-@contextlib.contextmanager
-def only_rank(backend: str, folder: Path, **training):
-    """A group of one rank over NCCL: no library lets two ranks share a GPU."""
+# One rank over NCCL, which does not let two ranks share a GPU. A process joins only once, so each test has
+# its own.
+
+
+def in_new_process(function, *arguments):
+    """Run a function of this module in a new process; returns its result. Skips if it returns a string."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
+        result = executor.submit(function, *arguments).result()
+    if isinstance(result, str):
+        pytest.skip(result)
+    return result
+
+
+def join(backend: str, folder: Path, **training) -> Collective | None:
+    """A group of one rank; None if Horovod has no NCCL."""
     settings = tabular.project(backend=backend, **training).training
     if backend == "horovod":
-        hvd = pytest.importorskip("horovod.torch")
-        if not hvd.nccl_built():
-            pytest.skip("Horovod was built without NCCL")
-        ranks = collective.Horovod(settings, Path(os.devnull))
-    else:
-        store = f"file://{folder}/store"
-        torch.distributed.init_process_group("nccl", store, rank=0, world_size=1, device_id=GPU)
-        ranks = collective.TorchDistributed(settings)
-    try:
-        yield ranks
-    finally:
-        ranks.close()
+        import horovod.torch as hvd
+
+        return collective.Horovod(settings, Path(os.devnull)) if hvd.nccl_built() else None
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("nccl", store, rank=0, world_size=1, device_id=GPU)
+    return collective.TorchDistributed(settings)
+
+
+NO_NCCL = "Horovod was built without NCCL"
+
+
+def exchange_on_rank(backend: str, folder: Path):
+    """The group's rank and size, the pairs of tensors that must be equal, and a mean of (2, 4)."""
+    if (ranks := join(backend, folder)) is None:
+        return NO_NCCL
+    on_gpu = torch.arange(6, device=GPU).view(3, 2)
+    pairs = []
+    for tensor in (on_gpu, torch.rand(4), on_gpu > 2):
+        copy = tensor.clone()
+        ranks.broadcast([copy])
+        pairs += [(ranks.gather(tensor).cpu().numpy(), tensor.cpu().numpy())]
+        pairs += [(copy.cpu().numpy(), tensor.cpu().numpy())]
+    mean = torch.tensor([2.0, 4.0], device=GPU)
+    ranks.average(mean)
+    return ranks.rank, ranks.size, pairs, mean.tolist()
 
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
 def test_collective_operations_over_nccl(tmp_path, backend):
-    with only_rank(backend, tmp_path) as ranks:
-        assert (ranks.rank, ranks.size) == (0, 1)
-        for tensor in (
-            torch.arange(6, device=GPU).view(3, 2),
-            torch.rand(4),
-            torch.tensor([True], device=GPU),
-        ):
-            gathered = ranks.gather(tensor)
-            assert gathered.dtype == tensor.dtype
-            assert torch.equal(gathered.cpu(), tensor.cpu())
-            same = tensor.clone()
-            ranks.broadcast([same])
-            assert torch.equal(same, tensor)
-        mean = torch.tensor([2.0, 4.0], device=GPU)
-        ranks.average(mean)
-        assert mean.tolist() == [2.0, 4.0]
+    rank, size, pairs, mean = in_new_process(exchange_on_rank, backend, tmp_path)
+    assert (rank, size) == (0, 1)
+    for result, expected in pairs:
+        assert result.dtype == expected.dtype
+        assert (result == expected).all()
+    assert mean == [2.0, 4.0]
+
+
+def train_on_rank(prepared: Path, folder: Path, backend: str, settings: dict):
+    """The history of a training."""
+    if (ranks := join(backend, folder, **settings)) is None:
+        return NO_NCCL
+    project = {"backend": backend, **settings}
+    return train(Prepared(prepared, cached=True), folder / "nccl", GPU, ranks=ranks, **project)[1]
 
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
@@ -131,10 +156,7 @@ def test_one_rank_over_nccl_learns_what_one_alone_learns(
     prepared, tmp_path, backend, gradients, compression, tolerance
 ):
     settings = {"precision": "fp32", "deterministic": True, "epochs": 1}
-    exchange = {"gradients": gradients, "compression": compression}
     _, (alone,) = train(prepared, tmp_path / "alone", GPU, **settings)
-    with only_rank(backend, tmp_path, **exchange) as ranks:
-        _, (history,) = train(
-            prepared, tmp_path / "nccl", GPU, ranks=ranks, backend=backend, **settings, **exchange
-        )
+    settings |= {"gradients": gradients, "compression": compression}
+    (history,) = in_new_process(train_on_rank, prepared.path, tmp_path, backend, settings)
     assert history == pytest.approx(alone, rel=0, abs=tolerance)
