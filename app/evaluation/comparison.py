@@ -78,16 +78,16 @@ def differences(candidate: Project, champion: Project) -> list[str]:
     faults = []
     by_rating = candidate.gate.metric in RATING_METRICS
     for section in ("label", "interactions"):
-        now, before = (getattr(project.data, section) for project in (candidate, champion))
-        if (now is None) != (before is None):
-            return [f"data.{section} was {'not ' if before is None else ''}given"]
-        if now is None:
+        ours, champions = (getattr(project.data, section) for project in (candidate, champion))
+        if (ours is None) != (champions is None):
+            return [f"data.{section} was {'not ' if champions is None else ''}given"]
+        if ours is None:
             continue
         keys = ("column", "positive", "above", "classes") if section == "label" else ("user", "item")
         if section == "interactions" and by_rating:
             keys = (*keys, "rating")
         for key in keys:
-            old, new = getattr(before, key), getattr(now, key)
+            old, new = getattr(champions, key), getattr(ours, key)
             if old != new:
                 faults.append(f"data.{section}.{key} was {old!r} and is {new!r}")
     if candidate.gate.metric not in champion.model.test_metrics:

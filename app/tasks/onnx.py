@@ -15,7 +15,7 @@ MAX_DIFFERENCE = 1e-4
 OPSET = 20
 
 
-def exported(
+def export_graph(
     network: nn.Module,
     example: tuple[torch.Tensor, ...],
     inputs: list[str],
@@ -47,7 +47,7 @@ def write(graph: onnx.ModelProto, path: Path) -> None:
     path.write_bytes(graph.SerializeToString())
 
 
-def require_equal(difference: float) -> float:
+def require_close(difference: float) -> float:
     """Return a difference to PyTorch. Raises RuntimeError if it exceeds MAX_DIFFERENCE or is NaN."""
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.bundle.bundle import ITEMS, KNOWN, SCORES, open_graph
 from app.bundle.schema import MAX_ITEMS
 from app.data.interactions import Catalogue
-from app.tasks.onnx import exported, inner_prefix, require_equal, write
+from app.tasks.onnx import export_graph, inner_prefix, require_close, write
 
 USERS_PER_BATCH = 64
 LOWEST = torch.finfo(torch.float32).min
@@ -49,7 +49,7 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
     top = _TopItems(network.cpu().eval(), catalogue, seen.cpu())
     shapes = {"users": {0: torch.export.Dim("rows", min=1)}}
     outputs = [SCORES, "indices", KNOWN]
-    whole = exported(top, (torch.tensor([0, 1]),), ["users"], outputs, shapes)
+    whole = export_graph(top, (torch.tensor([0, 1]),), ["users"], outputs, shapes)
     prefix = inner_prefix([user])
     whole = onnx.compose.add_prefix(whole, f"{prefix}/", rename_inputs=False, rename_outputs=False)
     users, indices, items, empty, lowest, names, is_left = (
@@ -122,4 +122,4 @@ def difference(
             largest = max(largest, float((np.abs(scores - other) / size).max()))
         if (is_left & np.take_along_axis(top.seen[indices].numpy(), columns, axis=1)).any():
             raise RuntimeError("the exported graph recommends an item that the user has had")
-    return require_equal(largest)
+    return require_close(largest)

@@ -124,7 +124,7 @@ class NeuralCollaborativeFiltering(Recommender):
         self.dropout = nn.Dropout(dropout)
         self.of_user = nn.Linear(width, hidden[0])
         self.of_item = nn.Linear(width, hidden[0], bias=False)
-        layers = [(nn.ReLU(), nn.Linear(before, after)) for before, after in pairwise(hidden)]
+        layers = [(nn.ReLU(), nn.Linear(width_in, width_out)) for width_in, width_out in pairwise(hidden)]
         self.layers = nn.Sequential(*(part for layer in layers for part in layer), nn.ReLU())
         self.output = nn.Linear(hidden[-1], 1, bias=False)
         self.product = nn.Parameter(torch.ones(width))

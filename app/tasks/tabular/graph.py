@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
-from app.tasks.onnx import OPSET, exported, inner_prefix, require_equal, write
+from app.tasks.onnx import OPSET, export_graph, inner_prefix, require_close, write
 
 
 class _Column(nn.Module):
@@ -31,7 +31,7 @@ def export(network: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
     """Write the graph: an input (rows,) for each raw column, float64 or string, and one output (rows, 1)."""
     example = torch.zeros(2, preprocessor.layout.width)
     rows = torch.export.Dim("rows", min=1)
-    graph = exported(_Column(network.cpu().eval()), (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
+    graph = export_graph(_Column(network.cpu().eval()), (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
     preprocessing = _preprocessing(preprocessor, graph.ir_version)
     # A column may have an inner name of the exporter, such as "linear". The prefix keeps them apart; it has
     # one slash more than that of the preprocessing.
@@ -49,7 +49,7 @@ def difference(network: nn.Module, preprocessor: Preprocessor, path: Path, frame
         expected = network.cpu().eval()(matrix).numpy()
     columns = {c.column: frame[c.column].to_numpy() for c in preprocessor.columns}
     probabilities = open_graph(path).run([OUTPUT], feed_of(columns))[0]
-    return require_equal(float(np.abs(probabilities[:, 0] - expected).max()))
+    return require_close(float(np.abs(probabilities[:, 0] - expected).max()))
 
 
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:

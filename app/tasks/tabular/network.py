@@ -52,7 +52,7 @@ class LinearEmbeddings(nn.Module):
     def __init__(self, widths: tuple[int, ...], width: int):
         super().__init__()
         self.spans = list(pairwise(accumulate(widths, initial=0)))
-        self.layers = nn.ModuleList(nn.Linear(before, width) for before in widths)
+        self.layers = nn.ModuleList(nn.Linear(num_columns, width) for num_columns in widths)
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, sum of widths) -> (rows, numbers * width)."""
@@ -133,8 +133,8 @@ class MultiLayerPerceptron(BinaryClassifier):
         self.columns = Columns(layout, numbers)
         widths = [self.columns.width, *hidden]
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ class TabularEnsemble(BinaryClassifier):
         self.columns = Columns(layout, numbers)
         widths = [self.columns.width, *hidden]
         layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [SharedLinear(members, before, after), nn.ReLU(), nn.Dropout(dropout)]
+        for width_in, width_out in pairwise(widths):
+            layers += [SharedLinear(members, width_in, width_out), nn.ReLU(), nn.Dropout(dropout)]
         self.layers = nn.Sequential(*layers, MembersOutput(members, widths[-1]))
         nn.init.normal_(self.layers[0].scale_in)  # makes the members differ
 
@@ -168,27 +168,27 @@ class TabularEnsemble(BinaryClassifier):
 
 class SharedLinear(nn.Module):
     """A linear layer whose members share the weight, and each have a bias and scales of inputs and outputs
-    (BatchEnsemble, Wen et al., 2020). (rows, members or 1, before) -> (rows, members, after)."""
+    (BatchEnsemble, Wen et al., 2020). (rows, members or 1, width_in) -> (rows, members, width_out)."""
 
-    def __init__(self, members: int, before: int, after: int):
+    def __init__(self, members: int, width_in: int, width_out: int):
         super().__init__()
-        bound = max(before, 1) ** -0.5
-        self.weight = nn.Parameter(torch.empty(after, before).uniform_(-bound, bound))
-        self.scale_in = nn.Parameter(torch.ones(members, before))
-        self.scale_out = nn.Parameter(torch.ones(members, after))
-        self.bias = nn.Parameter(torch.empty(members, after).uniform_(-bound, bound))
+        bound = max(width_in, 1) ** -0.5
+        self.weight = nn.Parameter(torch.empty(width_out, width_in).uniform_(-bound, bound))
+        self.scale_in = nn.Parameter(torch.ones(members, width_in))
+        self.scale_out = nn.Parameter(torch.ones(members, width_out))
+        self.bias = nn.Parameter(torch.empty(members, width_out).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x * self.scale_in) @ self.weight.T * self.scale_out + self.bias
 
 
 class MembersOutput(nn.Module):
-    """A linear output for each member: (rows, members, before) -> (rows, members)."""
+    """A linear output for each member: (rows, members, width_in) -> (rows, members)."""
 
-    def __init__(self, members: int, before: int):
+    def __init__(self, members: int, width_in: int):
         super().__init__()
-        bound = before**-0.5
-        self.weight = nn.Parameter(torch.empty(members, before).uniform_(-bound, bound))
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(torch.empty(members, width_in).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members).uniform_(-bound, bound))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.bundle.schema import label_schema
 from app.evaluation import predictions
-from app.tasks.onnx import exported, require_equal, write
+from app.tasks.onnx import export_graph, require_close, write
 
 
 class Column(nn.Module):
@@ -25,12 +25,12 @@ class Packager:
     def export(self, network, folder):
         rows, example = torch.export.Dim("rows", min=1), torch.zeros(2, dtype=torch.float64)
         column, path = self.task.column, folder / "model.onnx"
-        write(exported(Column(network.eval()), (example,), [column], [OUTPUT], {"x": {0: rows}}), path)
+        write(export_graph(Column(network.eval()), (example,), [column], [OUTPUT], {"x": {0: rows}}), path)
         x = np.array(self.task.prepared.frame("test")[column])
         with torch.no_grad():
             expected = network(torch.from_numpy(x)).numpy()
         graph = open_graph(path).run([OUTPUT], feed_of({column: x}))[0]
-        return require_equal(float(np.abs(graph[:, 0] - expected).max()))
+        return require_close(float(np.abs(graph[:, 0] - expected).max()))
 
     def schema(self):
         summary = self.task.prepared.summary

@@ -140,7 +140,7 @@ def test_periodic_embeddings_by_hand():
 
 
 def test_members_share_the_weight_and_have_their_own_scales():
-    layer = SharedLinear(members=3, before=4, after=2)
+    layer = SharedLinear(members=3, width_in=4, width_out=2)
     with torch.no_grad():
         layer.scale_in.normal_()
         layer.scale_out.normal_()
