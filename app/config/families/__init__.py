@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[type[Model], ...]] = {
 }
 """The kinds of models of each family. `app.tasks` has a folder with the family's name."""
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a type checker cannot follow a union that is computed
     AnyModel = Model
 else:
     AnyModel = Annotated[reduce(or_, chain(*FAMILIES.values())), Field(discriminator="kind")]
