@@ -53,7 +53,7 @@ def forget_source() -> None:
     fingerprint._imports.cache_clear()
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case[1])
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def built(request, build, application) -> Built:
     return build(*request.param)
 
