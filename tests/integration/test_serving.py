@@ -484,9 +484,9 @@ def test_who_has_left_the_cluster_starts_none_and_can_join_again(url):
         {"auth": "local", "host": "0.0.0.0"},
     ],
 )
-def test_a_second_project_does_not_change_the_front_of_the_first(client, variants, settings, changed):
+def test_a_second_project_does_not_change_the_frontend_of_the_first(client, variants, settings, changed):
     other = Serving.model_validate({**settings.model_dump(), "auth": "local", **changed})
-    with pytest.raises(UserError, match=r"guarded and income .* serving\.(host|port|grpc_port) is"):
+    with pytest.raises(UserError, match=r"guarded must .* income.* serving\.(host|port|grpc_port) is"):
         deploy.deploy(other, "guarded", traffic(variants))
     assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
     assert not listens(settings.port, "127.0.0.2")
