@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from app.cli import main, options
+from app.cli import main
 from app.cli.main import COMMANDS
 from app.errors import UserError
 
@@ -217,11 +217,3 @@ def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, say
         main.command_line()(command, standalone_mode=False)
     assert str(caught.value).startswith(says)
     assert not home.exists()
-
-
-def test_options_are_read_as_numbers_times_and_weights():
-    assert options.number("--k", 1, 100, whole=True)("7") == 7
-    assert options.number("--hours", 0.01, 100)("0.5") == 0.5
-    assert options.number("--hours", 0.01, 100)("1e+1") == 10
-    assert options.time("2026-11-01T12:00:00") == options.time("2026-11-01 14:00:00+02:00")
-    assert options.weights(["--champion", "90", "--b=.5"]) == {"champion": 90, "b": 0.5}
