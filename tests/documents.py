@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def blocks(document: Path, language: str = "") -> list[Block]:
     found = []
     for match in re.finditer(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
         line = text[: match.start()].count("\n") + 1
-        found.append(Block(document, line, match[1], match[2]))
+        found.append(Block(document, line, match[1], textwrap.dedent(match[2])))
     return [block for block in found if language in ("", block.language)]
 
 
