@@ -23,7 +23,7 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def root(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
     """The error that was raised first, if libraries have wrapped it: Ray keeps it in `cause`."""
     while True:
         inner = getattr(error, "cause", None)
@@ -35,14 +35,14 @@ def root(error: BaseException) -> BaseException:
         error = inner
 
 
-def described(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Type and first line of the error that was raised first. Further lines are advice of libraries."""
-    first = root(error)
+    first = first_cause(error)
     lines = str(first).strip().splitlines() or ["no message"]
     return f"{type(first).__name__}: {lines[0]}"
 
 
-def described_in(text: str) -> str:
+def describe_traceback(text: str) -> str:
     """The message of the last traceback in a text, without its type for a UserError."""
     # The last frame is indented; an empty line or another traceback follows the message.
     messages = re.findall(LAST_MESSAGE, text, re.MULTILINE)
@@ -53,12 +53,12 @@ def described_in(text: str) -> str:
 
 
 @contextmanager
-def unwrapped() -> Iterator[None]:
+def unwrap_user_errors() -> Iterator[None]:
     """Raise a UserError itself where libraries have wrapped it."""
     try:
         yield
     except Exception as error:
-        first = root(error)
+        first = first_cause(error)
         if isinstance(first, UserError) and first is not error:
             raise first from None
         raise

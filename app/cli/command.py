@@ -12,7 +12,7 @@ import typer
 
 from app.cli import failures
 from app.console import Console, chatter_to_log, short
-from app.errors import Interrupted, UserError, described
+from app.errors import Interrupted, UserError, describe
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
 """Exit codes: the command failed; the user's input is wrong; the gate rejected the candidate."""
@@ -62,9 +62,9 @@ def running(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[Co
             raise typer.Exit(128 + received) from None
         except Exception as error:
             traceback.print_exc()
-            if message := failures.explained(error):
+            if message := failures.explain(error):
                 raise UserError(message) from None
-            console.say(f"failed: {described(error)}", style="red")
+            console.say(f"failed: {describe(error)}", style="red")
             console.say(f"the log has the traceback: {short(log)}")
             raise typer.Exit(EXIT_FAILED) from None
 

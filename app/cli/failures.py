@@ -34,7 +34,7 @@ LOST = frozenset(
 """Exceptions that Ray raises when one of its processes ends unexpectedly."""
 
 
-def explained(error: BaseException) -> str | None:
+def explain(error: BaseException) -> str | None:
     """Message for an error of disk, database or cluster; None for any other error."""
     for cause in _causes(error):
         if isinstance(cause, UserError):

@@ -84,11 +84,11 @@ def main() -> None:
         finish.status = exit_.code if isinstance(exit_.code, int) else None
         raise
     except typer.TyperException as error:
-        finish.status = _refuse(options.mistake(error))
+        finish.status = _refuse(options.describe(error))
     except UserError as error:
         finish.status = _refuse(str(error))
     except Exception as error:  # outside of `command.running`
-        message = failures.explained(error)
+        message = failures.explain(error)
         if message is None:
             raise
         finish.status = _refuse(message)

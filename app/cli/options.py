@@ -61,7 +61,7 @@ def weights(arguments: Sequence[str]) -> dict[str, float]:
     }
 
 
-def mistake(error: typer.TyperException) -> str:
+def describe(error: typer.TyperException) -> str:
     """Message for a command line that Typer refuses, in one line; empty if Typer has shown the help
     instead."""
     text = error.format_message().rstrip(".")

@@ -48,7 +48,7 @@ MUST = {
 MAX_SHOWN_CHARACTERS = 80
 
 
-def explained(fault: Mapping[str, Any]) -> str:
+def describe(fault: Mapping[str, Any]) -> str:
     """Message for one of a ValidationError's `errors()`, without its place."""
     kind = fault["type"]
     if kind == "value_error":

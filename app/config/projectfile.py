@@ -220,7 +220,7 @@ def _fault(
             # Several keys are involved, so an overridden key below may be at fault.
             where = "--set" if any(key[: len(o)] == o[: len(key)] for o in overridden) else f"{path}:{line}"
         case _:
-            message = faults.explained(error)
+            message = faults.describe(error)
             if error["type"] == "string_type" and error["input"] is None:
                 message += f'; to give it as text, put it in quotes: "{texts.get(loc, "")}"'
     return f"{where}: {'.'.join(loc)}: {message}" if loc else f"{where}: {message}"

@@ -15,7 +15,7 @@ from app.config import data as config
 from app.data import contract, features, interactions, split, tokens
 from app.data.features import Preprocessor
 from app.data.sources import files
-from app.errors import UserError, unwrapped
+from app.errors import UserError, unwrap_user_errors
 from app.state import stages
 
 LABEL = "__label__"
@@ -69,7 +69,7 @@ def prepare(project: Project, *, fresh: bool = False) -> Prepared:
     """
     version = files.version(project.data.source)
     target = stages.folder("prepare", key(project, version))
-    with unwrapped():
+    with unwrap_user_errors():
         built = stages.produce(target, lambda draft: _build(project, version, draft), fresh=fresh)
     return Prepared(stages.current(target), cached=not built)
 

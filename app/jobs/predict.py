@@ -19,7 +19,7 @@ from app.config import Source
 from app.data.cells import is_string, table_faults, told
 from app.data.sources.files import Files, Kind
 from app.data.sources.formats import SUFFIXES, has_format
-from app.errors import UserError, unwrapped
+from app.errors import UserError, unwrap_user_errors
 from app.registry import versions
 from app.state import stages
 
@@ -156,7 +156,7 @@ def run(
     `on_wait` hears what is waited for, if anything is. Raises UserError if there is no such model or input, a
     column is missing, a file cannot be read to its end, or `output` is there already.
     """
-    with unwrapped():
+    with unwrap_user_errors():
         return _run(model, source, output, k, on_wait)
 
 

@@ -18,7 +18,7 @@ from mlflow.tracking import MlflowClient
 from app.bundle import manifest
 from app.bundle.manifest import identity_of, verify
 from app.config import Project
-from app.errors import Interrupted, UserError, described
+from app.errors import Interrupted, UserError, describe
 from app.registry.artifacts import local_folder, stored_manifest
 from app.registry.connection import client
 from app.state import stages
@@ -72,7 +72,7 @@ class Run:
         except Exception as error:  # of whatever library MLflow reaches the store with
             raise UserError(
                 f"the bundle must be stored at {root}, where RAYLWAY_STORE led in this project's first run, "
-                f"but: {described(error)}. Make it reachable, and give the command again: nothing is lost"
+                f"but: {describe(error)}. Make it reachable, and give the command again: nothing is lost"
             ) from error
         return f"{root}/{name}"
 

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 
 from app.config import Sweep
-from app.errors import described_in
+from app.errors import describe_traceback
 from app.state import stages
 from app.tuning.progress import Progress, Running, Watch
 from app.tuning.search import state_of
@@ -97,7 +97,7 @@ class Recorder(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         error = trial.get_error()
-        self._finish(trial, None, described_in(str(error)) if error else "its process died")
+        self._finish(trial, None, describe_traceback(str(error)) if error else "its process died")
 
     def _finish(self, trial: Any, result: dict[str, Any] | None, error: str) -> None:
         """Store the end of a trial. `result` is its last one; `error` is empty unless it failed."""

@@ -252,5 +252,5 @@ def _first_fault(error: ValidationError) -> str:
     """The key and the message of the first fault."""
     fault = error.errors()[0]
     key = ".".join(faults.resolve(Project, fault["loc"])[0])
-    message = faults.explained(fault)
+    message = faults.describe(fault)
     return f"{key}: {message}" if key else message

@@ -3,7 +3,7 @@ import pickle
 import pytest
 from ray.exceptions import RayTaskError
 
-from app.errors import UserError, described, described_in, root, unwrapped
+from app.errors import UserError, describe, describe_traceback, first_cause, unwrap_user_errors
 
 TRACE = """The deployment failed to start 3 times in a row. Error:
 ray::ServeReplica:income:endpoint.initialize_and_get_metadata() (pid=1, ip=127.0.0.1)
@@ -27,27 +27,27 @@ def wrapped() -> Exception:
 
 
 def test_the_root_of_an_error_is_what_was_raised_first():
-    assert str(root(wrapped())) == "row 7: is ragged"
+    assert str(first_cause(wrapped())) == "row 7: is ragged"
     inner = ValueError("no\nmore")
     outer = RuntimeError("outer")
     outer.__cause__ = inner
-    assert root(outer) is inner
-    assert described(outer) == "ValueError: no"
-    assert described(KeyError()) == "KeyError: no message"
+    assert first_cause(outer) is inner
+    assert describe(outer) == "ValueError: no"
+    assert describe(KeyError()) == "KeyError: no message"
 
 
 def test_a_user_error_of_a_worker_is_raised_as_itself():
-    with pytest.raises(UserError) as caught, unwrapped():
+    with pytest.raises(UserError) as caught, unwrap_user_errors():
         raise wrapped() from RuntimeError("Ray Data's own")
     assert type(caught.value) is UserError
     assert str(caught.value) == "row 7: is ragged"
-    with pytest.raises(ValueError, match="ours"), unwrapped():
+    with pytest.raises(ValueError, match="ours"), unwrap_user_errors():
         raise ValueError("ours")
 
 
 def test_the_reason_in_a_text_is_the_last_exception_and_not_the_last_line():
-    assert described_in(TRACE) == "the variants differ in\n  column age"
+    assert describe_traceback(TRACE) == "the variants differ in\n  column age"
     other = TRACE.replace("app.errors.UserError: the variants differ in\n  column age", "ValueError: bad")
-    assert described_in(other) == "ValueError: bad"
-    assert described_in("it just said this") == "it just said this"
-    assert described_in("") == "no message"
+    assert describe_traceback(other) == "ValueError: bad"
+    assert describe_traceback("it just said this") == "it just said this"
+    assert describe_traceback("") == "no message"

@@ -11,7 +11,7 @@ from typing import Any
 
 from app.config import Serving
 from app.config.serving import Workers
-from app.errors import UserError, described_in
+from app.errors import UserError, describe_traceback
 from app.serving.control.status import broadcast
 from app.serving.names import model_names, workers_application
 from app.serving.replica.workers import Worker
@@ -47,7 +47,7 @@ def run(bound: Any, application: str, deployment: str, route: str | None) -> Non
         # Serve's own error names no reason; the status ends in the replica's.
         message = serve.status().applications[application].deployments[deployment].message
         raise UserError(
-            f"Ray Serve could not start {application}: {described_in(message)}. "
+            f"Ray Serve could not start {application}: {describe_traceback(message)}. "
             "What was served before goes on."
         ) from error
 

@@ -103,7 +103,7 @@ def parse(entry: Entry) -> TrafficEntry:
         serving = None if settings is None else Serving.model_validate(settings)
         return TrafficEntry(entry.number, Traffic.model_validate(details), serving)
     except (ValidationError, UserError) as error:
-        first = faults.explained(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
+        first = faults.describe(error.errors()[0]) if isinstance(error, ValidationError) else str(error)
         raise UserError(
             f"entry {entry.number} of the audit log, the traffic of {entry.model}, cannot be read: {first}; "
             "deploy the model again with `raylway serve`"

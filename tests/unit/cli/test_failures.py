@@ -13,7 +13,7 @@ import ray.exceptions
 import sqlalchemy
 from mlflow.exceptions import MlflowException
 
-from app.cli.failures import explained
+from app.cli.failures import explain
 from app.errors import UserError
 from app.state.audit import Audit
 
@@ -80,7 +80,7 @@ def in_a_worker(error: Exception) -> Exception:
     ],
 )
 def test_a_failure_is_reported_with_what_to_do(error, says):
-    message = explained(error)
+    message = explain(error)
     assert message is not None
     assert says in message
     assert "\n" not in message
@@ -100,17 +100,17 @@ def test_a_failure_is_reported_with_what_to_do(error, says):
     ],
 )
 def test_a_defect_has_no_message(error):
-    assert explained(error) is None
+    assert explain(error) is None
 
 
 def test_an_error_that_was_handled_before_is_no_cause():
     defect = KeyError("ours")
     defect.__context__ = failed(errno.EACCES, "/x")
-    assert explained(defect) is None
+    assert explain(defect) is None
 
 
 def test_the_state_directory_is_named_by_its_variable(home):
-    message = explained(failed(errno.EROFS, str(home / "logs" / "x")))
+    message = explain(failed(errno.EROFS, str(home / "logs" / "x")))
     assert message == (
         f"RAYLWAY_HOME: must be a folder that you can write to; it is {home}, but: {home}/logs/x: Read-only "
         "file system. Set another one, or change its mode"
@@ -121,7 +121,7 @@ def test_the_password_of_a_server_is_not_shown():
     engine = sqlalchemy.create_engine("postgresql+psycopg://nobody:secret@127.0.0.1:1/none")
     with pytest.raises(sqlalchemy.exc.OperationalError) as caught:
         engine.connect()
-    message = explained(caught.value)
+    message = explain(caught.value)
     assert message is not None
     assert message.startswith("RAYLWAY_DATABASE_URL: must name a PostgreSQL server that answers, but: ")
     assert "secret" not in message
@@ -141,7 +141,7 @@ def test_a_damaged_database_is_named(home, how):
     how(home / "production.db")
     with Audit() as audit, pytest.raises(sqlalchemy.exc.DatabaseError) as caught:
         audit.entries()
-    message = explained(caught.value)
+    message = explain(caught.value)
     assert message is not None
     assert message.startswith(f"{home}/production.db: must be a SQLite database, but: ")
 
