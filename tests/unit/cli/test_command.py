@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -40,7 +41,9 @@ def test_a_quiet_command_does_not_name_its_log(home, capfd):
     assert capfd.readouterr().out == "{}\n"
 
 
-def test_a_defect_is_one_line_and_its_traceback_is_in_the_log(home, capfd):
+def test_a_defect_is_one_line_and_its_traceback_is_in_the_log(home, capfd, monkeypatch):
+    # pytest's own sys.stderr does not write to file descriptor 2.
+    monkeypatch.setattr(sys, "stderr", open(2, "w", buffering=1, closefd=False))  # noqa: SIM115
     with pytest.raises(typer.Exit) as exit_, command.running("train"):
         raise KeyError("ours")
     assert exit_.value.exit_code == command.EXIT_FAILED

@@ -33,7 +33,7 @@ ENDPOINT: dict[str, Any] = {
 def shown(*documents: dict[str, Any]) -> list[str]:
     screen = Console(file=io.StringIO(), width=120)
     for renderable in status_text.renderables(documents):
-        screen.print(renderable)
+        screen.print(renderable, soft_wrap=True)
     return [" ".join(line.split()) for line in screen.file.getvalue().splitlines()]
 
 
