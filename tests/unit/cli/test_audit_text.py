@@ -3,9 +3,6 @@
 import io
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +14,9 @@ from app.registry import versions
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
+from tests.commands import raylway
 from tests.traffics import place
 
-ROOT = Path(__file__).parents[3]
 MODEL = "income"
 
 
@@ -141,20 +138,21 @@ def test_a_long_line_is_wrapped_in_its_column(audit):
     assert any('[red]   note {"[bold]": "xxx' in line for line in others), "no markup"
 
 
-def raylway(*arguments: str) -> str:
-    command = [sys.executable, "-m", "app", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
+def output(*arguments: str) -> str:
+    done = raylway(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_log_is_one_json_document(audit):
     place(audit, MODEL, BOTH, settings())
     audit.add("sign", "flights", {"version": "2"})
-    document = json.loads(raylway("audit", "--json"))
+    document = json.loads(output("audit", "--json"))
     assert [entry["action"] for entry in document["entries"]] == ["traffic", "sign"]
     assert document["entries"][0]["details"]["serving"]["port"] == 8000
-    assert [entry["model"] for entry in json.loads(raylway("audit", "flights", "--json"))["entries"]] == [
+    assert [entry["model"] for entry in json.loads(output("audit", "flights", "--json"))["entries"]] == [
         "flights"
     ]
-    *_, line, head = raylway("audit", "flights").splitlines()
+    *_, line, head = output("audit", "flights").splitlines()
     assert line.rstrip().endswith("flights  signed version 2")
     assert head == f"head: {document['head']}"

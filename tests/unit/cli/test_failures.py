@@ -4,8 +4,6 @@ import errno
 import os
 import pickle
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,7 @@ from mlflow.exceptions import MlflowException
 from app.cli.failures import explain
 from app.errors import UserError
 from app.state.audit import Audit
-
-ROOT = Path(__file__).parents[3]
+from tests.commands import raylway
 
 
 def failed(number: int, file: str | None = None) -> OSError:
@@ -149,9 +146,7 @@ def test_a_damaged_database_is_named(home, how):
 @pytest.mark.parametrize("command", ["audit", "up", "down", "token x"])
 def test_a_state_directory_that_is_a_file_is_refused_in_one_line(home, command):
     home.write_text("")
-    done = subprocess.run(
-        [sys.executable, "-m", "app", *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    done = raylway(*command.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: RAYLWAY_HOME: must be a folder; {home} is not. Set another one\n"
 
@@ -159,8 +154,7 @@ def test_a_state_directory_that_is_a_file_is_refused_in_one_line(home, command):
 def test_a_failure_of_a_command_is_printed_and_logged(home):
     home.mkdir()
     (home / "production.db").write_bytes(b"x" * 20_000)
-    command = [sys.executable, "-m", "app", "audit"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = raylway("audit")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {home}/production.db: must be a SQLite database, but: ")
     (log,) = (home / "logs").iterdir()

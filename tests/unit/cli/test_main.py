@@ -11,16 +11,11 @@ import typer
 from app.cli import main
 from app.cli.main import COMMANDS
 from app.errors import UserError
+from tests.commands import raylway
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
 MUST = "must be a whole number from"
-
-
-def raylway(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The reference of the project file's keys: whole, readable, and the same in docs/keys.md."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +11,7 @@ from app.config import reference
 from app.config.reference import NAME, REQUIRED, Group, Key
 from app.config.section import PositiveInt, Section
 from app.errors import UserError
+from tests.commands import raylway
 
 ROOT = Path(__file__).parents[3]
 GROUPS = reference.groups()
@@ -183,14 +182,9 @@ def test_an_unknown_section_is_refused_with_the_known_ones(section, hint):
     )
 
 
-def raylway(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "app", "keys", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-
-
 def test_the_command_prints_the_reference():
-    assert raylway().stdout == reference.as_text(GROUPS)
-    assert raylway("serving.tls").stdout == reference.as_text(reference.select("serving.tls"))
-    assert raylway("--markdown").stdout == reference.as_markdown(GROUPS)
-    refused = raylway("nothing")
+    assert raylway("keys").stdout == reference.as_text(GROUPS)
+    assert raylway("keys", "serving.tls").stdout == reference.as_text(reference.select("serving.tls"))
+    assert raylway("keys", "--markdown").stdout == reference.as_markdown(GROUPS)
+    refused = raylway("keys", "nothing")
     assert (refused.returncode, refused.stdout, len(refused.stderr.splitlines())) == (2, "", 1)

@@ -1,8 +1,10 @@
+"""`raylway status`, and what it shows beside the endpoints."""
+
 from types import SimpleNamespace
 
 from app.jobs import serve
 from app.state import hooks
-from tests.unit.cli.test_cli import raylway
+from tests.commands import raylway
 
 FAULT = "Ray Train did not call Trainer._create_default_callbacks"
 
