@@ -1,12 +1,12 @@
-"""Entries of the audit log with a traffic, as deployments write them."""
+"""Traffic entries in the audit log, as deployments write them."""
 
 from app.config import Serving
-from app.serving.traffic import traffic
+from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
 
 
-def place(audit: Audit, model: str, wanted: Traffic, serving: Serving | None = None) -> int:
-    """Let a traffic hold, as a deployment does; returns the entry's number."""
-    with traffic.set_with_rollback(audit, model, wanted, serving) as number:
+def place(audit: Audit, model: str, traffic: Traffic, serving: Serving | None = None) -> int:
+    """Make a traffic the current one of a model; returns the number of its entry."""
+    with traffics.set_with_rollback(audit, model, traffic, serving) as number:
         return number
