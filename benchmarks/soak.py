@@ -36,6 +36,7 @@ from app.config import Serving
 from app.errors import UserError
 from app.registry import versions
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.gateway.bounds import DEFAULT_MAX_WAIT_S, MAX_CONCURRENT_REQUESTS
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
@@ -132,7 +133,7 @@ def served(replicas: int = 2, **settings: Any) -> Iterator[Served]:
         try:
             yield endpoint
         finally:
-            deploy.undeploy()
+            undeploy_all()
 
 
 def rows() -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def serve(file: File, overrides: Overrides = None) -> None:
             for name, variant in traffic.variants.items():
                 console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
-            console.say(deploy.curl(server, project.name, next(iter(traffic.variants.values()))))
+            console.say(deploy.example_command(server, project.name, next(iter(traffic.variants.values()))))
             if joins_lasting_cluster():
                 console.say("it stays up with the cluster")
                 return
@@ -71,9 +71,9 @@ def traffic(
             from app.cluster.session import session
 
             with session():
-                from app.serving.control import applications
+                from app.serving.control.weights import set_weights
 
-                served = applications.reweight(name, weights, console.wait)
+                served = set_weights(name, weights, console.wait)
         else:
             from app.serving.traffic import traffic
             from app.state.audit import Audit
@@ -122,9 +122,9 @@ def undeploy(name: EndpointName) -> None:
         from app.cluster.session import session
 
         with session():
-            from app.serving.control import deploy
+            from app.serving.control import undeploy as endpoints
 
-            deploy.take_off(name, console.wait)
+            endpoints.undeploy(name, console.wait)
         console.say(f"{name} is not served any more")
 
 

@@ -148,4 +148,4 @@ def _next_steps(console: Console, name: str, variant: Any) -> None:
     console.say("  keep the endpoint up")
     console.say(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
     console.say("  then ask it, from another shell")
-    console.say(f"    {deploy.curl(f'http://127.0.0.1:{port}', name, variant)}")
+    console.say(f"    {deploy.example_command(f'http://127.0.0.1:{port}', name, variant)}")

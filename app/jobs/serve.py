@@ -21,7 +21,7 @@ def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], N
     num_cpus = serving.num_cpus * serving.autoscaling.min_replicas
     setting = "serving.num_cpus x autoscaling.min_replicas"
     on_wait(capacity.current().wait_message(num_cpus, setting, excluding=project.name))
-    return endpoints.deploy(serving, project.name, traffic, on_wait, beside=monitor.start)
+    return endpoints.deploy(serving, project.name, traffic, on_wait, start_monitoring=monitor.start)
 
 
 def statuses() -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def statuses() -> list[dict[str, Any]]:
             "last_error": report.last_error,
         }
     documents = []
-    for endpoint in status.endpoints():
+    for endpoint in status.read_endpoints():
         document = endpoint.document()
         fault = report.faults.get(endpoint.name) if report else None
         faults = sorted({*document["faults"], *([fault] if fault else [])})

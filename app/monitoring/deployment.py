@@ -1,8 +1,9 @@
 """The Ray Serve deployment that runs the watch. It answers no requests, so a crash touches none."""
 
 from app.monitoring.watch import Watch, WatchReport
-from app.serving.control.applications import deployment, run
-from app.serving.control.status import ask_replicas, statuses
+from app.serving.control.applications import create_deployment, run_application
+from app.serving.control.replicas import try_broadcast
+from app.serving.control.status import application_statuses
 from app.serving.names import WATCH
 
 
@@ -10,7 +11,7 @@ class Monitor:
     """The only replica of the deployment: runs the watch for the cluster. Serve restarts it if it dies."""
 
     def __init__(self) -> None:
-        self._watch = Watch(statuses)
+        self._watch = Watch(application_statuses)
         self._watch.start()
 
     def __del__(self) -> None:
@@ -28,11 +29,11 @@ class Monitor:
 
 def start() -> None:
     """Start the deployment, or replace it if its code has changed. Raises UserError if Serve cannot."""
-    monitor = deployment(Monitor, WATCH, [], ray_actor_options={"num_cpus": 0})
-    run(monitor.bind(), WATCH, WATCH, None)
+    monitor = create_deployment(Monitor, WATCH, [], ray_actor_options={"num_cpus": 0})
+    run_application(monitor.bind(), WATCH, WATCH, None)
 
 
 def report() -> WatchReport | None:
     """State of the watch; None if it does not answer."""
-    reports = ask_replicas(WATCH, WATCH, "report")
+    reports = try_broadcast(WATCH, WATCH, "report")
     return reports[0] if reports else None

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from app.bundle.schema import schema_at
 from app.errors import UserError
 from app.serving.backoff import Backoff
-from app.serving.control.applications import refresh, start_workers, stop_workers
+from app.serving.control.replicas import refresh
+from app.serving.control.workers import start_workers, stop_unused_workers
 from app.serving.traffic import traffic
 from app.serving.traffic.registered import registered_variants
 from app.serving.traffic.traffic import Traffic, TrafficEntry
@@ -114,4 +115,4 @@ def _replace(audit: Audit, name: str, current: TrafficEntry, variants: Mapping[s
         ) as entry:
             refresh(name, entry)
     finally:
-        stop_workers(audit, name)
+        stop_unused_workers(audit, name)

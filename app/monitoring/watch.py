@@ -14,7 +14,7 @@ from app.monitoring import bandit
 from app.monitoring.follow import Follower
 from app.registry import versions
 from app.serving.backoff import Backoff
-from app.serving.control import applications
+from app.serving.control import workers
 from app.serving.logs import log
 from app.serving.traffic import traffic
 from app.state.audit import Audit
@@ -158,7 +158,7 @@ class Watch:
 
     def _stop_unused_workers(self, model: str) -> None:
         assert self._stores
-        applications.stop_abandoned_workers(self._stores.audit, model)
+        workers.stop_abandoned_workers(self._stores.audit, model)
 
     def _forget_others(self, models: Iterable[str]) -> None:
         """Forget the failures of models that have no endpoint any more."""

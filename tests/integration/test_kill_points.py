@@ -198,7 +198,7 @@ def test_token(killed, raylway, home):
 @pytest.fixture(scope="module")
 def project(ray_cluster, home):
     """Settings of an endpoint with a champion and a challenger; nothing is served at the end."""
-    from app.serving.control import deploy
+    from app.serving.control.undeploy import undeploy_all
 
     settings = [
         "name=served", f"serving.port={free_ports(1)[0]}", "serving.num_cpus=0.1",
@@ -209,7 +209,7 @@ def project(ray_cluster, home):
         trained = [sys.executable, "-m", "app", "train", *arguments, "--set", f"seed={seed}"]
         subprocess.run(trained, cwd=ROOT, check=True, capture_output=True)
     yield arguments
-    deploy.undeploy()
+    undeploy_all()
 
 
 def test_a_first_serve(killed, raylway, project):

@@ -11,6 +11,7 @@ import pytest
 from app.cluster.ports import free_ports
 from app.config import projectfile
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.traffic import registered
 
 pytestmark = [
@@ -79,7 +80,7 @@ def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
         with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
             _ask(client, rows)
     finally:
-        deploy.undeploy()
+        undeploy_all()
 
 
 def _ask(client: httpx.Client, rows: list[tuple[str, str, int]]) -> None:

@@ -17,7 +17,8 @@ from app.bundle.schema import columns_of
 from app.cluster.ports import free_ports
 from app.config import Serving
 from app.monitoring import deployment
-from app.serving.control import deploy, status
+from app.serving.control import deploy, replicas, status
+from app.serving.control.undeploy import undeploy_all
 from app.serving.traffic import routing, traffic
 from app.serving.traffic.registered import registered_traffic
 from app.serving.traffic.traffic import Traffic
@@ -77,7 +78,7 @@ def both(bundles):
 @pytest.fixture(scope="module")
 def url(ray_cluster, serving, both):
     yield deploy.deploy(serving, NAME, both)
-    deploy.undeploy()
+    undeploy_all()
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def test_of_two_changes_at_once_none_is_lost(served, raylway):
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
     held = traffic.read_current(Audit(), NAME)
     assert held.traffic.weights == {"champion": 7, "challenger": 3}
-    assert [state.weights for state in status.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
+    assert [state.weights for state in replicas.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
 
 
 def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, bundles, raylway, replicas):
@@ -170,7 +171,7 @@ def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, b
     assert traffic.read_current(Audit(), "other") is None
     again = raylway("undeploy", "other")
     assert (again.returncode, again.stderr.strip().splitlines()[-1]) == (
-        2, f"error: other is not served; these are: {NAME}"
+        2, f"error: other is not served; served are: {NAME}"
     )  # fmt: skip
     changed = raylway("traffic", "other", "--champion", "1")
     assert (changed.returncode, "other is not served now" in changed.stderr) == (2, True)
@@ -367,7 +368,7 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
             "variants": {"champion": {"version": "champion", "weight": 1}},
         }
     )
-    deploy.deploy(following, NAME, registered_traffic(NAME, following)[0], beside=deployment.start)
+    deploy.deploy(following, NAME, registered_traffic(NAME, following)[0], start_monitoring=deployment.start)
     with asking(served) as answers:
         done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr
@@ -377,4 +378,4 @@ def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, ray
     assert answers[-1][2]["version"] == "2"
     assert {status for _, status, _ in answers} == {200}
     assert Audit().entries(NAME)[-1].who == follow.AUTHOR
-    assert [endpoint.faults for endpoint in status.endpoints()] == [[]]
+    assert [endpoint.faults for endpoint in status.read_endpoints()] == [[]]

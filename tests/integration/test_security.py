@@ -18,6 +18,7 @@ import pytest
 from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.gateway import issuer
 from app.serving.gateway.bounds import MAX_CONCURRENT_REQUESTS
 from app.serving.traffic.traffic import Traffic
@@ -83,7 +84,7 @@ def variants(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(ray_cluster, serving, variants):
     yield deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
-    deploy.undeploy()
+    undeploy_all()
 
 
 _NUMBERS = itertools.count()

@@ -21,6 +21,7 @@ from app.cluster.ports import free_ports
 from app.config import Serving
 from app.errors import UserError
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.gateway import settings as gateway_settings
 from app.serving.traffic import routing
 from app.serving.traffic.traffic import Traffic
@@ -73,7 +74,7 @@ def settings():
 @pytest.fixture(scope="module")
 def url(ray_cluster, variants, settings):
     yield deploy.deploy(settings, "income", traffic(variants))
-    deploy.undeploy()
+    undeploy_all()
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,8 @@ def test_a_first_deployment_that_fails_leaves_nothing_open(
     ray_cluster, variants, settings, tmp_path, monkeypatch
 ):
     bundles = open_bundles(variants)
-    monkeypatch.setattr(
-        deploy, "open_bundles", lambda *_: bundles
-    )  # what this process can read, a replica cannot
+    # This process can open the bundle, and a replica cannot.
+    monkeypatch.setattr(deploy, "open_bundles", lambda *_: bundles)
     gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match="is not a bundle"):
         deploy.deploy(settings, "income", traffic(gone))
@@ -432,17 +432,15 @@ def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
     client, variants, settings, tmp_path, monkeypatch
 ):
     bundles = open_bundles(variants)
-    monkeypatch.setattr(
-        deploy, "open_bundles", lambda *_: bundles
-    )  # what this process can read, a replica cannot
+    # This process can open the bundle, and a replica cannot.
+    monkeypatch.setattr(deploy, "open_bundles", lambda *_: bundles)
     gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
-    with pytest.raises(UserError, match=r"gone: is not a bundle.*goes on"):
+    with pytest.raises(UserError, match=r"gone: is not a bundle.*keep serving"):
         deploy.deploy(settings, "income", traffic(gone))
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
-    assert read_current_traffic(Audit(), "income").traffic.variants["champion"].version == "1", (
-        "for new replicas"
-    )
+    current = read_current_traffic(Audit(), "income").traffic
+    assert current.variants["champion"].version == "1", "new replicas load it"
 
 
 LEAVING = """
@@ -450,7 +448,7 @@ import gc, time
 import ray
 from app.cluster.session import session
 with session(log_to_driver=False):
-    from app.serving.control.status import broadcast
+    from app.serving.control.replicas import broadcast
     from ray.serve._private.long_poll import LongPollClient
     assert broadcast("income", "income", "state")
     asking = [each for each in gc.get_objects() if isinstance(each, LongPollClient)]

@@ -14,6 +14,7 @@ from app.config import Project, Serving
 from app.errors import UserError
 from app.jobs import predict
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.protocols import rows as json_rows
 from app.serving.protocols.contract import Contract
 from app.serving.traffic.traffic import Traffic
@@ -100,7 +101,7 @@ def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
             for answers in (by_predict(url, asked), *by_tensors(url, ports[1], asked)):
                 np.testing.assert_allclose(answers, expected, atol=1e-6)
         finally:
-            deploy.undeploy()
+            undeploy_all()
 
 
 def by_predict(url: str, asked: dict[str, list]) -> list[float]:

@@ -15,6 +15,7 @@ from app.cluster import capacity
 from app.cluster.ports import free_ports
 from app.config import Serving
 from app.serving.control import deploy
+from app.serving.control.undeploy import undeploy_all
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from tests.bundles import ROWS, build
@@ -46,7 +47,7 @@ def endpoint(ray_cluster, bundle):
     variants = {"champion": DeployedVariant(version="1", weight=1, path=bundle)}
     deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
     yield left
-    deploy.undeploy()
+    undeploy_all()
 
 
 @pytest.fixture

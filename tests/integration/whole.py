@@ -7,7 +7,7 @@ import httpx
 
 from app.bundle.manifest import verify
 from app.registry import versions
-from app.serving.control import status
+from app.serving.control import replicas, status
 from app.serving.traffic import traffic
 from app.state.audit import Audit
 
@@ -48,14 +48,14 @@ def check_endpoint(name: str) -> traffic.TrafficEntry | None:
         if held is None:
             assert not [other for other in applications if other.partition("@")[0] == name]
             return None
-        states = status.broadcast(name, name, "state")
+        states = replicas.broadcast(name, name, "state")
         champion = versions.resolve(name, versions.CHAMPION).number
         settled = held.traffic.variants["champion"].version == champion
         settled = settled and all(state.entry == held.number for state in states)
         if settled or time.monotonic() > deadline:
             break
         time.sleep(1)
-    faults = [endpoint.faults for endpoint in status.endpoints() if endpoint.name == name]
+    faults = [endpoint.faults for endpoint in status.read_endpoints() if endpoint.name == name]
     assert settled, (held, states, faults)
     needed = {v.workers for v in held.traffic.variants.values()} - {None}
     assert {other for other in applications if other.startswith(f"{name}@")} == needed

@@ -22,7 +22,7 @@ from app.monitoring import bandit, follow
 from app.monitoring.follow import Follower
 from app.registry import versions
 from app.registry.versions import CHALLENGER, CHAMPION, Version
-from app.serving.control import applications, deploy
+from app.serving.control import deploy, undeploy, weights, workers
 from app.serving.traffic import registered, traffic
 from app.state import audit as audits
 from app.state import audit_head
@@ -108,11 +108,11 @@ class Commands(RuleBasedStateMachine):
         patch.setattr(serve, "delete", self._delete)
         patch.setattr(serve, "shutdown", self.world.applications.clear)
         patch.setattr(ray, "get_actor", self._no_actor)
-        for module in (applications, deploy):
-            patch.setattr(module, "run", self._run)
-        for module in (applications, deploy, follow):
+        for module in (workers, deploy):
+            patch.setattr(module, "run_application", self._run)
+        for module in (weights, deploy, follow):
             patch.setattr(module, "refresh", self._refresh)
-        patch.setattr(deploy, "_wait", lambda *_: None)
+        patch.setattr(deploy, "_wait_until_ready", lambda *_: None)
         for owner, name in ((Audit, "add"), (audit_head, "keep")):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
         self.audit, self.records, self.follower = Audit(), Records(), Follower(lambda: 0.0)
@@ -216,7 +216,7 @@ class Commands(RuleBasedStateMachine):
         name = CHAMPION if of else CHALLENGER
         before = traffic.read_current(self.audit, NAME)
         with self.world.killing(kill), contextlib.suppress(UserError):
-            served = applications.reweight(NAME, {name: weight})
+            served = weights.set_weights(NAME, {name: weight})
             held = traffic.read_current(self.audit, NAME)
             assert held.traffic == served
             assert held.traffic.variants[name].weight == weight
@@ -232,7 +232,7 @@ class Commands(RuleBasedStateMachine):
         with self.world.killing(kill):
             versions.finish_promotion(self.audit, NAME)
             self.follower.follow(self.audit, NAME, held)
-            applications.stop_abandoned_workers(self.audit, NAME)
+            workers.stop_abandoned_workers(self.audit, NAME)
             now = traffic.read_current(self.audit, NAME)
             if NAME in self.follower.faults:
                 assert now.traffic == held.traffic, "what is served goes on"
@@ -275,7 +275,7 @@ class Commands(RuleBasedStateMachine):
         done = False
         with self.world.killing(kill):
             with contextlib.suppress(UserError):
-                deploy.take_off(NAME)
+                undeploy.undeploy(NAME)
             done = True
         if done:
             assert traffic.read_current(self.audit, NAME) is None

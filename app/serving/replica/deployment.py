@@ -15,7 +15,7 @@ from app.serving.gateway.auth import Authenticator
 from app.serving.gateway.guard import DIRECT_PATH, through_serve
 from app.serving.gateway.limits import Limiter
 from app.serving.logs import log
-from app.serving.replica.autoscaling import LOAD, Busyness
+from app.serving.replica.autoscaling import LOAD, ThreadLoad
 from app.serving.replica.call import Services
 from app.serving.replica.endpoint import Endpoint
 from app.serving.replica.loaded import Loaded
@@ -62,7 +62,7 @@ class Replica:
         self._shadows = Shadows(self._recorder.add if self._recorder else None)
         self._shadows.update(self._loader.loaded)
         self._meters = Meters(model)
-        self._busyness = Busyness()
+        self._thread_load = ThreadLoad()
         endpoint = Endpoint(
             Services(
                 model=model,
@@ -109,7 +109,7 @@ class Replica:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve, for `app.serving.replica.autoscaling`."""
-        return {LOAD: self._busyness.share()}
+        return {LOAD: self._thread_load.share()}
 
     def state(self) -> State:
         """Called by commands, through Serve's handle."""
@@ -132,7 +132,7 @@ class Replica:
         return self.state()
 
     def _hooks_without_effect(self) -> list[str]:
-        return [*DIRECT_PATH.faults(), *self._busyness.faults()]
+        return [*DIRECT_PATH.faults(), *self._thread_load.faults()]
 
     async def _update(self, retry_now: bool = False) -> None:
         if await self._loader.update(retry_now):

@@ -18,7 +18,7 @@ def test_a_monitor_is_healthy_while_its_watch_runs():
 
 def test_the_deployment_has_one_replica_and_no_route(monkeypatch):
     started = []
-    monkeypatch.setattr(deployment, "run", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(deployment, "run_application", lambda *arguments: started.append(arguments))
     deployment.start()
     ((application, *names, route),) = started
     assert (names, route) == ([WATCH, WATCH], None)
@@ -28,8 +28,8 @@ def test_the_deployment_has_one_replica_and_no_route(monkeypatch):
 
 
 def test_a_watch_that_does_not_answer_has_no_report(monkeypatch):
-    monkeypatch.setattr(deployment, "ask_replicas", lambda *_: [])
+    monkeypatch.setattr(deployment, "try_broadcast", lambda *_: [])
     assert deployment.report() is None
     report = WatchReport(1.0, 0, None, {})
-    monkeypatch.setattr(deployment, "ask_replicas", lambda *_: [report])
+    monkeypatch.setattr(deployment, "try_broadcast", lambda *_: [report])
     assert deployment.report() is report

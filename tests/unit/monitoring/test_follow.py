@@ -55,7 +55,7 @@ def loaded(monkeypatch):
     entries = []
     monkeypatch.setattr(follow, "refresh", lambda name, entry: entries.append(entry))
     monkeypatch.setattr(follow, "start_workers", lambda *_: None)
-    monkeypatch.setattr(follow, "stop_workers", lambda *_: None)
+    monkeypatch.setattr(follow, "stop_unused_workers", lambda *_: None)
     return entries
 
 

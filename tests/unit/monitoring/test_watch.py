@@ -8,7 +8,7 @@ from app.errors import UserError
 from app.monitoring import bandit, watch
 from app.monitoring.watch import REBALANCE_S, Watch
 from app.serving.backoff import FIRST_DELAY_S
-from app.serving.control import applications
+from app.serving.control import workers
 from app.serving.traffic import traffic
 from app.state.audit import Audit
 from tests.traffics import place
@@ -102,7 +102,7 @@ def test_an_unreadable_entry_is_a_fault_of_its_model_only(monitor, follower, aud
 
 def test_a_follower_that_fails_does_not_stop_the_bandit(monitor, follower, clock, monkeypatch):
     rebalanced, cleaned = [], []
-    monkeypatch.setattr(applications, "stop_abandoned_workers", lambda audit, model: cleaned.append(model))
+    monkeypatch.setattr(workers, "stop_abandoned_workers", lambda audit, model: cleaned.append(model))
     monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, current: rebalanced.append(model))
     follower.errors = dict.fromkeys("abc", UserError("no"))
     clock.now += REBALANCE_S + 1

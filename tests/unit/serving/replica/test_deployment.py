@@ -40,7 +40,7 @@ def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_pat
     path, now = guard.DirectPath(), [0.0]
     for module in (guard, deployment):
         monkeypatch.setattr(module, "DIRECT_PATH", path)
-    monkeypatch.setattr(deployment, "Busyness", lambda: autoscaling.Busyness(lambda: now[0]))
+    monkeypatch.setattr(deployment, "ThreadLoad", lambda: autoscaling.ThreadLoad(lambda: now[0]))
     monkeypatch.setattr(deployment, "UPDATE_S", 0.01)
     deployed = DeployedVariant(version="1", weight=1, path=build(tmp_path / "1", seed=1))
     served = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
