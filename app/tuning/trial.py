@@ -115,13 +115,13 @@ class Trial(tune.Trainable):
     def _train(self) -> None:
         """Put the last result, or the exception, into the queue."""
         try:
-            self._results.put(self._last_result())
+            self._results.put(self._train_folds())
         except Interrupted:
             pass  # `cleanup` has ended the training; nothing takes another result
         except BaseException as error:
             self._results.put(error)
 
-    def _last_result(self) -> dict[str, Any]:
+    def _train_folds(self) -> dict[str, Any]:
         """Train all folds and return the last result."""
         sweep = self._project.sweep
         assert sweep
