@@ -21,6 +21,7 @@ from app.cli import failures
 from app.cluster import flags, session
 from app.serving.gateway import guard
 from app.tuning import tuner
+from tests.unit.test_imports import NAMES, private_parts
 
 RAY = Path(ray.__file__).parent
 
@@ -208,6 +209,12 @@ def parameters(function) -> str:
 def source(name: str) -> str:
     """The source of a module, class or function."""
     return inspect.getsource(pkgutil.resolve_name(name))
+
+
+def test_every_private_part_that_is_used_is_in_this_file():
+    here = Path(__file__).read_text()
+    parts = {part.rpartition(".")[2] for module in NAMES for part in private_parts(module)}
+    assert [part for part in sorted(parts) if part not in here] == []
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
