@@ -6,7 +6,7 @@ A refusal lists all violations of a request at once.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -32,8 +32,16 @@ Columns = Mapping[str, np.ndarray]
 """Columns by name; every array has the shape (rows,)."""
 Location = tuple[int | str, ...]
 """Location in a request, such as ("rows", 3, "age")."""
-Violations = list[tuple[Location, str, Any]]
-"""Location, violated rule and received value of all violations. They are formatted when they are listed."""
+
+
+class Violation(NamedTuple):
+    """A violated rule of the contract. It is formatted only when it is listed."""
+
+    location: Location
+    rule: str
+    """The rule as text, such as "must be a number"."""
+    value: Any
+    """The value that the request has, ABSENT or GENERAL."""
 
 
 def dotted(location: Location) -> str:
@@ -97,14 +105,14 @@ class Contract:
         num_rows: int,
         unit: Any,
         k: Any,
-        other_violations: Sequence[tuple[Location, str, Any]] = (),
+        other_violations: Sequence[Violation] = (),
         path: Callable[[Location], str] = dotted,
     ) -> Query:
         """Validate and convert columns of any protocol; a nullable column may be omitted.
 
         Raises Refused with all violations, including `other_violations`; `path` formats their locations.
         """
-        violations: Violations = []
+        violations: list[Violation] = []
         arrays = {}
         if columns or not other_violations:
             for name, cells in self._cells.items():
@@ -112,13 +120,13 @@ class Contract:
                 arrays[name], broken_rules = cells.read_all([None] * num_rows if values is None else values)
                 for row, rule in broken_rules.items():
                     assert values is not None
-                    violations.append((("rows", row, name), rule, values[row]))
+                    violations.append(Violation(("rows", row, name), rule, values[row]))
         violations += other_violations
         if unit is not None and not _is_unit(unit):
             rule = f"must be a string of 1 to {MAX_UNIT_LENGTH} characters without NUL"
-            violations.append((("unit",), rule, unit))
+            violations.append(Violation(("unit",), rule, unit))
         if k is not None and self.takes_k and not (type(k) is int and 1 <= k <= self.schema.num_items):
-            violations.append((("k",), f"must be an integer from 1 to {self.schema.num_items}", k))
+            violations.append(Violation(("k",), f"must be an integer from 1 to {self.schema.num_items}", k))
         if violations:
             raise contract_refusal(violations, path)
         return Query(arrays, num_rows, unit, k)
@@ -133,11 +141,11 @@ class Contract:
             )
 
 
-def contract_refusal(violations: Violations, path: Callable[[Location], str] = dotted) -> Refused:
+def contract_refusal(violations: Sequence[Violation], path: Callable[[Location], str] = dotted) -> Refused:
     """A refusal with 422 that lists violations by row; those without a row come last."""
 
-    def row(violation: tuple[Location, str, Any]) -> float:
-        match violation[0]:
+    def row(violation: Violation) -> float:
+        match violation.location:
             case ("rows", int(number), *_):
                 return number
         return math.inf

@@ -45,7 +45,7 @@ from app.serving.protocols.contract import (
     Answer,
     Contract,
     Query,
-    Violations,
+    Violation,
     contract_refusal,
 )
 
@@ -58,30 +58,31 @@ def parse(body: bytes, contract: Contract) -> Query:
     except ValueError as error:
         raise Refused(400, f"the body must be JSON: {error}") from None
     if type(document) is not dict:
-        raise contract_refusal([((), f"must be an object with {', '.join(allowed)}", GENERAL)])
-    violations: Violations = [
-        ((name,), f"is unknown; allowed: {', '.join(allowed)}", GENERAL)
+        raise contract_refusal([Violation((), f"must be an object with {', '.join(allowed)}", GENERAL)])
+    violations = [
+        Violation((name,), f"is unknown; allowed: {', '.join(allowed)}", GENERAL)
         for name in document
         if name not in allowed
     ]
     rows = document.get("rows")
     if type(rows) is not list or not rows:
-        violations.append((("rows",), "must be a list of at least one row", GENERAL))
+        violations.append(Violation(("rows",), "must be a list of at least one row", GENERAL))
         rows = []
     contract.require_num_rows(len(rows))
     columns = _columns(rows, contract, violations)
     return contract.check(columns, len(rows), document.get("unit"), document.get("k"), violations)
 
 
-def _columns(rows: list[Any], contract: Contract, violations: Violations) -> dict[str, list[Any]]:
+def _columns(rows: list[Any], contract: Contract, violations: list[Violation]) -> dict[str, list[Any]]:
     """The values of all columns. Appends to `violations` rows that are not objects, and unknown columns."""
     names = contract.columns
     for number, row in enumerate(rows):
         if type(row) is not dict:
-            violations.append((("rows", number), "must be an object", row))
+            violations.append(Violation(("rows", number), "must be an object", row))
         elif not row.keys() <= names:
             message = f"is unknown; allowed: {', '.join(names)}"
-            violations += [(("rows", number, name), message, GENERAL) for name in row if name not in names]
+            unknown = [name for name in row if name not in names]
+            violations += [Violation(("rows", number, name), message, GENERAL) for name in unknown]
     if not rows or any(type(row) is not dict for row in rows):
         return {}
     defaults = {name: None if name in contract.optional_columns else ABSENT for name in names}

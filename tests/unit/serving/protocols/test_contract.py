@@ -8,6 +8,7 @@ from app.serving.protocols.contract import (
     ABSENT,
     GENERAL,
     Contract,
+    Violation,
     contract_refusal,
     dotted,
     validation_refusal,
@@ -36,7 +37,7 @@ def test_columns_become_arrays_and_omitted_nullable_columns_are_missing(contract
 def test_all_violations_are_listed_together_in_the_order_of_the_rows(contract):
     columns = {**COLUMNS, "age": [39, -1], "gender": ["x", "Male"]}
     with pytest.raises(Refused) as refused:
-        contract.check(columns, 2, "", None, [(("other",), "is unknown", GENERAL)])
+        contract.check(columns, 2, "", None, [Violation(("other",), "is unknown", GENERAL)])
     assert (refused.value.status, str(refused.value)) == (422, "the request breaks the contract in 4 places")
     assert [violation["path"] for violation in refused.value.violations] == [
         "rows.0.gender",
@@ -72,13 +73,13 @@ def test_too_many_rows_are_refused_with_413(contract):
 
 
 def test_messages_have_the_value_only_if_the_request_has_one():
-    violations = [(("rows", 0, "a"), "must be a number", value) for value in ("x", ABSENT, GENERAL)]
+    violations = [Violation(("rows", 0, "a"), "must be a number", value) for value in ("x", ABSENT, GENERAL)]
     messages = [violation["message"] for violation in contract_refusal(violations).violations]
     assert messages == ["must be a number, not 'x'", "must be given", "must be a number"]
 
 
 def test_a_long_list_of_violations_is_cut():
-    violations = [(("rows", row, "a"), "must be a number", row) for row in reversed(range(1_000))]
+    violations = [Violation(("rows", row, "a"), "must be a number", row) for row in reversed(range(1_000))]
     refusal = contract_refusal(violations)
     assert "in 1000 places" in str(refusal)
     assert len(refusal.violations) == MAX_LISTED_VIOLATIONS
