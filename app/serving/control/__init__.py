@@ -1,1 +1,1 @@
-"""Puts endpoints on the cluster, takes them off, and reports on them."""
+"""Deploys, changes and removes endpoints on the cluster, and reports their status."""

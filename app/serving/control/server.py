@@ -25,7 +25,7 @@ STOP_TIMEOUT_S = 180.0
 RELOAD_TIMEOUT_S = 60.0
 """Time for HAProxy to load changed settings; it takes less than 1 s on an idle machine."""
 RETRY_S = 0.5
-"""Pause before HAProxy is asked again, after it has died."""
+"""Pause before another attempt to reload, after HAProxy has died."""
 
 
 def open_gateway(gateway: Gateway) -> None:
