@@ -38,7 +38,7 @@ def serve(file: File, overrides: Overrides = None) -> None:
             console.say(f"serving at {server}/v2/models/{project.name}; try:")
             console.say(deploy.example_command(server, project.name, next(iter(traffic.variants.values()))))
             if joins_lasting_cluster():
-                console.say("it stays up with the cluster")
+                console.say("it runs until the cluster ends")
                 return
             console.say("Ctrl-C stops it")
             wait_for_signal()
@@ -117,7 +117,7 @@ def status(as_json: Json = False) -> None:
 def undeploy(name: EndpointName) -> None:
     """Take one endpoint off the cluster. The others keep running."""
     require_name(name)
-    with running("undeploy", hint="the same command goes on") as console:
+    with running("undeploy", hint="run the command again to finish") as console:
         require_cluster()
         from app.cluster.session import session
 
@@ -125,7 +125,7 @@ def undeploy(name: EndpointName) -> None:
             from app.serving.control import undeploy as endpoints
 
             endpoints.undeploy(name, console.wait)
-        console.say(f"{name} is not served any more")
+        console.say(f"{name} is no longer served")
 
 
 def token(

@@ -78,7 +78,7 @@ def train(
     The same command resumes an interrupted run. Exit code 3: trained, but the gate rejected the candidate.
     """
     project = projectfile.load(file, overrides or [])
-    with running("train", hint="the same command goes on from the last checkpoint") as console:
+    with running("train", hint="run the command again to continue from the last checkpoint") as console:
         from app.cluster.session import session
 
         with session():
@@ -114,7 +114,7 @@ def sweep(
     if train_best and project.sweep and len(project.sweep.objectives) > 1:
         raise UserError("--train-best: several objectives have no best trial; train one of the files")
     passed = True
-    with running("sweep", hint="the same command goes on with the trials that are left") as console:
+    with running("sweep", hint="run the command again to continue with the remaining trials") as console:
         from app.cluster.session import session
 
         with session():

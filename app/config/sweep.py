@@ -281,9 +281,9 @@ class Sweep(Section):
                 if key.split(".")[0] not in SWEPT or key.startswith("data.split.fold"):
                     raise ValueError(f"{name}: {key!r} cannot vary; must be a key of {', '.join(SWEPT)}")
         for key, parameter in self.space.items():
-            before = list(self.space)[: list(self.space).index(key)]
+            earlier = list(self.space)[: list(self.space).index(key)]
             for other in parameter.when:
-                if other in self.space and other not in before:
+                if other in self.space and other not in earlier:
                     raise ValueError(f"space.{key}.when: {other!r} must be listed before it in the space")
         for i, point in enumerate(self.points):
             for key in point:

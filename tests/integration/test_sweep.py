@@ -393,7 +393,7 @@ def test_a_stopped_sweep_resumes_with_the_same_trials(home, reach, how):
         code = process.wait(60)
     if how != signal.SIGKILL:
         assert code == 128 + how
-        assert "the same command goes on" in rest
+        assert "run the command again to continue" in rest
     before = {t.number: (t.state, t.values) for t in studies.load(name).trials if t.state.is_finished()}
     assert 2 <= len(before) < 6
     with sweeping(home, *overrides) as process:
@@ -422,7 +422,7 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
     client.stop_job(job)
     while client.get_job_status(job).value == "RUNNING":
         time.sleep(0.5)
-    assert "the same command goes on" in client.get_job_logs(job)
+    assert "run the command again to continue" in client.get_job_logs(job)
     assert 1 <= len(finished(studies.load("job"))) < 5
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": [".venv"]})
     while client.get_job_status(job).value in ("PENDING", "RUNNING"):

@@ -239,7 +239,7 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home,
         stopped = next(line for line in output if line.startswith("stopped"))
         match = re.fullmatch(
             r"stopped: a checkpoint of epoch (\d+), step (\d+) is kept; "
-            r"the same command goes on from the last checkpoint\n",
+            r"run the command again to continue from the last checkpoint\n",
             stopped,
         )
         assert match, stopped

@@ -1,4 +1,4 @@
-"""The families of models: what a project file says of each, and what the rest of the file must be for it."""
+"""The families of models: the keys of each kind of model, and what other sections must be for it."""
 
 from functools import reduce
 from itertools import chain
