@@ -10,7 +10,7 @@ from app.bundle import bundle
 from app.bundle.manifest import seal
 from app.bundle.schema import Schema, label_schema
 from app.config import Project
-from app.data.features import Categories, Preprocessor, Scaled
+from app.data.features import Categories, Preprocessor, ScaledNumber
 from app.tasks.tabular import graph
 from app.tasks.tabular.network import MultiLayerPerceptron
 
@@ -52,8 +52,8 @@ ROWS: list[dict[str, Any]] = [
 def preprocessor(education: list[str]) -> Preprocessor:
     return Preprocessor(
         columns=[
-            Scaled(column="age", minimum=0, maximum=90, fill=0.4),
-            Scaled(column="hours-per-week", minimum=1, maximum=99, fill=0.4),
+            ScaledNumber(column="age", minimum=0, maximum=90, fill=0.4),
+            ScaledNumber(column="hours-per-week", minimum=1, maximum=99, fill=0.4),
             Categories(column="education", encode="one_hot", values=education, width=len(education)),
             Categories(column="gender", encode="one_hot", values=["Female", "Male"], width=2),
             Categories(column="workclass", encode="embedding", values=["", "Private", "State-gov"], width=2),

@@ -19,7 +19,7 @@ import pyarrow.parquet
 
 from app.config import Data
 from app.data import contract
-from app.data.cells import NUMBER
+from app.data.cells.numbers import NUMBER_PATTERN
 from app.data.sources.files import Files, kinds
 
 AGE, TOWN, BOUGHT = "age", "town", "bought"
@@ -199,7 +199,7 @@ def _refused() -> dict[str, Table]:
     whole = parquet()
     number = "age: must be a number: "
     return {
-        "latin-1": text("rows.csv", csv(), "row 3: is no UTF-8; save the file as UTF-8", "latin-1"),
+        "latin-1": text("rows.csv", csv(), "row 3: is not UTF-8; save the file as UTF-8", "latin-1"),
         "UTF-16": text("rows.csv", csv(), "it is UTF-16; save it as UTF-8", "utf-16"),
         "a spreadsheet": Table({"rows.csv": b"PK\3\4\0\0\0\0" * 9}, "it is binary"),
         "ragged": text("rows.csv", csv() + "1,Bonn\n", "row 122: has 2 cells, the header 3"),
@@ -229,7 +229,9 @@ def _refused() -> dict[str, Table]:
             "column 'town' is missing; the file has 'age', ' town'",
         ),
         "a column twice": text(
-            "rows.csv", csv(columns(old=ages())).replace("old", "age", 1), "column 'age' stands 2 times"
+            "rows.csv",
+            csv(columns(old=ages())).replace("old", "age", 1),
+            "column 'age' must occur once, but it occurs 2 times",
         ),
         "decimal commas": text(
             "rows.csv",
@@ -261,10 +263,10 @@ def _refused() -> dict[str, Table]:
         "a label of several types": two(
             {"bought": [n % 2 for n in range(NUM_ROWS)]},
             {"bought": [n % 2 == 0 for n in range(NUM_ROWS)]},
-            "write it with one type in all files",
+            "must have one type in all files",
         ),
-        "cut off": Table({"rows.parquet": whole[:-40]}, "is no readable parquet file"),
-        "CSV under another name": Table({"rows.parquet": csv().encode()}, "is no readable parquet file"),
+        "cut off": Table({"rows.parquet": whole[:-40]}, "must be a parquet file, but it"),
+        "CSV under another name": Table({"rows.parquet": csv().encode()}, "must be a parquet file, but it"),
     }
 
 
@@ -276,7 +278,7 @@ def read(table: Table, folder: Path) -> tuple[Data, pa.Table, pd.DataFrame]:
     types = files.check(wanted)
     reader = files.reader(pa.schema([(name, types[name]) for name in wanted]))
     rows = pa.concat_tables(block for file in reader.files for block in reader.blocks(file))
-    contract.refuse(contract.violations(rows, data).to_pylist(), rows.num_rows)
+    contract.require_no_violations(contract.violation_table(rows, data).to_pylist(), rows.num_rows)
     return data, rows, contract.conform(rows, data)[0]
 
 
@@ -285,7 +287,7 @@ def asked(data: Data, rows: pa.Table) -> dict[str, list[Any]]:
 
     def number(value: Any) -> Any:
         if isinstance(value, str):
-            return float(value) if NUMBER.fullmatch(value.strip()) else value
+            return float(value) if NUMBER_PATTERN.fullmatch(value.strip()) else value
         return value if value is None or isinstance(value, bool) else float(value)
 
     values = {name: rows[name].to_pylist() for name in data.columns}

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from app.config import Project
-from app.data import features
+from app.data import fitting
 from app.data.prepare import LABEL, Prepared
 
 PARTS = {"train": 130, "validation": 60}
@@ -60,7 +60,7 @@ def prepared(folder: Path, parts: dict[str, int] = PARTS) -> Prepared:
         counts = [int((frame[LABEL] == label).sum()) for label in (0, 1)]
         summary["parts"][part] = {"rows": number, "counts": counts}
         if part == "train":
-            fitted = features.fit([features.block_statistics(frame, encodings)], encodings)
+            fitted = fitting.fit([fitting.block_statistics(frame, encodings)], encodings)
             (folder / "preprocessor.json").write_text(fitted.model_dump_json())
     (folder / "summary.json").write_text(json.dumps(summary))
     return Prepared(folder, cached=True)

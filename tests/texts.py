@@ -71,7 +71,7 @@ def prepared(folder: Path, encoder: Path) -> Prepared:
         summary["parts"][part] = {"rows": number, "counts": counts}
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "preprocessor.json").write_text('{"columns": []}')
-    tokens.write(str(encoder), 16, folder / tokens.FILE)
+    tokens.write(str(encoder), 16, folder / tokens.TOKENIZER_FILE)
     return Prepared(folder, cached=True)
 
 

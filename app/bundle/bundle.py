@@ -60,8 +60,12 @@ class Bundle:
         self.schema = schema_at(path)
         self._session = open_graph(path / "model.onnx")
         # Open a tokenizer only if the manifest lists it: other programs may put files into the folder.
-        has_tokenizer = tokens.FILE in self.manifest["files"] if sealed else (path / tokens.FILE).exists()
-        self._tokenizer = tokens.load(path / tokens.FILE) if has_tokenizer else None
+        has_tokenizer = (
+            tokens.TOKENIZER_FILE in self.manifest["files"]
+            if sealed
+            else (path / tokens.TOKENIZER_FILE).exists()
+        )
+        self._tokenizer = tokens.load(path / tokens.TOKENIZER_FILE) if has_tokenizer else None
 
     def answer(self, columns: Columns) -> np.ndarray | Ranking:
         """A ranking of items, or probabilities of a label, by the kind of model."""

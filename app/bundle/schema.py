@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from app.config import Category, Column, Project
-from app.data.cells import Cells
+from app.data.cells import Cells, cells_of
 from app.data.features import MISSING, Categories, Preprocessor
 
 MAX_ITEMS = 100
@@ -60,7 +60,7 @@ class Schema(BaseModel):
 
     def cells(self) -> dict[str, Cells]:
         """The reader of each input's cells."""
-        return {i.name: Cells(i.contract, self.missing, i.allowed) for i in self.inputs}
+        return {i.name: cells_of(i.contract, self.missing, i.allowed) for i in self.inputs}
 
 
 def schema_at(path: Path) -> Schema:

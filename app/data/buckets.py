@@ -1,22 +1,22 @@
-"""Batches of texts of like length, so that little is padding."""
+"""Bucketing by length: batches of texts of similar length, so that little is padding."""
 
 import torch
 from torch import Tensor
 
-NUM_BATCHES = 50
-"""Batches that are sorted by length together: more would pad less and mix less."""
+BATCHES_PER_BUCKET = 50
+"""Number of batches that are sorted by length together. More batches pad less, but mix the rows less."""
 
 
-def by_length(lengths: Tensor, order: Tensor, batch_size: int) -> Tensor:
-    """An epoch's random order (rows,), rearranged so that every `batch_size` rows are of like length.
+def bucket_by_length(lengths: Tensor, order: Tensor, batch_size: int) -> Tensor:
+    """Rearrange an epoch's random order (rows,) so that each `batch_size` rows have similar lengths.
 
-    `lengths` (all rows,) in tokens. The rows of `NUM_BATCHES` batches are sorted by length, and these batches
-    dealt out in an order that is the same on all ranks: they wait for each other at each step, so the long
-    texts of all of them should come at the same one.
+    `lengths` (all rows,) are in tokens. The rows of each bucket are sorted by length, and its batches are
+    shuffled in the same way on all ranks: ranks wait for each other at each step, so the long texts of all
+    ranks should come at the same step.
     """
     full = len(order) // batch_size * batch_size
     parts = []
-    for rows in order[:full].split(NUM_BATCHES * batch_size):
+    for rows in order[:full].split(BATCHES_PER_BUCKET * batch_size):
         batches = rows[lengths[rows].argsort(stable=True)].view(-1, batch_size)
         shuffled = torch.randperm(len(batches), generator=torch.Generator().manual_seed(len(batches)))
         parts.append(batches[shuffled.to(rows.device)].flatten())

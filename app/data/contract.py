@@ -1,7 +1,7 @@
-"""The contract: what every row of the source must keep, all violations found at once."""
+"""The data contract: every rule that the rows of a source must keep; all violations are reported together."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,15 @@ import pyarrow as pa
 
 from app.config import Category, Data, Number
 from app.data import split
-from app.data.cells import NOT_MISSING, Cells
+from app.data.cells import Cells, cells_of
+from app.data.cells.rules import NOT_MISSING
 from app.errors import UserError
 
 NUM_EXAMPLES = 3
+"""Number of offending values shown for a rule."""
+VIOLATION_SCHEMA = pa.schema(
+    {"column": pa.string(), "rule": pa.string(), "count": pa.int64(), "examples": pa.list_(pa.string())}
+)
 
 
 @dataclass
@@ -23,48 +28,49 @@ class Violation:
     column: str
     rule: str
     count: int = 0
+    """Number of rows that break the rule."""
     examples: list[str] = field(default_factory=list)
 
 
 def conform(table: pa.Table, data: Data) -> tuple[pd.DataFrame, list[Violation]]:
-    """The rows as the contract has them, and what breaks it.
+    """Convert rows to the types of the contract, and list the rules that they break.
 
-    Each cell is what `app.data.cells` reads: numbers become float64 and categories strings, with NaN and None
-    for what is missing; the label becomes a string, or a number if it has a threshold. `split.TIME` is added
-    if the split goes by it. With violations the frame is not to be used.
+    Cells are read by `app.data.cells`: numbers become float64 and categories strings; missing values become
+    NaN and None. The label becomes a string, or a number if it has a threshold. `split.TIME` is added if the
+    split is by time. The frame is only valid if there are no violations.
     """
     columns: dict[str, pd.Series] = {}
-    found: list[Violation] = []
+    violations: list[Violation] = []
     for name, cells in _readers(data).items():
         column = table[name]
         if data.label and name == data.label.column and data.label.above is None:
-            # An integer or boolean label is compared with `positive` as text.
+            # Integer and boolean labels are compared with `positive` as text.
             column = column.cast(pa.string())
-        values, faults = cells.read_column(column, text=True)
+        values, faults = cells.read_column(column, parse_text=True)
         columns[name] = pd.Series(values, dtype=values.dtype)
-        found += [_violation(name, rule, mask, column) for rule, mask in faults]
+        violations += [_violation(name, rule, mask, column) for rule, mask in faults]
     if data.time:
-        times = split.times(table[data.time], data.missing)
+        times = split.parse_times(table[data.time], data.missing)
         columns[split.TIME] = times
-        no_time = times.map(lambda value: isinstance(value, str)).to_numpy(dtype=bool)
-        for rule, mask in (("must be ISO 8601 or a number", no_time), (NOT_MISSING, times.isna().to_numpy())):
+        is_text = times.map(lambda value: isinstance(value, str)).to_numpy(dtype=bool)
+        for rule, mask in (("must be ISO 8601 or a number", is_text), (NOT_MISSING, times.isna().to_numpy())):
             if mask.any():
-                found.append(_violation(data.time, rule, mask, table[data.time]))
-    return pd.DataFrame(columns), found
+                violations.append(_violation(data.time, rule, mask, table[data.time]))
+    return pd.DataFrame(columns), violations
 
 
 def _readers(data: Data) -> dict[str, Cells]:
     readers = {}
     for name, column in data.columns.items():
-        values = column.values if isinstance(column, Category) else None
-        readers[name] = Cells(column, data.missing, values)
+        allowed = column.values if isinstance(column, Category) else None
+        readers[name] = cells_of(column, data.missing, allowed)
     if (label := data.label) is not None:
-        may_miss = label.missing == "drop"
+        nullable = label.missing == "drop"
         if label.above is not None:
-            readers[label.column] = Cells(Number(type="number", nullable=may_miss), data.missing)
+            readers[label.column] = cells_of(Number(type="number", nullable=nullable), data.missing)
         else:
-            contract = Category(type="category", nullable=may_miss)
-            readers[label.column] = Cells(contract, data.missing, label.classes)
+            contract = Category(type="category", nullable=nullable)
+            readers[label.column] = cells_of(contract, data.missing, label.classes)
     return readers
 
 
@@ -74,40 +80,29 @@ def _violation(name: str, rule: str, mask: np.ndarray, column: pa.ChunkedArray) 
     return Violation(name, rule, len(rows), [repr(column[row].as_py()) for row in shown.tolist()])
 
 
-def violations(table: pa.Table, data: Data) -> pa.Table:
-    """For `map_batches`: the violations of a block, a row each."""
-    _, found = conform(table, data)
-    columns: dict[str, list[Any]] = {"column": [], "rule": [], "count": [], "examples": []}
-    for v in found:
-        for key, values in columns.items():
-            values.append(getattr(v, key))
-    types = {
-        "column": pa.string(),
-        "rule": pa.string(),
-        "count": pa.int64(),
-        "examples": pa.list_(pa.string()),
-    }
-    return pa.table({key: pa.array(values, types[key]) for key, values in columns.items()})
+def violation_table(table: pa.Table, data: Data) -> pa.Table:
+    """The violations of a block, one per row, for `map_batches`."""
+    _, violations = conform(table, data)
+    return pa.Table.from_pylist([asdict(violation) for violation in violations], VIOLATION_SCHEMA)
 
 
-def refuse(rows: list[dict[str, Any]], num_rows: int) -> None:
-    """Raise UserError that lists the violations of all blocks, if there are any."""
+def require_no_violations(violations: list[dict[str, Any]], num_rows: int) -> None:
+    """Raises UserError that lists the violations if there are any.
+
+    `violations` are the rows of the violation tables of all blocks, which have `num_rows` rows together.
+    """
     counts: Counter[tuple[str, str]] = Counter()
-    examples: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        key = (row["column"], row["rule"])
-        counts[key] += row["count"]
-        examples.setdefault(key, []).extend(row["examples"])
+    examples: dict[tuple[str, str], set[str]] = {}
+    for violation in violations:
+        key = (violation["column"], violation["rule"])
+        counts[key] += violation["count"]
+        examples.setdefault(key, set()).update(violation["examples"])
     if not counts:
         return
-    lines = [
-        f"{column}: {rule}: {counts[column, rule]:,} of {num_rows:,} rows"
-        + (
-            f", such as {', '.join(sorted(set(examples[column, rule]))[:NUM_EXAMPLES])}"
-            if examples[column, rule]
-            else ""
-        )
-        for column, rule in sorted(counts)
-    ]
-    said = "the data breaks its contract (data.columns); mend the data or the contract:"
-    raise UserError(f"{said} {lines[0]}" if len(lines) == 1 else "\n  ".join([said, *lines]))
+    lines = []
+    for column, rule in sorted(counts):
+        shown = ", ".join(sorted(examples[column, rule])[:NUM_EXAMPLES])
+        suffix = f", such as {shown}" if shown else ""
+        lines.append(f"{column}: {rule}: {counts[column, rule]:,} of {num_rows:,} rows{suffix}")
+    summary = "the data breaks its contract (data.columns); correct the data or the contract:"
+    raise UserError(f"{summary} {lines[0]}" if len(lines) == 1 else "\n  ".join([summary, *lines]))

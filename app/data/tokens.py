@@ -1,4 +1,4 @@
-"""Texts to tokens: the encoder's own tokenizer, in a file that training and serving share."""
+"""Texts to tokens, with the encoder's own tokenizer in a file that training and serving share."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ import numpy as np
 
 from app.data.sources import samples
 from app.errors import UserError
+from app.state import files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -17,15 +18,15 @@ if TYPE_CHECKING:
 
 Array = TypeVar("Array", np.ndarray, "Tensor")
 
-FILE = "tokenizer.json"
-"""In a prepared folder and in a bundle: with the cut at `max_length` in it."""
-ENCODER_FILES = ("config.json", "model.safetensors", FILE)
+TOKENIZER_FILE = "tokenizer.json"
+"""File of a prepared data set and of a bundle: the tokenizer, which truncates to `max_length` tokens."""
+ENCODER_FILES = ("config.json", "model.safetensors", TOKENIZER_FILE)
 
 
 def encoder_folder(encoder: str) -> Path:
-    """The folder of an encoder: a sample's, or the path itself.
+    """The folder of an encoder, which is a sample's name or a path.
 
-    Raises UserError if it is not whole, or no BERT's.
+    Raises UserError if a file is missing, or if the encoder is not a BERT.
     """
     folder = samples.encoder(encoder) if encoder in samples.ENCODERS else Path(encoder).expanduser()
     missing = [name for name in ENCODER_FILES if not (folder / name).is_file()]
@@ -35,67 +36,72 @@ def encoder_folder(encoder: str) -> Path:
             f"samples {', '.join(samples.ENCODERS)}; there is no {folder / missing[0]}"
         )
     try:
-        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        model_type = json.loads((folder / "config.json").read_text()).get("model_type")
     except (ValueError, AttributeError):
-        raise UserError(f"model.encoder: {folder / 'config.json'} is no JSON object") from None
-    if kind != "bert":
-        raise UserError(f"model.encoder: {encoder} must be of the type bert; its config.json says {kind!r}")
+        raise UserError(
+            f"model.encoder: {folder / 'config.json'} must be a JSON object, but it is not"
+        ) from None
+    if model_type != "bert":
+        raise UserError(
+            f"model.encoder: {encoder} must have the model_type bert; its config.json has {model_type!r}"
+        )
     return folder
 
 
 def version(encoder: str) -> str:
     """The SHA-256 of an encoder's files."""
-    digest = hashlib.sha256()
-    for name in ENCODER_FILES:
-        with (encoder_folder(encoder) / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    folder = encoder_folder(encoder)
+    digests = [bytes.fromhex(files.sha256(folder / name)) for name in ENCODER_FILES]
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def write(encoder: str, max_length: int, file: Path) -> None:
-    """The encoder's tokenizer, cut at `max_length` tokens and without padding.
+    """Write the encoder's tokenizer, set to truncate to `max_length` tokens and not to pad.
 
-    Raises UserError if the encoder takes no texts of that length.
+    Raises UserError if the encoder's texts are shorter than that.
     """
     folder = encoder_folder(encoder)
-    longest = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
-    if max_length > longest:
-        raise UserError(f"features: max_length must be at most {longest} for {encoder}; it is {max_length}")
-    tokenizer = load(folder / FILE)
+    max_positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    if max_length > max_positions:
+        raise UserError(
+            f"features: max_length must be at most {max_positions} for {encoder}; it is {max_length}"
+        )
+    tokenizer = load(folder / TOKENIZER_FILE)
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     tokenizer.save(str(file))
 
 
 def load(file: Path) -> "Tokenizer":
+    """Raises UserError if the file is not a tokenizer."""
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # it raises no other
-        raise UserError(f"{file}: is no tokenizer: {error}") from None
-
-
-def pad(ids: Array, lengths: Array) -> tuple[Array, Array]:
-    """Cut tokens (rows, any length) to the longest text, and make the mask: 1 where a text has a token.
-
-    Both are (rows, longest), the mask int64. Training pads PyTorch tensors and serving NumPy arrays; the few
-    operations here mean the same for both.
-    """
-    longest = max([1, *lengths.tolist()])
-    cut = ids[:, :longest]
-    places = (cut == cut).cumsum(1)  # 1, 2, 3 ... in each row
-    return cut, (places <= lengths[:, None]) * 1
+    except Exception as error:  # the library raises no narrower type
+        raise UserError(f"{file}: must be a tokenizer, but it cannot be read: {error}") from None
 
 
 def encode(tokenizer: "Tokenizer", texts: Iterable[str | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (rows, longest) with 0 after a text's end, int64, and their number, int64 (rows,).
+    """Token ids (rows, longest) int64, with 0 after the end of a text, and lengths in tokens (rows,) int64.
 
     None is read as the empty text.
     """
-    found = tokenizer.encode_batch_fast([text or "" for text in texts])
-    lengths = np.array([len(each.ids) for each in found], dtype=np.int64)
-    ids = np.zeros((len(found), lengths.max(initial=0)), dtype=np.int64)
-    for row, each in zip(ids, found, strict=True):
-        row[: len(each.ids)] = each.ids
+    encodings = tokenizer.encode_batch_fast([text or "" for text in texts])
+    lengths = np.array([len(encoding.ids) for encoding in encodings], dtype=np.int64)
+    ids = np.zeros((len(encodings), lengths.max(initial=0)), dtype=np.int64)
+    for row, encoding in zip(ids, encodings, strict=True):
+        row[: len(encoding.ids)] = encoding.ids
     return ids, lengths
+
+
+def pad(ids: Array, lengths: Array) -> tuple[Array, Array]:
+    """Token ids cut to the longest text, and the mask, int64, with 1 at a token and 0 at padding: both
+    (rows, longest).
+
+    Training pads PyTorch tensors and serving NumPy arrays; the operations here mean the same for both.
+    """
+    longest = max([1, *lengths.tolist()])
+    cut = ids[:, :longest]
+    positions = (cut == cut).cumsum(1)  # 1, 2, 3 ... in each row
+    return cut, (positions <= lengths[:, None]) * 1

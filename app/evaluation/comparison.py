@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from app.bundle.bundle import Bundle
 from app.config import Project
 from app.config.gate import RATING_METRICS
-from app.data import split
+from app.data.partition import read_partition
 from app.data.prepare import LABEL, Prepared
 
 MIN_ROWS = 200
@@ -105,7 +105,7 @@ def differences(candidate: Project, champion: Project) -> list[str]:
 
 def unseen(project: Project, prepared: Prepared, champion: Bundle) -> np.ndarray | NotComparable:
     """Rows of the test part on which the champion was not trained, bool (rows,)."""
-    partition = split.partition_at(champion.path)
+    partition = read_partition(champion.path)
     if partition is None:
         return NotComparable("its bundle does not say on which rows it was trained")
     if fault := partition.obstacle(project.data):

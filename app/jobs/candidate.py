@@ -11,7 +11,7 @@ from app.bundle import bundle
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import seal
 from app.config import Project
-from app.data import split
+from app.data import partition
 from app.data.prepare import Prepared
 from app.evaluation import card
 from app.registry import flavor
@@ -44,7 +44,7 @@ def build(
         shutil.copy(trained.weights, draft / "model.safetensors")
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
         (draft / "project.json").write_text(project.model_dump_json(indent=1))
-        for name in (split.PARTITION, split.SEEN):
+        for name in (partition.PARTITION_FILE, partition.SEEN_FILE):
             if (prepared.path / name).exists():
                 shutil.copy(prepared.path / name, draft)
         train, test = prepared.frame("train"), prepared.frame("test")

@@ -8,7 +8,7 @@ from typing import Any
 from app.cluster import capacity
 from app.config import Project
 from app.console import Console
-from app.data import split
+from app.data.partition import read_partition, with_partition_key
 from app.data.prepare import Prepared, prepare
 from app.evaluation import gate
 from app.jobs import candidate, judging
@@ -80,8 +80,8 @@ def with_key(project: Project) -> Project:
     Rows then stay in their parts, and candidate and champion are compared on the whole test part.
     """
     version = versions.find(project.name, CHAMPION)
-    before = split.partition_at(version.path) if version else None
-    return project.model_copy(update={"data": split.carried(project.data, before)})
+    before = read_partition(version.path) if version else None
+    return project.model_copy(update={"data": with_partition_key(project.data, before)})
 
 
 def _described(prepared: Prepared) -> str:

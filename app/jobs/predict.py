@@ -16,7 +16,8 @@ from app.bundle.bundle import OUTPUT, Bundle
 from app.bundle.schema import Schema
 from app.cluster import capacity
 from app.config import Source
-from app.data.cells import is_string, table_faults, told
+from app.data.arrow import is_string
+from app.data.cells.rules import faults_by_row, with_value
 from app.data.sources.files import Files, Kind
 from app.data.sources.formats import SUFFIXES, has_format
 from app.errors import UserError, unwrap_user_errors
@@ -79,7 +80,7 @@ def predict(bundle: Bundle, rows: pd.DataFrame, k: int = 10) -> pd.DataFrame:
     broken = [
         f"  row {rows.index[row]!r}: {_said(rows.iloc[row], rules)}"
         for row, rules in enumerate(
-            table_faults({name: faults for name, (_, faults) in read.items()}, len(rows))
+            faults_by_row({name: faults for name, (_, faults) in read.items()}, len(rows))
         )
         if rules
     ]
@@ -104,8 +105,11 @@ class Predictor:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """The block with its answers. A row that breaks the contract gets none, and VIOLATION says why."""
-        read = {name: cells.read_column(block.column(name), text=True) for name, cells in self._cells.items()}
-        faults = table_faults({name: found for name, (_, found) in read.items()}, block.num_rows)
+        read = {
+            name: cells.read_column(block.column(name), parse_text=True)
+            for name, cells in self._cells.items()
+        }
+        faults = faults_by_row({name: found for name, (_, found) in read.items()}, block.num_rows)
         violations = [self._violation(block, row, rules) for row, rules in enumerate(faults)]
         kept = np.flatnonzero([violation is None for violation in violations])
         answers = _answers(self._bundle, {name: values[kept] for name, (values, _) in read.items()}, self._k)
@@ -219,7 +223,7 @@ def _read(source: Source, schema: Schema) -> tuple["Dataset", list[str]]:
     files = Files(source, "--input")
     wanted: dict[str, Kind] = {item.name: item.contract.type for item in schema.inputs}
     files.check(wanted)
-    carried = files.carried(wanted)
+    carried = files.all_columns(wanted)
     return files.read(carried), carried.names
 
 
@@ -230,7 +234,7 @@ def _require_columns(schema: Schema, names: Sequence[str], where: str) -> None:
 
 def _said(row: Mapping[str, Any], rules: list[tuple[str, str]]) -> str:
     """What is wrong with a row: its broken rules with the values that came."""
-    return "; ".join(f"{name}: {told(rule, row[name])}" for name, rule in rules)
+    return "; ".join(f"{name}: {with_value(rule, row[name])}" for name, rule in rules)
 
 
 def _answers(bundle: Bundle, columns: dict[str, np.ndarray], k: int) -> pd.DataFrame:

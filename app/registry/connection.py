@@ -45,6 +45,6 @@ def _make_tables(file: Path) -> None:
     with files.locked(file):
         if file.exists():
             return
-        draft = private_file(files.private(file))
+        draft = private_file(files.private_path(file))
         SqlAlchemyStore(f"sqlite:///{draft}", str(home() / "artifacts")).engine.dispose()
         draft.rename(file)

@@ -27,7 +27,7 @@ LOCK = VENV / ".raylway-lock"
 PIP_VERSION = "pip==26.3"
 """The one that Python 3.11 brings takes three times as long to resolve the dependencies."""
 TORCH = "torch==2.13.0"
-SOURCES = ("pyproject.toml", "constraints.txt", "app/setup/*.py", "app/data/sources/samples.py")
+SOURCES = ("pyproject.toml", "constraints.txt", "app/setup/*.py", "app/data/sources/*.py")
 """Patterns of the files that the environment depends on."""
 BUILD_TIME = "about 3 minutes on two cores"
 

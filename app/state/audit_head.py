@@ -88,7 +88,7 @@ def _write(target: Path, head: Head) -> None:
     document = {"number": head.number, "seal": head.seal, "mac": _mac((target / KEY).read_bytes(), head)}
     file = target / FILE
     with files.locked(file):
-        for draft in files.drafts(file):  # their writers were killed
+        for draft in files.private_paths(file):  # their writers were killed
             draft.unlink()
         files.write(file, json.dumps(document), mode=0o600)
 

@@ -1,8 +1,8 @@
-"""Files and folders that are there whole or not at all, and locks between processes.
+"""Files and folders that are written completely or not at all, and locks between processes.
 
-Nothing that somebody may read is written in place: content goes under a private name beside it, and one
-rename puts it there. A process that is killed leaves the old content or the new one, and maybe a private
-name, which nobody reads.
+Nothing that another process may read is written in place: content is written under a private name beside its
+target, and one rename puts it there. A process that is killed leaves the old content or the new one, and
+perhaps a private name, which nobody reads.
 """
 
 import contextlib
@@ -15,54 +15,78 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+PRIVATE_SUFFIX_BYTES = 6
+"""Length of the random suffix of a private name; it is written in hexadecimal."""
+
+
+@contextlib.contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """A private path at which the block creates a file or folder, which is renamed to `target` at its end.
+
+    A file replaces an existing one; a folder needs a free name. If the block raises, its draft is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = private_path(target)
+    try:
+        yield draft
+        draft.rename(target)
+    except BaseException:
+        remove(draft)
+        raise
+
 
 def write(file: Path, content: str | bytes, *, mode: int = 0o666) -> None:
-    """Create or replace a file by one rename; its content is on the disk when this returns.
+    """Create or replace a file; its content is on the disk when this returns.
 
-    `mode` is that of a new file, less the umask.
+    `mode` is the mode of a new file, less the umask.
     """
     data = content.encode() if isinstance(content, str) else content
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = private(file)
-    try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as stream:
+    with atomic(file) as draft:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file to a place where there is none; its content is on the disk when this returns."""
+    """Copy a file to a path where there is none; its content is on the disk when this returns."""
     shutil.copyfile(source, target)
     sync(target)
 
 
-def private(path: Path) -> Path:
-    """A name beside `path` that nobody else uses: hidden, and on the same file system."""
-    return path.with_name(f".{path.name}-{secrets.token_hex(6)}")
+def private_path(path: Path) -> Path:
+    """A path beside `path` that nobody else uses: hidden, and on the same file system."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(PRIVATE_SUFFIX_BYTES)}")
 
 
-def drafts(path: Path) -> Iterator[Path]:
-    """What `private` named for this path. Whoever holds the path's lock knows that their writers are dead."""
-    prefix, length = f".{path.name}-", len(f".{path.name}-") + 12
+def private_paths(path: Path) -> Iterator[Path]:
+    """The existing private paths of a path. If the caller has its lock, their writers are dead."""
+    prefix = f".{path.name}-"
+    length = len(prefix) + 2 * PRIVATE_SUFFIX_BYTES
     for other in path.parent.iterdir():
         if other.name.startswith(prefix) and len(other.name) == length:
             yield other
 
 
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def discard(folder: Path) -> None:
-    """Remove a folder, if it is there. No part of it stays under its name if the removal is cut short."""
-    doomed = private(folder)
+    """Remove a folder, if it exists. If the removal is cut short, no part of it remains under its name."""
+    private = private_path(folder)
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(private)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before anything that comes after."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,20 +95,20 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """The hash of a file's content, in hexadecimal."""
+    """The SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a path, which need not exist; the kernel releases it if this process is killed."""
+    """Hold the lock of a path, which need not exist. The kernel releases it if this process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.parent / f".{path.name}.lock"
     while True:
         with lock.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is(lock, file):  # whoever held it before removed it
+            if not _is_open_as(lock, file):  # the previous holder removed the file
                 continue
             try:
                 yield
@@ -93,7 +117,8 @@ def locked(path: Path) -> Iterator[None]:
             return
 
 
-def _is(path: Path, file: IO) -> bool:
+def _is_open_as(path: Path, file: IO) -> bool:
+    """Whether the open file is the one that the path leads to now."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

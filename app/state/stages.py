@@ -45,7 +45,7 @@ def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False)
             return False
         before = target.readlink().parts[0] if target.is_symlink() else None
         _collect(target, {before})
-        generation = files.private(target)
+        generation = files.private_path(target)
         try:
             (generation / target.name).mkdir(parents=True)
             build(generation / target.name)
@@ -74,7 +74,7 @@ def place(target: Path, build: Callable[[Path], None]) -> bool:
         if target.exists():
             return False
         _collect(target, set())
-        draft = files.private(target)
+        draft = files.private_path(target)
         draft.mkdir()
         try:
             build(draft)
@@ -96,7 +96,7 @@ def drop(target: Path) -> None:
 
 
 def _point(target: Path, generation: Path) -> None:
-    link = files.private(target)
+    link = files.private_path(target)
     link.symlink_to(Path(generation.name) / target.name)
     if target.is_dir() and not target.is_symlink():
         files.discard(target)  # made before targets were links
@@ -108,7 +108,7 @@ def _collect(target: Path, keep: set[str | None]) -> None:
 
     Needs the target's lock: with it, they belong to processes that are dead, or to a build before.
     """
-    for other in files.drafts(target):
+    for other in files.private_paths(target):
         if other.name in keep:
             continue
         if other.is_symlink():

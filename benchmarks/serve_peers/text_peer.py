@@ -44,7 +44,7 @@ class Answer(BaseModel):
 
 app = FastAPI()
 network = _network()
-tokenizer = tokens.load(BUNDLE / tokens.FILE)
+tokenizer = tokens.load(BUNDLE / tokens.TOKENIZER_FILE)
 
 
 @app.post("/predict")

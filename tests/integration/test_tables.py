@@ -64,7 +64,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
     source = predict.source(str(data.source.path))
     with session(log_to_driver=False):
         if name == UNCARRIED:
-            with pytest.raises(UserError, match=r"row 2: is no UTF-8; save the file as UTF-8"):
+            with pytest.raises(UserError, match=r"row 2: is not UTF-8; save the file as UTF-8"):
                 predict.run(str(outcome.bundle), source, tmp_path / "answers")
             return
         answered = predict.run(str(outcome.bundle), source, tmp_path / "answers")

@@ -22,7 +22,7 @@ STAGES = {
     "compress": lambda project, prepared: quantization.key(project, "identity"),
 }
 USED = {
-    "prepare": "data.sources.files data.cells data.interactions config.data state.stages state.files",
+    "prepare": "data.sources.files data.cells.numbers data.interactions config.data state.stages state.files",
     "baselines": "data.prepare tasks.{family}.baselines",
     "train": "data.prepare training.loop training.schedule training.workers.horovod tasks "
     "tasks.{family}.task tasks.{family}.network",

@@ -1,4 +1,4 @@
-"""Reading one file of rows, CSV or Parquet, without guesses of types; errors name file, row and reason."""
+"""Reading one file of rows, CSV or Parquet, without guessing types; errors name file, row and reason."""
 
 import csv
 import io
@@ -14,14 +14,17 @@ import pyarrow.parquet
 from app.errors import UserError
 
 SUFFIXES = {"csv": (".csv", ".tsv", ".csv.gz", ".tsv.gz"), "parquet": (".parquet",)}
-"""How the names of files of a format end, in small or capital letters."""
+"""Suffixes of the file names of each format, in lower case; upper case is accepted too."""
 SEPARATORS = ",;\t|"
 HEAD_BYTES = 1 << 20
+"""Number of bytes in which the header must end."""
 BLOCK_BYTES = 4 << 20
+"""Size of the blocks that CSV is parsed in, and so the largest size of a row."""
 BATCH_ROWS = 1 << 16
-NO_UTF8 = "no UTF-8; save the file as UTF-8 (iconv -f latin1 -t utf8)"
-WIDE = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
-"""Marks at the start of texts that are not UTF-8."""
+"""Number of rows of the blocks that Parquet is read in."""
+NOT_UTF8 = "not UTF-8; save the file as UTF-8 (iconv -f latin1 -t utf8)"
+BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
+"""Encodings that are not UTF-8, by the bytes at the start of the file."""
 
 
 @dataclass(frozen=True)
@@ -31,112 +34,122 @@ class File:
     path: str
     format: str
     schema: pa.Schema
-    """Names and types of its columns; of CSV all are strings."""
+    """Names and types of its columns; in CSV all are strings."""
     separator: str = ","
-    """Of CSV."""
+    """Separator of CSV cells."""
 
 
 def has_format(path: str, file_format: str) -> bool:
-    """Whether a file's name says that it has this format."""
+    """Whether a file's name has a suffix of this format."""
     return path.lower().endswith(SUFFIXES[file_format])
 
 
-def opened(filesystem: pa.fs.FileSystem, path: str, file_format: str, names: Sequence[str]) -> File:
-    """Look at a file's head. `names` are the columns that matter: they tell a CSV file's separator.
+def open_file(filesystem: pa.fs.FileSystem, path: str, file_format: str, names: Sequence[str]) -> File:
+    """Read a file's head. The separator of a CSV file is the one that finds most of the columns `names`.
 
-    Raises UserError if it is no such file.
+    Raises UserError if the file does not have the format.
     """
     try:
         if file_format == "parquet":
             with filesystem.open_input_file(path) as file:
                 return File(path, file_format, pa.parquet.ParquetFile(file).schema_arrow)
-        with _stream(filesystem, path) as stream:
+        with _open_csv(filesystem, path) as stream:
             header, separator = _header(stream.read(HEAD_BYTES), names)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         hint = ""
         if file_format == "parquet" and has_format(path, "csv"):
-            hint = "; if it is CSV, say format: csv"
-        raise UserError(f"{path}: is no readable {file_format} file: {_line(error)}{hint}") from None
+            hint = "; if it is CSV, set format: csv"
+        raise UserError(
+            f"{path}: must be a {file_format} file, but it cannot be read: {_one_line(error)}{hint}"
+        ) from None
     return File(path, file_format, pa.schema([(name, pa.string()) for name in header]), separator)
 
 
 def blocks(
     filesystem: pa.fs.FileSystem, file: File, names: Sequence[str], limit: int | None = None
 ) -> Iterator[pa.Table]:
-    """The file's first `limit` rows, all if None, with the columns `names`, as they stand there.
+    """The file's first `limit` rows (None: all), with the columns `names`, unconverted.
 
-    CSV cells are strings, and an empty one is the empty string. Raises UserError, which names the row, if the
+    CSV cells are strings; an empty cell is the empty string. Raises UserError, which names the row, if the
     file cannot be read to its end.
     """
     read = _parquet_blocks if file.format == "parquet" else _csv_blocks
-    left = limit
+    num_left = limit
     for block in read(filesystem, file, names):
-        yield block if left is None else block.slice(0, left)
-        left = None if left is None else left - block.num_rows
-        if left is not None and left <= 0:
+        yield block if num_left is None else block.slice(0, num_left)
+        num_left = None if num_left is None else num_left - block.num_rows
+        if num_left is not None and num_left <= 0:
             return
 
 
 def _parquet_blocks(filesystem: pa.fs.FileSystem, file: File, names: Sequence[str]) -> Iterator[pa.Table]:
     num_rows = 0
     try:
-        with filesystem.open_input_file(file.path) as source:
-            parquet = pa.parquet.ParquetFile(source)
+        with filesystem.open_input_file(file.path) as stream:
+            parquet = pa.parquet.ParquetFile(stream)
             for batch in parquet.iter_batches(BATCH_ROWS, columns=list(names)):
                 num_rows += batch.num_rows
                 yield pa.Table.from_batches([batch]).select(list(names))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file.path}: after row {num_rows:,}: cannot be read: {_line(error)}") from None
+        raise UserError(f"{file.path}: after row {num_rows:,}: cannot be read: {_one_line(error)}") from None
 
 
 def _csv_blocks(filesystem: pa.fs.FileSystem, file: File, names: Sequence[str]) -> Iterator[pa.Table]:
-    ragged: list[pa.csv.InvalidRow] = []
+    ragged_row: pa.csv.InvalidRow | None = None
 
-    def note(row: pa.csv.InvalidRow) -> str:
-        ragged.append(row)
+    def on_ragged_row(row: pa.csv.InvalidRow) -> str:
+        nonlocal ragged_row
+        ragged_row = ragged_row or row
         return "error"
 
-    # One thread, or rows have no numbers. Nothing is null here: what is missing is the contract's affair.
+    # Read in one thread: with several, Arrow's errors have no row number. Read no cell as null: the contract
+    # decides what is missing.
     reading = pa.csv.ReadOptions(use_threads=False, block_size=BLOCK_BYTES)
-    parsing = pa.csv.ParseOptions(delimiter=file.separator, newlines_in_values=True, invalid_row_handler=note)
+    parsing = pa.csv.ParseOptions(
+        delimiter=file.separator, newlines_in_values=True, invalid_row_handler=on_ragged_row
+    )
     types = {name: pa.string() for name in file.schema.names}
     converting = pa.csv.ConvertOptions(
         column_types=types, include_columns=list(names), strings_can_be_null=False
     )
     try:
-        with _stream(filesystem, file.path) as stream:
-            counted = _Quotes(stream)
-            with pa.csv.open_csv(counted, reading, parsing, converting) as reader:
+        with _open_csv(filesystem, file.path) as stream:
+            counter = _QuoteCounter(stream)
+            with pa.csv.open_csv(counter, reading, parsing, converting) as reader:
                 for batch in reader:
                     yield pa.Table.from_batches([batch])
-            if counted.num_quotes % 2:
-                _require_closed(filesystem, file)
+            if counter.num_quotes % 2:
+                _require_closed_quote(filesystem, file)
     except (pa.ArrowException, OSError) as error:
-        if ragged:
-            row = ragged[0]
-            many = row.actual_columns > row.expected_columns
-            todo = "quote cells that have the separator in them" if many else 'is a quote (") not closed?'
-            reason = (
-                f"has {row.actual_columns} cells, the header {row.expected_columns} (separator "
-                f"{file.separator!r}); {todo}"
-            )
-            raise UserError(f"{file.path}: row {row.number:,}: {reason}") from None
-        raise UserError(f"{file.path}: {_csv_reason(_line(error))}") from None
+        reason = _csv_reason(_one_line(error)) if ragged_row is None else _ragged_reason(ragged_row, file)
+        raise UserError(f"{file.path}: {reason}") from None
+
+
+def _ragged_reason(row: pa.csv.InvalidRow, file: File) -> str:
+    """What is wrong with a row that has more or fewer cells than the header."""
+    if row.actual_columns > row.expected_columns:
+        advice = "quote cells that contain the separator"
+    else:
+        advice = 'is a quote (") not closed?'
+    return (
+        f"row {row.number:,}: has {row.actual_columns} cells, the header {row.expected_columns} (separator "
+        f"{file.separator!r}); {advice}"
+    )
 
 
 def _csv_reason(message: str) -> str:
-    """What is wrong with a row, of what Arrow says; the header is row 1."""
-    place = re.search(r"Row #(\d+): ", message)
-    where = f"row {int(place[1]):,}: " if place else ""
+    """What is wrong with a row according to Arrow's message; the header is row 1."""
+    place = re.search(r"Row #(?P<number>\d+): ", message)
+    where = f"row {int(place['number']):,}: " if place else ""
     if "invalid UTF8" in message:
-        return f"{where}is {NO_UTF8}"
+        return f"{where}is {NOT_UTF8}"
     if "straddling" in message:
         return f'{where}has a row of more than {BLOCK_BYTES >> 20} MB; is a quote (") not closed?'
     return f"{where}cannot be read: {message[place.end() :] if place else message}"
 
 
-class _Quotes:
-    """A stream that counts quotation marks as it is read."""
+class _QuoteCounter:
+    """A stream that counts the quotation marks that are read."""
 
     closed = False
 
@@ -150,65 +163,66 @@ class _Quotes:
         return data
 
 
-def _require_closed(filesystem: pa.fs.FileSystem, file: File) -> None:
-    """Raise UserError if the last cell begins with a quote that nothing closes: all later rows are in it."""
+def _require_closed_quote(filesystem: pa.fs.FileSystem, file: File) -> None:
+    """Raises UserError if the last cell opens a quote that is never closed, so that it has all later rows."""
     record: list[str] = []
-    line = begun = 0
+    num_lines = first_line = 0
     with (
-        _stream(filesystem, file.path) as stream,
+        _open_csv(filesystem, file.path) as stream,
         io.TextIOWrapper(stream, "utf-8", "replace", newline="") as text,
     ):
 
         def lines() -> Iterator[str]:
-            nonlocal line
-            for each in text:
-                line += 1
-                record.append(each)
-                yield each
+            nonlocal num_lines
+            for line in text:
+                num_lines += 1
+                record.append(line)
+                yield line
 
         try:
             for _ in csv.reader(lines(), delimiter=file.separator):
-                last, begun = record.copy(), line - len(record) + 1
+                last_record, first_line = record.copy(), num_lines - len(record) + 1
                 record.clear()
-            next(csv.reader(last, delimiter=file.separator, strict=True))
+            next(csv.reader(last_record, delimiter=file.separator, strict=True))
         except csv.Error:
-            begun = line - len(record) + 1 if record else begun
+            first_line = num_lines - len(record) + 1 if record else first_line
             raise UserError(
-                f'{file.path}: line {begun:,}: opens a quote (") that is never closed, so that all later '
-                "rows are one cell; close it, or double it if it belongs to the text"
+                f'{file.path}: line {first_line:,}: opens a quote (") that is never closed, so that all '
+                "later rows are one cell; close it, or double it if it belongs to the text"
             ) from None
 
 
-def _stream(filesystem: pa.fs.FileSystem, path: str) -> pa.NativeFile:
-    """The bytes of a CSV file, unpacked."""
+def _open_csv(filesystem: pa.fs.FileSystem, path: str) -> pa.NativeFile:
+    """The uncompressed bytes of a CSV file."""
     return filesystem.open_input_stream(path, compression="gzip" if path.lower().endswith(".gz") else None)
 
 
 def _header(head: bytes, names: Sequence[str]) -> tuple[list[str], str]:
-    """The column names of a CSV file, and the separator by which most of `names` are among them.
+    """The column names of a CSV file, and the separator that finds most of the columns `names`.
 
-    Raises ValueError if there is no header in UTF-8.
+    Raises ValueError if the head is no header in UTF-8.
     """
-    for mark, encoding in WIDE.items():
+    for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             raise ValueError(f"it is {encoding}; save it as UTF-8")
     if b"\0" in head[:4096]:
         raise ValueError("it has NUL bytes: it is binary, or a text in UTF-16; save it as CSV in UTF-8")
-    # The rows below the header may be in error: what reads them says in which row.
+    # Replace invalid bytes below the header: the reader of the rows reports them with their row.
     text = head.decode("utf-8-sig", "replace").lstrip("\r\n")
     if not text:
         raise ValueError("it has no header")
     headers = {sep: next(csv.reader(io.StringIO(text, newline=""), delimiter=sep)) for sep in SEPARATORS}
 
-    def fits(separator: str) -> tuple[int, int]:
+    def num_columns(separator: str) -> tuple[int, int]:
+        """Number of columns in `names`, and of all."""
         header = headers[separator]
         return sum(name in header for name in names), len(header)
 
-    separator = max(SEPARATORS, key=fits)
+    separator = max(SEPARATORS, key=num_columns)
     if any("\N{REPLACEMENT CHARACTER}" in name for name in headers[separator]):
-        raise ValueError(f"its header is {NO_UTF8}")
+        raise ValueError(f"its header is {NOT_UTF8}")
     return headers[separator], separator
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())

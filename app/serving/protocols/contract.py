@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from app.bundle.bundle import Ranking
 from app.bundle.schema import Schema
-from app.data.cells import told
+from app.data.cells.rules import with_value
 from app.serving.http import MAX_LISTED_VIOLATIONS, Refused
 
 MAX_UNIT_LENGTH = 256
@@ -176,7 +176,7 @@ def unprocessable(num_violations: int, listed: Sequence[Mapping[str, str]]) -> R
 def _message(rule: str, value: Any) -> str:
     if value is GENERAL:
         return rule
-    return "must be given" if value is ABSENT else told(rule, value)
+    return "must be given" if value is ABSENT else with_value(rule, value)
 
 
 def _is_unit(unit: Any) -> bool:

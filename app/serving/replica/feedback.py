@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from app.bundle.schema import Schema
 from app.config.serving import Limits
-from app.data.cells import NUM_VALUES
+from app.data.cells.rules import MAX_SHOWN_VALUES
 from app.serving.gateway.auth import Principal
 from app.serving.http import Refused, Response
 from app.serving.protocols.contract import UNIT_PATTERN, validation_refusal
@@ -112,7 +112,7 @@ def label_value(outcome: str | bool | float, schema: Schema) -> str | float:
     is_misspelt = text.strip().casefold() == schema.positive.strip().casefold()
     if text in allowed or (is_open and not is_misspelt):
         return text
-    shown = ", ".join(allowed[:NUM_VALUES]) + (", ..." if len(allowed) > NUM_VALUES else "")
+    shown = ", ".join(allowed[:MAX_SHOWN_VALUES]) + (", ..." if len(allowed) > MAX_SHOWN_VALUES else "")
     more = f", or {'a number, ' if schema.above is not None else ''}true or false"
     raise ValueError(f"must be one of {shown}{more if schema.task == 'binary' else ''}")
 

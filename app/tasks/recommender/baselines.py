@@ -27,7 +27,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
     def metrics(part: str, seen: Tensor, baseline: Baseline) -> dict[str, float]:
         frame = task.frame(part)
-        users, items = task.catalogue.user_places(frame[USER]), task.catalogue.item_places(frame[ITEM])
+        users, items = task.catalogue.user_indices(frame[USER]), task.catalogue.item_indices(frame[ITEM])
         scores = baseline(sparse.csr_matrix(seen.numpy(), dtype=np.float64))
         return ranking.evaluate(ranking.ranks(scores[users], seen.numpy()[users], items))
 

@@ -110,12 +110,12 @@ def difference(
     for start in range(0, len(users), USERS_PER_BATCH):
         batch = users[start : start + USERS_PER_BATCH].astype(object)
         items, scores = graph.run([ITEMS, SCORES], {column: batch})
-        indices = torch.from_numpy(catalogue.user_places(batch))
+        indices = torch.from_numpy(catalogue.user_indices(batch))
         with torch.no_grad():
             expected, _, _ = top(indices)
             all_scores = top.scores(indices).numpy()
         is_left = scores > LOWEST
-        columns = np.where(is_left, catalogue.item_places(items.ravel()).reshape(items.shape), 0)
+        columns = np.where(is_left, catalogue.item_indices(items.ravel()).reshape(items.shape), 0)
         own = np.where(is_left, np.take_along_axis(all_scores, columns, axis=1), LOWEST)
         size = np.maximum(1, np.abs(own))
         for other in (expected.numpy(), own):

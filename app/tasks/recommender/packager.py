@@ -28,7 +28,7 @@ class Packager:
     def export(self, network: nn.Module, folder: Path) -> float:
         assert isinstance(network, networks.Recommender)
         catalogue, seen = self.task.catalogue, self.task.seen_in("train", "validation")
-        (folder / interactions.CATALOGUE).write_text(catalogue.model_dump_json(indent=1))
+        (folder / interactions.CATALOGUE_FILE).write_text(catalogue.model_dump_json(indent=1))
         graph.export(network, catalogue, seen, self.task.columns.user, folder / "model.onnx")
         users = self.task.frame("test")[USER].to_numpy(dtype=object)
         return graph.difference(network, catalogue, seen, folder / "model.onnx", users)
@@ -55,17 +55,17 @@ class Packager:
         """
         network, catalogue = _load(bundle)
         test, seen = self.task.frame("test", rows), self.task.seen_in("train", "validation")
-        columns = torch.from_numpy(catalogue.item_places(self.task.catalogue.items))
+        columns = torch.from_numpy(catalogue.item_indices(self.task.catalogue.items))
         popularity = torch.tensor(catalogue.popularity, dtype=torch.float32)
         batches = []
         for start in range(0, len(test), USERS_PER_BATCH):
             batch = test[start : start + USERS_PER_BATCH]
-            users = torch.from_numpy(catalogue.user_places(batch[USER]))
+            users = torch.from_numpy(catalogue.user_indices(batch[USER]))
             with torch.no_grad():
                 scores = torch.where(users[:, None] > 0, network(users), popularity)[:, columns]
             scores[:, columns < 0] = torch.nan
-            test_users = torch.from_numpy(self.task.catalogue.user_places(batch[USER]))
-            test_items = torch.from_numpy(self.task.catalogue.item_places(batch[ITEM]))
+            test_users = torch.from_numpy(self.task.catalogue.user_indices(batch[USER]))
+            test_items = torch.from_numpy(self.task.catalogue.item_indices(batch[ITEM]))
             batches.append(ranked(scores, seen[test_users], test_items))
         ranks, _, scores = (torch.cat(part).numpy().astype(np.float64) for part in zip(*batches, strict=True))
         metrics = ranking.evaluate(ranks)
@@ -81,7 +81,7 @@ def _load(bundle: Bundle) -> tuple[networks.Recommender, Catalogue]:
 
     model = Project.model_validate_json((bundle.path / "project.json").read_text()).model
     assert isinstance(model, Settings)
-    catalogue = interactions.catalogue(bundle.path)
+    catalogue = interactions.read_catalogue(bundle.path)
     network = networks.recommender(model, len(catalogue.users) + 1, len(catalogue.items), catalogue.mean)
     network.load_state_dict(load_file(bundle.path / "model.safetensors"))
     return network.eval(), catalogue

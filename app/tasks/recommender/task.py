@@ -32,7 +32,7 @@ class Task:
         self.prepared = prepared
         self.model = project.model
         self.columns = project.data.interactions
-        self.catalogue = interactions.catalogue(prepared.path)
+        self.catalogue = interactions.read_catalogue(prepared.path)
         self.seen = self.seen_in("train")
 
     def seen_in(self, *parts: str) -> Tensor:
@@ -40,8 +40,8 @@ class Task:
         seen = torch.zeros(len(self.catalogue.users) + 1, len(self.catalogue.items), dtype=torch.bool)
         for part in parts:
             frame = self.frame(part)
-            users = torch.from_numpy(self.catalogue.user_places(frame[USER]))
-            seen[users, torch.from_numpy(self.catalogue.item_places(frame[ITEM]))] = True
+            users = torch.from_numpy(self.catalogue.user_indices(frame[USER]))
+            seen[users, torch.from_numpy(self.catalogue.item_indices(frame[ITEM]))] = True
         return seen
 
     def frame(self, part: str, rows: np.ndarray | None = None) -> pd.DataFrame:
@@ -57,8 +57,8 @@ class Task:
         age = frame[AGE].to_numpy(np.float32)
         recency = self.model.recency
         return {
-            "user": self.catalogue.user_places(frame[USER]),
-            "item": self.catalogue.item_places(frame[ITEM]),
+            "user": self.catalogue.user_indices(frame[USER]),
+            "item": self.catalogue.item_indices(frame[ITEM]),
             "weight": np.exp(-age / recency) if recency else np.ones_like(age),
             "rating": frame[RATING].to_numpy(np.float32),
         }

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from app.bundle.bundle import OUTPUT, feed_of, open_graph
-from app.data.features import Binned, Categories, Exact, Preprocessor, Scaled
+from app.data.features import BinnedNumber, Categories, FrequentNumbers, Preprocessor, ScaledNumber
 from app.tasks.onnx import OPSET, export_graph, inner_prefix, require_close, write
 
 
@@ -56,9 +56,9 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
     """A graph with the arithmetic of `Preprocessor.transform` and the output `encoded`."""
     graph = _Graph(inner_prefix(c.column for c in preprocessor.columns))
     named = graph.named
-    scaled = [c for c in preprocessor.columns if isinstance(c, Scaled)]
-    binned = [c for c in preprocessor.columns if isinstance(c, Binned)]
-    exact = [c for c in preprocessor.columns if isinstance(c, Exact)]
+    scaled = [c for c in preprocessor.columns if isinstance(c, ScaledNumber)]
+    binned = [c for c in preprocessor.columns if isinstance(c, BinnedNumber)]
+    exact = [c for c in preprocessor.columns if isinstance(c, FrequentNumbers)]
     categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
     graph.constant("axis", np.array([1]))
     for number in [*scaled, *binned]:
@@ -108,7 +108,7 @@ class _Graph:
         return self.named(output)
 
 
-def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
+def _scaled(graph: _Graph, numbers: list[ScaledNumber]) -> str:
     """Scale all numbers at once, in float64 as in training: in float32 large numbers would lose digits."""
     low = graph.constant("low", np.array([c.minimum for c in numbers]))
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
@@ -123,7 +123,7 @@ def _scaled(graph: _Graph, numbers: list[Scaled]) -> str:
     return graph.add("Cast", [filled], "scaled", to=TensorProto.FLOAT)
 
 
-def _binned(graph: _Graph, number: Binned) -> str:
+def _binned(graph: _Graph, number: BinnedNumber) -> str:
     """Encode one number by its bins: its share of each bin, or the weighted sum of the shares; in float64."""
     name = number.column
     raw = graph.named(f"{name}/raw")
@@ -145,7 +145,7 @@ def _binned(graph: _Graph, number: Binned) -> str:
     return graph.add("Cast", [value], f"{name}/binned", to=TensorProto.FLOAT)
 
 
-def _exact(graph: _Graph, number: Exact) -> str:
+def _exact(graph: _Graph, number: FrequentNumbers) -> str:
     """Compare one number with its frequent values: an indicator for each."""
     name = number.column
     values = graph.constant(f"{name}/values", np.array(number.values, dtype=np.float64))

@@ -26,8 +26,8 @@ class Packager:
 
     def export(self, network: nn.Module, folder: Path) -> float:
         assert isinstance(network, networks.TextClassifier)
-        tokenizer = self.task.prepared.path / tokens.FILE
-        (folder / tokens.FILE).write_bytes(tokenizer.read_bytes())
+        tokenizer = self.task.prepared.path / tokens.TOKENIZER_FILE
+        (folder / tokens.TOKENIZER_FILE).write_bytes(tokenizer.read_bytes())
         graph.export(network, folder / "model.onnx")
         texts = self.task.prepared.frame("test")[self.task.column].head(NUM_CHECKED_TEXTS)
         ids, lengths = tokens.encode(tokens.load(tokenizer), texts)

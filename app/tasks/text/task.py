@@ -38,7 +38,9 @@ class Task:
         `y` int64 and `weight` float32 (rows,)."""
         y = np.array(frame[LABEL], dtype=np.int64)
         labels = {"y": y, "weight": self._class_weights()[y]}
-        ids, lengths = tokens.encode(tokens.load(self.prepared.path / tokens.FILE), frame[self.column])
+        ids, lengths = tokens.encode(
+            tokens.load(self.prepared.path / tokens.TOKENIZER_FILE), frame[self.column]
+        )
         if not self.model.freeze:
             return {"ids": ids.astype(np.int32), "lengths": lengths, **labels}
         network = self.network().eval()
@@ -64,7 +66,7 @@ class Task:
     def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
         if self.model.freeze:
             return order
-        return buckets.by_length(arrays["lengths"], order.to(arrays["lengths"].device), batch_size)
+        return buckets.bucket_by_length(arrays["lengths"], order.to(arrays["lengths"].device), batch_size)
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
         """`ids`, `mask`, `y` and `weight` of these rows; `vectors` instead of the first two if the encoder is

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from app.config import Data
-from app.data.contract import Violation, conform, refuse, violations
+from app.data.contract import Violation, conform, require_no_violations, violation_table
 from app.data.split import TIME
 from app.errors import UserError
 
@@ -36,13 +36,13 @@ def block(**changed) -> pa.Table:
     return pa.table({**GOOD, **changed})
 
 
-def found(table: pa.Table) -> dict[tuple[str, str], tuple[int, list[str]]]:
+def violations_of(table: pa.Table) -> dict[tuple[str, str], tuple[int, list[str]]]:
     return {(v.column, v.rule): (v.count, v.examples) for v in conform(table, DATA)[1]}
 
 
-def test_good_rows_break_nothing():
-    frame, broken = conform(block(), DATA)
-    assert broken == []
+def test_valid_rows_have_no_violations():
+    frame, violations = conform(block(), DATA)
+    assert violations == []
     assert frame.to_dict("list") == GOOD
 
 
@@ -64,26 +64,26 @@ def test_good_rows_break_nothing():
         ("bought", ["yes", "?", None, ""], "must not be missing", 3, []),
     ],
 )
-def test_each_rule_counts_the_rows_and_shows_some(column, values, rule, count, examples):
-    assert found(block(**{column: values}))[column, rule] == (count, examples)
+def test_a_violation_has_the_number_of_rows_and_examples(column, values, rule, count, examples):
+    assert violations_of(block(**{column: values}))[column, rule] == (count, examples)
 
 
-def test_what_is_missing_breaks_no_rule_of_a_nullable_column():
-    frame, broken = conform(block(income=["1", "", "?", None], town=["", "?", None, "x"]), DATA)
-    assert broken == []
+def test_missing_values_of_a_nullable_column_are_valid():
+    frame, violations = conform(block(income=["1", "", "?", None], town=["", "?", None, "x"]), DATA)
+    assert violations == []
     assert frame["income"].tolist()[:1] == [1.0]
     assert frame["income"].isna().tolist() == [False, True, True, True]
     assert frame["town"].tolist() == [None, None, None, "x"]
 
 
-def test_a_block_with_everything_wrong_tells_everything():
+def test_all_violations_of_a_block_are_listed():
     table = block(
         age=[-1.0, 200.0, None, 30.0],
         income=["much", "0", "3", "4"],
         gender=["Male", "x", None, "Male"],
         bought=["yes", "?", "no", "no"],
     )
-    assert set(found(table)) == {
+    assert set(violations_of(table)) == {
         ("age", "must be at least 0"),
         ("age", "must be at most 120"),
         ("age", "must not be missing"),
@@ -95,7 +95,7 @@ def test_a_block_with_everything_wrong_tells_everything():
     }
 
 
-def test_few_examples_stand_for_many():
+def test_only_the_first_examples_are_kept():
     many = conform(block(age=[-1.0, -2.0, -3.0, -4.0]), DATA)[1]
     assert many == [Violation("age", "must be at least 0", 4, ["-1.0", "-2.0", "-3.0"])]
 
@@ -116,8 +116,8 @@ def test_few_examples_stand_for_many():
     ids=lambda value: str(getattr(value, "type", "")),
 )
 def test_numbers_of_any_type_become_float64(column, values, expected):
-    frame, broken = conform(block(**{column: values}), DATA)
-    assert broken == []
+    frame, violations = conform(block(**{column: values}), DATA)
+    assert violations == []
     assert frame[column].dtype == np.float64
     np.testing.assert_array_equal(frame[column], expected)
 
@@ -135,8 +135,8 @@ def test_numbers_of_any_type_become_float64(column, values, expected):
     ids=lambda value: str(getattr(value, "type", "")),
 )
 def test_categories_of_any_type_become_strings(values, expected):
-    frame, broken = conform(block(town=values), DATA)
-    assert broken == []
+    frame, violations = conform(block(town=values), DATA)
+    assert violations == []
     assert frame["town"].dtype == object
     assert frame["town"].tolist() == expected
 
@@ -150,55 +150,55 @@ def test_categories_of_any_type_become_strings(values, expected):
     ],
 )
 def test_labels_are_compared_as_text(values, expected):
-    frame, broken = conform(block(bought=values), DATA)
-    assert broken == []
+    frame, violations = conform(block(bought=values), DATA)
+    assert violations == []
     assert frame["bought"].tolist() == expected
 
 
-def test_columns_beyond_the_contract_are_left_out():
+def test_columns_outside_the_contract_are_dropped():
     frame, _ = conform(block(other=[1, 2, 3, 4]), DATA)
     assert list(frame) == list(GOOD)
 
 
-def test_a_block_without_rows_breaks_nothing():
-    frame, broken = conform(block().slice(0, 0), DATA)
-    assert broken == []
+def test_a_block_without_rows_has_no_violations():
+    frame, violations = conform(block().slice(0, 0), DATA)
+    assert violations == []
     assert len(frame) == 0
-    assert violations(block().slice(0, 0), DATA).num_rows == 0
+    assert violation_table(block().slice(0, 0), DATA).num_rows == 0
 
 
-def test_blocks_of_violations_have_one_schema_whether_empty_or_not():
-    good, bad = violations(block(), DATA), violations(block(age=[-1, 2, 3, 4]), DATA)
+def test_violation_tables_have_one_schema():
+    good, bad = violation_table(block(), DATA), violation_table(block(age=[-1, 2, 3, 4]), DATA)
     assert good.schema == bad.schema
     assert (good.num_rows, bad.num_rows) == (0, 1)
 
 
-def test_refuse_adds_up_all_blocks():
+def test_the_violations_of_all_blocks_are_added_up():
     blocks = [
         block(age=[-1.0, -2.0, 3.0, 4.0]),
         block(),
         block(age=[-1.0, -7.0, -8.0, 500.0], gender=["Male", None, "Male", "Male"]),
     ]
-    rows = [row for b in blocks for row in violations(b, DATA).to_pylist()]
+    rows = [row for b in blocks for row in violation_table(b, DATA).to_pylist()]
     with pytest.raises(UserError) as caught:
-        refuse(rows, 12_000)
+        require_no_violations(rows, 12_000)
     assert str(caught.value).splitlines() == [
-        "the data breaks its contract (data.columns); mend the data or the contract:",
+        "the data breaks its contract (data.columns); correct the data or the contract:",
         "  age: must be at least 0: 5 of 12,000 rows, such as -1.0, -2.0, -7.0",
         "  age: must be at most 120: 1 of 12,000 rows, such as 500.0",
         "  gender: must not be missing: 1 of 12,000 rows",
     ]
 
 
-def test_refuse_lets_good_data_through():
-    refuse(violations(block(), DATA).to_pylist(), 4)
+def test_valid_data_raise_nothing():
+    require_no_violations(violation_table(block(), DATA).to_pylist(), 4)
 
 
-def test_conform_leaves_the_rows_in_their_order():
+def test_conform_keeps_the_order_of_rows():
     ages = list(np.random.default_rng(0).permutation(100).astype(float))
     table = pa.table({name: values * 25 for name, values in GOOD.items()} | {"age": ages})
-    frame, broken = conform(table, DATA)
-    assert broken == []
+    frame, violations = conform(table, DATA)
+    assert violations == []
     pd.testing.assert_series_equal(frame["age"], pd.Series(ages, name="age"))
 
 
@@ -207,15 +207,15 @@ def with_label(**label) -> Data:
 
 
 @pytest.mark.parametrize("values", [[20.0, 15.0, -3.0, 15.5], ["20", "15", "-3", "15.5"], [20, 15, -3, 16]])
-def test_a_label_with_a_threshold_is_a_number(values):
-    frame, broken = conform(block(bought=values), with_label(above=15))
-    assert broken == []
+def test_a_label_with_a_threshold_is_read_as_a_number(values):
+    frame, violations = conform(block(bought=values), with_label(above=15))
+    assert violations == []
     assert (frame["bought"] > 15).tolist() == [True, False, False, True]
 
 
 def test_a_label_with_a_threshold_must_be_a_number():
-    _, broken = conform(block(bought=["20", "late", "inf", ""]), with_label(above=15))
-    rules = {(v.column, v.rule, v.count) for v in broken}
+    _, violations = conform(block(bought=["20", "late", "inf", ""]), with_label(above=15))
+    rules = {(v.column, v.rule, v.count) for v in violations}
     assert ("bought", "must be a number", 1) in rules
     assert ("bought", "must not be missing", 1) in rules
     _, (infinite,) = conform(block(bought=[20.0, 1.0, float("inf"), 2.0]), with_label(above=15))
@@ -227,26 +227,52 @@ def test_a_label_with_a_threshold_must_be_a_number():
     [({"positive": "yes"}, ["yes", None, "?", ""]), ({"above": 15}, [20.0, None, float("nan"), None])],
 )
 def test_a_missing_label_may_be_dropped(label, values):
-    frame, broken = conform(block(bought=values), with_label(**label, missing="drop"))
-    assert broken == []
+    frame, violations = conform(block(bought=values), with_label(**label, missing="drop"))
+    assert violations == []
     assert frame["bought"].notna().tolist() == [True, False, False, False]
 
 
 BY_TIME = Data.model_validate({**DATA.model_dump(), "split": {"by": "time", "column": "day"}})
 
 
-def test_the_time_of_a_split_is_read_as_a_number():
-    frame, broken = conform(
+def test_the_time_of_a_split_is_a_number():
+    frame, violations = conform(
         block(day=["2013-01-01", "2013-01-02", "2013-01-03T10:00", "2013-02-01"]), BY_TIME
     )
-    assert broken == []
+    assert violations == []
     assert np.diff(frame[TIME].astype(float)).min() > 0
     assert "day" not in frame
 
 
-def test_a_time_that_is_none_is_told_by_the_columns_name():
-    _, broken = conform(block(day=["2013-01-01", "soon", None, ""]), BY_TIME)
-    assert {(v.column, v.rule, v.count) for v in broken} == {
+def test_a_value_that_is_not_a_time_is_a_violation_of_its_column():
+    _, violations = conform(block(day=["2013-01-01", "soon", None, ""]), BY_TIME)
+    assert {(v.column, v.rule, v.count) for v in violations} == {
         ("day", "must be ISO 8601 or a number", 1),
         ("day", "must not be missing", 2),
+    }
+
+
+TEXTS = Data.model_validate(
+    {
+        "source": {"path": "rows.parquet"},
+        "label": {"column": "mood", "classes": ["bad", "good"]},
+        "columns": {"text": {"type": "text", "max_characters": 8}},
+    }
+)
+
+
+def test_texts_and_classes_that_keep_the_contract():
+    table = pa.table({"text": ["fine", "12345678"], "mood": ["good", "bad"]})
+    frame, violations = conform(table, TEXTS)
+    assert violations == []
+    assert frame["text"].tolist() == ["fine", "12345678"]
+
+
+def test_a_long_text_and_an_unknown_class_are_violations():
+    table = pa.table({"text": ["123456789", None], "mood": ["great", "bad"]})
+    _, violations = conform(table, TEXTS)
+    assert {(v.column, v.rule, v.count) for v in violations} == {
+        ("text", "must have at most 8 characters", 1),
+        ("text", "must not be missing", 1),
+        ("mood", "must be one of bad, good", 1),
     }

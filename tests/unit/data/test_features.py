@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,9 +5,9 @@ from pydantic import TypeAdapter
 from scipy.stats import norm
 from sklearn.preprocessing import MinMaxScaler, OneHotEncoder, QuantileTransformer
 
-import app.data.features
 from app.config import Encoding
-from app.data.features import Layout, Preprocessor, block_statistics, fit
+from app.data.features import Layout, Preprocessor
+from app.data.fitting import block_statistics, fit
 
 NUMBERS = ["min_max", "quantile", "piecewise_linear"]
 
@@ -54,7 +52,7 @@ def column(values, encode: str, **settings) -> tuple[Preprocessor, pd.DataFrame]
     return fitted(frame, encodings(x={"encode": encode, **settings})), frame
 
 
-def test_numbers_are_scaled_like_scikit_learns():
+def test_numbers_are_scaled_as_by_scikit_learn():
     frame = rows(500)
     features = encodings(age={"encode": "min_max"}, pay={"encode": "min_max"})
     theirs = MinMaxScaler(clip=True).fit(frame[["age", "pay"]])
@@ -67,7 +65,7 @@ def test_numbers_are_scaled_like_scikit_learns():
     assert ours.dtype == np.float32
 
 
-def test_categories_are_indicated_like_scikit_learns():
+def test_categories_are_indicated_as_by_scikit_learn():
     frame, fresh = rows(500), rows(300, seed=1)
     fresh.loc[:9, "job"] = "astronaut"
     theirs = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
@@ -77,70 +75,43 @@ def test_categories_are_indicated_like_scikit_learns():
     assert ours.shape == (300, 4)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_rows_in_any_chunks_give_the_same_preprocessor(seed):
-    random = np.random.default_rng(seed)
-    frame = rows(int(random.integers(1, 200)), seed)
-    cuts = np.sort(random.integers(0, len(frame) + 1, random.integers(0, 6)))
-    blocks = [frame.iloc[a:b] for a, b in zip([0, *cuts], [*cuts, len(frame)], strict=True)]
-    merged = fit([block_statistics(b, FEATURES) for b in blocks], FEATURES)
-    whole = fitted(frame)
-    np.testing.assert_allclose(merged.transform(frame), whole.transform(frame), atol=1e-7)
-    for ours, theirs in zip(merged.columns, whole.columns, strict=True):
-        assert ours.model_dump(exclude={"fill"}) == theirs.model_dump(exclude={"fill"})
-
-
-def test_of_too_many_values_quantiles_stand_for_all(monkeypatch):
-    frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=5000)})
-    features = encodings(x={"encode": "piecewise_linear", "bins": 10})
-    whole = fitted(frame, features).columns[0]
-    monkeypatch.setattr(app.data.features, "MAX_VALUES", 500)
-    statistics = block_statistics(frame, features)
-    assert len(statistics["x"]["values"]) <= 501
-    assert sum(statistics["x"]["counts"]) == 5000
-    few = fit([statistics], features).columns[0]
-    assert (few.edges[0], few.edges[-1]) == (frame.x.min(), frame.x.max())
-    shares = [np.searchsorted(np.sort(frame.x), column.edges) / 5000 for column in (whole, few)]
-    np.testing.assert_allclose(*shares, atol=1 / 500)
-
-
 @pytest.mark.parametrize("seed", range(10))
-def test_the_matrix_keeps_its_promises_on_random_rows(seed):
+def test_the_matrix_of_random_rows_has_the_layout(seed):
     preprocessor = fitted(rows(100, seed))
     fresh = rows(200, seed + 1000)
     matrix = preprocessor.transform(fresh)
     assert matrix.shape == (200, preprocessor.layout.width)
     assert matrix.dtype == np.float32
     layout = preprocessor.layout
-    dense, (place,) = matrix[:, : layout.dense], matrix[:, layout.dense :].T
+    dense, (index,) = matrix[:, : layout.dense], matrix[:, layout.dense :].T
     score, shares = dense[:, 2], dense[:, 3 : sum(layout.numbers)]
     assert (np.abs(score) <= 3).all()
     assert ((np.delete(dense, 2, axis=1) >= 0) & (np.delete(dense, 2, axis=1) <= 1)).all()
-    assert (np.diff(shares, axis=1) <= 0).all()  # no bin is begun before the last is full
+    assert (np.diff(shares, axis=1) <= 0).all()  # a bin is above 0 only if the previous one is 1
     one_hot = dense[:, layout.dense - 4 :]
     exact = dense[:, sum(layout.numbers) : layout.dense - 4]
     assert (one_hot.sum(axis=1) <= 1).all()
     assert (exact.sum(axis=1) <= 1).all()
-    assert set(place) <= set(range(preprocessor.layout.embeddings[0][0]))
+    assert set(index) <= set(range(preprocessor.layout.embeddings[0][0]))
 
 
 def test_numbers_come_first_then_one_hots_then_embeddings():
     preprocessor = fitted(rows(300))
     assert [c.column for c in preprocessor.columns] == ["age", "pay", "rent", "debt", "rent", "job", "town"]
     bins, exact = preprocessor.columns[3].width, preprocessor.columns[4].width
-    assert (bins, exact > 0) == (4, True)  # half of the debts are 0, so of six edges two fall together
+    assert (bins, exact > 0) == (4, True)  # half of the debts are 0, so two of six edges are equal
     numbers = (1, 1, 1, bins)
     assert preprocessor.layout == Layout(dense=3 + bins + exact + 4, embeddings=((21, 3),), numbers=numbers)
     assert preprocessor.layout.width == 3 + bins + exact + 4 + 1
 
 
-def test_beyond_the_training_range_is_clipped():
+def test_a_number_beyond_the_training_range_is_clipped():
     preprocessor, _ = column([10.0, 20.0], "min_max")
     values = np.array([-1e300, 9.0, 10.0, 15.0, 20.0, 21.0, 1e300])
     assert preprocessor.transform({"x": values})[:, 0].tolist() == [0, 0, 0, 0.5, 1, 1, 1]
 
 
-def test_shares_of_bins_by_hand():
+def test_piecewise_linear_values_by_hand():
     preprocessor, _ = column([0.0, 1.0, 2.0, 10.0], "piecewise_linear", bins=4)
     assert preprocessor.columns[0].edges == [0, 1, 2, 10]
     values = np.array([-5.0, 0.0, 0.5, 1.0, 2.0, 4.0, 99.0, np.nan])  # the mean is 3.25
@@ -156,7 +127,7 @@ def test_shares_of_bins_by_hand():
     ]
 
 
-def test_quantiles_have_normal_scores_like_scikit_learns():
+def test_quantiles_have_normal_scores_as_by_scikit_learn():
     values = np.random.default_rng(0).lognormal(size=2001)
     preprocessor, frame = column(values, "quantile", bins=1000)
     theirs = QuantileTransformer(n_quantiles=1001, output_distribution="normal").fit_transform(frame[["x"]])
@@ -166,30 +137,30 @@ def test_quantiles_have_normal_scores_like_scikit_learns():
     assert np.abs(ours).max() <= 3
 
 
-def test_a_value_that_repeats_stands_in_the_middle_of_its_quantiles():
+def test_a_repeated_value_has_the_score_of_its_middle_quantile():
     preprocessor, _ = column([0.0] * 60 + [1.0] * 20 + [2.0] * 20, "quantile", bins=10)
     scores = preprocessor.transform({"x": np.array([0.0, 1.0, 2.0])})[:, 0]
     np.testing.assert_allclose(scores, norm.ppf([0.3, 0.7, 0.9]), atol=1e-6)
 
 
-def test_frequent_values_have_indicators_of_their_own():
+def test_frequent_values_have_indicators():
     preprocessor, _ = column([7.0, 7.0, 0.1, 0.1, 3.0, np.nan, np.nan], "min_max", exact=2)
     assert preprocessor.layout == Layout(dense=3, embeddings=(), numbers=(1,))
     values = np.array([0.1, 7.0, 3.0, 0.1 + 1e-12, np.nan])
     assert preprocessor.transform({"x": values})[:, 1:].tolist() == [[1, 0], [0, 1], [0, 0], [0, 0], [0, 0]]
 
 
-def test_no_value_may_be_frequent_enough():
+def test_a_column_may_have_no_frequent_value():
     preprocessor, frame = column([1.0, 2.0, 3.0], "min_max", exact=2)
     assert preprocessor.transform(frame).tolist() == [[0], [0.5], [1]]
 
 
-def test_a_missing_number_stands_at_the_training_mean():
+def test_a_missing_number_is_the_training_mean():
     preprocessor, frame = column([0.0, 10.0, 2.0, np.nan], "min_max")
     np.testing.assert_allclose(preprocessor.transform(frame)[:, 0], [0, 1, 0.2, 0.4], atol=1e-7)
 
 
-def test_a_missing_number_has_a_place_though_none_was_missing_in_training():
+def test_a_missing_number_is_encoded_even_if_training_had_none():
     preprocessor, _ = column([0.0, 10.0, 2.0], "min_max")
     np.testing.assert_allclose(preprocessor.transform({"x": np.array([np.nan])}), [[0.4]], atol=1e-7)
 
@@ -226,13 +197,13 @@ def test_a_large_number_keeps_its_digits():
         ([None, None], "a", [0]),
     ],
 )
-def test_one_hot_of_known_unseen_and_missing(trained_on, value, expected):
+def test_one_hot_of_seen_unseen_and_missing_values(trained_on, value, expected):
     preprocessor, _ = column(trained_on, "one_hot")
     assert preprocessor.transform({"x": np.array([value], dtype=object)}).tolist() == [expected]
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "value", "place"),
+    ("trained_on", "value", "index"),
     [
         (["b", "a"], "a", 1),
         (["b", "a"], "b", 2),
@@ -243,26 +214,17 @@ def test_one_hot_of_known_unseen_and_missing(trained_on, value, expected):
         (["b", None], "b", 2),
     ],
 )
-def test_embeddings_place_of_known_unseen_and_missing(trained_on, value, place):
+def test_embedding_index_of_seen_unseen_and_missing_values(trained_on, value, index):
     preprocessor, _ = column(trained_on, "embedding", width=2)
-    assert preprocessor.transform({"x": np.array([value], dtype=object)}).tolist() == [[place]]
+    assert preprocessor.transform({"x": np.array([value], dtype=object)}).tolist() == [[index]]
     assert preprocessor.layout.embeddings == ((3, 2),)
 
 
 @pytest.mark.parametrize("dtype", [object, "str", "string"])
-def test_string_types_of_pandas_are_all_the_same(dtype):
+def test_all_string_types_of_pandas_are_encoded_alike(dtype):
     features = encodings(x={"encode": "one_hot"})
     frame = pd.DataFrame({"x": pd.Series(["b", None, "a", "b"], dtype=dtype)})
     assert fitted(frame, features).transform(frame).tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]]
-
-
-def test_statistics_and_preprocessor_survive_json():
-    frame = rows(200)
-    statistics = json.loads(json.dumps(block_statistics(frame, FEATURES)))
-    preprocessor = fit([statistics], FEATURES)
-    again = Preprocessor.model_validate_json(preprocessor.model_dump_json())
-    assert again == preprocessor == fitted(frame)
-    np.testing.assert_array_equal(again.transform(frame), fitted(frame).transform(frame))
 
 
 def test_a_fitted_preprocessor_is_frozen():

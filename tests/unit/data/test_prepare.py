@@ -11,12 +11,13 @@ from app.config import Label, Project
 from app.data import split
 from app.data.prepare import (
     LABEL,
+    PART,
     Prepared,
     _count_times,
-    _counts,
-    _dropped,
+    _dropped_columns,
     _label_and_part,
-    _refuse_labels,
+    _label_counts,
+    _require_learnable,
     _select,
 )
 from app.errors import UserError
@@ -45,15 +46,17 @@ BLOCK = pa.table(
 
 def test_by_time_and_threshold_the_late_rows_are_the_test_part():
     counted = _count_times(BLOCK, FLIGHTS.data)
-    starts = split.starts(counted["time"].to_numpy(), counted["rows"].to_numpy(), FLIGHTS.data.split)
+    starts = split.part_starts(counted["time"].to_numpy(), counted["rows"].to_numpy(), FLIGHTS.data.split)
     table = _label_and_part(BLOCK, FLIGHTS, starts)
     rows = {row["distance"]: row for row in table.to_pylist()}
     assert sorted(rows) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 11], "without the rows that have no label"
     assert [rows[i][LABEL] for i in (0, 1, 2, 3)] == [1, 0, 1, 0], "15 is not above 15"
-    assert [i for i in sorted(rows) if rows[i]["__part__"] == split.PARTS.index("test")] == [0, 1]
-    assert [i for i in sorted(rows) if rows[i]["__part__"] == split.PARTS.index("validation")] == [2, 3]
-    assert set(table.column_names) == {"distance", "delay", LABEL, "__part__", split.TIME}
-    kept = {part: _select(table, 0, _dropped(part, FLIGHTS.data)).column_names for part in split.PARTS}
+    assert [i for i in sorted(rows) if rows[i][PART] == split.PARTS.index("test")] == [0, 1]
+    assert [i for i in sorted(rows) if rows[i][PART] == split.PARTS.index("validation")] == [2, 3]
+    assert set(table.column_names) == {"distance", "delay", LABEL, PART, split.TIME}
+    kept = {
+        part: _select(table, 0, _dropped_columns(part, FLIGHTS.data)).column_names for part in split.PARTS
+    }
     assert kept == {
         "train": ["distance", LABEL],
         "validation": ["distance", LABEL],
@@ -65,12 +68,12 @@ def test_by_time_and_threshold_the_late_rows_are_the_test_part():
     ("counts", "says"),
     [
         ({"not above 15": 7}, "'delay' must have two values or more, but it is constant: 'not above 15'"),
-        ({"yes": 1, "no": 2}, "'above 15' does not occur in 'delay'; it has 'no' (2 rows), 'yes' (1 rows)"),
+        ({"yes": 1, "no": 2}, "'above 15' must occur in 'delay', which has 'no' (2 rows), 'yes' (1 rows)"),
     ],
 )
 def test_a_label_that_cannot_be_learnt_is_refused(counts, says):
     with pytest.raises(UserError) as caught:
-        _refuse_labels(Counter(counts), Label(column="delay", above=15))
+        _require_learnable(Counter(counts), Label(column="delay", above=15))
     assert says in str(caught.value)
 
 
@@ -85,5 +88,5 @@ def test_balanced_weights_are_exact_however_rare_a_label_is(counts, tmp_path):
 
 def test_labels_are_counted_over_all_blocks():
     blocks = [{"value": 1.0, "rows": 3}, {"value": 0.0, "rows": 2}, {"value": 1.0, "rows": 1}]
-    assert _counts(blocks, Label(column="delay", above=15)) == [2, 4]
-    assert _counts(blocks[:1], Label(column="delay", classes=["a", "b", "c"])) == [0, 3, 0]
+    assert _label_counts(blocks, Label(column="delay", above=15)) == [2, 4]
+    assert _label_counts(blocks[:1], Label(column="delay", classes=["a", "b", "c"])) == [0, 3, 0]

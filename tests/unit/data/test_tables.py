@@ -99,7 +99,7 @@ def test_tensors_of_grpc(trained, names, contract, asked):
 def test_tables_and_data_frames(trained, contract, asked):
     _, rows, _ = trained
     for name, cells in contract.schema.cells().items():
-        values, faults = cells.read_column(rows[name], text=True)
+        values, faults = cells.read_column(rows[name], parse_text=True)
         assert faults == []
         same({name: values}, trained)
         values, faults = cells.read_series(pd.Series(asked[name], dtype=object))

@@ -10,6 +10,7 @@ import pytest
 
 from app.config import Project
 from app.data import split
+from app.data.partition import PARTITION_FILE, partition_of, with_partition_key
 from app.data.prepare import LABEL, Prepared
 from app.evaluation.comparison import MIN_ROWS, Comparison, NotComparable, compare, differences
 from tests.bundles import PROJECT
@@ -61,8 +62,8 @@ def parts_of(project: Project, table: pd.DataFrame):
     data, starts = project.data, None
     if data.split.by == "time":
         times = table[split.TIME].to_numpy()
-        starts = split.starts(times, np.ones(len(times)), data.split)
-    return split.assign(table, data.split, data.split_key, starts), starts
+        starts = split.part_starts(times, np.ones(len(times)), data.split)
+    return split.assign_parts(table, data.split, data.split_key, starts), starts
 
 
 def champion(folder: Path, project: Project, table: pd.DataFrame = TABLE):
@@ -70,8 +71,8 @@ def champion(folder: Path, project: Project, table: pd.DataFrame = TABLE):
     folder.mkdir()
     (folder / "project.json").write_text(project.model_dump_json())
     parts, starts = parts_of(project, table)
-    partition = split.partition(project.data, starts)
-    (folder / split.PARTITION).write_text(partition.model_dump_json())
+    partition = partition_of(project.data, starts)
+    (folder / PARTITION_FILE).write_text(partition.model_dump_json())
     return SimpleNamespace(path=folder), set(table.index[parts < 2])
 
 
@@ -110,9 +111,9 @@ def test_another_seed_is_compared_on_the_same_rows(tmp_path):
 
 def test_one_more_column_is_compared_on_the_same_rows(tmp_path):
     incumbent = changed()
-    before = split.partition(incumbent.data, None)
+    before = partition_of(incumbent.data, None)
     candidate = changed(**MORE)
-    candidate = candidate.model_copy(update={"data": split.carried(candidate.data, before)})
+    candidate = candidate.model_copy(update={"data": with_partition_key(candidate.data, before)})
     result, _ = compared(tmp_path, candidate, incumbent)
     assert isinstance(result, Comparison)
     assert result.num_rows == result.num_test_rows
@@ -160,7 +161,7 @@ def test_a_small_test_part_is_compared_as_a_whole(tmp_path):
 def test_a_bundle_without_its_partition_is_not_compared(tmp_path):
     opened, _ = champion(tmp_path / "old", changed())
     candidate, _ = champion(tmp_path / "new", changed())
-    (opened.path / split.PARTITION).unlink()
+    (opened.path / PARTITION_FILE).unlink()
     prepared = Prepared(tmp_path, cached=True)
     (tmp_path / "test").mkdir()
     TABLE.head(9).to_parquet(tmp_path / "test" / "0.parquet")

@@ -33,6 +33,7 @@ NEEDED = (
     "app/setup/horovod_patches.py",
     "app/data/__init__.py",
     "app/data/sources/samples.py",
+    "app/data/sources/recipes.py",
     "pyproject.toml",
     "constraints.txt",
 )
@@ -102,6 +103,7 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
         "app/setup/horovod.py",
         "app/setup/horovod_patches.py",
         "app/data/sources/samples.py",
+        "app/data/sources/recipes.py",
     ],
 )
 def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):

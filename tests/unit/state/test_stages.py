@@ -110,7 +110,7 @@ def test_a_folder_from_before_targets_were_links_is_used_and_can_be_built_again(
 
 def test_what_the_dead_have_left_is_removed_by_the_next_who_builds(home):
     target = stages.folder("train", "k")
-    for other in (files.private(target), files.private(target)):
+    for other in (files.private_path(target), files.private_path(target)):
         (other / "k").mkdir(parents=True)
     neighbour = target.with_name(".k-of-another")
     neighbour.mkdir()

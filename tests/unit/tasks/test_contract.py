@@ -18,7 +18,7 @@ from app.bundle.bundle import Bundle, Ranking
 from app.bundle.manifest import verify
 from app.bundle.schema import Schema, columns_of
 from app.config import FAMILIES
-from app.data import split
+from app.data import partition
 from app.evaluation import card
 from app.jobs import candidate, quantization
 from app.state import fingerprint
@@ -191,7 +191,9 @@ def test_the_bundle_is_sealed_with_all_that_made_it(built):
     assert {"model.onnx", "model.safetensors", "schema.json", "project.json", "metrics.json"} <= set(
         manifest["files"]
     )
-    assert {"card.md", "example.json", "reference.parquet", split.PARTITION} <= set(manifest["files"])
+    assert {"card.md", "example.json", "reference.parquet", partition.PARTITION_FILE} <= set(
+        manifest["files"]
+    )
     weights = load_file(built.bundle.path / "model.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in built.network.state_dict().items())
 

@@ -43,16 +43,16 @@ def parquet(tmp_path):
     return write
 
 
-def test_a_file_with_more_columns_than_the_contract_is_fine(parquet):
+def test_a_file_with_more_columns_than_the_contract_is_valid(parquet):
     check(parquet(TABLE))
 
 
-def test_a_csv_file_is_fine_whatever_its_cells_look_like(tmp_path):
+def test_a_csv_file_with_any_cells_is_valid(tmp_path):
     (tmp_path / "rows.csv").write_text("town,bought,age\n3,1,young\n,,\n")
     check(tmp_path / "rows.csv", "csv")
 
 
-def test_a_folder_gives_its_files_of_the_format_sorted(tmp_path, parquet):
+def test_a_folder_has_its_files_of_the_format_sorted(tmp_path, parquet):
     (tmp_path / "deep").mkdir()
     for name in ("b.parquet", "a.parquet", "deep/c.parquet"):
         parquet(TABLE, name)
@@ -69,13 +69,13 @@ def test_a_relative_path_and_a_uri_are_the_same_file(tmp_path, parquet, monkeypa
 
 
 @pytest.mark.parametrize("name", ["none.parquet", "none/", "file:///none.parquet"])
-def test_a_missing_file_is_named_with_the_place_that_was_looked_at(name, tmp_path, monkeypatch):
+def test_a_missing_file_is_named_with_its_absolute_path(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     message = fault(name)
     assert f"{name}: no such file or folder (looked for /" in message
 
 
-def test_a_uri_that_no_file_system_knows_is_refused():
+def test_a_uri_of_an_unknown_file_system_is_refused():
     assert "cannot be opened" in fault("nonsense://bucket/rows.parquet")
 
 
@@ -98,7 +98,7 @@ def test_columns_without_rows_are_refused(tmp_path, parquet):
     assert "has columns but no rows" in fault(tmp_path / "rows.csv", "csv")
 
 
-def test_one_file_of_a_folder_may_be_without_rows(tmp_path, parquet):
+def test_one_file_of_a_folder_may_have_no_rows(tmp_path, parquet):
     parquet(TABLE, "a.parquet")
     parquet(TABLE.slice(0, 0), "b.parquet")
     check(tmp_path)
@@ -106,26 +106,26 @@ def test_one_file_of_a_folder_may_be_without_rows(tmp_path, parquet):
 
 def test_a_folder_without_files_of_the_format_is_refused(tmp_path, parquet):
     parquet(TABLE)
-    assert "the folder has no .csv file" in fault(tmp_path, "csv")
+    assert "the folder must have csv files" in fault(tmp_path, "csv")
 
 
 @pytest.mark.parametrize(
-    ("dropped", "says"),
+    ("dropped", "message"),
     [
         ("age", "column 'age' is missing; the file has 'town', 'bought', 'other'"),
         ("bought", "the label 'bought' is missing; the file has 'age', 'town', 'other'"),
     ],
 )
-def test_a_missing_column_is_told_with_those_there_are(tmp_path, parquet, dropped, says):
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path, parquet, dropped, message):
     table = TABLE.drop_columns([dropped])
-    assert says in fault(parquet(table))
+    assert message in fault(parquet(table))
     names = ",".join(table.column_names)
     (tmp_path / "rows.csv").write_text(f"{names}\n1,2,3\n")
-    assert says in fault(tmp_path / "rows.csv", "csv")
+    assert message in fault(tmp_path / "rows.csv", "csv")
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "says"),
+    ("name", "values", "message"),
     [
         ("age", ["1", "2"], "column 'age' must hold numbers, but its type is string"),
         ("town", [1, 2], "column 'town' must hold strings, but its type is int64"),
@@ -133,9 +133,9 @@ def test_a_missing_column_is_told_with_those_there_are(tmp_path, parquet, droppe
         ("town", pa.array([1, 2], pa.timestamp("s")), "'town' must hold strings, but its type is timestamp"),
     ],
 )  # fmt: skip
-def test_a_parquet_column_of_another_type_is_refused(parquet, name, values, says):
+def test_a_parquet_column_of_a_wrong_type_is_refused(parquet, name, values, message):
     table = TABLE.set_column(TABLE.column_names.index(name), name, pa.array(values))
-    assert says in fault(parquet(table))
+    assert message in fault(parquet(table))
 
 
 @pytest.mark.parametrize(
@@ -153,11 +153,11 @@ def test_a_parquet_column_of_another_type_is_refused(parquet, name, values, says
     ],
     ids=lambda value: str(getattr(value, "type", value)),
 )
-def test_parquet_types_that_fit(parquet, name, values):
+def test_parquet_types_that_fit_the_contract(parquet, name, values):
     check(parquet(TABLE.set_column(TABLE.column_names.index(name), name, values)))
 
 
-def test_faults_of_all_files_are_told_at_once(tmp_path, parquet):
+def test_faults_of_all_files_are_reported_together(tmp_path, parquet):
     parquet(TABLE.drop_columns(["age", "town"]), "a.parquet")
     parquet(TABLE.drop_columns(["bought"]), "b.parquet")
     lines = fault(tmp_path).replace(f"data.source: {tmp_path}/", "").splitlines()
@@ -168,30 +168,29 @@ def test_faults_of_all_files_are_told_at_once(tmp_path, parquet):
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 100, b"PAR1" + bytes(200) + b"PAR1", b"x"])
-def test_bytes_that_are_no_parquet_are_refused_with_the_file(tmp_path, content):
+def test_bytes_that_are_not_parquet_are_refused_with_the_file(tmp_path, content):
     (tmp_path / "rows.parquet").write_bytes(content)
-    assert f"{tmp_path}/rows.parquet: is no readable parquet file" in fault(tmp_path / "rows.parquet")
+    assert f"{tmp_path}/rows.parquet: must be a parquet file, but it" in fault(tmp_path / "rows.parquet")
 
 
-def test_text_that_is_no_csv_is_refused_with_the_file(tmp_path):
+def test_text_that_is_not_csv_is_refused_with_the_file(tmp_path):
     (tmp_path / "rows.csv").write_bytes(b"\n")
-    assert f"{tmp_path}/rows.csv: is no readable csv file: it has no header" in fault(
-        tmp_path / "rows.csv", "csv"
-    )
+    message = fault(tmp_path / "rows.csv", "csv")
+    assert f"{tmp_path}/rows.csv: must be a csv file, but it cannot be read: it has no header" in message
 
 
-def test_an_unknown_sample_is_told_with_those_there_are():
+def test_an_unknown_sample_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="no sample data set is called 'iris'; there are: adult, "):
         Files(Source(sample="iris"))
 
 
 @pytest.mark.parametrize("name", samples.DATA_SETS)
-def test_samples_are_checked_like_any_file(name):
+def test_a_sample_is_a_file(name):
     files = Files(Source(sample=name))
     assert files.paths == [str(samples.path(name))]
 
 
-def test_version_is_of_the_content_and_not_of_the_place(tmp_path):
+def test_the_version_depends_on_names_and_contents_not_on_the_folder(tmp_path):
     def stored(folder: str, **files: str) -> str:
         (tmp_path / folder).mkdir()
         for name, text in files.items():
@@ -211,7 +210,7 @@ def test_version_is_of_the_content_and_not_of_the_place(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "csv"])
-def test_a_column_that_stands_twice_is_refused(tmp_path, parquet, file_format):
+def test_a_column_that_occurs_twice_is_refused(tmp_path, parquet, file_format):
     twice = pa.table(
         [[1.0], [2.0], ["a"], ["yes"]],
         names=["age", "age", "town", "bought"],
@@ -221,7 +220,7 @@ def test_a_column_that_stands_twice_is_refused(tmp_path, parquet, file_format):
     assert "'age'" in fault(file, file_format)
 
 
-def test_the_column_that_a_split_goes_by_is_read_too(parquet):
+def test_the_time_column_of_a_split_is_read(parquet):
     path = parquet(TABLE)
     split = {"by": "time", "column": "day"}
     data = Data.model_validate({**contract(path).model_dump(), "split": split})

@@ -15,7 +15,7 @@ NAMES = ["a", "b"]
 def rows(path, content: bytes, names=NAMES, limit=None) -> list[tuple]:
     path.write_bytes(content)
     file_format = "parquet" if path.suffix == ".parquet" else "csv"
-    file = formats.opened(LOCAL, str(path), file_format, names)
+    file = formats.open_file(LOCAL, str(path), file_format, names)
     table = pa.concat_tables(formats.blocks(LOCAL, file, names, limit))
     return list(zip(*table.to_pydict().values(), strict=True))
 
@@ -43,56 +43,58 @@ def fault(path, content: bytes) -> str:
         ("x.csv", b"a,b,\n1,x,\n,NA,\n"),
     ],
 )
-def test_csv_as_programs_write_it_gives_its_cells_as_they_are(tmp_path, name, content):
+def test_csv_of_many_programs_has_unchanged_cells(tmp_path, name, content):
     assert rows(tmp_path / name, content) == [("1", "x"), ("", "NA")]
 
 
-def test_a_quote_may_hold_separators_quotes_and_newlines_anywhere(tmp_path):
+def test_a_quoted_cell_may_hold_separators_quotes_and_newlines(tmp_path):
     content = b"a,b\n" + b"1,x\n" * 400_000 + b'2,"one, ""two""\nthree"\n3,5" pipe\n'
-    found = rows(tmp_path / "x.csv", content)
-    assert len(found) == 400_002
-    assert found[-2:] == [("2", 'one, "two"\nthree'), ("3", '5" pipe')]
+    table = rows(tmp_path / "x.csv", content)
+    assert len(table) == 400_002
+    assert table[-2:] == [("2", 'one, "two"\nthree'), ("3", '5" pipe')]
 
 
-def test_only_so_many_rows_are_read(tmp_path):
+def test_the_limit_of_rows(tmp_path):
     assert rows(tmp_path / "x.csv", b"a,b\n1,x\n2,y\n3,z\n", limit=2) == [("1", "x"), ("2", "y")]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"1,x\n" * 120_000 + b"1,x,y\n1,x\n", "row 120,002: has 3 cells, the header 2 (separator ',')"),
         (b"1,x\n" * 120_000 + b"1\n", "row 120,002: has 1 cells, the header 2"),
-        (b"1,x\n" * 120_000 + b"1,caf\xe9\n", "row 120,002: is no UTF-8; save the file as UTF-8 (iconv"),
+        (b"1,x\n" * 120_000 + b"1,caf\xe9\n", "row 120,002: is not UTF-8; save the file as UTF-8 (iconv"),
         (b'1,x\n2,"y\n' + b"1,x\n" * 120_000, "line 3: opens a quote (\") that is never closed"),
     ],
     ids=["longer", "shorter", "latin-1", "quote"],
 )  # fmt: skip
-def test_a_row_that_cannot_be_read_is_named(tmp_path, content, says):
-    assert fault(tmp_path / "x.csv", b"a,b\n" + content).startswith(says)
+def test_an_unreadable_row_is_named(tmp_path, content, message):
+    assert fault(tmp_path / "x.csv", b"a,b\n" + content).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ("a,b\n1,x\n".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         ("a,b\n1,x\n".encode("utf-16-le"), "it has NUL bytes"),
-        ("a,b,größe\n1,x,y\n".encode("latin-1"), "its header is no UTF-8"),
+        ("a,b,größe\n1,x,y\n".encode("latin-1"), "its header is not UTF-8"),
         (b"", "it has no header"),
         (b"\xef\xbb\xbf\r\n", "it has no header"),
     ],
 )
-def test_a_head_that_cannot_be_read_says_what_to_do(tmp_path, content, says):
-    assert fault(tmp_path / "x.csv", content).startswith(f"is no readable csv file: {says}")
+def test_an_unreadable_head_is_refused_with_advice(tmp_path, content, message):
+    assert fault(tmp_path / "x.csv", content).startswith(
+        f"must be a csv file, but it cannot be read: {message}"
+    )
 
 
-def test_a_broken_archive_is_refused(tmp_path):
+def test_a_broken_gzip_file_is_refused(tmp_path):
     whole = gzip.compress(b"a,b\n" + b"1,x\n" * 500_000, mtime=0)
     assert "cannot be read" in fault(tmp_path / "x.csv.gz", whole[:-400])
-    assert "is no readable csv file" in fault(tmp_path / "x.csv.gz", b"a,b\n1,x\n")
+    assert "must be a csv file, but it cannot be read" in fault(tmp_path / "x.csv.gz", b"a,b\n1,x\n")
 
 
-def test_parquet_that_is_broken_in_its_middle_names_the_row(tmp_path):
+def test_parquet_that_is_broken_in_its_middle_is_refused_with_the_row(tmp_path):
     table = pa.table({"a": list(range(200_000)), "b": ["x"] * 200_000})
     pa.parquet.write_table(table, tmp_path / "x.parquet", row_group_size=100_000, use_dictionary=False)
     content = bytearray((tmp_path / "x.parquet").read_bytes())
@@ -101,7 +103,7 @@ def test_parquet_that_is_broken_in_its_middle_names_the_row(tmp_path):
     assert fault(tmp_path / "x.parquet", bytes(content)).startswith("after row ")
 
 
-def test_csv_under_the_name_of_parquet_is_told(tmp_path):
+def test_csv_read_as_parquet_is_refused_with_advice(tmp_path):
     (tmp_path / "x.csv").write_bytes(b"a,b\n1,x\n")
-    with pytest.raises(UserError, match=r"is no readable parquet file: .*; if it is CSV, say format: csv"):
-        formats.opened(LOCAL, str(tmp_path / "x.csv"), "parquet", NAMES)
+    with pytest.raises(UserError, match=r"must be a parquet file, but .*; if it is CSV, set format: csv"):
+        formats.open_file(LOCAL, str(tmp_path / "x.csv"), "parquet", NAMES)

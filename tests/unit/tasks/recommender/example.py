@@ -55,7 +55,7 @@ def table() -> pa.Table:
 
 def answers(task: Task, network: Recommender, frame: pd.DataFrame) -> np.ndarray:
     """The scores of what a bundle must answer, (users, items)."""
-    users = torch.from_numpy(task.catalogue.user_places(frame[task.columns.user]))
+    users = torch.from_numpy(task.catalogue.user_indices(frame[task.columns.user]))
     with torch.no_grad():
         scores = network(users).masked_fill(task.seen_in("train", "validation")[users], LOWEST)
     return scores.sort(dim=1, descending=True).values.numpy()

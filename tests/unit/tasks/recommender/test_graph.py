@@ -26,7 +26,7 @@ def test_ranks_the_items_that_a_user_has_not_had(built):
     assert ranking.items.shape == (NUM_USERS, NUM_ITEMS)
     assert ranking.known.all()
     seen = built.task.seen_in("train", "validation").numpy()
-    indices = catalogue.user_places(users)
+    indices = catalogue.user_indices(users)
     with torch.no_grad():
         scores = built.network(torch.from_numpy(indices)).numpy()
     for row, user in enumerate(indices):

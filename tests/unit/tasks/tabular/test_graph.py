@@ -6,7 +6,7 @@ import torch
 
 from app.bundle.bundle import OUTPUT, feed_of, open_graph
 from app.config.families.tabular import LinearNumbers, PeriodicNumbers
-from app.data.features import MISSING, Binned, Categories, Exact, Preprocessor, Scaled
+from app.data.features import MISSING, BinnedNumber, Categories, FrequentNumbers, Preprocessor, ScaledNumber
 from app.tasks.onnx import MAX_DIFFERENCE
 from app.tasks.tabular.graph import difference, export
 from app.tasks.tabular.network import LogisticRegression, MultiLayerPerceptron, TabularEnsemble
@@ -14,17 +14,17 @@ from app.tasks.tabular.network import LogisticRegression, MultiLayerPerceptron, 
 VALUES = [MISSING, "a b", "c", "größe ✓"]
 
 
-def number(column: str, minimum: float = -2.0, maximum: float = 3.0, fill: float = 0.25) -> Scaled:
-    return Scaled(column=column, minimum=minimum, maximum=maximum, fill=fill)
+def number(column: str, minimum: float = -2.0, maximum: float = 3.0, fill: float = 0.25) -> ScaledNumber:
+    return ScaledNumber(column=column, minimum=minimum, maximum=maximum, fill=fill)
 
 
-def binned(column: str, encode: str = "piecewise_linear") -> Binned:
+def binned(column: str, encode: str = "piecewise_linear") -> BinnedNumber:
     scores = [-1.5, -0.25, 0.0, 3.0] if encode == "quantile" else []
-    return Binned(column=column, encode=encode, edges=[-2.0, 0.5, 0.75, 3.0], scores=scores, fill=0.6)
+    return BinnedNumber(column=column, encode=encode, edges=[-2.0, 0.5, 0.75, 3.0], scores=scores, fill=0.6)
 
 
-def exact(column: str, values: tuple[float, ...] = (-2.0, 0.1, 3.0)) -> Exact:
-    return Exact(column=column, values=values)
+def exact(column: str, values: tuple[float, ...] = (-2.0, 0.1, 3.0)) -> FrequentNumbers:
+    return FrequentNumbers(column=column, values=values)
 
 
 def one_hot(column: str, values: list[str] = VALUES) -> Categories:
@@ -83,13 +83,13 @@ def rows(preprocessor: Preprocessor, count: int, seed: int = 0) -> pd.DataFrame:
     random = np.random.default_rng(seed)
     columns = {}
     for c in preprocessor.columns:
-        if isinstance(c, Binned):
+        if isinstance(c, BinnedNumber):
             values = random.uniform(-5, 6, count)
             special = random.choice([np.nan, 1e300, -1e300, 0.1, *c.edges], count)
             columns[c.column] = np.where(random.random(count) < 0.5, special, values)
-        elif isinstance(c, Exact):
+        elif isinstance(c, FrequentNumbers):
             continue
-        elif isinstance(c, Scaled):
+        elif isinstance(c, ScaledNumber):
             span = c.maximum - c.minimum or 1.0
             values = c.minimum + span * random.uniform(-1, 2, count)
             special = random.choice([np.nan, 1e300, -1e300, c.minimum, c.maximum], count)

@@ -1,20 +1,13 @@
 """The text family: its network, its batches and its tokens, with a tiny encoder."""
 
 import copy
-import json
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.config import Data, Source
-from app.data import contract, tokens
-from app.data.buckets import NUM_BATCHES, by_length
-from app.data.sources import files
-from app.errors import UserError
+from app.data import tokens
 from app.tasks.text import network as text
 from app.tasks.text.network import (
     FrozenTextClassifier,
@@ -122,42 +115,6 @@ class TestParameterGroups:
         assert sum(p.numel() for g in groups for p in g["params"]) == 16 * 3 + 3
 
 
-class TestBuckets:
-    LENGTHS = torch.randint(2, 60, (1000,), generator=torch.Generator().manual_seed(0))
-
-    def order(self, seed: int, rows: int = 1000) -> torch.Tensor:
-        return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-
-    @pytest.mark.parametrize("rows", [1000, 990, 7, 8, 1])
-    def test_every_row_stands_once(self, rows):
-        order = self.order(0, rows)
-        arranged = by_length(self.LENGTHS, order, 8)
-        assert sorted(arranged.tolist()) == sorted(order.tolist())
-
-    def test_follows_from_the_order_alone(self):
-        first = by_length(self.LENGTHS, self.order(1), 8)
-        torch.manual_seed(99)
-        assert torch.equal(by_length(self.LENGTHS, self.order(1), 8), first)
-        assert not torch.equal(by_length(self.LENGTHS, self.order(2), 8), first)
-
-    def padded(self, order: torch.Tensor, batch_size: int = 8) -> int:
-        return sum(len(rows) * int(self.LENGTHS[rows].max()) for rows in order.split(batch_size))
-
-    def test_little_is_padding(self):
-        tokens = int(self.LENGTHS.sum())
-        assert self.padded(self.order(0)) > 1.5 * tokens
-        assert self.padded(by_length(self.LENGTHS, self.order(0), 8)) < 1.1 * tokens
-
-    def test_the_ranks_have_like_lengths_at_the_same_step(self):
-        longest = [
-            [int(self.LENGTHS[rows].max()) for rows in by_length(self.LENGTHS, self.order(seed), 8).split(8)]
-            for seed in (1, 2)
-        ]
-        apart = np.abs(np.subtract(*longest))
-        assert len(apart) == 125 > NUM_BATCHES
-        assert np.median(apart) <= 3
-
-
 class TestEncoder:
     def test_is_loaded_without_its_pooler_and_silently(self, folder, capfd):
         encoder = load_encoder(folder)
@@ -166,63 +123,6 @@ class TestEncoder:
         assert set(loaded) == {name for name in saved if not name.startswith("pooler")}
         assert all(torch.equal(loaded[name], saved[name]) for name in loaded)
         assert capfd.readouterr() == ("", "")
-
-    def test_a_sample_is_known_by_its_name(self):
-        assert (tokens.encoder_folder("minilm") / "model.safetensors").exists()
-
-    def test_a_folder_that_is_none_is_refused_with_what_is_missing(self, tmp_path):
-        with pytest.raises(
-            UserError, match=r"model.encoder: nowhere must be a folder with config.json, .*minilm"
-        ):
-            tokens.encoder_folder("nowhere")
-        (tmp_path / "config.json").write_text("{}")
-        with pytest.raises(UserError, match=f"there is no {tmp_path}/model.safetensors"):
-            tokens.encoder_folder(str(tmp_path))
-
-    def test_another_type_of_encoder_is_refused(self, tmp_path):
-        other = encoders.build(tmp_path / "other")
-        (other / "config.json").write_text(json.dumps({**CONFIG, "model_type": "t5"}))
-        with pytest.raises(UserError, match=r"must be of the type bert; its config.json says 't5'"):
-            tokens.encoder_folder(str(other))
-
-    def test_its_version_is_of_its_weights_too(self, folder, tmp_path):
-        assert tokens.version(str(folder)) == tokens.version(str(encoders.build(tmp_path / "same")))
-        assert tokens.version(str(folder)) != tokens.version(str(encoders.build(tmp_path / "other", seed=1)))
-
-
-class TestTokens:
-    @pytest.fixture
-    def tokenizer(self, folder, tmp_path):
-        tokens.write(str(folder), 6, tmp_path / "tokenizer.json")
-        return tokens.load(tmp_path / "tokenizer.json")
-
-    def test_are_cut_at_the_length_that_the_file_holds(self, tokenizer):
-        ids, lengths = tokens.encode(tokenizer, ["a good day", "we good good good good good good", "", None])
-        assert lengths.tolist() == [5, 6, 2, 2]
-        assert ids.shape == (4, 6)
-        assert ids[0].tolist() == [2, *ids[0, 1:4], 3, 0]
-        assert ids[1, -1] == 3, "the mark of the end stays"
-
-    @pytest.mark.parametrize("array", [np.array, torch.tensor], ids=["serving", "training"])
-    def test_a_batch_is_cut_to_its_longest_text(self, array):
-        ids, mask = tokens.pad(array(np.arange(10).reshape(2, 5)), array([1, 3]))
-        assert ids.tolist() == [[0, 1, 2], [5, 6, 7]]
-        assert mask.tolist() == [[1, 0, 0], [1, 1, 1]]
-        assert str(ids.dtype).removeprefix("torch.") == str(mask.dtype).removeprefix("torch.") == "int64"
-
-    @pytest.mark.parametrize("array", [np.zeros, torch.zeros], ids=["serving", "training"])
-    def test_no_texts_are_a_batch_too(self, array):
-        ids, mask = tokens.pad(array((0, 5)), array(0))
-        assert ids.shape == mask.shape == (0, 1)
-
-    def test_more_than_the_encoder_takes_is_refused(self, folder, tmp_path):
-        with pytest.raises(UserError, match=r"max_length must be at most 32 for .*; it is 33"):
-            tokens.write(str(folder), 33, tmp_path / "tokenizer.json")
-
-    def test_a_broken_file_is_refused(self, tmp_path):
-        (tmp_path / "tokenizer.json").write_text("{}")
-        with pytest.raises(UserError, match="is no tokenizer"):
-            tokens.load(tmp_path / "tokenizer.json")
 
 
 def test_the_graph_says_what_the_network_says(tmp_path):
@@ -247,36 +147,3 @@ def test_importing_the_network_imports_little():
 
     assert text.BertModel.__module__ == "transformers.models.bert.modeling_bert"
     assert "transformers.models.t5" not in sys.modules
-
-
-class TestContract:
-    """What the source must keep, where a column is a text and the label has classes."""
-
-    DATA = Data.model_validate(
-        {
-            "source": {"path": "rows.parquet"},
-            "label": {"column": "mood", "classes": ["bad", "good"]},
-            "columns": {"text": {"type": "text", "max_characters": 8}},
-        }
-    )
-
-    def test_rows_that_keep_it(self):
-        table = pa.table({"text": ["fine", "12345678"], "mood": ["good", "bad"]})
-        frame, found = contract.conform(table, self.DATA)
-        assert found == []
-        assert frame["text"].tolist() == ["fine", "12345678"]
-
-    def test_a_text_that_is_too_long_and_a_class_that_is_none_are_told(self):
-        table = pa.table({"text": ["123456789", None], "mood": ["great", "bad"]})
-        _, found = contract.conform(table, self.DATA)
-        assert {(v.column, v.rule, v.count) for v in found} == {
-            ("text", "must have at most 8 characters", 1),
-            ("text", "must not be missing", 1),
-            ("mood", "must be one of bad, good", 1),
-        }
-
-    def test_a_column_of_numbers_is_no_text(self, tmp_path):
-        pa.parquet.write_table(pa.table({"text": [1], "mood": ["bad"]}), tmp_path / "rows.parquet")
-        data = self.DATA.model_copy(update={"source": Source(path=str(tmp_path / "rows.parquet"))})
-        with pytest.raises(UserError, match="column 'text' must hold strings, but its type is int64"):
-            files.Files(data.source).check(files.kinds(data))
