@@ -442,7 +442,9 @@ def feedback(scale: float) -> dict[str, Any]:
         ended.set()
         for thread in threads:
             thread.join()
-        stored = Counter((f.request_id, f.said["reward"]) for f in Records().feedback(NAME, quarantined=True))
+        stored = Counter(
+            (f.request_id, f.content["reward"]) for f in Records().feedback(NAME, quarantined=True)
+        )
     lost = sum(key not in stored for key in acknowledged)
     doubled = sum(count > 1 for count in Counter(key for key, _ in stored.elements()).values())
     counts = {"killed": killed, "acknowledged": len(acknowledged), "lost": lost, "doubled": doubled}

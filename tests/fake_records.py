@@ -2,7 +2,8 @@
 
 from sqlalchemy.exc import DataError, OperationalError, TimeoutError
 
-from app.state.records import Feedback, FeedbackStatus, decode
+from app.state.feedback import Feedback, FeedbackStatus
+from app.state.records import decode
 
 AWAY = OperationalError("INSERT", {}, Exception("away"))
 FAULTS = [

@@ -68,11 +68,11 @@ def compress(
     with running("compress") as console:
         from app.cluster.session import joins_lasting_cluster, session
         from app.jobs import compress, quantization
-        from app.state import stages
+        from app.state import shared
 
         if joins_lasting_cluster():
             with session():
-                stages.require_shared()
+                shared.require_shared()
         compressed = quantization.compress(bundle)
         comparison = compressed.comparison
         before, after = comparison["before"], comparison["after"]

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from app.state.home import SECRET, home
+from app.state.home import GATEWAY_SECRET_VARIABLE, home
 
 SQLITE = "sqlite:///"
 
@@ -113,4 +113,5 @@ def node_environment() -> dict[str, str]:
     """
     values = environment()
     token = Path(values["RAY_AUTH_TOKEN_PATH"]).read_bytes().strip()
-    return {SECRET: hmac.new(token, SECRET.encode(), hashlib.sha256).hexdigest()} | values
+    secret = hmac.new(token, GATEWAY_SECRET_VARIABLE.encode(), hashlib.sha256).hexdigest()
+    return {GATEWAY_SECRET_VARIABLE: secret} | values

@@ -24,7 +24,7 @@ from app.cluster.ports import free_block, free_ports
 from app.cluster.record import read_record
 from app.cluster.requirements import require_tested_versions
 from app.errors import UserError
-from app.state.home import FRONT, SECRET, home, make_private
+from app.state.home import GATEWAY_FOLDER_VARIABLE, GATEWAY_SECRET_VARIABLE, home, make_private
 
 NUM_REPLICA_PORTS = 500
 """Ports for the replicas of one local cluster."""
@@ -58,14 +58,14 @@ def local_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replica_port),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replica_port + NUM_REPLICA_PORTS - 1),
-        SECRET: secrets.token_hex(32),
+        GATEWAY_SECRET_VARIABLE: secrets.token_hex(32),
     }
     return LOCAL_FLAGS | environment() | serve | _locations(directory) | {MARK: str(directory)}
 
 
 def _locations(directory: Path) -> dict[str, str]:
     """Variables by which the processes of a local cluster, and commands that join it, find its files."""
-    return {"RAY_TMPDIR": str(directory), FRONT: str(directory)}
+    return {"RAY_TMPDIR": str(directory), GATEWAY_FOLDER_VARIABLE: str(directory)}
 
 
 def temp_dir(directory: Path) -> Path:

@@ -14,7 +14,7 @@ from app.evaluation import gate
 from app.jobs import candidate, judging
 from app.registry import runs, versions
 from app.registry.versions import CHAMPION, Version
-from app.state import stages
+from app.state import shared
 from app.tasks import task_of
 from app.training import trainer
 
@@ -39,7 +39,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
 
     What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
     """
-    stages.require_shared()
+    shared.require_shared()
     project = with_key(project)
     # Ray Data's tasks take a CPU each.
     console.wait(capacity.current().wait_message(1, "preparing data"))

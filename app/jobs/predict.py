@@ -22,7 +22,7 @@ from app.data.sources.files import Files, Kind
 from app.data.sources.formats import SUFFIXES, has_format
 from app.errors import UserError, unwrap_user_errors
 from app.registry import versions
-from app.state import stages
+from app.state import shared, stages
 
 if TYPE_CHECKING:
     from ray.data import Dataset
@@ -171,7 +171,7 @@ def _run(model: str, source: Source, output: Path, k: int, on_wait: Callable[[st
     if output.exists():
         raise UserError(f"--output: {output} is there already; name a folder that is not, or remove it")
     path = folder(model)
-    stages.require_shared(output.parent)
+    shared.require_shared(output.parent)
     bundle = Bundle(path)
     on_wait(capacity.current().wait_message(1, "predict"))
     rows, names = _read(source, bundle.schema)

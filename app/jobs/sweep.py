@@ -18,7 +18,7 @@ from app.config import Project
 from app.console import Console, short
 from app.jobs import pipeline
 from app.registry import runs
-from app.state import files, stages
+from app.state import files, shared
 from app.state.home import home, make_private
 from app.tuning import report as reports
 from app.tuning import study as studies
@@ -64,7 +64,7 @@ class Swept:
 
 def run(project: Project, console: Console) -> Swept:
     """Run a project's sweep to its end, or go on with it. Needs Ray. Raises as `tuner.run` does."""
-    stages.require_shared()
+    shared.require_shared()
     project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name

@@ -10,8 +10,8 @@ import numpy as np
 from app.errors import UserError
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import ACTIONS, Traffic, TrafficEntry, parse
-from app.state.audit import Audit, Changed
-from app.state.database import Busy
+from app.state.audit import Audit, Conflict
+from app.state.locks import Busy
 from app.state.records import Records
 
 NUM_DRAWS = 10_000
@@ -62,14 +62,14 @@ def rebalance(audit: Audit, records: Records, model: str, current: TrafficEntry)
     total = sum(current.traffic.weights.values())
     changes = [abs(weights[name] - weight / total) for name, weight in current.traffic.weights.items()]
     if max(changes) > MIN_SHARE_CHANGE:
-        with contextlib.suppress(Changed, Busy), traffic.endpoint_lock(model, wait=False):
+        with contextlib.suppress(Conflict, Busy), traffic.endpoint_lock(model, wait=False):
             traffic.update(audit, model, current, traffic.with_weights(current.traffic, weights), AUTHOR)
 
 
 def _comparison_start(audit: Audit, model: str, current: Traffic) -> float:
     """The time since which the same versions share the same units, in seconds since the epoch."""
     start = time.time()
-    for entry in audit.backwards(model, ACTIONS):
+    for entry in audit.newest_first(model, ACTIONS):
         try:
             previous = parse(entry).traffic
         except UserError:  # an entry of an older Raylway, or one that undeploys the endpoint

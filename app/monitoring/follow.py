@@ -15,7 +15,7 @@ from app.serving.traffic.registered import registered_variants
 from app.serving.traffic.traffic import Traffic, TrafficEntry
 from app.serving.traffic.variants import DeployedVariant, common_schema, open_bundles
 from app.state.audit import Audit
-from app.state.database import Busy
+from app.state.locks import Busy
 
 AUTHOR = "raylway (follow)"
 """Author of the follower's entries in the audit log."""

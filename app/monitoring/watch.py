@@ -18,7 +18,7 @@ from app.serving.control import workers
 from app.serving.logs import log
 from app.serving.traffic import traffic
 from app.state.audit import Audit
-from app.state.database import Busy
+from app.state.locks import Busy
 from app.state.records import Records
 
 ROUND_S = 2.0

@@ -8,7 +8,7 @@ import sqlalchemy
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.tracking import MlflowClient
 
-from app.state import database, files
+from app.state import engine, files
 from app.state.home import database_url, home, make_private, private_file
 
 BUSY_TIMEOUT_S = 60
@@ -36,7 +36,7 @@ def client() -> MlflowClient:
 @functools.cache
 def _require_answer(url: str) -> None:
     """Raise what a first connection does: MLflow would try again for minutes, without a word."""
-    with database.engine(url, poolclass=sqlalchemy.NullPool).connect():
+    with engine.create(url, poolclass=sqlalchemy.NullPool).connect():
         pass
 
 

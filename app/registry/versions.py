@@ -19,7 +19,7 @@ from app.config.project import NAME, require_name
 from app.errors import UserError
 from app.registry.artifacts import local_folder
 from app.registry.connection import client, uri
-from app.state import database
+from app.state import locks
 from app.state.audit import Audit, Entry
 from app.state.audit_head import Head
 
@@ -69,7 +69,7 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
     require_passed(manifest, f"a version of {name}")
     ours = client()
     # The registry's tables hold nothing that would stop two versions or two aliases at once.
-    with database.alone(f"registry-{name}"), Audit() as audit:
+    with locks.exclusive(f"registry-{name}"), Audit() as audit:
         _create_model(ours, name)
         _finish_promotion(audit, name)
         entry = _with_tag(name, IDENTITY_TAG, identity_of(path))
@@ -103,7 +103,7 @@ def _finish(ours: MlflowClient, audit: Audit, name: str, entry: Any) -> None:
     number = str(entry.version)
     head = entry.tags.get(HEAD_TAG)
     created = Head.parse(head) if head else None
-    registered = audit.backwards(name, ("register",), since=created)
+    registered = audit.newest_first(name, ("register",), since=created)
     if any(e.details["version"] == number for e in registered):
         return
     # That nobody gave an alias is proven by the whole log since then, not by a search for such entries.
@@ -214,7 +214,7 @@ def promote(name: str, version: str, on_wait: Callable[[str], None] | None = Non
     there is no such version, or it did not pass the gate.
     """
     require_name(name)
-    with database.alone(f"registry-{name}", on_wait), Audit() as audit:
+    with locks.exclusive(f"registry-{name}", on_wait), Audit() as audit:
         _finish_promotion(audit, name)
         chosen, before = resolve(name, version), _aliases(name).get(CHAMPION)
         require_passed(verify(chosen.path), f"{name} version {chosen.number}")
@@ -227,7 +227,7 @@ def promote(name: str, version: str, on_wait: Callable[[str], None] | None = Non
 def finish_promotion(audit: Audit, name: str) -> None:
     """Finish a promotion that was cut short. Raises Busy if somebody is changing the model's aliases."""
     if _unfinished(audit, name):
-        with database.alone(f"registry-{name}", wait=False):
+        with locks.exclusive(f"registry-{name}", wait=False):
             _finish_promotion(audit, name)
 
 
@@ -266,7 +266,7 @@ def sign(name: str, version: str, key: Path) -> Version:
     chosen = resolve(name, version)
     verify(chosen.path)
     signed = signature.sign((chosen.path / manifest.MANIFEST).read_bytes(), key)
-    with database.alone(f"registry-{name}"), Audit() as audit:
+    with locks.exclusive(f"registry-{name}"), Audit() as audit:
         tag = base64.b64encode(signed).decode()
         client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)
         audit.add("sign", name, {"version": chosen.number})

@@ -1,1 +1,1 @@
-"""What is kept on disk: the state directory, its files, databases and finished stages."""
+"""State on disk: the state directory, its files and databases, and the outputs of stages."""

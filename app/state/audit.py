@@ -1,5 +1,8 @@
-"""What was deployed, promoted and changed, by whom: a log that is only added to. Each entry is sealed to the
-one before it, and `app.state.audit_head` keeps the newest too, so that a change to what was written shows."""
+"""The audit log: who deployed, promoted and changed what. Entries are only added.
+
+Each entry is sealed to the previous one, and `app.state.audit_head` stores the newest, so that a change to
+the log is detected.
+"""
 
 import contextlib
 import getpass
@@ -16,7 +19,7 @@ from sqlalchemy import Column, Float, Index, Integer, String, Table, Text
 
 from app.errors import UserError
 from app.state import audit_head, database
-from app.state.audit_head import Broken, Head
+from app.state.audit_head import BrokenLog, Head
 from app.state.database import TABLES
 
 AUDIT = Table(
@@ -31,28 +34,29 @@ AUDIT = Table(
     Column("seal", String(64), nullable=False),
     Index("audit_of_model", "model", "number"),
 )
-FIRST = "0" * 64
-"""What the first entry is sealed to."""
+SEALED_COLUMNS = ("number", "at", "who", "action", "model", "details")
+FIRST_SEAL = "0" * 64
+"""Seal that the first entry is sealed to."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something that somebody did."""
+    """An action of a user."""
 
     number: int
-    """1, 2, 3 and so on: one that was removed leaves a gap."""
+    """Number of the entry: 1, 2, 3 and so on without gaps."""
     at: float
-    """Seconds since the epoch."""
+    """Time, seconds since the epoch."""
     who: str
     action: str
     model: str
     details: Mapping[str, Any]
     seal: str
-    """SHA-256 of the seal before and of all the above."""
+    """SHA-256 of the previous entry's seal and of the fields above."""
 
 
-class Changed(UserError):
-    """Somebody else has written since what a change was based on."""
+class Conflict(UserError):
+    """The state that a change is based on was changed by somebody else."""
 
 
 class Audit:
@@ -77,18 +81,17 @@ class Audit:
         expected: int | None = None,
         among: Sequence[str] = (),
     ) -> Entry:
-        """Write an entry; returns when it is durable. `who` is the user of this process, if None.
+        """Write an entry; returns it when it is durable. `who` is the user of this process if None.
 
-        :param expected: write only if the model's newest entry with an action of `among` has this number (0:
-            if it has none). Checked in the transaction that writes.
-        :raises Changed: it has another one.
+        With `expected`, the entry is written only if the model's newest entry with an action in `among` has
+        this number (0: if there is none). Raises Conflict if it has not.
         """
         with self._engine.begin() as connection:
             database.begin_exclusively(connection, "audit")
             if expected is not None:
                 _require_newest(connection, model, among, expected)
             last = connection.execute(AUDIT.select().order_by(AUDIT.c.number.desc()).limit(1)).first()
-            number, before = (last.number + 1, last.seal) if last else (1, FIRST)
+            number, previous_seal = (last.number + 1, last.seal) if last else (1, FIRST_SEAL)
             values = {
                 "number": number,
                 "at": time.time(),
@@ -97,25 +100,26 @@ class Audit:
                 "model": model,
                 "details": json.dumps(details, allow_nan=False),
             }
-            values["seal"] = _seal(before, values)
+            values["seal"] = _seal(previous_seal, values)
             connection.execute(AUDIT.insert(), values)
-        # It is written, whatever comes of the head; `entries` tells what is wrong with that.
-        with contextlib.suppress(Broken, OSError):
+        # The entry is written even if the head cannot be; `entries` reports what is wrong with the head.
+        with contextlib.suppress(BrokenLog, OSError):
             self._advance(audit_head.load(), _entry(values))
         return _entry(values)
 
-    def _advance(self, kept: Head | None, newest: Entry) -> None:
-        """Keep the newest entry as the head. Raises Broken if it is not chained to the one that was kept."""
-        if kept is not None:
-            since = AUDIT.select().where(AUDIT.c.number.between(kept.number, newest.number))
+    def _advance(self, head: Head | None, newest: Entry) -> None:
+        """Store the newest entry as the head. Raises BrokenLog if it is not chained to the previous head."""
+        if head is not None:
+            since = AUDIT.select().where(AUDIT.c.number.between(head.number, newest.number))
             with self._engine.connect() as connection:
                 rows = connection.execute(since.order_by(AUDIT.c.number)).all()
-            if not rows or (rows[0].number, rows[0].seal) != (kept.number, kept.seal):
-                raise _broken(kept.number)
-            for before, row in itertools.pairwise(rows):
-                if row.number != before.number + 1 or _seal(before.seal, dict(row._mapping)) != row.seal:
+            if not rows or Head(rows[0].number, rows[0].seal) != head:
+                raise _broken(head.number)
+            for previous, row in itertools.pairwise(rows):
+                is_next = row.number == previous.number + 1
+                if not is_next or _seal(previous.seal, dict(row._mapping)) != row.seal:
                     raise _broken(row.number)
-        audit_head.keep(Head(newest.number, newest.seal))
+        audit_head.store(Head(newest.number, newest.seal))
 
     def entries(
         self,
@@ -125,59 +129,61 @@ class Audit:
         expected: Head | None = None,
         since: Head | None = None,
     ) -> list[Entry]:
-        """All entries, or those of a model or an action, the oldest first.
+        """All entries, or those of a model or with an action, the oldest first; with `since`, only those
+        after this entry.
 
-        Raises Broken if one was changed or removed: of those up to the head that this machine has kept, and
-        up to `expected`, one that was kept elsewhere.
-
-        :param since: an entry, to have only those after it. All are checked from the oldest of the given
-            entries and the kept head on; if this machine has kept no head, from the first.
+        Checks the log up to this machine's head and up to `expected`, a head that was stored elsewhere. With
+        `since` and a head, it checks from the oldest of these entries on, else from the first. Raises
+        BrokenLog if an entry was changed or removed.
         """
-        # Before the entries are read: one that is written meanwhile may become the head.
-        kept = audit_head.load()
-        due: dict[int, Head] = {}
-        for head in (kept, expected, since):
-            if head is not None and due.setdefault(head.number, head) != head:
-                raise _broken(head.number)
-        start = min(due) if kept and since else 0
-        found, before, number = [], FIRST, start or 1
+        # Load the head before the entries: an entry that is written meanwhile may become the head.
+        head = audit_head.load()
+        checkpoints: dict[int, Head] = {}
+        for checkpoint in (head, expected, since):
+            if checkpoint and checkpoints.setdefault(checkpoint.number, checkpoint) != checkpoint:
+                raise _broken(checkpoint.number)
+        start = min(checkpoints) if head and since else 0
+        entries, previous_seal, number = [], FIRST_SEAL, start or 1
         with self._engine.connect() as connection:
             for row in connection.execute(
                 AUDIT.select().where(AUDIT.c.number >= start).order_by(AUDIT.c.number)
             ):
                 values = dict(row._mapping)
-                # The one that is started from is proven by the head that it is, below.
-                if row.number != number or (number != start and _seal(before, values) != row.seal):
+                # The entry at `start` is a checkpoint, which proves it below.
+                is_sealed = number == start or _seal(previous_seal, values) == row.seal
+                if row.number != number or not is_sealed:
                     raise _broken(number)
-                head = due.pop(number, None)
-                if head is not None and head.seal != row.seal:
+                checkpoint = checkpoints.pop(number, None)
+                if checkpoint is not None and checkpoint.seal != row.seal:
                     raise _broken(number)
-                before, number = row.seal, number + 1
-                is_asked = model in (None, row.model) and action in (None, row.action)
-                if is_asked and (since is None or row.number > since.number):
-                    found.append(_entry(values))
-        if due:
-            raise Broken(
-                f"the audit log ends before its entry {number}, but it had {max(due)}: entries were cut off "
-                f"its end. If you restored the database from a backup, remove {audit_head.folder()}."
+                previous_seal, number = row.seal, number + 1
+                is_selected = model in (None, row.model) and action in (None, row.action)
+                if is_selected and (since is None or row.number > since.number):
+                    entries.append(_entry(values))
+        if checkpoints:
+            raise BrokenLog(
+                f"the audit log ends before its entry {number}, but it had {max(checkpoints)}: entries were "
+                f"cut off its end. If you restored the database from a backup, remove {audit_head.folder()}."
             )
         if number > 1:
-            audit_head.keep(Head(number - 1, before))
-        return found
+            audit_head.store(Head(number - 1, previous_seal))
+        return entries
 
     def head(self) -> Head | None:
-        """The newest entry; None if there is none. Raises Broken if what was written since this machine has
-        kept a head does not go on from that."""
+        """The newest entry; None if there is none. Raises BrokenLog if the entries after this machine's head
+        are not chained to it."""
         self.entries(since=audit_head.load())
         return audit_head.load()
 
     def last(self, model: str, actions: Sequence[str], until: float | None = None) -> Entry | None:
-        """A model's newest entry with one of these actions, or the newest of those until a time (seconds
-        since the epoch). The newest is the one written last, whatever the clocks said. Raises Broken if it
-        was changed."""
-        return next(self.backwards(model, actions, until), None)
+        """A model's newest entry with one of these actions, or the newest up to a time in seconds since the
+        epoch.
 
-    def backwards(
+        The newest is the one written last, whatever the clocks were. Raises BrokenLog if it was changed.
+        """
+        return next(self.newest_first(model, actions, until), None)
+
+    def newest_first(
         self,
         model: str,
         actions: Sequence[str],
@@ -185,8 +191,10 @@ class Audit:
         *,
         since: Head | None = None,
     ) -> Iterator[Entry]:
-        """A model's entries with these actions, the newest first, each checked: those up to a time, and after
-        an entry, if they are given. Raises Broken."""
+        """A model's entries with these actions, the newest first, up to a time and after an entry.
+
+        Each entry is checked. Raises BrokenLog if one was changed.
+        """
         query = AUDIT.select().where(AUDIT.c.model == model, AUDIT.c.action.in_(actions))
         if until is not None:
             query = query.where(AUDIT.c.at <= until)
@@ -197,21 +205,22 @@ class Audit:
             query = query.where(AUDIT.c.number < entry.number)
 
     def _checked(self, query: sqlalchemy.Select) -> Entry | None:
-        """The entry that a query finds, if its seal is the one that it was written with."""
+        """The first entry of a query. Raises BrokenLog if its seal does not match it."""
         with self._engine.connect() as connection:
             row = connection.execute(query).first()
             if row is None:
                 return None
-            before = FIRST
+            previous_seal = FIRST_SEAL
             if row.number > 1:
                 seals = sqlalchemy.select(AUDIT.c.seal).where(AUDIT.c.number == row.number - 1)
-                before = str(connection.scalar(seals))
+                previous_seal = str(connection.scalar(seals))
         values = dict(row._mapping)
-        if _seal(before, values) != row.seal:
+        if _seal(previous_seal, values) != row.seal:
             raise _broken(row.number)
         return _entry(values)
 
     def close(self) -> None:
+        """Close the connections."""
         self._engine.dispose()
 
 
@@ -225,14 +234,16 @@ def _require_newest(
     query = AUDIT.select().where(AUDIT.c.model == model, AUDIT.c.action.in_(actions))
     newest = connection.execute(query.order_by(AUDIT.c.number.desc()).limit(1)).first()
     if (newest.number if newest else 0) != expected:
-        by = f" by {newest.who} (entry {newest.number})" if newest else ""
-        raise Changed(f"{model} was changed meanwhile{by}; look at what holds now and give the command again")
+        author = f" by {newest.who} (entry {newest.number})" if newest else ""
+        raise Conflict(
+            f"{model} was changed meanwhile{author}; look at its current state and run the command again"
+        )
 
 
-def _broken(number: int) -> Broken:
-    return Broken(f"the audit log is not what was written: see its entry {number}")
+def _broken(number: int) -> BrokenLog:
+    return BrokenLog(f"the audit log was changed after it was written: see its entry {number}")
 
 
-def _seal(before: str, values: Mapping[str, Any]) -> str:
-    content = [before, *(values[name] for name in ("number", "at", "who", "action", "model", "details"))]
+def _seal(previous_seal: str, values: Mapping[str, Any]) -> str:
+    content = [previous_seal, *(values[name] for name in SEALED_COLUMNS)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

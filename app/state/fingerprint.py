@@ -1,8 +1,8 @@
-"""Fingerprints of code: what a module's results depend on, beside its inputs.
+"""Fingerprints of code: what the results of a module depend on, apart from its inputs.
 
-That is the source of the module and of everything in the application that it imports, and the versions of the
-libraries that these import. Imports are read from the source, those inside of functions too, so that no list
-has to be kept by hand.
+A fingerprint has the source of a module and of all modules of the application that it imports, and the
+versions of the libraries that these import. Imports are read from the source, including those inside
+functions, so that no list has to be maintained.
 """
 
 import ast
@@ -15,61 +15,70 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 APPLICATION = Path(__file__).parents[1].name
-WITHOUT_EFFECT = {"cryptography", "psutil", "pydantic", "ray", "threadpoolctl"}
-"""Libraries whose releases change no result: they check, start and distribute work."""
+IGNORED_LIBRARIES = {"cryptography", "psutil", "pydantic", "ray", "threadpoolctl"}
+"""Libraries whose releases change no result: they validate, start and distribute work."""
 
 
 def fingerprint(*modules: str) -> dict[str, str]:
-    """The SHA-256 of the source of each module that `modules` need, themselves included, and the version of
-    each library. Raises ValueError for a module that is not the application's."""
-    needed, libraries = dependencies(*modules)
-    hashes = {name: hashlib.sha256(_source(name)).hexdigest() for name in sorted(needed)}
+    """The SHA-256 of the source of each module that `modules` depend on, themselves included, and the version
+    of each library. Raises ValueError for a module outside the application."""
+    names, libraries = dependencies(*modules)
+    hashes = {name: hashlib.sha256(_source(name)).hexdigest() for name in sorted(names)}
     return hashes | {name: _version(name) for name in sorted(libraries)}
 
 
 def dependencies(*modules: str) -> tuple[frozenset[str], frozenset[str]]:
-    """The modules of the application and the top-level packages of libraries that are imported, directly or
-    not, by `modules`, themselves included. A module needs the packages that it is in."""
-    needed: set[str] = set()
+    """The modules of the application, and the top-level packages of libraries, that `modules` import directly
+    or indirectly; `modules` and the packages that contain them are included."""
+    names: set[str] = set()
     libraries: set[str] = set()
     pending = list(modules)
     while pending:
         name = pending.pop()
-        if name in needed:
+        if name in names:
             continue
-        needed.add(name)
+        names.add(name)
         if "." in name:
             pending.append(name.rpartition(".")[0])
         for imported in _imports(name):
-            top = imported.partition(".")[0]
-            if top == APPLICATION:
+            top_package = imported.partition(".")[0]
+            if top_package == APPLICATION:
                 pending.append(imported)
-            elif top not in sys.stdlib_module_names:
-                libraries.add(top)
-    return frozenset(needed), frozenset(libraries - WITHOUT_EFFECT)
+            elif top_package not in sys.stdlib_module_names:
+                libraries.add(top_package)
+    return frozenset(names), frozenset(libraries - IGNORED_LIBRARIES)
 
 
 @functools.cache
 def _imports(name: str) -> frozenset[str]:
-    return frozenset(_named(ast.parse(_source(name))))
+    return frozenset(_imported_names(ast.parse(_code(name))))
 
 
-def _named(node: ast.AST) -> Iterator[str]:
-    """What is imported in a part of a module, but for type checkers alone."""
+def _imported_names(node: ast.AST) -> Iterator[str]:
+    """The modules that a part of a module imports, except those for type checkers only."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom) and node.module:
         for alias in node.names:
-            whole = f"{node.module}.{alias.name}"
-            yield whole if _file(whole) else node.module
+            full_name = f"{node.module}.{alias.name}"
+            yield full_name if _file(full_name) else node.module
     elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
         for child in ast.iter_child_nodes(node):
-            yield from _named(child)
+            yield from _imported_names(child)
 
 
 @functools.cache
 def _source(name: str) -> bytes:
-    """As it was when it was first asked for, in this process."""
+    """A module's code, as it was at the first call in this process; of a package also its data files."""
+    file = _file(name)
+    data_files = []
+    if file is not None and file.name == "__init__.py":
+        data_files = sorted(path for path in file.parent.glob("*.*") if path.suffix not in (".py", ".pyc"))
+    return b"\0".join([_code(name), *(path.read_bytes() for path in data_files)])
+
+
+@functools.cache
+def _code(name: str) -> bytes:
     file = _file(name)
     if file is None:
         raise ValueError(f"{name} must be a module of {APPLICATION}")
@@ -77,7 +86,7 @@ def _source(name: str) -> bytes:
 
 
 def _file(name: str) -> Path | None:
-    """None if the application has no such module."""
+    """The file of a module; None if the application has no such module."""
     path = ROOT.joinpath(*name.split("."))
     candidates = (path / "__init__.py", path.with_suffix(".py"))
     return next((file for file in candidates if name.startswith(APPLICATION) and file.is_file()), None)
@@ -87,10 +96,10 @@ def _file(name: str) -> Path | None:
 def _version(package: str) -> str:
     """The installed release, without the build's tag: PyTorch for a CPU and for a GPU are one release."""
     try:
-        found = importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         distributions = importlib.metadata.packages_distributions().get(package)
         if not distributions:
             return "not installed"
-        found = importlib.metadata.version(distributions[0])
-    return found.partition("+")[0]
+        version = importlib.metadata.version(distributions[0])
+    return version.partition("+")[0]

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import OperationalError
 
 from app.errors import UserError
-from app.state import database
+from app.state import engine
 from app.state.home import database_url, home, private_file
 from app.tuning.locks import Lock, lock_of
 
@@ -181,7 +181,7 @@ def _storage(**engine_options: Any) -> RDBStorage:
     if target.startswith("sqlite"):
         engine_options["connect_args"] = {"timeout": SQLITE_TIMEOUT_S}
     else:
-        with database.engine(target, poolclass=sqlalchemy.NullPool).begin() as connection:
+        with engine.create(target, poolclass=sqlalchemy.NullPool).begin() as connection:
             connection.execute(sqlalchemy.text("CREATE SCHEMA IF NOT EXISTS optuna"))
     return RDBStorage(target, engine_kwargs=engine_options)
 

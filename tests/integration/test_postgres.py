@@ -15,9 +15,10 @@ from app.serving.replica.feedback_writer import NotStored
 from app.serving.replica.prediction_writer import REFUSED
 from app.serving.replica.recorder import Recorder
 from app.state.audit import Audit
-from app.state.audit_head import Broken
-from app.state.database import Busy, alone
-from app.state.records import FeedbackStatus, Records
+from app.state.audit_head import BrokenLog
+from app.state.feedback import FeedbackStatus
+from app.state.locks import Busy, exclusive
+from app.state.records import Records
 from app.tuning import study as studies
 from app.tuning import tuner
 from app.tuning.progress import Progress
@@ -28,7 +29,7 @@ from tests.unit.state.test_records import (
     VERSION_1,
     add,
     awkward,
-    check_upgraded,
+    check_migrated,
     feedback,
     prediction,
 )
@@ -134,7 +135,7 @@ def test_the_audit_log_is_one_chain_whoever_writes(database):
     assert len(audit.entries("pg")) == 40
     with audit._engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE audit SET who = 'eve' WHERE number = 7"))
-    with pytest.raises(Broken, match="see its entry 7"):
+    with pytest.raises(BrokenLog, match="see its entry 7"):
         audit.entries()
     with audit._engine.begin() as connection:
         connection.execute(sqlalchemy.text("DELETE FROM audit"))
@@ -145,14 +146,14 @@ def test_a_lock_of_the_database_keeps_others_out(database):
     order = []
 
     def count():
-        with alone("pg"):
+        with exclusive("pg"):
             order.append("in")
             time.sleep(0.05)
             order.append("out")
 
-    with alone("pg"), pytest.raises(Busy), alone("pg", wait=False):
+    with exclusive("pg"), pytest.raises(Busy), exclusive("pg", wait=False):
         pass
-    with alone("pg"), alone("another", wait=False):
+    with exclusive("pg"), exclusive("another", wait=False):
         pass
     at_once(count)
     assert order == ["in", "out"] * 4
@@ -206,13 +207,13 @@ def test_the_tables_of_an_older_raylway_are_upgraded(server, monkeypatch):
         mine.close()
 
     at_once(read)
-    check_upgraded(records)
+    check_migrated(records)
     records.close()
 
 
 def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch):
     """Its processes are stopped: the kernel goes on accepting connections for them."""
-    monkeypatch.setattr("app.state.database.STATEMENT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("app.state.engine.STATEMENT_TIMEOUT_S", 1.0)
     records = Records()
     add(records, prediction("hangs", model="hang"))
     recorder = Recorder(records, 10)

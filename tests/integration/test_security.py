@@ -249,7 +249,7 @@ def test_feedback_goes_to_the_own_predictions_and_has_a_share_of_an_hour(client)
     assert [say(somebody, ids[5], reward=0.5) for _ in range(2)] == [(202, "quarantined")] * 2
     records = Records()
     assert {f.request_id for f in records.feedback(NAME)} >= set(ids[:5])
-    assert [f.said["reward"] for f in records.feedback(NAME) if f.request_id == ids[0]] == [1.0]
+    assert [f.content["reward"] for f in records.feedback(NAME) if f.request_id == ids[0]] == [1.0]
     records.close()
 
 

@@ -52,6 +52,7 @@ def changed(tmp_path, monkeypatch):
 
     def forget():
         fingerprint._source.cache_clear()
+        fingerprint._code.cache_clear()
         fingerprint._imports.cache_clear()
 
     def change(module):

@@ -25,8 +25,8 @@ from app.registry.versions import CHALLENGER, CHAMPION, Version
 from app.serving.control import deploy, undeploy, weights, workers
 from app.serving.traffic import registered, traffic
 from app.state import audit as audits
-from app.state import audit_head
-from app.state.audit import Audit, Changed
+from app.state import audit_head, locks
+from app.state.audit import Audit, Conflict
 from app.state.records import Records
 
 NAME = "income"
@@ -113,7 +113,7 @@ class Commands(RuleBasedStateMachine):
         for module in (weights, deploy, follow):
             patch.setattr(module, "refresh", self._refresh)
         patch.setattr(deploy, "_wait_until_ready", lambda *_: None)
-        for owner, name in ((Audit, "add"), (audit_head, "keep")):
+        for owner, name in ((Audit, "add"), (audit_head, "store")):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
         self.audit, self.records, self.follower = Audit(), Records(), Follower(lambda: 0.0)
         self.read: traffic.TrafficEntry | None = None
@@ -254,7 +254,7 @@ class Commands(RuleBasedStateMachine):
         with self.world.killing(kill):
             try:
                 traffic.update(self.audit, NAME, read, wanted)
-            except Changed:
+            except Conflict:
                 assert before.number != read.number
             else:
                 assert before.number == read.number or wanted == read.traffic, "nobody's change is lost"
@@ -314,7 +314,7 @@ class Commands(RuleBasedStateMachine):
     @invariant()
     def no_lock_is_left(self):
         for name in (f"endpoint {NAME}", f"registry-{NAME}"):
-            with audits.database.alone(name, wait=False):
+            with locks.exclusive(name, wait=False):
                 pass
 
 

@@ -32,7 +32,7 @@ from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant, common_schema, open_bundles
-from app.state import database, stages
+from app.state import locks, shared
 from app.state.audit import Audit
 
 READY_TIMEOUT_S = 60.0
@@ -57,7 +57,7 @@ def deploy(
     :raises UserError: the cluster has another frontend, the port is taken, a bundle is broken, the variants
         take different inputs, or Serve cannot start the replicas.
     """
-    stages.require_shared()
+    shared.require_shared()
     requested = frontend.frontend_of(serving)
     preflight.check_files(serving)
     if serving.limits.max_body_bytes > MAX_BODY_BYTES:
@@ -65,7 +65,7 @@ def deploy(
     # Checked here, because an error in a replica would be a traceback in Serve's log.
     bundles = open_bundles(traffic.variants, serving.trusted_keys)
     common_schema({variant: bundle.schema for variant, bundle in bundles.items()})
-    with database.alone(server.LOCK, on_wait), traffics.endpoint_lock(name, on_wait):
+    with locks.exclusive(server.LOCK, on_wait), traffics.endpoint_lock(name, on_wait):
         _deploy(serving, name, traffic, requested, start_monitoring)
     return requested.url
 

@@ -11,7 +11,7 @@ from app.serving.control.workers import stop_unused_workers
 from app.serving.gateway import settings
 from app.serving.names import model_names
 from app.serving.traffic import traffic
-from app.state import database
+from app.state import locks
 from app.state.audit import Audit
 
 
@@ -23,7 +23,7 @@ def undeploy(name: str, on_wait: Callable[[str], None] | None = None) -> None:
     """
     from ray import serve
 
-    with database.alone(server.LOCK, on_wait), traffic.endpoint_lock(name, on_wait), Audit() as audit:
+    with locks.exclusive(server.LOCK, on_wait), traffic.endpoint_lock(name, on_wait), Audit() as audit:
         deployed = model_names(serve.status().applications)
         # The entry comes first: if this process is killed after it, the same command can remove the rest.
         traffic.record_undeploy(audit, name)

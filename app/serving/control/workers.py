@@ -20,7 +20,7 @@ from app.serving.replica.workers import Worker
 from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
-from app.state.database import Busy
+from app.state.locks import Busy
 
 
 def start_workers(model: str, serving: Serving, traffic: Traffic) -> None:

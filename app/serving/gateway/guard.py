@@ -23,7 +23,7 @@ from app.serving.gateway.haproxy_config import UNFINISHED_HEADER
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import CLIENT_GONE, Refused, Request, Responder, Response, new_request_id
 from app.serving.logs import log
-from app.state.home import SECRET
+from app.state.home import GATEWAY_SECRET_VARIABLE
 
 CONTROL_HEADERS = {
     b"x-request-timeout-seconds",  # 0 would disable the server's timeout
@@ -79,7 +79,10 @@ DIRECT_PATH = DirectPath()
 def middlewares() -> list[Middleware]:
     """The middlewares for Ray Serve, from the innermost to the outermost."""
     DIRECT_PATH.is_guarded = True
-    return [Middleware(Guard, _deployment), Middleware(ProofMiddleware, os.environ.get(SECRET, ""))]
+    return [
+        Middleware(Guard, _deployment),
+        Middleware(ProofMiddleware, os.environ.get(GATEWAY_SECRET_VARIABLE, "")),
+    ]
 
 
 class Guard:

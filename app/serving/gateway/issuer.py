@@ -11,7 +11,7 @@ from joserfc.jwk import ECKey, KeySet
 
 from app.errors import UserError
 from app.serving.gateway.auth import SCOPES
-from app.state import database, files
+from app.state import files, locks
 from app.state.home import home, make_private
 
 ISSUER = "raylway"
@@ -27,7 +27,7 @@ LOCK = "issuer"
 def jwks() -> Path:
     """The file with the public keys, a JSON Web Key Set. Creates the first key if there is none."""
     if not (_folder() / PRIVATE_KEYS).exists():
-        with database.alone(LOCK):
+        with locks.exclusive(LOCK):
             if not (_folder() / PRIVATE_KEYS).exists():
                 _add_key()
     return _folder() / PUBLIC_KEYS
@@ -35,7 +35,7 @@ def jwks() -> Path:
 
 def new_key() -> None:
     """Create a key that signs all later tokens; tokens signed with earlier keys stay valid."""
-    with database.alone(LOCK):
+    with locks.exclusive(LOCK):
         _add_key()
 
 

@@ -12,7 +12,7 @@ from app.errors import UserError
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
 from app.serving.gateway.haproxy import SETTINGS_FILE
 from app.state import files
-from app.state.home import front_folder
+from app.state.home import gateway_folder
 
 PEM_FILES = "front-*.pem"
 """Pattern of the files that have a certificate and its key, the form that HAProxy requires."""
@@ -21,7 +21,7 @@ PEM_FILES = "front-*.pem"
 def read() -> Gateway | None:
     """The gateway of this cluster; None if no endpoint is served, or an earlier version wrote the file."""
     try:
-        document = json.loads((front_folder() / SETTINGS_FILE).read_text())
+        document = json.loads((gateway_folder() / SETTINGS_FILE).read_text())
     except FileNotFoundError:
         return None
     if "front" not in document:
@@ -40,7 +40,7 @@ def applied(gateway: Gateway) -> Iterator[None]:
 
     Raises UserError if the certificate or its key cannot be read.
     """
-    file = front_folder() / SETTINGS_FILE
+    file = gateway_folder() / SETTINGS_FILE
     previous = file.read_text() if file.exists() else None
     pem = _write_pem(gateway.frontend)
     files.write(file, json.dumps(_document(gateway, pem)), mode=0o600)
@@ -52,14 +52,14 @@ def applied(gateway: Gateway) -> Iterator[None]:
         else:
             files.write(file, previous, mode=0o600)
         raise
-    for other in front_folder().glob(PEM_FILES):
+    for other in gateway_folder().glob(PEM_FILES):
         if other != pem:
             other.unlink(missing_ok=True)
 
 
 def remove() -> None:
     """Remove the settings, once no endpoint is served."""
-    for file in (front_folder() / SETTINGS_FILE, *front_folder().glob(PEM_FILES)):
+    for file in (gateway_folder() / SETTINGS_FILE, *gateway_folder().glob(PEM_FILES)):
         file.unlink(missing_ok=True)
 
 
@@ -77,7 +77,7 @@ def _write_pem(frontend: Frontend) -> Path | None:
             f"the files of the certificate that is served must exist until another is served: {error}; "
             "restore them, or undeploy the endpoints first (`raylway undeploy`)"
         ) from None
-    pem = front_folder() / f"front-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"
+    pem = gateway_folder() / f"front-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"
     files.write(pem, content, mode=0o600)
     return pem
 

@@ -35,7 +35,7 @@ from app.serving.gateway.auth import Principal
 from app.serving.http import Refused, Response
 from app.serving.protocols.contract import UNIT_PATTERN, validation_refusal
 from app.serving.replica.recorder import Recorder
-from app.state.records import Feedback, FeedbackStatus
+from app.state.feedback import Feedback, FeedbackStatus
 
 HTTP_STATUS = {
     FeedbackStatus.STORED: 201,

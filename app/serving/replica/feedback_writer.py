@@ -10,8 +10,9 @@ from typing import NamedTuple
 import orjson
 
 from app.serving.logs import log
-from app.state import database
-from app.state.records import Feedback, FeedbackStatus, Records
+from app.state import engine
+from app.state.feedback import Feedback, FeedbackStatus
+from app.state.records import Records
 
 MAX_WAITING_BYTES = 64 * 2**20
 """Size of the feedback that waits to be written. More is refused."""
@@ -94,7 +95,7 @@ class FeedbackWriter:
             return [*self._records.add_feedback(batch, self._per_hour)]
         except Exception as error:
             if len(batch) == 1 or not self._accepts_writes():
-                reason = database.reason(error)
+                reason = engine.reason(error)
                 log.warning("feedback cannot be stored: %s", reason, exc_info=True)
                 return [NotStored(reason)] * len(batch)
         half = len(batch) // 2

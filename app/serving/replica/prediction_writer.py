@@ -7,7 +7,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from app.serving.logs import log
-from app.state import database
+from app.state import engine
 from app.state.records import Prediction, Records, decode, encode
 
 MAX_WAITING_BYTES = 64 * 2**20
@@ -128,7 +128,7 @@ class PredictionWriter:
                 self._write_batch(batch, num_attempts - 1)  # the database may have come back in between
             else:
                 request_id = batch[0][0].request_id
-                reason = database.reason(error)
+                reason = engine.reason(error)
                 log.error("the prediction of %s cannot be recorded: %s", request_id, reason, exc_info=True)
                 self._drop(REFUSED)
                 self._remove(batch)

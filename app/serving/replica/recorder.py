@@ -11,8 +11,9 @@ from app.serving.logs import log
 from app.serving.replica.feedback_writer import FeedbackWriter, NotStored
 from app.serving.replica.prediction_writer import PredictionWriter
 from app.serving.replica.retrying import RetryingThread
-from app.state import database
-from app.state.records import Feedback, FeedbackStatus, Prediction, Records
+from app.state import engine
+from app.state.feedback import Feedback, FeedbackStatus
+from app.state.records import Prediction, Records
 
 WRITE_INTERVAL_S = 0.5
 """Pause between two writes of predictions. A replica that is killed loses the predictions of this pause and
@@ -85,7 +86,7 @@ class Recorder:
         try:
             predictions = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
         except Exception as error:
-            raise NotStored(database.reason(error)) from error
+            raise NotStored(engine.reason(error)) from error
         return next((prediction for prediction in predictions if not prediction.shadow), None)
 
     async def add_feedback(self, feedback: Feedback) -> FeedbackStatus:

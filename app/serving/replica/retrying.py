@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 
 from app.serving.logs import log
-from app.state import database
+from app.state import engine
 
 RETRY_S = 1.0
 """Pause after the first failure. It doubles after each further failure."""
@@ -35,7 +35,7 @@ class RetryingThread(threading.Thread):
             except Exception as error:
                 if self.fault is None:
                     log.exception("records cannot be written; they are kept in memory, and written later")
-                self.fault = database.reason(error)
+                self.fault = engine.reason(error)
                 if not is_last:
                     self._closing.wait(pause_s)
                     pause_s = min(2 * pause_s, MAX_RETRY_S)

@@ -12,7 +12,7 @@ from app.errors import UserError
 from app.serving.logs import log
 from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
-from app.state import database, files
+from app.state import engine, files
 from app.state.audit import Audit
 from app.state.home import home, make_private
 
@@ -35,7 +35,7 @@ def read_with_fallback(audit: Audit, model: str) -> NewestTraffic:
     try:
         current = traffics.read_current(audit, model)
     except (SQLAlchemyError, OSError) as error:
-        reason = database.reason(error)
+        reason = engine.reason(error)
         cached = load(model)
         if cached is None:
             raise UserError(

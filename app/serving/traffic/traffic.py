@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from app.config import Serving, faults
 from app.errors import UserError
 from app.serving.traffic.variants import DeployedVariant
-from app.state import database
-from app.state.audit import Audit, Changed, Entry
+from app.state import locks
+from app.state.audit import Audit, Conflict, Entry
 
 TRAFFIC_ACTION = "traffic"
 """Action of the audit log's entries that set a traffic."""
@@ -77,9 +77,9 @@ def endpoint_lock(
 ) -> AbstractContextManager[None]:
     """The lock of an endpoint. Hold it to change the endpoint's traffic, replicas or workers.
 
-    `on_wait` and Busy as in `app.state.database.alone`.
+    `on_wait` and Busy as in `app.state.locks.exclusive`.
     """
-    return database.alone(f"endpoint {model}", on_wait, wait=wait)
+    return locks.exclusive(f"endpoint {model}", on_wait, wait=wait)
 
 
 def read_current(audit: Audit, model: str, at: float | None = None) -> TrafficEntry | None:
@@ -149,7 +149,7 @@ def set_with_rollback(
     try:
         yield number
     except BaseException:
-        with contextlib.suppress(Changed):
+        with contextlib.suppress(Conflict):
             if previous is None:
                 audit.add(UNDEPLOY_ACTION, model, {}, who, expected=number, among=ACTIONS)
             else:

@@ -99,7 +99,8 @@ def test_sockets_of_a_local_cluster_fit_the_kernels_limit():
 
 def test_local_clusters_share_no_port_and_no_secret(tmp_path):
     names = [
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT", home.SECRET,
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+        home.GATEWAY_SECRET_VARIABLE,
     ]  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as server:
         blocks = {free_block(500) for _ in range(200)}
@@ -107,8 +108,9 @@ def test_local_clusters_share_no_port_and_no_secret(tmp_path):
     assert len(blocks) > 10
     one, other = (local_environment(tmp_path / name) for name in ("one", "other"))
     assert all(one[name] for name in names)
-    assert one[home.SECRET] != other[home.SECRET]
-    assert (one[home.FRONT], other[home.FRONT]) == (str(tmp_path / "one"), str(tmp_path / "other"))
+    assert one[home.GATEWAY_SECRET_VARIABLE] != other[home.GATEWAY_SECRET_VARIABLE]
+    folders = [environment[home.GATEWAY_FOLDER_VARIABLE] for environment in (one, other)]
+    assert folders == [str(tmp_path / "one"), str(tmp_path / "other")]
 
 
 def test_a_block_has_no_port_that_is_in_use(monkeypatch):
@@ -200,8 +202,8 @@ def test_nodes_start_with_the_flags(commands, tmp_path):
     assert environment.items() >= session.FLAGS.items()
     assert environment["RAYLWAY_HOME"] == f"{tmp_path}/.raylway"
     assert environment["RAY_AUTH_TOKEN_PATH"] == f"{tmp_path}/.raylway/auth_token"
-    secret = hmac.new(b"the token", home.SECRET.encode(), "sha256").hexdigest()
-    assert environment[home.SECRET] == secret, "it must be the same on all nodes"
+    secret = hmac.new(b"the token", home.GATEWAY_SECRET_VARIABLE.encode(), "sha256").hexdigest()
+    assert environment[home.GATEWAY_SECRET_VARIABLE] == secret, "it must be the same on all nodes"
     assert (environment["RAYLWAY_DATABASE_URL"], environment["RAYLWAY_STORE"]) == ("db", "s3://bucket")
 
 

@@ -8,7 +8,8 @@ from app.serving.traffic import traffic
 from app.serving.traffic.traffic import TRAFFIC_ACTION, Traffic
 from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
-from app.state.records import Feedback, Prediction, Records, encode
+from app.state.feedback import Feedback
+from app.state.records import Prediction, Records, encode
 from tests.traffics import place
 
 

@@ -25,7 +25,7 @@ from app.serving.traffic import variants
 from app.state import audit as audit_module
 from app.state import database
 from app.state.audit import AUDIT, Audit
-from app.state.audit_head import Broken
+from app.state.audit_head import BrokenLog
 from tests import killer
 from tests.bundles import PASSED, ROWS, build
 from tests.versions import project, registered
@@ -266,7 +266,7 @@ def test_what_was_done_since_a_version_was_created_is_proven_before_it_gets_an_a
     with database.connect().begin() as connection:
         connection.execute(row.values(model="flights"))
     try:
-        with pytest.raises(Broken, match=f"entry {number}$"):
+        with pytest.raises(BrokenLog, match=f"entry {number}$"):
             cut_short()
     finally:
         with database.connect().begin() as connection:

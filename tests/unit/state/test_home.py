@@ -14,21 +14,21 @@ from app.tuning import study as studies
 
 @pytest.fixture
 def open_umask():
-    """Whatever the user's is, others read nothing of ours."""
-    before = os.umask(0)
+    """Others must not read our files even with an open umask."""
+    umask = os.umask(0)
     yield
-    os.umask(before)
+    os.umask(umask)
 
 
 def modes(folder):
     return {path.relative_to(folder): path.stat().st_mode & 0o777 for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("is_there", [False, True])
-def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_there):
-    """Neither in a state directory that is made, nor in one that was open to all before."""
+@pytest.mark.parametrize("exists", [False, True])
+def test_other_users_can_read_nothing_of_the_state(home, open_umask, monkeypatch, exists):
+    """Whether the state directory is new, or existed and was open to all."""
     monkeypatch.delenv("RAYLWAY_DATABASE_URL", raising=False)
-    if is_there:
+    if exists:
         home.mkdir()
     with Audit() as audit:
         audit.add("traffic", "income", {})
@@ -39,21 +39,21 @@ def test_others_can_read_nothing_of_the_state(home, open_umask, monkeypatch, is_
     with console.chatter_to_log("check"):
         print("a client's row")
     stages.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
-    if not is_there:
+    if not exists:
         assert home.stat().st_mode & 0o777 == 0o700
     others = {path: mode for path, mode in modes(home).items() if len(path.parts) == 1 and mode & 0o077}
     assert others == {}
     assert {"production.db", "mlflow.db", "optuna.db", "logs"} <= {path.name for path in home.iterdir()}
 
 
-def test_a_folder_that_is_there_keeps_its_mode(home):
+def test_an_existing_folder_keeps_its_mode(home):
     home.mkdir(mode=0o755)
     make_private(home / "a" / "b")
     assert home.stat().st_mode & 0o777 == 0o755
     assert set(modes(home).values()) == {0o700}
 
 
-def test_a_file_that_is_there_keeps_its_content(home):
+def test_an_existing_file_keeps_its_content(home):
     file = private_file(home / "a" / "x.db")
     file.write_text("content")
     assert private_file(file).read_text() == "content"
@@ -63,7 +63,7 @@ def test_a_file_that_is_there_keeps_its_content(home):
     "url",
     ["nonsense", "mysql://x:secret@host/y", "postgresql://x:secret@host:abc/y", "postgres://[::1/y", ""],
 )
-def test_a_database_that_cannot_be_is_refused_and_its_password_not_shown(monkeypatch, url):
+def test_an_invalid_database_url_is_refused_without_its_password(monkeypatch, url):
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
     with pytest.raises(
         UserError, match="RAYLWAY_DATABASE_URL: must be a URL such as postgresql://"

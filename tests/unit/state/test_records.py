@@ -9,7 +9,8 @@ import sqlalchemy
 from app.errors import UserError
 from app.state import database, record_tables
 from app.state.audit import Audit
-from app.state.records import Feedback, FeedbackStatus, Prediction, Records, decode, encode
+from app.state.feedback import Feedback, FeedbackStatus
+from app.state.records import Prediction, Records, decode, encode
 
 
 @pytest.fixture
@@ -47,10 +48,10 @@ def feedback(request_id, content=None, principal="bob", at=None, **changes):
 
 
 def add(records, *predictions):
-    return records.add([encode(each) for each in predictions])
+    return records.add([encode(one) for one in predictions])
 
 
-def test_predictions_come_back_as_they_were(records):
+def test_predictions_are_read_as_they_were_stored(records):
     assert add(records, prediction("b", at=7.0), prediction("a"), prediction("c", model="flights")) == 3
     first, second = records.predictions("income")
     assert (first.request_id, second.request_id) == ("a", "b")
@@ -60,18 +61,18 @@ def test_predictions_come_back_as_they_were(records):
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_whatever_was_asked_comes_back(records, text):
-    asked = awkward(text)
-    add(records, asked)
-    assert records.predictions("income") == [asked]
-    assert decode(encode(asked)) == asked
+def test_awkward_texts_are_read_as_they_were_stored(records, text):
+    stored = awkward(text)
+    add(records, stored)
+    assert records.predictions("income") == [stored]
+    assert decode(encode(stored)) == stored
 
 
-def test_a_prediction_that_is_there_stays(records):
+def test_the_first_prediction_for_a_request_id_is_kept(records):
     add(records, prediction("a"))
-    again = prediction("a", variant="other", version="9", role="forced")
+    second = prediction("a", variant="other", version="9", role="forced")
     shadow = prediction("a", variant="new", role="shadow")
-    assert add(records, again, shadow) == 1
+    assert add(records, second, shadow) == 1
     assert [(p.variant, p.version) for p in records.predictions("income")] == [
         ("champion", "1"),
         ("new", "1"),
@@ -87,10 +88,10 @@ def test_an_empty_batch_writes_nothing(records):
     assert records.add([]) == 0
 
 
-def test_the_same_again_is_no_news_and_another_is_a_contradiction(records):
+def test_equal_feedback_is_a_duplicate_and_different_feedback_a_contradiction(records):
     assert records.add_feedback([feedback("a")], 10) == [FeedbackStatus.STORED]
-    given = [feedback("a"), feedback("a", {"reward": 0.0}), feedback("b"), feedback("b")]
-    assert records.add_feedback(given, 10) == [
+    batch = [feedback("a"), feedback("a", {"reward": 0.0}), feedback("b"), feedback("b")]
+    assert records.add_feedback(batch, 10) == [
         FeedbackStatus.DUPLICATE, FeedbackStatus.CONFLICT, FeedbackStatus.STORED, FeedbackStatus.DUPLICATE,
     ]  # fmt: skip
     assert [(f.request_id, f.content) for f in records.feedback("income")] == [
@@ -99,7 +100,7 @@ def test_the_same_again_is_no_news_and_another_is_a_contradiction(records):
     ]
 
 
-def test_of_each_row_the_first_outcome_stands(records):
+def test_the_first_outcome_of_each_row_is_kept(records):
     steps = [
         ({"outcomes": ["yes", None]}, FeedbackStatus.STORED),
         ({"outcomes": [None, "no"]}, FeedbackStatus.STORED),
@@ -109,12 +110,12 @@ def test_of_each_row_the_first_outcome_stands(records):
         ({"reward": 0.5}, FeedbackStatus.STORED),
         ({"reward": 0.6}, FeedbackStatus.CONFLICT),
     ]
-    statuses = [records.add_feedback([feedback("a", each)], 10)[0] for each, _ in steps]
+    statuses = [records.add_feedback([feedback("a", content)], 10)[0] for content, _ in steps]
     assert statuses == [status for _, status in steps]
     assert [f.content for f in records.feedback("income")] == [{"outcomes": ["yes", "no"], "reward": 0.5}]
 
 
-def test_more_than_its_share_in_an_hour_is_stored_apart(records):
+def test_feedback_beyond_the_hourly_limit_is_quarantined(records):
     old = feedback("old", at=time.time() - 4000)
     assert records.add_feedback([old], 2) == [FeedbackStatus.STORED]
     assert records.add_feedback([feedback(str(n)) for n in range(4)], 2) == [
@@ -126,33 +127,37 @@ def test_more_than_its_share_in_an_hour_is_stored_apart(records):
     ]
     assert {f.request_id for f in records.feedback("income")} == {"old", "0", "1", "6"}
     assert {f.request_id for f in records.feedback("income", quarantined=True)} == {"2", "3", "5"}
-    assert records.add_feedback([feedback("2")], 2) == [FeedbackStatus.QUARANTINED], "sent again"
-    replacement = feedback("2", {"reward": 0.0})
-    assert records.add_feedback([replacement], 3) == [FeedbackStatus.STORED], "replaces the quarantined one"
+    assert records.add_feedback([feedback("2")], 2) == [FeedbackStatus.QUARANTINED], "a second time too"
+    assert records.add_feedback([feedback("2", {"reward": 0.0})], 3) == [FeedbackStatus.STORED], (
+        "it does not keep later feedback out"
+    )
 
 
-def test_the_share_is_of_a_model_and_a_sayer(records):
+def test_the_hourly_limit_is_per_sender_and_model(records):
     flights = Feedback("flights", "a", {"reward": 1.0}, "bob", time.time(), "bob", 5.0)
-    given = [feedback("a"), flights, feedback("b"), feedback("c", sender="admin")]
-    assert records.add_feedback(given, 1) == [
+    batch = [feedback("a"), flights, feedback("b"), feedback("c", sender="admin")]
+    assert records.add_feedback(batch, 1) == [
         FeedbackStatus.STORED, FeedbackStatus.STORED, FeedbackStatus.QUARANTINED, FeedbackStatus.STORED,
     ]  # fmt: skip
 
 
 def test_feedback_on_an_unknown_request_counts_once_its_prediction_is_recorded(records):
     early = feedback("a", at=10.0, predicted_at=None)
-    assert records.add_feedback([early, early], 10) == 2 * [FeedbackStatus.UNKNOWN_REQUEST]
+    assert records.add_feedback([early, early], 10) == [
+        FeedbackStatus.UNKNOWN_REQUEST,
+        FeedbackStatus.UNKNOWN_REQUEST,
+    ]
     assert records.feedback("income") == []
     assert len(records.feedback("income", quarantined=True)) == 1
     add(records, prediction("a", at=9.0))
     assert [f.request_id for f in records.feedback("income")] == ["a"]
     assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
-    again = feedback("a", predicted_at=9.0)
-    other = feedback("a", {"reward": 0.0}, predicted_at=9.0)
-    assert records.add_feedback([again, other], 10) == [FeedbackStatus.DUPLICATE, FeedbackStatus.CONFLICT]
+    equal = feedback("a", predicted_at=9.0)
+    different = feedback("a", {"reward": 0.0}, predicted_at=9.0)
+    assert records.add_feedback([equal, different], 10) == [FeedbackStatus.DUPLICATE, FeedbackStatus.CONFLICT]
 
 
-def test_what_was_said_before_the_prediction_was_made_never_counts(records):
+def test_feedback_from_before_the_prediction_never_counts(records):
     records.add_feedback([feedback("a", {"reward": 0.0}, at=8.0, predicted_at=None)], 10)
     add(records, prediction("a", at=9.0))
     assert records.feedback("income") == []
@@ -173,20 +178,20 @@ def test_feedback_counts_once_for_the_variant_that_answered(records):
     assert records.rewards("income", 0.0) == {"1": (1, 1.0)}
 
 
-def test_of_those_who_say_it_at_the_same_time_one_is_stored(records):
-    verdicts = []
+def test_one_of_concurrent_equal_feedbacks_is_stored(records):
+    statuses = []
 
-    def say():
-        mine = Records()
-        verdicts.extend(mine.add_feedback([feedback(str(n)) for n in range(20)], 1000))
-        mine.close()
+    def send():
+        own = Records()
+        statuses.extend(own.add_feedback([feedback(str(n)) for n in range(20)], 1000))
+        own.close()
 
-    threads = [threading.Thread(target=say) for _ in range(4)]
+    threads = [threading.Thread(target=send) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(v.value for v in verdicts) == ["stored"] * 20 + ["stored before"] * 60
+    assert sorted(v.value for v in statuses) == ["stored"] * 20 + ["stored before"] * 60
     assert len(records.feedback("income")) == 20
 
 
@@ -200,7 +205,7 @@ def test_nothing_is_opened_before_the_first_use(tmp_path, monkeypatch):
     records.close()
 
 
-def test_the_database_is_for_its_owner_alone(records, tmp_path):
+def test_only_the_owner_can_read_the_database(records, tmp_path):
     add(records, prediction("a"))
     files = [file for file in tmp_path.iterdir() if file.name.startswith("production")]
     assert len(files) >= 3
@@ -232,11 +237,11 @@ INSERT INTO feedback VALUES
     ('income', 'b', '{{"reward": 0.5}}', 0.5, 'ann', 9, true),
     ('income', 'c', '{{"reward": 0.0}}', 0.0, 'eve', 9, false);
 """
-"""The tables as Raylway made them before it had versions of them."""
+"""The tables as Raylway created them before they had versions."""
 
 
-def check_upgraded(records):
-    """The upgraded VERSION_1 says what it said, and takes more."""
+def check_migrated(records):
+    """The migrated VERSION_1 has its rows, and accepts new ones."""
     kept = [(p.request_id, p.principal, p.shadow, p.version) for p in records.predictions("income")]
     assert sorted(kept) == [("a", "bob", "", "1"), ("a", "bob", "new", "3"), ("b", "ann", "", "1")]
     assert records.predictions("income")[0].rows == [{"age": 1}]
@@ -249,26 +254,26 @@ def check_upgraded(records):
     assert add(records, prediction("a"), prediction("a", principal="ann")) == 1
 
 
-def test_the_tables_of_an_older_raylway_are_upgraded(records, tmp_path):
+def test_the_tables_of_version_1_are_migrated(records, tmp_path):
     with sqlite3.connect(tmp_path / "production.db") as connection:
         connection.executescript(VERSION_1.format(bytes="BLOB", rows="CAST('[{\"age\": 1}]' AS BLOB)"))
     connection.close()
     others = [Records() for _ in range(4)]
-    threads = [threading.Thread(target=each.predictions, args=("income",)) for each in others]
+    threads = [threading.Thread(target=other.predictions, args=("income",)) for other in others]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    check_upgraded(records)
-    for each in others:
-        each.close()
+    check_migrated(records)
+    for other in others:
+        other.close()
 
 
-def test_an_upgrade_that_fails_leaves_the_older_tables(records, tmp_path, monkeypatch):
+def test_a_migration_that_fails_leaves_the_old_tables(records, tmp_path, monkeypatch):
     with sqlite3.connect(tmp_path / "production.db") as connection:
         connection.executescript(VERSION_1.format(bytes="BLOB", rows="CAST('[{\"age\": 1}]' AS BLOB)"))
     connection.close()
-    whole = sqlalchemy.MetaData.create_all
+    create_all = sqlalchemy.MetaData.create_all
 
     def fail(*_):
         raise RuntimeError("killed")
@@ -276,11 +281,11 @@ def test_an_upgrade_that_fails_leaves_the_older_tables(records, tmp_path, monkey
     monkeypatch.setattr(sqlalchemy.MetaData, "create_all", fail)
     with pytest.raises(RuntimeError, match="killed"):
         records.predictions("income")
-    monkeypatch.setattr(sqlalchemy.MetaData, "create_all", whole)
-    check_upgraded(records)
+    monkeypatch.setattr(sqlalchemy.MetaData, "create_all", create_all)
+    check_migrated(records)
 
 
-def test_tables_of_a_newer_raylway_are_refused(records, tmp_path):
+def test_tables_of_a_newer_version_are_refused(records, tmp_path):
     add(records, prediction("a"))
     with sqlite3.connect(tmp_path / "production.db") as connection:
         connection.execute("UPDATE schema_versions SET version = 9")
@@ -297,8 +302,8 @@ def test_the_audit_log_can_be_opened_first(records):
     assert add(records, prediction("a")) == 1
 
 
-def test_every_process_finds_the_tables_that_another_makes(tmp_path):
-    made = [database.connect(*parts) for parts in ((), (record_tables.PART,)) for _ in range(4)]
+def test_connections_with_and_without_parts_find_all_tables(tmp_path):
+    databases = [database.connect(*parts) for parts in ((), (record_tables.PART,)) for _ in range(4)]
     faults = []
 
     def read(one):
@@ -308,11 +313,11 @@ def test_every_process_finds_the_tables_that_another_makes(tmp_path):
         except Exception as error:
             faults.append(error)
 
-    threads = [threading.Thread(target=read, args=(one,)) for one in made]
+    threads = [threading.Thread(target=read, args=(one,)) for one in databases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for one in made:
+    for one in databases:
         one.dispose()
     assert faults == []

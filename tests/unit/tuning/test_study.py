@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from app.errors import UserError
-from app.state.home import LIMITS
+from app.state.home import POSTGRESQL_TIMEOUTS
 from app.tuning import study as studies
 
 RATE = {"rate": FloatDistribution(0.0, 1.0)}
@@ -150,7 +150,7 @@ def test_a_missing_study_is_refused_with_the_names_of_the_others():
 @pytest.mark.parametrize("url", ["postgresql://u@h/d", "postgres://u@h/d", "postgresql+psycopg://u@h/d"])
 def test_studies_in_postgresql_have_their_own_schema(monkeypatch, url):
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
-    ours = f"{LIMITS}&options=-csearch_path%3Doptuna"
+    ours = f"{POSTGRESQL_TIMEOUTS}&options=-csearch_path%3Doptuna"
     assert studies.url() == f"postgresql+psycopg://u@h/d?{ours}"
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"{url}?sslmode=require")
     assert studies.url().endswith(f"d?sslmode=require&{ours}")

@@ -13,7 +13,7 @@ from app.serving.gateway.haproxy_config import (
     UNFINISHED_HEADER,
 )
 from app.serving.http import Refused, Response
-from app.state.home import SECRET
+from app.state.home import GATEWAY_SECRET_VARIABLE
 
 REQUEST_PROOF, RESPONSE_PROOF = (value.encode() for value in proofs("0123").values())
 SILENT = "silent"
@@ -84,7 +84,7 @@ def test_a_process_that_is_no_replica_has_no_deployment():
 def test_in_the_order_of_serve_the_middlewares_accept_only_the_proof(monkeypatch, secret, values, path):
     from ray.serve._private.http_util import _apply_middlewares
 
-    monkeypatch.setenv(SECRET, secret)
+    monkeypatch.setenv(GATEWAY_SECRET_VARIABLE, secret)
     scopes, sent = [], []
 
     async def serve(scope, receive, send):

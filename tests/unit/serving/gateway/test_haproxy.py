@@ -10,13 +10,13 @@ import pytest
 from app.serving.gateway import haproxy
 from app.serving.gateway.haproxy_config import edit
 from app.state import hooks
-from app.state.home import FRONT, SECRET
+from app.state.home import GATEWAY_FOLDER_VARIABLE, GATEWAY_SECRET_VARIABLE
 from tests.unit.serving.gateway.test_haproxy_config import serve_configuration
 
 
 @pytest.fixture(autouse=True)
 def secret(monkeypatch):
-    monkeypatch.setenv(SECRET, "0123")
+    monkeypatch.setenv(GATEWAY_SECRET_VARIABLE, "0123")
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_a_proof_reveals_neither_the_other_nor_the_secret():
 
 
 def test_without_settings_the_defaults_apply(tmp_path, monkeypatch):
-    monkeypatch.setenv(FRONT, str(tmp_path))
+    monkeypatch.setenv(GATEWAY_FOLDER_VARIABLE, str(tmp_path))
     assert haproxy.settings() == {}
 
 
 def test_without_a_secret_haproxy_does_not_start(configuration, monkeypatch):
-    monkeypatch.delenv(SECRET)
+    monkeypatch.delenv(GATEWAY_SECRET_VARIABLE)
     done = run(configuration)
-    assert (done.returncode, SECRET in done.stderr) == (1, True)
+    assert (done.returncode, GATEWAY_SECRET_VARIABLE in done.stderr) == (1, True)
 
 
 def test_the_program_executes_haproxy_with_the_edited_configuration(configuration):

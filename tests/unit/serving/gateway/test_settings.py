@@ -6,7 +6,7 @@ from app.config.serving import Issuer
 from app.errors import UserError
 from app.serving.gateway import haproxy, settings
 from app.serving.gateway.frontend import Backend, Frontend, Gateway
-from app.state.home import FRONT
+from app.state.home import GATEWAY_FOLDER_VARIABLE
 
 SECURED = Backend(Issuer(issuer="i", jwks="/keys.json"), 1.0, 1000)
 
@@ -14,7 +14,7 @@ SECURED = Backend(Issuer(issuer="i", jwks="/keys.json"), 1.0, 1000)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     folder = tmp_path / "settings"
-    monkeypatch.setenv(FRONT, str(folder))
+    monkeypatch.setenv(GATEWAY_FOLDER_VARIABLE, str(folder))
     return folder
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from app.serving.replica import feedback_writer
 from app.serving.replica.feedback_writer import OVERHEAD_BYTES, FeedbackWriter, NotStored
-from app.state.records import FeedbackStatus
+from app.state.feedback import FeedbackStatus
 from tests.fake_records import AWAY, FakeRecords, feedback
 
 

@@ -9,7 +9,8 @@ from app.serving.replica import retrying
 from app.serving.replica.feedback_writer import NotStored
 from app.serving.replica.prediction_writer import CLOSED
 from app.serving.replica.recorder import Recorder
-from app.state.records import FeedbackStatus, Records
+from app.state.feedback import FeedbackStatus
+from app.state.records import Records
 from tests.fake_records import AWAY, FAULTS, FakeRecords, feedback
 from tests.unit.state.test_records import prediction
 
@@ -88,7 +89,7 @@ def test_close_returns_while_the_database_is_away_and_counts_the_lost_prediction
 
 
 def test_a_locked_database_gets_everything_later(monkeypatch):
-    monkeypatch.setattr("app.state.database.STATEMENT_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("app.state.engine.STATEMENT_TIMEOUT_S", 0.05)
     records, other = Records(), Records()
     with other._database.begin() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")

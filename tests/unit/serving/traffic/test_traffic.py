@@ -9,7 +9,7 @@ from app.errors import UserError
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import UNDEPLOY_ACTION, Traffic
 from app.serving.traffic.variants import DeployedVariant
-from app.state.audit import Audit, Changed
+from app.state.audit import Audit, Conflict
 from tests.traffics import place
 
 SERVING = Serving.model_validate({"variants": {"champion": {"version": "champion", "weight": 1}}})
@@ -65,10 +65,10 @@ def test_a_change_based_on_an_older_entry_is_refused(audit):
     place(audit, "income", make_traffic(version="1"), SERVING)
     outdated = traffic.read_current(audit, "income")
     newest = place(audit, "income", make_traffic(version="3"), SERVING)
-    with pytest.raises(Changed, match=rf"entry {newest}"):
+    with pytest.raises(Conflict, match=rf"entry {newest}"):
         traffic.update(audit, "income", outdated, make_traffic(90, 10, version="1"))
     change = traffic.set_with_rollback(audit, "income", make_traffic(), SERVING, expected=outdated.number)
-    with pytest.raises(Changed), change:
+    with pytest.raises(Conflict), change:
         pass
     assert traffic.read_current(audit, "income").traffic == make_traffic(version="3")
 
