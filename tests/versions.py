@@ -5,7 +5,7 @@ from pathlib import Path
 from app.bundle import copies
 from app.bundle.manifest import identity_of
 from app.config import Project
-from app.registry import runs, versions
+from app.registry import registration, runs, versions
 from tests.bundles import PASSED, PROJECT
 
 
@@ -16,9 +16,10 @@ def project(name: str) -> Project:
 def registered(name: str, path: Path, key: str = "key") -> versions.Version:
     """A version of a hand-made bundle that has passed the gate, as training registers it."""
     candidate = identity_of(path)
-    known, champion = versions.registered_candidate(name, candidate), versions.find(name, versions.CHAMPION)
-    against = champion and {"identity": champion.identity}
-    facts = {"candidate": candidate, "decision": {**PASSED, "champion": against}}
-    judged = known.path if known else copies.keep(path, facts)
+    existing = registration.registered_candidate(name, candidate)
+    champion = versions.find(name, versions.CHAMPION)
+    compared = champion and {"identity": champion.identity}
+    facts = {"candidate": candidate, "decision": {**PASSED, "champion": compared}}
+    sealed = existing.path if existing else copies.keep(path, facts)
     with runs.run(project(name), key) as run:
-        return versions.register(name, run.id, judged, run.log_bundle(judged))
+        return registration.register(name, run.id, sealed, run.log_bundle(sealed))

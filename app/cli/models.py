@@ -31,9 +31,9 @@ def promote(
 ) -> None:
     """Make a version the champion."""
     with running("promote") as console:
-        from app.registry import versions
+        from app.registry import promotion
 
-        promoted = versions.promote(name, version, console.wait)
+        promoted = promotion.promote(name, version, console.wait)
         console.say(f"{name} version {promoted.number} is the champion")
 
 

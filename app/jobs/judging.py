@@ -14,7 +14,7 @@ from app.config import Gate
 from app.console import Console
 from app.evaluation import card, gate
 from app.evaluation.comparison import Comparison, NotComparable, compare
-from app.registry import versions
+from app.registry import registration, versions
 from app.registry.runs import Run
 from app.registry.versions import CHAMPION, Version
 from app.tasks import Task, packager_of
@@ -40,7 +40,7 @@ def _once(
     """None if another became the champion meanwhile."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
-        known = versions.registered_candidate(name, identity_of(candidate))
+        known = registration.registered_candidate(name, identity_of(candidate))
         path = known.path if known else _judged(name, candidate, rules, metrics, task)
         decision = decision_of(path)
         verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
@@ -54,8 +54,8 @@ def _once(
             done("not registered; the run and its bundle are in MLflow")
             return path, decision, None
         try:
-            version = versions.register(name, run.id, path, uri)
-        except versions.Outdated as outdated:
+            version = registration.register(name, run.id, path, uri)
+        except registration.Outdated as outdated:
             done(f"{outdated}; judging again")
             return None
         done(f"{name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")

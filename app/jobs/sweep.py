@@ -17,7 +17,7 @@ from rich.text import Text
 from app.config import Project
 from app.console import Console, short
 from app.jobs import pipeline
-from app.registry import runs
+from app.registry import sweep_runs
 from app.state import files, shared
 from app.state.home import home, make_private
 from app.tuning import report as reports
@@ -68,7 +68,7 @@ def run(project: Project, console: Console) -> Swept:
     project = pipeline.with_key(project)
     space = Space(project)
     name = space.sweep.study or project.name
-    with runs.sweep(project, name) as mlflow_runs, _watching(console) as watch:
+    with sweep_runs.sweep(project, name) as mlflow_runs, _watching(console) as watch:
 
         def on_trial(trial: FrozenTrial) -> None:
             mlflow_runs.log(_told(trial, space))
@@ -126,7 +126,7 @@ def _values(trial: FrozenTrial, objectives: list[str]) -> str:
                      else f"{name} {value:.3g}" for name, value in pairs)  # fmt: skip
 
 
-def _told(trial: FrozenTrial, space: Space) -> runs.Trial:
+def _told(trial: FrozenTrial, space: Space) -> sweep_runs.Trial:
     histories: list[list[dict[str, float]]] = trial.user_attrs.get("history", [])
     curves: list[tuple[str, int, float]] = []
     for i, history in enumerate(histories):
@@ -144,7 +144,7 @@ def _told(trial: FrozenTrial, space: Space) -> runs.Trial:
     tags = {"raylway.state": trial.state.name.lower()}
     if error := trial.user_attrs.get("error"):
         tags["raylway.error"] = error
-    return runs.Trial(
+    return sweep_runs.Trial(
         number=trial.number,
         status={"COMPLETE": "FINISHED", "PRUNED": "KILLED"}.get(trial.state.name, "FAILED"),
         parameters=space.decoded(point_of(trial)),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from app.monitoring import bandit
 from app.monitoring.follow import Follower
-from app.registry import versions
+from app.registry import promotion
 from app.serving.backoff import Backoff
 from app.serving.control import workers
 from app.serving.logs import log
@@ -143,7 +143,7 @@ class Watch:
     def _follow(self, model: str) -> None:
         assert self._stores
         with contextlib.suppress(Busy):
-            versions.finish_promotion(self._stores.audit, model)
+            promotion.finish(self._stores.audit, model)
         current = traffic.read_current(self._stores.audit, model)
         if current is not None and current.serving is not None and current.serving.follow:
             self._follower.follow(self._stores.audit, model, current)

@@ -1,4 +1,4 @@
-"""Where MLflow stores the files of runs."""
+"""The store in which MLflow keeps the files of runs."""
 
 import tempfile
 from pathlib import Path
@@ -13,12 +13,12 @@ from app.bundle import manifest
 
 
 def local_folder(uri: str) -> Path | None:
-    """The folder that a file's URI or path names; None for a store elsewhere."""
+    """The folder of a file URI or path; None for a remote store."""
     return Path(local_file_uri_to_path(uri)) if is_local_uri(uri) else None
 
 
 def stored_manifest(uri: str) -> bytes | None:
-    """The manifest of a bundle in a store elsewhere; None if it is not there."""
+    """The manifest of a bundle in a remote store; None if it is missing."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             file = mlflow.artifacts.download_artifacts(f"{uri}/{manifest.MANIFEST}", dst_path=folder)

@@ -1,4 +1,4 @@
-"""What makes a bundle an MLflow model too."""
+"""The files that make a bundle an MLflow model."""
 
 import platform
 from pathlib import Path
@@ -9,7 +9,7 @@ from mlflow.models import Model
 
 
 def write(folder: Path) -> None:
-    """Make a bundle an MLflow model too (ONNX flavour), so that MLflow's own tools open it."""
+    """Make a bundle an MLflow model with the ONNX flavor, so that MLflow's own tools can open it."""
     requirements = [f"onnx=={onnx.__version__}", f"onnxruntime=={onnxruntime.__version__}"]
     model = Model()
     (folder / "requirements.txt").write_text("\n".join(requirements) + "\n")

@@ -1,41 +1,34 @@
-"""Registered versions: registering, finding, promoting and signing them."""
+"""Registered versions of a model: looking them up, fetching their bundles, and signing them."""
 
 import base64
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import mlflow.onnx
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from app.bundle import copies, manifest, signature
-from app.bundle.manifest import BrokenBundle, identity_of, require_passed, verify
+from app.bundle.manifest import BrokenBundle, verify
 from app.config.project import NAME, require_name
 from app.errors import UserError
 from app.registry.artifacts import local_folder
 from app.registry.connection import client, uri
 from app.state import locks
-from app.state.audit import Audit, Entry
-from app.state.audit_head import Head
+from app.state.audit import Audit
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-PROMOTING, PROMOTED, NOT_PROMOTED = PROMOTIONS = ("promoting", "promote", "promote undone")
-"""In the audit log: a promotion that begins, and how it ended."""
 IDENTITY_TAG = "raylway.identity"
-"""On a version: its bundle's identity, by which the same bundle is not registered twice."""
-CANDIDATE_TAG = "raylway.candidate"
-"""On a version: the identity of its bundle before the gate's decision was added."""
+"""Tag of a version with its bundle's identity, so that no bundle is registered twice."""
 SIGNATURE_TAG = "raylway.signature"
-"""On a version: the signature of its manifest, base64."""
-HEAD_TAG = "raylway.audit_head"
-"""On a version: the audit log's newest entry (`app.state.audit_head.Head`) when the version was created."""
-ALIAS_ACTIONS = ("register", "promote")
-"""In the audit log: what gives aliases."""
+"""Tag of a version with the signature of its manifest, base64."""
+MAX_NUMBER_DIGITS = 9
+"""Maximum length of a version number that the registry's tables can hold."""
 
 
 @dataclass(frozen=True)
@@ -46,141 +39,69 @@ class Version:
     number: str
     aliases: tuple[str, ...]
     identity: str
-    """The SHA-256 of its bundle's manifest."""
+    """SHA-256 of the bundle's manifest."""
 
     @property
     def path(self) -> Path:
-        """The bundle's folder, which `resolve` and `find` have filled."""
+        """Folder of the bundle, which `resolve` and `find` have fetched."""
         return copies.folder(self.identity)
 
 
-class Outdated(UserError):
-    """The champion changed between the gate's decision and the registration."""
-
-
-def register(name: str, run_id: str, path: Path, uri: str) -> Version:
-    """Register the bundle in a folder, which `Run.log_bundle` has stored at `uri`; or finish a registration
-    that was interrupted. A bundle that is registered already keeps its version.
-
-    The first version becomes the champion, a later one the challenger. Raises UserError if the gate did not
-    let the bundle pass, and Outdated if the champion is not the one that it was compared with.
-    """
-    manifest = verify(path)
-    require_passed(manifest, f"a version of {name}")
-    ours = client()
-    # The registry's tables hold nothing that would stop two versions or two aliases at once.
-    with locks.exclusive(f"registry-{name}"), Audit() as audit:
-        _create_model(ours, name)
-        _finish_promotion(audit, name)
-        entry = _with_tag(name, IDENTITY_TAG, identity_of(path))
-        if entry is None:
-            champion = find(name, CHAMPION)
-            judged = manifest["decision"].get("champion")
-            if (champion and champion.identity) != (judged and judged["identity"]):
-                raise Outdated(f"{name} has another champion than the one that this was compared with")
-            tags = {
-                IDENTITY_TAG: identity_of(path),
-                CANDIDATE_TAG: manifest.get("candidate", ""),
-                HEAD_TAG: str(audit.head() or ""),
-                "raylway.data_version": manifest.get("data_version", ""),
-            }
-            entry = ours.create_model_version(name, uri, run_id=run_id, tags=tags)
-        _finish(ours, audit, name, entry)
-    return resolve(name, str(entry.version))
-
-
-def _create_model(ours: MlflowClient, name: str) -> None:
-    try:
-        ours.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def _finish(ours: MlflowClient, audit: Audit, name: str, entry: Any) -> None:
-    """Give a new version its alias, unless that is done. Whoever gave aliases since it was created decided
-    later, and is not overruled."""
-    number = str(entry.version)
-    head = entry.tags.get(HEAD_TAG)
-    created = Head.parse(head) if head else None
-    registered = audit.newest_first(name, ("register",), since=created)
-    if any(e.details["version"] == number for e in registered):
-        return
-    # That nobody gave an alias is proven by the whole log since then, not by a search for such entries.
-    later = [e for e in audit.entries(name, since=created) if e.action in ALIAS_ACTIONS]
-    aliases = ours.get_registered_model(name).aliases
-    given = [alias for alias, version in aliases.items() if str(version) == number]
-    alias = given[0] if given else None if later else CHALLENGER if CHAMPION in aliases else CHAMPION
-    if alias and not given:
-        ours.set_registered_model_alias(name, alias, number)
-    details = {"version": number, "alias": alias, "identity": entry.tags[IDENTITY_TAG]}
-    audit.add("register", name, details)
-
-
-def registered_candidate(name: str, candidate: str) -> Version | None:
-    """The version whose bundle had this identity before the gate's decision was added."""
-    entry = _with_tag(name, CANDIDATE_TAG, candidate)
-    return None if entry is None else resolve(name, str(entry.version))
-
-
-def _with_tag(name: str, tag: str, value: str) -> Any:
-    """MLflow's entry of the first version with a tag, or None."""
-    return next((entry for entry in reversed(_entries(name)) if entry.tags.get(tag) == value), None)
-
-
 def resolve(name: str, version: str) -> Version:
-    """The version with a number or an alias; its bundle is fetched if it is elsewhere.
+    """The version with a number or an alias. A remote bundle is fetched.
 
-    Raises UserError if there is none, saying which there are.
+    Raises UserError, which lists the existing versions, if there is none.
     """
     require_name(name)
-    found = find(name, version)
-    if found is None:
-        known = ", ".join(_described(v) for v in versions(name))
-        hint = f"{name} has {known}" if known else f"{name} has no versions; train one with `raylway train`"
+    resolved = find(name, version)
+    if resolved is None:
+        if entries := versions(name):
+            hint = f"{name} has {', '.join(_described(entry) for entry in entries)}"
+        else:
+            hint = f"{name} has no versions; train one with `raylway train`"
         shown = version if len(version) <= 40 else f"{version[:30]}..."
         raise UserError(f"no version {shown!r} of the model {name!r} is registered; {hint}")
-    return found
+    return resolved
 
 
 def find(name: str, version: str) -> Version | None:
-    """Like `resolve`, but None if there is none."""
+    """Like `resolve`, but returns None if there is no such version."""
     if not re.fullmatch(NAME, name) or not re.fullmatch(r"[A-Za-z0-9_-]{1,255}", version):
         return None
-    ours = client()
+    mlflow_client = client()
     try:
         if version.isdecimal():
-            if len(version) > 9:  # more than the registry's tables hold
+            if len(version) > MAX_NUMBER_DIGITS:
                 return None
-            found = ours.get_model_version(name, version)
+            entry = mlflow_client.get_model_version(name, version)
         else:
-            found = ours.get_model_version_by_alias(name, version)
+            entry = mlflow_client.get_model_version_by_alias(name, version)
     except MlflowException as error:
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
-    return Version(name, str(found.version), tuple(found.aliases), _kept(name, found))
+    return Version(name, str(entry.version), tuple(entry.aliases), _local_identity(name, entry))
 
 
-def _kept(name: str, entry: Any) -> str:
-    """Have a version's bundle among those that are kept here; returns its identity."""
+def _local_identity(name: str, entry: ModelVersion) -> str:
+    """Fetch a version's bundle and signature, unless they are here, and return the bundle's identity."""
     identity = entry.tags.get(IDENTITY_TAG)
     if identity is None or not copies.folder(identity).exists():
-        fetched = _fetched(name, entry)
+        fetched = _fetch(name, entry)
         if identity not in (None, fetched):
             raise UserError(
-                f"{name} version {entry.version}: the bundle at {entry.source} is not the one that was "
-                "registered; restore it, or train and register another version"
+                f"{name} version {entry.version}: the bundle at {entry.source} must be the one that was "
+                "registered, but it is another one; restore it, or train and register another version"
             )
         identity = fetched
     path = copies.require(identity)
-    if signed := entry.tags.get(SIGNATURE_TAG):
-        signature.write(path / manifest.MANIFEST, base64.b64decode(signed))
+    if encoded := entry.tags.get(SIGNATURE_TAG):
+        signature.write(path / manifest.MANIFEST, base64.b64decode(encoded))
     return identity
 
 
-def _fetched(name: str, entry: Any) -> str:
-    """Fetch a version's bundle from MLflow's store; returns its identity."""
+def _fetch(name: str, entry: ModelVersion) -> str:
+    """Fetch a version's bundle from MLflow's store, and return its identity."""
     local = local_folder(entry.source)
     try:
         if local is not None:
@@ -194,85 +115,52 @@ def _fetched(name: str, entry: Any) -> str:
         ) from None
 
 
-def versions(name: str) -> Sequence[Any]:
-    """MLflow's entries of all versions of a model, the newest first. Raises UserError for a name none has."""
+def versions(name: str) -> Sequence[ModelVersion]:
+    """MLflow's entries of all versions of a model, the newest first. Raises UserError for an invalid name."""
     require_name(name)
-    ours = client()
-    # Searching leaves the aliases out.
-    return [ours.get_model_version(name, entry.version) for entry in _entries(name)]
+    mlflow_client = client()
+    # The entries of a search have no aliases.
+    return [mlflow_client.get_model_version(name, entry.version) for entry in _search(name)]
 
 
-def _entries(name: str) -> Sequence[Any]:
+def with_tag(name: str, tag: str, value: str) -> ModelVersion | None:
+    """MLflow's entry of the first version with a tag; None if there is none."""
+    return next((entry for entry in reversed(_search(name)) if entry.tags.get(tag) == value), None)
+
+
+def _search(name: str) -> Sequence[ModelVersion]:
     """MLflow's entries of all versions, the newest first, without their aliases."""
     return client().search_model_versions(f"name = '{name}'", order_by=["version_number DESC"])
 
 
-def promote(name: str, version: str, on_wait: Callable[[str], None] | None = None) -> Version:
-    """Make a version the champion; if it was the challenger, there is none until the next one.
-
-    `on_wait` is told who is waited for, if somebody else is changing the model's aliases. Raises UserError if
-    there is no such version, or it did not pass the gate.
-    """
-    require_name(name)
-    with locks.exclusive(f"registry-{name}", on_wait), Audit() as audit:
-        _finish_promotion(audit, name)
-        chosen, before = resolve(name, version), _aliases(name).get(CHAMPION)
-        require_passed(verify(chosen.path), f"{name} version {chosen.number}")
-        # Written before the aliases change: what a kill leaves half done, whoever comes next finishes.
-        audit.add(PROMOTING, name, {"version": chosen.number, "before": before})
-        _finish_promotion(audit, name)
-    return resolve(name, chosen.number)
-
-
-def finish_promotion(audit: Audit, name: str) -> None:
-    """Finish a promotion that was cut short. Raises Busy if somebody is changing the model's aliases."""
-    if _unfinished(audit, name):
-        with locks.exclusive(f"registry-{name}", wait=False):
-            _finish_promotion(audit, name)
-
-
-def _finish_promotion(audit: Audit, name: str) -> None:
-    """The steps of a promotion after its first entry; each may have been done before."""
-    begun = _unfinished(audit, name)
-    if begun is None:
-        return
-    ours, number, before = client(), begun.details["version"], begun.details["before"]
-    aliases = _aliases(name)
-    # Somebody has deleted the version, or given the alias to another one: theirs came later.
-    if find(name, number) is None or aliases.get(CHAMPION) not in (before, number):
-        audit.add(NOT_PROMOTED, name, begun.details, begun.who, expected=begun.number, among=PROMOTIONS)
-        return
-    ours.set_registered_model_alias(name, CHAMPION, number)
-    if aliases.get(CHALLENGER) == number:
-        ours.delete_registered_model_alias(name, CHALLENGER)
-    audit.add(PROMOTED, name, begun.details, begun.who, expected=begun.number, among=PROMOTIONS)
-
-
-def _unfinished(audit: Audit, name: str) -> Entry | None:
-    last = audit.last(name, PROMOTIONS)
-    return last if last is not None and last.action == PROMOTING else None
-
-
-def _aliases(name: str) -> dict[str, str]:
-    """The versions' numbers by alias."""
+def aliases_of(name: str) -> dict[str, str]:
+    """The version number of each alias of a model."""
     return {alias: str(number) for alias, number in client().get_registered_model(name).aliases.items()}
+
+
+def locked(
+    name: str, on_wait: Callable[[str], None] | None = None, *, wait: bool = True
+) -> contextlib.AbstractContextManager[None]:
+    """The lock of a model's versions and aliases, with the arguments of `app.state.locks.exclusive`: MLflow
+    does not prevent two versions or aliases at once."""
+    return locks.exclusive(f"registry-{name}", on_wait, wait=wait)
 
 
 def sign(name: str, version: str, key: Path) -> Version:
     """Sign a version's bundle with the private key in a file.
 
-    Raises UserError if the bundle is broken, or the file holds no such key.
+    Raises UserError if the bundle is broken, or the file has no such key.
     """
     chosen = resolve(name, version)
     verify(chosen.path)
     signed = signature.sign((chosen.path / manifest.MANIFEST).read_bytes(), key)
-    with locks.exclusive(f"registry-{name}"), Audit() as audit:
-        tag = base64.b64encode(signed).decode()
-        client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, tag)
+    with locked(name), Audit() as audit:
+        encoded = base64.b64encode(signed).decode()
+        client().set_model_version_tag(name, chosen.number, SIGNATURE_TAG, encoded)
         audit.add("sign", name, {"version": chosen.number})
     return resolve(name, chosen.number)
 
 
-def _described(entry: Any) -> str:
+def _described(entry: ModelVersion) -> str:
     aliases = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
     return f"{entry.version}{aliases}"

@@ -21,7 +21,7 @@ import pytest
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import require_passed, verify
 from app.cluster.ports import free_ports
-from app.registry import connection, runs, versions
+from app.registry import connection, sweep_runs, versions
 from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
@@ -178,7 +178,7 @@ def test_sweep(writes, killed, raylway, home):
         assert {"best.yaml", "report.html"} <= {file.name for file in (home / "sweeps" / name).iterdir()}
         client = connection.client()
         smoke = [client.get_experiment_by_name("smoke").experiment_id]
-        assert len(client.search_runs(smoke, f"tags.`{runs.STUDY_TAG}` = '{name}'")) == 1
+        assert len(client.search_runs(smoke, f"tags.`{sweep_runs.STUDY_TAG}` = '{name}'")) == 1
 
 
 def test_token(killed, raylway, home):

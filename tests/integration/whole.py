@@ -6,7 +6,7 @@ import time
 import httpx
 
 from app.bundle.manifest import verify
-from app.registry import versions
+from app.registry import promotion, versions
 from app.serving.control import replicas, status
 from app.serving.traffic import traffic
 from app.state.audit import Audit
@@ -20,8 +20,8 @@ def check_log_and_registry(name: str) -> None:
     with Audit() as audit:
         entries = audit.entries()
         assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-        versions.finish_promotion(audit, name)
-        promoted = audit.last(name, (versions.PROMOTED,))
+        promotion.finish(audit, name)
+        promoted = audit.last(name, (promotion.PROMOTED,))
     found = versions.versions(name)
     champions = [str(v.version) for v in found if versions.CHAMPION in v.aliases]
     challengers = [str(v.version) for v in found if versions.CHALLENGER in v.aliases]

@@ -20,7 +20,7 @@ from app.config import Serving
 from app.errors import UserError
 from app.monitoring import bandit, follow
 from app.monitoring.follow import Follower
-from app.registry import versions
+from app.registry import promotion, versions
 from app.registry.versions import CHALLENGER, CHAMPION, Version
 from app.serving.control import deploy, undeploy, weights, workers
 from app.serving.traffic import registered, traffic
@@ -97,10 +97,11 @@ class Commands(RuleBasedStateMachine):
         patch.setenv("RAYLWAY_HOME", str(self.folder))
         patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
         patch.setattr(audits.time, "time", lambda: world.now)
-        patch.setattr(versions, "client", lambda: Registry(world))
+        for module in (versions, promotion):
+            patch.setattr(module, "client", lambda: Registry(world))
         patch.setattr(versions, "find", self._find)
-        patch.setattr(versions, "verify", lambda path: {})
-        patch.setattr(versions, "require_passed", lambda *_: None)
+        patch.setattr(promotion, "verify", lambda path: {})
+        patch.setattr(promotion, "require_passed", lambda *_: None)
         patch.setattr(follow, "open_bundles", lambda *_: {})
         patch.setattr(follow, "common_schema", lambda *_: None)
         patch.setattr(follow, "schema_at", lambda *_: None)
@@ -177,7 +178,7 @@ class Commands(RuleBasedStateMachine):
     @rule(kill=st.none() | st.integers(0, 6), number=st.integers(1, 4))
     def promote(self, kill, number):
         with self.world.killing(kill), contextlib.suppress(UserError):
-            versions.promote(NAME, str(number))
+            promotion.promote(NAME, str(number))
             if kill is None:
                 assert self.world.aliases[CHAMPION] == str(number)
 
@@ -230,7 +231,7 @@ class Commands(RuleBasedStateMachine):
         if held is None or held.serving is None:
             return
         with self.world.killing(kill):
-            versions.finish_promotion(self.audit, NAME)
+            promotion.finish(self.audit, NAME)
             self.follower.follow(self.audit, NAME, held)
             workers.stop_abandoned_workers(self.audit, NAME)
             now = traffic.read_current(self.audit, NAME)
@@ -304,9 +305,9 @@ class Commands(RuleBasedStateMachine):
 
     @invariant()
     def aliases_are_those_of_the_log(self):
-        last = self.audit.last(NAME, versions.PROMOTIONS)
-        if last is None or last.action != versions.PROMOTING:  # else whoever comes next finishes it
-            given = self.audit.last(NAME, (versions.PROMOTED,))
+        last = self.audit.last(NAME, promotion.PROMOTIONS)
+        if last is None or last.action != promotion.PROMOTING:  # else whoever comes next finishes it
+            given = self.audit.last(NAME, (promotion.PROMOTED,))
             champion = given.details["version"] if given else "1"
             assert self.world.aliases.get(CHAMPION, champion) == champion
             assert self.world.aliases.get(CHALLENGER) != champion

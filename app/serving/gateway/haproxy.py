@@ -20,7 +20,7 @@ from app.state import hooks
 from app.state.home import GATEWAY_SECRET_VARIABLE, gateway_folder
 
 SETTINGS_FILE = "front.json"
-"""File in `app.state.home.front_folder` with the settings; `app.serving.gateway.settings` writes it."""
+"""File in `app.state.home.gateway_folder` with the settings; `app.serving.gateway.settings` writes it."""
 PR_SET_PDEATHSIG = 1
 """Option of prctl(2), from linux/prctl.h: the signal that this process gets when its parent dies."""
 
@@ -29,7 +29,8 @@ def main() -> None:
     """Edit the configuration that the argument -f names, and execute HAProxy with the same arguments."""
     if not os.environ.get(GATEWAY_SECRET_VARIABLE):
         sys.exit(
-            f"{GATEWAY_SECRET_VARIABLE} must be set for every process of a cluster; `python -m app.cluster.session` sets it"
+            f"{GATEWAY_SECRET_VARIABLE} must be set for every process of a cluster; "
+            "`python -m app.cluster.session` sets it"
         )
     # HAProxy would otherwise outlive its manager, and route to ports that other processes take later.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

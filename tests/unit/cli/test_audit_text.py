@@ -10,7 +10,7 @@ from rich.console import Console
 
 from app.cli import audit_text
 from app.config import Serving
-from app.registry import versions
+from app.registry import promotion
 from app.serving.traffic import traffic
 from app.serving.traffic.traffic import Traffic
 from app.state.audit import Audit
@@ -98,15 +98,15 @@ def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
 
 
 def test_every_action_has_a_sentence():
-    actions = {"register", "sign", *versions.PROMOTIONS, *traffic.ACTIONS}
+    actions = {"register", "sign", *promotion.PROMOTIONS, *traffic.ACTIONS}
     assert actions == {*audit_text.DONE, traffic.TRAFFIC_ACTION}
 
 
 def test_actions_of_the_registry_are_sentences(audit):
     audit.add("register", MODEL, {"version": "1", "alias": "champion", "identity": "f" * 64})
     audit.add("register", MODEL, {"version": "2", "alias": None, "identity": "f" * 64})
-    audit.add(versions.PROMOTING, MODEL, {"version": "2", "before": "1"})
-    audit.add(versions.PROMOTED, MODEL, {"version": "2", "before": "1"})
+    audit.add(promotion.PROMOTING, MODEL, {"version": "2", "before": "1"})
+    audit.add(promotion.PROMOTED, MODEL, {"version": "2", "before": "1"})
     audit.add("sign", MODEL, {"version": "2"})
     assert said(audit) == [
         "registered version 1 as champion",

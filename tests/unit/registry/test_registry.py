@@ -20,7 +20,7 @@ from app.bundle.bundle import Bundle
 from app.bundle.manifest import BrokenBundle, seal, verify
 from app.bundle.schema import columns_of
 from app.errors import Interrupted, UserError
-from app.registry import connection, flavor, runs, versions
+from app.registry import connection, flavor, promotion, registration, runs, versions
 from app.serving.traffic import variants
 from app.state import audit as audit_module
 from app.state import database
@@ -106,7 +106,7 @@ def test_a_model_without_versions_says_how_to_make_one(version):
 def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger(bundles):
     for path in bundles:
         registered("promoted", path, str(path))
-    chosen = versions.promote("promoted", versions.CHALLENGER)
+    chosen = promotion.promote("promoted", versions.CHALLENGER)
     assert (chosen.number, chosen.aliases) == ("2", (versions.CHAMPION,))
     assert versions.find("promoted", versions.CHALLENGER) is None
     assert versions.resolve("promoted", "1").aliases == ()
@@ -114,10 +114,10 @@ def test_promoting_the_challenger_makes_it_the_champion_and_leaves_no_challenger
     assert [action for action, _ in entries] == ["register", "register", "promoting", "promote"]
     assert entries[1][1]["alias"] == versions.CHALLENGER
     assert entries[2][1] == entries[3][1] == {"version": "2", "before": "1"}
-    back = versions.promote("promoted", "1")
+    back = promotion.promote("promoted", "1")
     assert back == versions.resolve("promoted", versions.CHAMPION)
     with pytest.raises(UserError, match="no version '7'"):
-        versions.promote("promoted", "7")
+        promotion.promote("promoted", "7")
     assert versions.resolve("promoted", versions.CHAMPION).number == "1"
 
 
@@ -150,7 +150,7 @@ def kill_at(monkeypatch, write, when):
     original = getattr(owner, name)
 
     def killed(self, *arguments, **options):
-        if owner is Audit and (arguments[0] == versions.PROMOTING) != (write == "intent"):
+        if owner is Audit and (arguments[0] == promotion.PROMOTING) != (write == "intent"):
             return original(self, *arguments, **options)
         if when == "after":
             original(self, *arguments, **options)
@@ -177,18 +177,18 @@ def test_a_promotion_that_is_killed_is_finished_by_whoever_comes_next(two_versio
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, write, when)
         with pytest.raises(Killed):
-            versions.promote("cut", "2")
+            promotion.promote("cut", "2")
     promoted = (write, when) != ("intent", "before")
     with Audit() as audit:
         if finisher == "the same command":
-            versions.promote("cut", "2")
+            promotion.promote("cut", "2")
             promoted = True
         elif finisher == "another command":
-            versions.promote("cut", "1")
+            promotion.promote("cut", "1")
         else:
-            versions.finish_promotion(audit, "cut")
-        last = audit.last("cut", versions.PROMOTIONS)
-        assert last is None or last.action == versions.PROMOTED
+            promotion.finish(audit, "cut")
+        last = audit.last("cut", promotion.PROMOTIONS)
+        assert last is None or last.action == promotion.PROMOTED
         champion = versions.resolve("cut", versions.CHAMPION).number
         if finisher == "another command":
             assert (champion, last.details) == ("1", {"version": "1", "before": "2" if promoted else "1"})
@@ -205,26 +205,26 @@ def test_a_promotion_that_was_cut_short_does_not_overrule_what_came_later(two_ve
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, "intent", "after")
         with pytest.raises(Killed):
-            versions.promote("cut", "2")
+            promotion.promote("cut", "2")
     connection.client().set_registered_model_alias("cut", versions.CHAMPION, "3")  # by MLflow's own page
     with Audit() as audit:
-        versions.finish_promotion(audit, "cut")
-        assert audit.last("cut", versions.PROMOTIONS).action == versions.NOT_PROMOTED
+        promotion.finish(audit, "cut")
+        assert audit.last("cut", promotion.PROMOTIONS).action == promotion.NOT_PROMOTED
     assert versions.resolve("cut", versions.CHAMPION).number == "3"
 
 
 def test_of_two_promotions_at_once_one_is_the_end_and_the_log_agrees(two_versions):
     two_versions()
-    threads = [threading.Thread(target=versions.promote, args=("cut", number)) for number in ("1", "2") * 3]
+    threads = [threading.Thread(target=promotion.promote, args=("cut", number)) for number in ("1", "2") * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     with Audit() as audit:
-        last = audit.last("cut", versions.PROMOTIONS)
-        assert last.action == versions.PROMOTED
+        last = audit.last("cut", promotion.PROMOTIONS)
+        assert last.action == promotion.PROMOTED
         assert versions.resolve("cut", versions.CHAMPION).number == last.details["version"]
-        ended = [e.details for e in audit.entries("cut", versions.PROMOTED)][-6:]
+        ended = [e.details for e in audit.entries("cut", promotion.PROMOTED)][-6:]
     befores = [entry["before"] for entry in ended[1:]]
     assert befores == [entry["version"] for entry in ended[:-1]], "each says whom it followed"
 
@@ -434,12 +434,12 @@ def test_what_has_not_passed_the_gate_is_not_registered_nor_promoted_nor_served(
     facts = {} if decision is None else {"decision": {"passed": decision, "reason": "not good enough"}}
     seal(other, facts)
     with runs.run(project("gated"), "other") as run, pytest.raises(UserError, match=message):
-        versions.register("gated", run.id, other, run.log_bundle(other))
+        registration.register("gated", run.id, other, run.log_bundle(other))
     # Somebody registers it with MLflow's own tools.
     ours = connection.client()
     number = str(ours.create_model_version("gated", run.log_bundle(other), run_id=run.id).version)
     with pytest.raises(UserError, match=f"gated version {number} must have passed the gate.*{message}"):
-        versions.promote("gated", number)
+        promotion.promote("gated", number)
     ours.set_registered_model_alias("gated", versions.CHALLENGER, number)
     with pytest.raises(UserError, match=f"must have passed the gate.*{message}"):
         variants.open_bundle(versions.resolve("gated", versions.CHALLENGER).path)
@@ -464,10 +464,10 @@ def test_a_champion_that_changes_after_the_decision_is_found_out(bundles):
     judged = [copies.keep(path, {"decision": {**PASSED, "champion": None}}) for path in bundles]
     with runs.run(project("raced"), "key") as run:
         uris = [run.log_bundle(path) for path in judged]
-        versions.register("raced", run.id, judged[0], uris[0])
-        with pytest.raises(versions.Outdated):
-            versions.register("raced", run.id, judged[1], uris[1])
-        assert versions.register("raced", run.id, judged[0], uris[0]).number == "1", "registered already"
+        registration.register("raced", run.id, judged[0], uris[0])
+        with pytest.raises(registration.Outdated):
+            registration.register("raced", run.id, judged[1], uris[1])
+        assert registration.register("raced", run.id, judged[0], uris[0]).number == "1", "registered already"
 
 
 def test_registrations_at_once(bundles, tmp_path, monkeypatch):
@@ -477,7 +477,7 @@ def test_registrations_at_once(bundles, tmp_path, monkeypatch):
 
     def register(number: int) -> str:
         for _ in range(10):
-            with contextlib.suppress(versions.Outdated):
+            with contextlib.suppress(registration.Outdated):
                 return registered("together", bundles[number % 2], f"run {number}").number
         raise AssertionError("judged again and again")
 

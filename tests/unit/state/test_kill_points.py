@@ -12,7 +12,7 @@ import pytest
 from app.bundle import signature
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import require_passed, seal, verify
-from app.registry import connection, flavor, versions
+from app.registry import connection, flavor, promotion, versions
 from app.registry.versions import CHALLENGER, CHAMPION
 from app.state.audit import Audit
 from tests import killer
@@ -133,7 +133,7 @@ def test_the_registration_of_a_challenger(killed, bundles):
 
 
 def test_promote(killed):
-    assert killed(2).each(lambda: versions.promote(NAME, "2").number) >= 2
+    assert killed(2).each(lambda: promotion.promote(NAME, "2").number) >= 2
 
 
 def test_sign(killed, key):

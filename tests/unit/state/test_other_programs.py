@@ -21,7 +21,7 @@ from app.bundle.bundle import Bundle
 from app.bundle.manifest import identity_of, seal
 from app.cluster.ports import free_ports
 from app.errors import UserError
-from app.registry import connection, flavor, runs, versions
+from app.registry import connection, flavor, promotion, registration, runs, versions
 from app.tuning import study as studies
 from tests.bundles import PASSED, build
 from tests.versions import project, registered
@@ -104,7 +104,7 @@ def test_the_commands_of_mlflow(bundles, home, tmp_path):
     run(BIN / "mlflow", "runs", "delete", "--run-id", run_id)
     run(BIN / "mlflow", "gc", "--backend-store-uri", connection.uri())
     assert not source("commanded").exists()
-    assert versions.promote("commanded", "1") == works("commanded")
+    assert promotion.promote("commanded", "1") == works("commanded")
     assert registered("commanded", bundles[0], "again").number == "1"
     shutil.rmtree(home / "bundles")
     with pytest.raises(UserError, match="commanded version 1: its bundle cannot be fetched from"):
@@ -242,7 +242,7 @@ def test_a_store_elsewhere(bundles, home, store, monkeypatch):
         judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
         name = f"bundle-{identity_of(judged)[:16]}"
         client.log_artifact(run.id, str(judged / "schema.json"), name)
-        second = versions.register("elsewhere", run.id, judged, run.log_bundle(judged))
+        second = registration.register("elsewhere", run.id, judged, run.log_bundle(judged))
     assert run_id != run.id
     shutil.rmtree(home / "bundles")
     Bundle(versions.resolve("elsewhere", second.number).path).check_example()
