@@ -21,11 +21,11 @@ from app.config import Project, projectfile
 from app.config.faults import require_within
 from app.config.section import MAX_NUMBER
 from app.console import Console
-from app.jobs import pipeline
+from app.jobs import pipeline, predictor
 from app.jobs import predict as predicting
 from app.jobs import sweep as sweeping
 from app.jobs.pipeline import Outcome
-from app.jobs.sweep import Swept
+from app.jobs.sweep import SweepResult
 
 
 def load(file: str | Path, *overrides: str) -> Project:
@@ -36,7 +36,7 @@ def load(file: str | Path, *overrides: str) -> Project:
     return projectfile.load(file, overrides)
 
 
-def sweep(project: Project, *, trials: int | None = None) -> Swept:
+def sweep(project: Project, *, trials: int | None = None) -> SweepResult:
     """Run the search that the project's `sweep` describes, or resume the stored study.
 
     `trials` is the number of trials in all, instead of `sweep.trials`. Returns the best projects, all trials,
@@ -65,4 +65,4 @@ def predict(model: Outcome | str | Path, rows: pd.DataFrame, *, k: int = 10) -> 
     Raises UserError if a column is missing or a row violates the contract.
     """
     folder = model.bundle if isinstance(model, Outcome) else predicting.folder(model)
-    return predicting.predict(Bundle(folder), rows, k)
+    return predictor.predict(Bundle(folder), rows, k)

@@ -23,5 +23,5 @@ def demo() -> None:
     """Show a model's whole life on the census sample, in about two minutes; leaves nothing running."""
     from app.jobs import demo
 
-    with demo.own_home(), running("demo") as console:
+    with demo.demo_home(), running("demo") as console:
         demo.run(console)

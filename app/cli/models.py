@@ -112,17 +112,20 @@ def predict(
     """Predict every row of a table, as the endpoint would. Rows that break the contract get the reason."""
     with running("predict") as console:
         from app.cluster.session import session
-        from app.jobs import predict
+        from app.jobs import predict, predictor
 
         with session():
-            answered = predict.run(model, predict.source(input_), output, k, console.wait)
-        console.say(f"{answered.num_rows:,} rows answered in {output}")
-        if answered.suffix:
-            console.say(f"the input has columns of these names, so the answers end in {answered.suffix}")
-        if answered.num_broken:
-            column = f"{predict.VIOLATION}{answered.suffix}"
+            predicted = predict.run(model, predict.source(input_), output, k, console.wait)
+        console.say(f"{predicted.num_rows:,} rows predicted in {output}")
+        if predicted.suffix:
             console.say(
-                f"{answered.num_broken:,} of them break the contract: see the column {column}", style="yellow"
+                f"the input has columns of these names, so the prediction columns end in {predicted.suffix}"
+            )
+        if predicted.num_invalid:
+            column = f"{predictor.VIOLATION}{predicted.suffix}"
+            console.say(
+                f"{predicted.num_invalid:,} of them break the contract: see the column {column}",
+                style="yellow",
             )
 
 

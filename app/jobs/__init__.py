@@ -1,1 +1,1 @@
-"""What a command does, from its start to its end."""
+"""What the commands do, from start to end."""

@@ -1,5 +1,7 @@
-"""The stage after the training: from a trained network to a candidate, which is a bundle with its metrics on
-the test part, but without the gate's decision."""
+"""The stage after training: from a trained network to a candidate.
+
+A candidate is a bundle with its metrics on the test part, but without the gate's decision.
+"""
 
 import json
 import shutil
@@ -11,7 +13,7 @@ from app.bundle import bundle
 from app.bundle.bundle import Bundle
 from app.bundle.manifest import seal
 from app.config import Project
-from app.data import partition
+from app.data.partition import PARTITION_FILE, SEEN_FILE
 from app.data.prepare import Prepared
 from app.evaluation import card
 from app.registry import flavor
@@ -20,13 +22,16 @@ from app.tasks import Task, baselines_of, module_of, packager_of
 from app.training import trainer
 from app.training.trainer import Trained
 
-NUM_REFERENCE_ROWS = 10_000
+MAX_REFERENCE_ROWS = 10_000
+"""Maximum number of training rows in a bundle's reference sample."""
+KEY_SECTIONS = {"name", "data", "features", "evaluation", "compression", "gate"}
+"""Sections of the project that a bundle depends on, apart from its network."""
 
 
 def build(
     project: Project, task: Task, trained: Trained, scores: Mapping[str, Any], *, fresh: bool = False
 ) -> Path:
-    """Make the bundle of a trained network, unless it has been made; returns its folder.
+    """Make the bundle of a trained network, unless it exists, and return its folder.
 
     `scores` are the baselines' metrics.
     """
@@ -44,16 +49,15 @@ def build(
         shutil.copy(trained.weights, draft / "model.safetensors")
         (draft / "schema.json").write_text(schema.model_dump_json(indent=1))
         (draft / "project.json").write_text(project.model_dump_json(indent=1))
-        for name in (partition.PARTITION_FILE, partition.SEEN_FILE):
+        for name in (PARTITION_FILE, SEEN_FILE):
             if (prepared.path / name).exists():
                 shutil.copy(prepared.path / name, draft)
         train, test = prepared.frame("train"), prepared.frame("test")
-        train.sample(min(len(train), NUM_REFERENCE_ROWS), random_state=project.seed).to_parquet(
-            draft / "reference.parquet", index=False
-        )
-        opened = Bundle(draft, sealed=False)
-        bundle.write_example(opened, test)
-        evaluation = {**packager.evaluate(opened), "baselines": scores, "onnx_difference": difference}
+        reference = train.sample(min(len(train), MAX_REFERENCE_ROWS), random_state=project.seed)
+        reference.to_parquet(draft / "reference.parquet", index=False)
+        candidate = Bundle(draft, sealed=False)
+        bundle.write_example(candidate, test)
+        evaluation = {**packager.evaluate(candidate), "baselines": scores, "onnx_difference": difference}
         (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
         (draft / "card.md").write_text(card.render(project, prepared.summary, evaluation))
         flavor.write(draft)
@@ -65,7 +69,7 @@ def build(
 
 
 def baselines(task: Task, *, fresh: bool = False) -> dict[str, dict[str, float]]:
-    """The metrics of the baselines on the test part; computed once for each prepared data set."""
+    """The metrics of the baselines on the test part, computed once for each prepared data set."""
     target = stages.folder("baselines", baselines_key(task.project, task.prepared))
 
     def write(draft: Path) -> None:
@@ -76,14 +80,15 @@ def baselines(task: Task, *, fresh: bool = False) -> dict[str, dict[str, float]]
 
 
 def baselines_key(project: Project, prepared: Prepared) -> str:
-    """The name under which a project's baselines are kept."""
+    """The stage key of a project's baselines."""
     inputs = {"prepared": prepared.key, "seed": project.seed}
     return stages.key("baselines", inputs, module_of(project, "baselines"))
 
 
 def key(project: Project, prepared: Prepared) -> str:
-    """The name under which a project's bundle is kept."""
-    trained = trainer.key(project, prepared)
-    told = {"name", "data", "features", "evaluation", "compression", "gate"}
-    inputs = {"trained": trained, **project.model_dump(mode="json", include=told)}
+    """The stage key of a project's bundle."""
+    inputs = {
+        "trained": trainer.key(project, prepared),
+        **project.model_dump(mode="json", include=KEY_SECTIONS),
+    }
     return stages.key("bundle", inputs, __name__, module_of(project, "packager"))

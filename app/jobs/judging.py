@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.bundle import copies, manifest
 from app.bundle.bundle import Bundle
@@ -20,79 +20,88 @@ from app.registry.versions import CHAMPION, Version
 from app.tasks import Task, packager_of
 
 
-def register(
-    name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
-) -> tuple[Path, gate.Decision, Version | None]:
+class Judged(NamedTuple):
+    """A bundle with the gate's decision."""
+
+    path: Path
+    """Folder of the bundle."""
+    decision: gate.Decision
+    version: Version | None
+    """Registered version; None if the bundle did not pass."""
+
+
+def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console) -> Judged:
     """Judge a candidate, store its bundle with the run, and register it if it passes.
 
-    Returns the bundle's folder, the decision, and the version if there is one. A candidate that has a version
-    keeps it, and the decision of that time.
+    A candidate that is registered keeps its version and the decision of that time.
     """
-    done = None
-    while done is None:
-        done = _once(name, candidate, rules, task, run, console)
-    return done
+    judged = None
+    while judged is None:
+        judged = _try_register(name, candidate, rules, task, run, console)
+    return judged
 
 
-def _once(
+def _try_register(
     name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
-) -> tuple[Path, gate.Decision, Version | None] | None:
-    """None if another became the champion meanwhile."""
+) -> Judged | None:
+    """None if the champion changed after the decision, which must then be repeated."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
-        known = registration.registered_candidate(name, identity_of(candidate))
-        path = known.path if known else _judged(name, candidate, rules, metrics, task)
-        decision = decision_of(path)
+        registered = registration.registered_candidate(name, identity_of(candidate))
+        path = registered.path if registered else _judge(name, candidate, rules, metrics, task)
+        decision = _decision_of(path)
         verdict = f"{'passed' if decision.passed else 'not passed'}: {decision.reason}"
-        done(verdict, cached=known is not None)
+        done(verdict, cached=registered is not None)
     with console.stage("register") as done:
-        if not (known and run.resumed):
+        if not (registered and run.resumed):
             results = {f"test_{metric}": value for metric, value in metrics["model"].items()}
             run.log_results(results, {"raylway.gate": verdict})
         uri = run.log_bundle(path)
         if not decision.passed:
             done("not registered; the run and its bundle are in MLflow")
-            return path, decision, None
+            return Judged(path, decision, None)
         try:
             version = registration.register(name, run.id, path, uri)
         except registration.Outdated as outdated:
             done(f"{outdated}; judging again")
             return None
         done(f"{name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
-        return path, decision, version
+        return Judged(path, decision, version)
 
 
-def decision_of(path: Path) -> gate.Decision:
-    """What the gate decided about the bundle in a folder."""
-    sealed = manifest_of(path)["decision"]
-    return gate.Decision(sealed["passed"], sealed["reason"])
+def _decision_of(path: Path) -> gate.Decision:
+    decision = manifest_of(path)["decision"]
+    return gate.Decision(decision["passed"], decision["reason"])
 
 
-def _judged(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], task: Task) -> Path:
-    """The folder of the candidate's bundle with the decision in it: in its manifest and on its card."""
-    version = versions.find(name, CHAMPION)
-    beside = _beside(candidate, version, task)
-    decision = gate.decide(rules, metrics["model"], metrics["baselines"], beside)
-    against = version and {
-        "version": version.number,
-        "identity": version.identity,
-        "comparison": beside and asdict(beside),
+def _judge(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], task: Task) -> Path:
+    """Decide on a candidate, and return the folder of its bundle with the decision in manifest and card."""
+    champion = versions.find(name, CHAMPION)
+    comparison = _compare(candidate, champion, task)
+    decision = gate.decide(rules, metrics["model"], metrics["baselines"], comparison)
+    champion_facts = champion and {
+        "version": champion.number,
+        "identity": champion.identity,
+        "comparison": comparison and asdict(comparison),
     }
-    facts = {**asdict(decision), "gate": rules.model_dump(mode="json"), "champion": against}
+    facts = {**asdict(decision), "gate": rules.model_dump(mode="json"), "champion": champion_facts}
     with tempfile.TemporaryDirectory() as scratch:
         draft = Path(scratch)
         manifest.copy(candidate, draft)
         file = draft / "card.md"
         file.write_text(f"{file.read_text()}\n{card.gate_section(decision.passed, decision.reason)}")
-        known = {k: v for k, v in manifest_of(candidate).items() if k != "files"}
-        seal(draft, {**known, "candidate": identity_of(candidate), "decision": facts})
+        kept = {name: value for name, value in manifest_of(candidate).items() if name != "files"}
+        seal(draft, {**kept, "candidate": identity_of(candidate), "decision": facts})
         return copies.keep(draft)
 
 
-def _beside(candidate: Path, version: Version | None, task: Task) -> Comparison | NotComparable | None:
-    """The candidate's bundle beside the champion's; None if no version is registered."""
-    if version is None:
+def _compare(candidate: Path, champion: Version | None, task: Task) -> Comparison | NotComparable | None:
+    """The candidate's metrics beside the champion's; None if there is no champion."""
+    if champion is None:
         return None
-    opened = Bundle(candidate), Bundle(version.path)
     packager = packager_of(task)
-    return compare(task.prepared, *opened, lambda one, rows: packager.evaluate(one, rows)["model"])
+
+    def evaluate(bundle: Bundle, rows: Any) -> Mapping[str, float]:
+        return packager.evaluate(bundle, rows)["model"]
+
+    return compare(task.prepared, Bundle(candidate), Bundle(champion.path), evaluate)

@@ -1,4 +1,4 @@
-"""The way of a model: prepare, train, evaluate, gate, register."""
+"""The pipeline of a model: prepare, train, evaluate, gate, register."""
 
 import json
 from dataclasses import dataclass
@@ -18,34 +18,37 @@ from app.state import shared
 from app.tasks import task_of
 from app.training import trainer
 
+BACKENDS = {"horovod": "Horovod", "ddp": "DDP"}
+"""Names of the training backends in output."""
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run."""
+    """Result of a pipeline run."""
 
     run_id: str
     bundle: Path
-    """Its folder."""
+    """Folder of the bundle."""
     history: list[dict[str, float]]
+    """Metrics of each epoch."""
     evaluation: dict[str, Any]
-    """The bundle's metrics.json: `model`, `baselines`, `reliability`, `onnx_difference`."""
+    """Content of the bundle's metrics.json: `model`, `baselines`, `reliability`, `onnx_difference`."""
     decision: gate.Decision
     version: Version | None
-    """None if the gate did not let the candidate pass."""
+    """Registered version; None if the candidate did not pass the gate."""
 
 
 def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
-    """Take a project from its raw data to a registered version. Needs Ray.
+    """Take a project from its source to a registered version. Needs Ray.
 
-    What was done before is not done again, unless `fresh`; an interrupted run goes on where it was.
+    Finished stages are not repeated, unless `fresh`; an interrupted run is resumed.
     """
     shared.require_shared()
-    project = with_key(project)
-    # Ray Data's tasks take a CPU each.
-    console.wait(capacity.current().wait_message(1, "preparing data"))
+    project = with_champion_key(project)
+    console.wait(capacity.current().wait_message(1, "preparing data"))  # each task of Ray Data takes a CPU
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
-        done(_described(prepared), cached=prepared.cached)
+        done(_describe_parts(prepared), cached=prepared.cached)
     with runs.run(project, candidate.key(project, prepared), fresh=fresh) as run:
         task = task_of(project, prepared)
 
@@ -60,10 +63,8 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             trained = trainer.train(project, prepared, on_epoch, on_note, fresh=fresh)
             for epoch in trained.history:
                 run.log_epoch(epoch)
-            done(
-                f"{_trained(project)}{', continued' if run.resumed else ''}",
-                cached=trained.cached,
-            )
+            resumed = ", resumed" if run.resumed else ""
+            done(f"{_describe_training(project)}{resumed}", cached=trained.cached)
         with console.stage("evaluate") as done:
             scores = candidate.baselines(task, fresh=fresh)
             folder = candidate.build(project, task, trained, scores, fresh=fresh)
@@ -74,23 +75,23 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     return Outcome(run.id, path, trained.history, evaluation, decision, version)
 
 
-def with_key(project: Project) -> Project:
-    """The project with the split key of its champion, if its file names none and columns were added since.
+def with_champion_key(project: Project) -> Project:
+    """The project with the split key of its champion, if columns were added since and it sets no key itself.
 
-    Rows then stay in their parts, and candidate and champion are compared on the whole test part.
+    Rows then stay in their parts, so that candidate and champion are compared on the whole test part.
     """
-    version = versions.find(project.name, CHAMPION)
-    before = read_partition(version.path) if version else None
-    return project.model_copy(update={"data": with_partition_key(project.data, before)})
+    champion = versions.find(project.name, CHAMPION)
+    partition = read_partition(champion.path) if champion else None
+    return project.model_copy(update={"data": with_partition_key(project.data, partition)})
 
 
-def _described(prepared: Prepared) -> str:
+def _describe_parts(prepared: Prepared) -> str:
     parts = prepared.summary["parts"]
     return ", ".join(f"{part['rows']:,} {name}" for name, part in parts.items()) + " rows"
 
 
-def _trained(project: Project) -> str:
+def _describe_training(project: Project) -> str:
     training = project.training
     low, high = training.min_workers, training.max_workers
-    backend = {"horovod": "Horovod", "ddp": "DDP"}[training.backend]
-    return f"{project.model.kind}, {low if low == high else f'{low} to {high}'} {backend} workers"
+    num_workers = str(low) if low == high else f"{low} to {high}"
+    return f"{project.model.kind}, {num_workers} {BACKENDS[training.backend]} workers"

@@ -1,7 +1,7 @@
-"""An int8 version of a bundle, by ONNX Runtime's dynamic quantisation.
+"""An int8 version of a bundle, by ONNX Runtime's dynamic quantization.
 
-Weights of matrix products are stored in int8, one scale for each output; activations are quantised as they
-come. It is for large layers: a small network gains little.
+Weights of matrix products are stored as int8 with one scale per output; activations are quantized at run
+time. It helps with large layers; a small network gains little.
 """
 
 import json
@@ -28,29 +28,30 @@ from app.evaluation import card
 from app.state import stages
 from app.tasks import module_of, packager_of, task_of
 
-MADE_ANEW = ("model.onnx", "metrics.json", "card.md", "example.json")
-"""The files of a bundle that its int8 version does not share."""
-SIZES = (1, 32)
-"""Rows of a request whose time is taken."""
-REPEATS = 30
+REPLACED_FILES = ("model.onnx", "metrics.json", "card.md", "example.json")
+"""Files that an int8 bundle does not copy from its original."""
+TIMED_ROWS = (1, 32)
+"""Numbers of rows of the requests that are timed."""
+NUM_TIMED_REQUESTS = 30
+NUM_WARMUP_REQUESTS = 3
 
 
 @dataclass(frozen=True)
-class Compressed:
-    """The int8 bundle, and what it cost."""
+class CompressedBundle:
+    """An int8 bundle, and how it compares with its original."""
 
     path: Path
-    """A candidate: without a decision of the gate."""
+    """Folder of the bundle, a candidate without a decision of the gate."""
     comparison: dict[str, Any]
-    """`before` and `after` with `bytes`, `ms_1`, `ms_32` and `score`; `metric` names the score, `changed` is
-    the share of the test part's answers that are other ones."""
+    """`before` and `after` with `bytes`, `ms_1`, `ms_32` and `score`; `metric`, the name of the score; and
+    `changed`, the share of test predictions that changed."""
 
 
-def compress(path: Path) -> Compressed:
+def compress(path: Path) -> CompressedBundle:
     """Make the int8 bundle of a bundle.
 
-    Raises UserError if it loses more of the gate's metric on the test part than the project's
-    `compression.max_loss`, if the prepared data are gone, or for a bundle that has no int8 version.
+    Raises UserError if it loses more of the gate's metric on the test part than `compression.max_loss`, if
+    the prepared data were removed, or if the bundle has no int8 version.
     """
     original = Bundle(path.resolve())
     if original.schema.task == "ranking":
@@ -63,20 +64,20 @@ def compress(path: Path) -> Compressed:
     stages.produce(target, lambda draft: _build(original, project, prepared, draft))
     path = stages.current(target)
     comparison = json.loads((path / "metrics.json").read_text())["compression"]
-    return Compressed(path, comparison)
+    return CompressedBundle(path, comparison)
 
 
 def key(project: Project, identity: str) -> str:
-    """The name under which the int8 bundle of a bundle with this identity is kept."""
+    """The stage key of the int8 bundle of a bundle with this identity."""
     return stages.key("compress", {"original": identity}, __name__, module_of(project, "packager"))
 
 
 def prepared_of(manifest: Mapping[str, Any], path: Path) -> Prepared:
-    """The prepared data that a bundle was made of. Raises UserError if they are gone."""
+    """The prepared data of a bundle. Raises UserError if they were removed."""
     prepared = Prepared(stages.current(stages.folder("prepare", manifest["prepared"])), cached=True)
     if not prepared.path.exists():
         raise UserError(
-            f"{path}: the test part to judge its int8 version on is gone; run `raylway train` again"
+            f"{path}: the test part, on which its int8 version is judged, is gone; run `raylway train` again"
         )
     return prepared
 
@@ -87,52 +88,55 @@ def quantize(graph: Path, target: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    logging.getLogger().setLevel(logging.ERROR)  # it advises to pre-process, also after it was done
+    # ONNX Runtime warns that the model should be pre-processed even after that was done.
+    logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as scratch:
-        bare, ready = Path(scratch) / "bare.onnx", Path(scratch) / "ready.onnx"
-        # The shapes that the exporter noted would contradict the weights that are transposed on the way.
+        cleaned, preprocessed = Path(scratch) / "cleaned.onnx", Path(scratch) / "preprocessed.onnx"
+        # Remove the exporter's shapes: they contradict the weights that pre-processing transposes.
         model = onnx.load(graph)
         del model.graph.value_info[:]
-        # A graph that was put together from two names its operator set twice.
+        # Name each operator set once: a graph that was merged from two names it twice.
         opsets = {opset.domain: opset for opset in model.opset_import}
         del model.opset_import[:]
         model.opset_import.extend(opsets.values())
-        onnx.save(model, bare)
-        # Symbolic shapes are not needed for matrix products, and strings and our own operators have none.
-        quant_pre_process(bare, ready, skip_symbolic_shape=True)
-        quantize_dynamic(ready, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=False)
+        onnx.save(model, cleaned)
+        # Symbolic shapes are not needed for matrix products; strings and custom operators have none.
+        quant_pre_process(cleaned, preprocessed, skip_symbolic_shape=True)
+        quantize_dynamic(
+            preprocessed, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=False
+        )
 
 
 def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) -> None:
     packager = packager_of(task_of(project, prepared))
     for name in original.manifest["files"]:
-        if name not in MADE_ANEW:
+        if name not in REPLACED_FILES:
             shutil.copy(original.path / name, draft)
     quantize(original.path / "model.onnx", draft / "model.onnx")
-    smaller = Bundle(draft, sealed=False)
+    compressed = Bundle(draft, sealed=False)
     test = prepared.frame("test")
-    bundle.write_example(smaller, test)
+    bundle.write_example(compressed, test)
 
     metric = project.gate.metric
-    evaluations = {"before": packager.evaluate(original), "after": packager.evaluate(smaller)}
-    found = {
+    evaluations = {"before": packager.evaluate(original), "after": packager.evaluate(compressed)}
+    costs = {
         when: {
-            "bytes": (opened.path / "model.onnx").stat().st_size,
-            **{f"ms_{size}": _milliseconds(opened, test, size) for size in SIZES},
+            "bytes": (measured.path / "model.onnx").stat().st_size,
+            **{f"ms_{num_rows}": _milliseconds(measured, test, num_rows) for num_rows in TIMED_ROWS},
             "score": evaluations[when]["model"][metric],
         }
-        for when, opened in (("before", original), ("after", smaller))
+        for when, measured in (("before", original), ("after", compressed))
     }
-    loss = found["before"]["score"] - found["after"]["score"]
+    loss = costs["before"]["score"] - costs["after"]["score"]
     if loss > project.compression.max_loss:
         raise UserError(
-            f"int8 loses {loss:.4f} of {metric} on the test part ({found['before']['score']:.4f} to "
-            f"{found['after']['score']:.4f}), but compression.max_loss is {project.compression.max_loss:g}; "
+            f"compression.max_loss is {project.compression.max_loss:g}, but int8 loses {loss:.4f} of "
+            f"{metric} on the test part ({costs['before']['score']:.4f} to {costs['after']['score']:.4f}); "
             "serve the bundle as it is, or train with a larger limit"
         )
-    comparison = {"metric": metric, "changed": _changed(original, smaller, test), **found}
-    before = json.loads((original.path / "metrics.json").read_text())
-    evaluation = {**before, **evaluations["after"], "compression": comparison}
+    comparison = {"metric": metric, "changed": _changed_share(original, compressed, test), **costs}
+    metrics = json.loads((original.path / "metrics.json").read_text())
+    evaluation = {**metrics, **evaluations["after"], "compression": comparison}
     (draft / "metrics.json").write_text(json.dumps(evaluation, indent=1))
     (draft / "card.md").write_text(card.render(project, prepared.summary, evaluation))
     facts = {name: original.manifest[name] for name in ("data_version", "prepared", "seed")}
@@ -140,21 +144,24 @@ def _build(original: Bundle, project: Project, prepared: Prepared, draft: Path) 
     seal(draft, {**facts, "compressed_from": parent})
 
 
-def _milliseconds(opened: Bundle, test: pd.DataFrame, size: int) -> float:
-    """The median time of a prediction of so many rows, after a few to warm up."""
-    rows = test.sample(size, replace=len(test) < size, random_state=0)
-    columns = {i.name: rows[i.name].to_numpy() for i in opened.schema.inputs}
-    times = []
-    for _ in range(REPEATS + 3):
+def _milliseconds(measured: Bundle, test: pd.DataFrame, num_rows: int) -> float:
+    """The median duration of a prediction of `num_rows` rows."""
+    rows = test.sample(num_rows, replace=len(test) < num_rows, random_state=0)
+    columns = {i.name: rows[i.name].to_numpy() for i in measured.schema.inputs}
+    durations_s = []
+    for _ in range(NUM_WARMUP_REQUESTS + NUM_TIMED_REQUESTS):
         started = time.perf_counter()
-        opened.predict(columns)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[3:]) * 1000
+        measured.predict(columns)
+        durations_s.append(time.perf_counter() - started)
+    return statistics.median(durations_s[NUM_WARMUP_REQUESTS:]) * 1000
 
 
-def _changed(original: Bundle, smaller: Bundle, test: pd.DataFrame) -> float:
-    """The share of rows for which the two answer another label."""
+def _changed_share(original: Bundle, compressed: Bundle, test: pd.DataFrame) -> float:
+    """The share of rows for which the two bundles predict different labels."""
     columns = {i.name: test[i.name].to_numpy() for i in original.schema.inputs}
-    answers = [opened.predict(columns) for opened in (original, smaller)]
-    labels = [a >= 0.5 if a.ndim == 1 else a.argmax(axis=1) for a in answers]
-    return float(np.mean(labels[0] != labels[1]))
+
+    def labels(predicting: Bundle) -> np.ndarray:
+        probabilities = predicting.predict(columns)
+        return probabilities >= 0.5 if probabilities.ndim == 1 else probabilities.argmax(axis=1)
+
+    return float(np.mean(labels(original) != labels(compressed)))

@@ -13,9 +13,9 @@ from app.state import hooks
 
 
 def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], None] = lambda _: None) -> str:
-    """Serve a project with this traffic, and have its endpoint looked after; returns the server's URL.
+    """Serve a project with this traffic and start its monitoring; returns the server's URL.
 
-    Raises UserError as `app.serving.control.deploy.deploy`. `on_wait` is told what is waited for.
+    `on_wait` is called with what is waited for. Raises UserError like `app.serving.control.deploy.deploy`.
     """
     serving = project.serving
     num_cpus = serving.num_cpus * serving.autoscaling.min_replicas
@@ -25,10 +25,10 @@ def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], N
 
 
 def statuses() -> list[dict[str, Any]]:
-    """The status of every endpoint, as JSON values.
+    """The status of every endpoint as JSON values.
 
-    `watch` is None if nothing looks after the endpoints. `hooks` has the uses of Ray's private parts that
-    have no effect on this cluster, and is the same for all endpoints.
+    `watch` is None if the endpoints are not monitored. `hooks` lists the uses of Ray's private parts that have
+    no effect on this cluster; it is the same for all endpoints.
     """
     report = monitor.report()
     watch = None

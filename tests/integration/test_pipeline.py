@@ -115,7 +115,7 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster)
     assert process.returncode == -signal.SIGKILL
     again = raylway(*command)
     assert again.returncode == 0, again.stdout
-    assert "continued" in again.stdout
+    assert "resumed" in again.stdout
     assert "epoch 1/6" not in again.stdout
     client = connection.client()
     runs = client.search_runs([client.get_experiment_by_name("killed").experiment_id])
@@ -333,6 +333,6 @@ def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_p
         f"error: --input: {ragged}: row {len(frame) + 2:,}: has 3 cells, the header 8"
     )
     again = raylway("predict", "smoke", "--input", str(tmp_path / "rows.csv"), "--output", str(output))
-    assert (again.returncode, "is there already" in again.stderr) == (2, True)
+    assert (again.returncode, "must not exist" in again.stderr) == (2, True)
     gone = raylway("predict", "smoke", "--input", "gone.csv", "--output", str(tmp_path / "new"))
     assert (gone.returncode, "--input: gone.csv: no such file" in gone.stderr) == (2, True)

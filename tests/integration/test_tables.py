@@ -68,7 +68,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
                 predict.run(str(outcome.bundle), source, tmp_path / "answers")
             return
         answered = predict.run(str(outcome.bundle), source, tmp_path / "answers")
-    assert (answered.num_rows, answered.num_broken) == (len(frame), 0)
+    assert (answered.num_rows, answered.num_invalid) == (len(frame), 0)
     answers = pd.read_parquet(tmp_path / "answers")
     np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)
 

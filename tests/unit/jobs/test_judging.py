@@ -1,4 +1,4 @@
-"""From raw rows to the gate's decision, with the stages' own code, in one process and without training."""
+"""From rows to the gate's decision with the code of all stages, in one process and without training."""
 
 import io
 import json
@@ -46,46 +46,40 @@ def project(**changes) -> Project:
     }
     for key, value in changes.items():
         *path, last = key.split("__")
-        place = document
+        section = document
         for part in path:
-            place = place[part]
-        place[last] = value
+            section = section[part]
+        section[last] = value
     return Project.model_validate(document)
-
-
-@pytest.fixture(scope="module")
-def state(tmp_path_factory):
-    """One state directory for all tests: MLflow takes seconds to make its tables."""
-    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture
 def name(request) -> str:
-    """A model of the test's own."""
+    """The name of the test's own model."""
     return f"judged-{zlib.crc32(request.node.name.encode())}"
 
 
 @pytest.fixture
-def judged(name, state, tmp_path, monkeypatch):
+def judged(name, home_with_mlflow, tmp_path, monkeypatch):
     """Judges and registers an untrained network of a project; returns its metrics, the decision and the
     bundle."""
-    monkeypatch.setenv("RAYLWAY_HOME", str(state))
+    monkeypatch.setenv("RAYLWAY_HOME", str(home_with_mlflow))
     num_judged = 0
 
     def judge(project: Project):
         nonlocal num_judged
         num_judged += 1
-        settled = pipeline.with_key(project.model_copy(update={"name": name}))
-        task = task_of(settled, without_ray.prepare(settled, table()))
+        named = pipeline.with_champion_key(project.model_copy(update={"name": name}))
+        task = task_of(named, without_ray.prepare(named, table()))
         torch.manual_seed(num_judged)
         folder = tmp_path / f"trained-{num_judged}"
         folder.mkdir()
         save_file(task.network().state_dict(), folder / "model.safetensors")
-        path = candidate.build(settled, task, Trained(folder, str(num_judged), False), {}, fresh=True)
+        path = candidate.build(named, task, Trained(folder, str(num_judged), False), {}, fresh=True)
         metrics = json.loads((path / "metrics.json").read_text())["model"]
-        with runs.run(settled, str(num_judged)) as run:
+        with runs.run(named, str(num_judged)) as run:
             path, decision, _ = judging.register(
-                settled.name, path, settled.gate, task, run, Console(io.StringIO())
+                named.name, path, named.gate, task, run, Console(io.StringIO())
             )
         return metrics, decision, path
 
@@ -98,8 +92,8 @@ MORE = {
 }
 
 
-def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged, name):
-    """On its own test rows, it has its own score: that holds for another seed and for one more column."""
+def test_candidate_and_champion_are_compared_on_unseen_rows(judged, name):
+    """With another seed and one more column, the champion has its own score on its own test rows."""
     first, decision, _ = judged(project())
     assert decision.reason == f"auc {first['auc']:.4f} (no champion yet)"
     second, decision, path = judged(project(seed=7, **MORE))
@@ -108,7 +102,7 @@ def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(judged, name)
     assert versions.find(name, CHALLENGER) is not None
 
 
-def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
+def test_the_reason_has_the_number_of_rows_if_the_splits_differ(judged):
     judged(project())
     _, decision, path = judged(project(data__split={"test": 0.6, "key": ["age"], "seed": 3}))
     assert "test rows that neither was trained on" in decision.reason
@@ -130,7 +124,7 @@ def test_where_the_splits_differ_the_reason_says_on_how_many_rows(judged):
         ({"data__split": {"seed": 3}}, "and a comparison needs 200"),
     ],
 )
-def test_what_cannot_be_compared_is_not_and_becomes_the_challenger(judged, name, changes, reason):
+def test_a_candidate_that_cannot_be_compared_becomes_the_challenger(judged, name, changes, reason):
     judged(project())
     _, decision, path = judged(project(**changes))
     assert decision.passed
