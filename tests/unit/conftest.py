@@ -1,14 +1,15 @@
-"""A unit test stays one: no Ray is started, and no state is written but the test's own."""
+"""Unit tests start no Ray, and write no state except their own."""
 
 import functools
 import os
+import shutil
 
 import pytest
 
 
 @pytest.fixture(autouse=True, scope="package")
 def no_cluster():
-    """The environment has nothing of a cluster that other tests of this run have joined."""
+    """Remove the environment of a cluster that other tests of this run have joined."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith(("RAY_", "RAYLWAY_")):
@@ -43,3 +44,28 @@ def build(tmp_path_factory):
         return tmp_path_factory.mktemp(f"home-{family}")
 
     return functools.cache(lambda family, name: families.build(family, name, folder(family)))
+
+
+@pytest.fixture(scope="session")
+def mlflow_tables(tmp_path_factory):
+    """A file with MLflow's tables, which take seconds to create."""
+    from app.registry import connection
+
+    home = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLWAY_HOME", str(home))
+        patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
+        connection.client()
+    return home / "mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def home_with_mlflow(tmp_path_factory, mlflow_tables):
+    """A state directory with MLflow's tables, for all tests of a module."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(mlflow_tables, home / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLWAY_HOME", str(home))
+        for name in ("RAYLWAY_DATABASE_URL", "RAYLWAY_STORE"):
+            patch.delenv(name, raising=False)
+        yield home

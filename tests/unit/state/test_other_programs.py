@@ -1,4 +1,4 @@
-"""What other programs do to our state: MLflow's and Optuna's own tools, and those that copy files."""
+"""Other programs on our state: MLflow's and Optuna's own tools, and tools that copy files."""
 
 import http.server
 import json
@@ -40,25 +40,21 @@ def bundles(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """One for the module: MLflow takes seconds to make its tables."""
-    home = tmp_path_factory.mktemp("home")
+def home(home_with_mlflow):
+    """One state directory for the module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYLWAY_HOME", str(home))
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
-        patch.delenv("RAYLWAY_DATABASE_URL", raising=False)
-        patch.delenv("RAYLWAY_STORE", raising=False)
-        yield home
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home_with_mlflow}/mlflow.db")
+        yield home_with_mlflow
 
 
 def source(name: str) -> Path:
-    """Where MLflow's tools find a model's champion."""
+    """The folder in which MLflow's tools find a model's champion."""
     entry = connection.client().get_model_version_by_alias(name, versions.CHAMPION)
     return Path(entry.source.removeprefix("file://"))
 
 
-def works(name: str) -> versions.Version:
-    """The champion, which must be as it was registered."""
+def intact_champion(name: str) -> versions.Version:
+    """The champion, which must be unchanged."""
     version = versions.resolve(name, versions.CHAMPION)
     assert identity_of(version.path) == version.identity
     Bundle(version.path).check_example()
@@ -70,27 +66,27 @@ def names(folder: Path) -> set[str]:
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
-def test_mlflow_opens_the_champion_and_leaves_a_file_beside_it(bundles, home):
-    """The README's own line, and then the next candidate."""
+def test_mlflow_opens_the_champion_and_writes_a_file_beside_it(bundles, home):
+    """The command in the README, and then the next candidate."""
     registered("opened", bundles[0])
     mlflow.set_tracking_uri(connection.uri())
     mlflow.set_registry_uri(connection.uri())
     mlflow.onnx.load_model("models:/opened@champion")
-    left = names(source("opened")) - names(bundles[0])
-    assert left, "MLflow no longer writes there; this test has lost its object"
-    works("opened")
-    shutil.rmtree(home / "bundles")  # as on another machine: it is fetched from there
-    assert names(works("opened").path) == names(bundles[0])
+    written = names(source("opened")) - names(bundles[0])
+    assert written, "MLflow no longer writes there; this test is obsolete"
+    intact_champion("opened")
+    shutil.rmtree(home / "bundles")  # as on another machine, where the bundle is fetched
+    assert names(intact_champion("opened").path) == names(bundles[0])
     second = registered("opened", bundles[1], "second")
     assert (second.number, second.aliases) == ("2", (versions.CHALLENGER,))
 
 
-def test_the_commands_of_mlflow(bundles, home, tmp_path):
+def test_commands_of_mlflow(bundles, home, tmp_path):
     registered("commanded", bundles[0])
     run_id = connection.client().get_model_version("commanded", "1").run_id
     path = source("commanded").name
@@ -99,30 +95,30 @@ def test_the_commands_of_mlflow(bundles, home, tmp_path):
     download = ("artifacts", "download", "--run-id", run_id, "--artifact-path", path)
     run(BIN / "mlflow", *download, "--dst-path", tmp_path)
     Bundle(tmp_path / path).check_example()
-    works("commanded")
-    # Runs that somebody has deleted are collected with their artifacts; a version that is kept goes on.
+    intact_champion("commanded")
+    # A deleted run is collected with its artifacts; its registered version still works.
     run(BIN / "mlflow", "runs", "delete", "--run-id", run_id)
     run(BIN / "mlflow", "gc", "--backend-store-uri", connection.uri())
     assert not source("commanded").exists()
-    assert promotion.promote("commanded", "1") == works("commanded")
+    assert promotion.promote("commanded", "1") == intact_champion("commanded")
     assert registered("commanded", bundles[0], "again").number == "1"
     shutil.rmtree(home / "bundles")
     with pytest.raises(UserError, match="commanded version 1: its bundle cannot be fetched from"):
         versions.resolve("commanded", "1")
 
 
-def test_a_copy_of_the_state_directory_works_where_it_is_put(bundles, home, tmp_path, monkeypatch):
-    before = registered("copied", bundles[0])
-    for folder in (before.path, source("copied")):
+def test_a_copy_of_the_state_directory_works_in_its_new_place(bundles, home, tmp_path, monkeypatch):
+    original = registered("copied", bundles[0])
+    for folder in (original.path, source("copied")):
         for name in (".DS_Store", "model.onnx~", ".model.onnx.swp", "hook.py"):
             (folder / name).write_text("raise SystemExit")
         run("touch", *folder.iterdir())
     run("cp", "-a", home, tmp_path / "restored")
-    works("copied")
+    intact_champion("copied")
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "restored"))
-    after = works("copied")
-    assert after == before
-    assert after.path == tmp_path / "restored" / "bundles" / before.identity
+    restored = intact_champion("copied")
+    assert restored == original
+    assert restored.path == tmp_path / "restored" / "bundles" / original.identity
 
 
 def test_optuna_dashboard_beside_a_sweep(home):
@@ -139,14 +135,14 @@ def test_optuna_dashboard_beside_a_sweep(home):
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as dashboard:
         try:
             url = f"http://127.0.0.1:{port}/api"
-            answered(f"{url}/studies")
+            request(f"{url}/studies")
             study_id = studies.load("watched")._study_id
-            answered(f"{url}/studies/{study_id}")
-            answered(f"{url}/studies/{study_id}/note", "PUT", b'{"body": "mine", "version": 1}')
+            request(f"{url}/studies/{study_id}")
+            request(f"{url}/studies/{study_id}/note", "PUT", b'{"body": "mine", "version": 1}')
             trials = {trial.number: trial._trial_id for trial in studies.load("watched").trials}
-            answered(f"{url}/trials/{trials[1]}/user-attrs", "POST", b'{"user_attrs": {"mine": 1}}')
-            # Somebody ends a trial that waits to be gone on with.
-            answered(f"{url}/trials/{trials[1]}/tell", "POST", b'{"state": "Fail"}')
+            request(f"{url}/trials/{trials[1]}/user-attrs", "POST", b'{"user_attrs": {"mine": 1}}')
+            # A user ends a trial that waits to be resumed.
+            request(f"{url}/trials/{trials[1]}/tell", "POST", b'{"state": "Fail"}')
             with opened() as study:
                 assert [t.state for t in study.trials()] == [TrialState.COMPLETE, TrialState.FAIL]
                 number = study.begin({"rate": 0.7}, rate, "c")
@@ -157,14 +153,14 @@ def test_optuna_dashboard_beside_a_sweep(home):
             dashboard.terminate()
 
 
-def answered(url: str, method: str = "GET", body: bytes | None = None) -> None:
-    """Ask the dashboard, which may still be starting."""
-    request = urllib.request.Request(url, body, {"content-type": "application/json"}, method=method)
+def request(url: str, method: str = "GET", body: bytes | None = None) -> None:
+    """Send a request to the dashboard, which may still be starting."""
+    message = urllib.request.Request(url, body, {"content-type": "application/json"}, method=method)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for _ in range(900):
         try:
-            with opener.open(request, timeout=30) as answer:
-                assert answer.status < 300
+            with opener.open(message, timeout=30) as response:
+                assert response.status < 300
                 return
         except ConnectionError:
             pass
@@ -176,10 +172,10 @@ def answered(url: str, method: str = "GET", body: bytes | None = None) -> None:
 
 
 class Store(http.server.BaseHTTPRequestHandler):
-    """A store of artifacts as MLflow's server is one, in a folder."""
+    """A store of artifacts in a folder, with the interface of MLflow's server."""
 
     folder: Path
-    """Set in a class made for each server."""
+    """Set in the class of each server."""
 
     def _file(self) -> Path:
         return self.folder / self.path.removeprefix(f"{STORE}/")
@@ -193,8 +189,8 @@ class Store(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         if url.query:
             listed = self.folder / urllib.parse.parse_qs(url.query)["path"][0]
-            found = sorted(listed.iterdir()) if listed.is_dir() else []
-            listing = [{"path": f.name, "is_dir": f.is_dir(), "file_size": f.stat().st_size} for f in found]
+            files = sorted(listed.iterdir()) if listed.is_dir() else []
+            listing = [{"path": f.name, "is_dir": f.is_dir(), "file_size": f.stat().st_size} for f in files]
             self._answer(200, json.dumps({"files": listing}).encode())
         elif self._file().is_file():
             self._answer(200, self._file().read_bytes())
@@ -216,7 +212,7 @@ STORE = "/api/2.0/mlflow-artifacts/artifacts"
 
 @pytest.fixture
 def store(tmp_path):
-    """The URL of one that is not local."""
+    """The URL of a remote store."""
     handler = type("Handler", (Store,), {"folder": tmp_path / "store"})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -224,25 +220,25 @@ def store(tmp_path):
         server.shutdown()
 
 
-def test_a_store_elsewhere(bundles, home, store, monkeypatch):
+def test_a_remote_store(bundles, home, store, monkeypatch):
     monkeypatch.setenv("RAYLWAY_STORE", store)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     first = registered("elsewhere", bundles[0])
     entry = connection.client().get_model_version("elsewhere", "1")
     assert entry.source.startswith(store)
-    assert versions.resolve("elsewhere", "1") == first, "the same place at each call"
+    assert versions.resolve("elsewhere", "1") == first, "the same folder at each call"
     fetched = first.path.stat().st_ino
     versions.resolve("elsewhere", "1")
     assert first.path.stat().st_ino == fetched, "fetched once"
     shutil.rmtree(home / "bundles")  # as on another machine
-    assert works("elsewhere") == first
-    # An upload that was cut short: the manifest, which comes last, is missing.
+    assert intact_champion("elsewhere") == first
+    # An interrupted upload: the manifest, which comes last, is missing.
     client, run_id = connection.client(), entry.run_id
     with runs.run(project("elsewhere"), "second") as run:
-        judged = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
-        name = f"bundle-{identity_of(judged)[:16]}"
-        client.log_artifact(run.id, str(judged / "schema.json"), name)
-        second = registration.register("elsewhere", run.id, judged, run.log_bundle(judged))
+        sealed = copies.keep(bundles[1], {"decision": {**PASSED, "champion": {"identity": first.identity}}})
+        name = f"bundle-{identity_of(sealed)[:16]}"
+        client.log_artifact(run.id, str(sealed / "schema.json"), name)
+        second = registration.register("elsewhere", run.id, sealed, run.log_bundle(sealed))
     assert run_id != run.id
     shutil.rmtree(home / "bundles")
     Bundle(versions.resolve("elsewhere", second.number).path).check_example()
