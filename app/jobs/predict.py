@@ -62,11 +62,11 @@ def source(name: str) -> Source:
     """
     formats: list[Literal["parquet", "csv"]] = ["parquet", "csv"]
     names = [file.name for file in Path(name).rglob("*")] if Path(name).is_dir() else [name]
-    matching = [known for known in formats if any(has_format(file, known) for file in names)]
+    matching = [option for option in formats if any(has_format(file, option) for file in names)]
     if len(matching) > 1:
         raise UserError(f"--input: {name} has CSV and Parquet files; give a folder with one of them")
     if not matching and Path(name).suffix:
-        suffixes = ", ".join(suffix for known in formats for suffix in SUFFIXES[known])
+        suffixes = ", ".join(suffix for option in formats for suffix in SUFFIXES[option])
         raise UserError(f"--input: {name} must be a folder or a file whose name ends in {suffixes}")
     return Source(path=name, format=matching[0] if matching else "parquet")
 

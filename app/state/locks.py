@@ -36,11 +36,10 @@ def exclusive(
     with lock(name) as try_take:
         holder = try_take()
         if holder is not None:
-            held = f"{holder}, which holds the lock {name}"
             if not wait:
                 raise Busy(f"the lock {name} must be free, but {holder} holds it; try again later")
             if on_wait:
-                on_wait(f"waiting for {held}")
+                on_wait(f"waiting for {holder}, which holds the lock {name}")
         while holder is not None:
             time.sleep(POLL_S)
             holder = try_take()

@@ -122,8 +122,8 @@ def test_a_champion_that_changed_after_the_decision_is_detected(bundles):
 
 
 def test_concurrent_registrations(bundles, tmp_path, monkeypatch):
-    """The first registrations of a state directory, of equal and different bundles, in several processes: each
-    bundle has one version, and one is the champion."""
+    """The first registrations of a state directory, in several processes: each bundle has one version, and
+    one is the champion."""
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
 
     def register(number: int) -> str:
