@@ -24,7 +24,7 @@ from app.tuning import tuner
 from app.tuning.progress import Progress
 from app.tuning.space import Space
 from tests.integration.test_sweep import NO_SCHEDULER, SMOKE, project, run, states
-from tests.unit.state.test_records import (
+from tests.records import (
     AWKWARD,
     VERSION_1,
     add,

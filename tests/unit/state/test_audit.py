@@ -10,7 +10,6 @@ from app.state import audit as audit_module
 from app.state import audit_head, database
 from app.state.audit import AUDIT, Audit, Conflict
 from app.state.audit_head import BrokenLog, Head
-from tests import killer
 
 
 @pytest.fixture
@@ -223,28 +222,6 @@ def test_an_entry_is_written_even_if_its_head_cannot_be(audit, monkeypatch):
 
     monkeypatch.setattr(audit_head, "store", full)
     assert audit.add("traffic", "income", {"n": 0}).number == 1
-
-
-@pytest.mark.parametrize("previous", [None, Head(1, "a" * 64)])
-def test_the_next_writer_of_the_head_removes_what_a_killed_one_left(home, tmp_path, previous):
-    head, log = Head(2, "b" * 64), tmp_path / "writes"
-
-    def watched(number=0):
-        shutil.rmtree(home, ignore_errors=True)
-        if previous is not None:
-            audit_head.store(previous)
-        watcher = killer.Watcher([home], number, log if number == 0 else None, private=True)
-        return killer.fork(lambda: audit_head.store(head) or "stored", watcher)
-
-    assert watched() == "stored"
-    writes = killer.writes(log)
-    assert len(writes) >= 2
-    for number in range(1, len(writes) + 1):
-        assert watched(number) is None, "it was not killed"
-        audit_head.store(head)
-        drafts = [path for path in (home / "audit").rglob("*") if path.name.startswith(".")]
-        assert drafts == [], f"killed before {writes[number - 1]}"
-        assert audit_head.load() == head
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from app.state.audit import Audit
 from tests.bundles import build
-from tests.unit.state.test_records import prediction
+from tests.records import prediction
 
 SERVING = Serving.model_validate({"variants": {"champion": {"version": "1", "weight": 1}}})
 

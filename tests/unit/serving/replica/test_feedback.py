@@ -11,7 +11,7 @@ from app.serving.http import Refused
 from app.serving.replica import feedback
 from app.serving.replica.recorder import Recorder
 from app.state.records import Records, encode
-from tests.unit.state.test_records import prediction
+from tests.records import prediction
 
 BINARY = Schema(name="m", inputs=[], label="y", positive="yes", negatives=["no"])
 OPEN = Schema(name="m", inputs=[], label="y", positive="yes")

@@ -11,7 +11,7 @@ from app.serving.replica.prediction_writer import (
     PredictionWriter,
 )
 from tests.fake_records import AWAY, FakeRecords
-from tests.unit.state.test_records import prediction
+from tests.records import prediction
 
 
 @pytest.fixture

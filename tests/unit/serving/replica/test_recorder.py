@@ -12,7 +12,7 @@ from app.serving.replica.recorder import Recorder
 from app.state.feedback import FeedbackStatus
 from app.state.records import Records
 from tests.fake_records import AWAY, FAULTS, FakeRecords, feedback
-from tests.unit.state.test_records import prediction
+from tests.records import prediction
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from app.serving.replica.shadow import Copy, Shadow, Shadows
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
 from tests.bundles import ROWS, schema
-from tests.unit.state.test_records import prediction
+from tests.records import prediction
 
 
 class FakeWorkers:
