@@ -19,8 +19,8 @@ def endpoints(monkeypatch):
 def test_endpoints_without_monitoring(endpoints, monkeypatch):
     monkeypatch.setattr(serve.monitor, "report", lambda: None)
     assert serve.statuses() == [
-        {"name": "income", "faults": [], "watch": None},
-        {"name": "flights", "faults": ["no replica"], "watch": None},
+        {"name": "income", "faults": [], "watch": None, "hooks": []},
+        {"name": "flights", "faults": ["no replica"], "watch": None, "hooks": []},
     ]
 
 

@@ -6,7 +6,7 @@ from optuna.trial import TrialState, create_trial
 
 from app.console import Console
 from app.jobs import sweep_view
-from app.tuning.progress import Progress
+from app.tuning.progress import Progress, Running
 
 RATE = {"training.learning_rate": FloatDistribution(0, 1)}
 
@@ -23,8 +23,8 @@ def trial(number: int, state: TrialState, value: float | None = None, **attribut
     return created
 
 
-def progress(*trials, before: int = 0) -> Progress:
-    return Progress("study", 5, ["auc"], ["maximize"], list(trials), before=before)
+def progress(*trials, num_earlier: int = 0) -> Progress:
+    return Progress("study", 5, ["auc"], ["maximize"], list(trials), num_earlier=num_earlier)
 
 
 COMPLETE = trial(0, TrialState.COMPLETE, 0.9)
@@ -45,9 +45,9 @@ def test_costs_are_no_validation_metrics():
 def test_without_a_terminal_each_new_trial_is_a_line():
     stream = io.StringIO()
     with sweep_view.watching(Console(stream)) as watch:
-        watch(progress(COMPLETE, before=1))
-        watch(progress(COMPLETE, PRUNED, before=1))
-        watch(progress(COMPLETE, PRUNED, FAILED, before=1))
+        watch(progress(COMPLETE, num_earlier=1))
+        watch(progress(COMPLETE, PRUNED, num_earlier=1))
+        watch(progress(COMPLETE, PRUNED, FAILED, num_earlier=1))
     assert [line.strip() for line in stream.getvalue().splitlines()] == [
         "trial 1 (2/5) pruned      learning_rate=0.123",
         "trial 2 (3/5) fail     out of memory  learning_rate=0.123",
@@ -56,7 +56,7 @@ def test_without_a_terminal_each_new_trial_is_a_line():
 
 def test_the_table_has_the_best_and_the_running_trials():
     current = progress(COMPLETE, PRUNED)
-    current.running[3] = {"value": None, "epochs": 2, "point": {"model.kind": "mlp"}}
+    current.running[3] = Running({"model.kind": "mlp"}, epochs=2)
     stream = io.StringIO()
     Console(stream).say(sweep_view._table(current))
     output = stream.getvalue()
