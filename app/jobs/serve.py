@@ -27,7 +27,7 @@ def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], N
 def statuses() -> list[dict[str, Any]]:
     """The status of every endpoint as JSON values.
 
-    `watch` is None if the endpoints are not monitored. `hooks` lists the uses of Ray's private parts that
+    `watch` is None if the endpoints are not monitored. `hooks` lists the uses of private parts of Ray that
     have no effect on this cluster; it is the same for all endpoints.
     """
     report = monitor.report()
