@@ -13,7 +13,7 @@ from app.serving.replica.deployment import Replica
 from app.serving.traffic import traffic as traffics
 from app.serving.traffic.traffic import Traffic
 from app.serving.traffic.variants import DeployedVariant
-from app.state import stages
+from app.state import shared
 from app.state.audit import Audit
 from tests.bundles import ROWS, build
 
@@ -55,7 +55,7 @@ def cluster(monkeypatch, fake_serve):
     monkeypatch.setattr(server, "stop", fake_serve.shutdown)
     monkeypatch.setattr(server, "num_nodes", lambda: 1)
     monkeypatch.setattr(server, "is_running", lambda: bool(fake_serve.applications))
-    monkeypatch.setattr(stages, "require_shared", lambda: None)
+    monkeypatch.setattr(shared, "require_shared", lambda: None)
     monkeypatch.setattr(preflight, "check_files", lambda serving: None)
     monkeypatch.setattr(deployments, "_wait_until_ready", lambda url, name: events.append(("ready", url)))
     monkeypatch.setattr(deployments, "refresh", lambda name, entry: events.append(("refresh", entry)))
