@@ -121,10 +121,11 @@ def exchange_on_rank(backend: str, folder: Path):
         return NO_NCCL
     on_gpu = torch.arange(6, device=GPU).view(3, 2)
     pairs = []
-    for tensor in (on_gpu, torch.rand(4), on_gpu > 2):
+    for tensor in (on_gpu, on_gpu > 2, torch.rand(4)):
+        pairs += [(ranks.gather(tensor).cpu().numpy(), tensor.cpu().numpy())]
+    for tensor in (on_gpu, torch.rand(4)):
         copy = tensor.clone()
         ranks.broadcast([copy])
-        pairs += [(ranks.gather(tensor).cpu().numpy(), tensor.cpu().numpy())]
         pairs += [(copy.cpu().numpy(), tensor.cpu().numpy())]
     mean = torch.tensor([2.0, 4.0], device=GPU)
     ranks.average(mean)
