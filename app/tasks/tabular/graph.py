@@ -157,10 +157,10 @@ def _encoded(graph: _Graph, column: Categories) -> str:
     """Encode one category: its index from 1 among the known values, or 0 if unknown; one-hot, a row of
     indicators instead."""
     name = column.column
-    place = graph.add(
+    index = graph.add(
         "LabelEncoder",
         [name],
-        f"{name}/place",
+        f"{name}/index",
         domain="ai.onnx.ml",
         keys_strings=column.values,
         values_int64s=list(range(1, len(column.values) + 1)),
@@ -168,6 +168,6 @@ def _encoded(graph: _Graph, column: Categories) -> str:
     )
     if column.encode == "one_hot":
         table = graph.constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
-        return graph.add("Gather", [table, place], f"{name}/encoded", axis=0)
-    number = graph.add("Cast", [place], f"{name}/number", to=TensorProto.FLOAT)
+        return graph.add("Gather", [table, index], f"{name}/encoded", axis=0)
+    number = graph.add("Cast", [index], f"{name}/number", to=TensorProto.FLOAT)
     return graph.add("Unsqueeze", [number, graph.named("axis")], f"{name}/encoded")

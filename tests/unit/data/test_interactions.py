@@ -12,6 +12,7 @@ from app.data import interactions, split
 from app.data.interactions import AGE, ITEM, RATING, USER, fit_catalogue, leave_one_out, read_catalogue
 from app.data.partition import SEEN_FILE, read_partition
 from app.errors import UserError
+from tests.without_ray import Rows
 
 DATA = Data.model_validate(
     {
@@ -29,19 +30,6 @@ DATA = Data.model_validate(
 def frame(rows: list[tuple[str, str, float]]) -> pd.DataFrame:
     """Interactions (user, item, time), all with the rating 3."""
     return pd.DataFrame(rows, columns=[USER, ITEM, split.TIME]).assign(**{RATING: 3.0})
-
-
-class Rows:
-    """The part of Ray Data's interface that `interactions.build` uses."""
-
-    def __init__(self, table: pa.Table):
-        self.table = table
-
-    def map_batches(self, function, fn_args, **_):
-        return Rows(function(self.table, *fn_args))
-
-    def to_pandas(self) -> pd.DataFrame:
-        return self.table.to_pandas()
 
 
 def test_the_last_interaction_is_test_and_the_one_before_it_validation():

@@ -53,7 +53,7 @@ LAYOUTS = {
         binned("/low/raw"),
         binned("numbers/raw"),
         exact("low"),
-        *(one_hot(name) for name in ("encoded", "/encoded", "a/place")),
+        *(one_hot(name) for name in ("encoded", "/encoded", "a/index")),
         embedding("network/linear"),
     ],
 }
