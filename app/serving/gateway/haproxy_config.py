@@ -35,7 +35,7 @@ REQUEST_PROOF, RESPONSE_PROOF = "RAYLWAY_FRONT_SHOWN", "RAYLWAY_FRONT_PROOF"
 ALLOWED_METHODS = ("GET", "HEAD", "POST")
 """Methods that some path accepts."""
 FORWARDED_METHODS = (*ALLOWED_METHODS, "DELETE", "OPTIONS", "PATCH", "PUT")
-"""Methods of the requests that reach a replica, whose refusal names the methods of the path."""
+"""Methods that are forwarded to a replica. The replica refuses those that a path does not allow."""
 UNFINISHED_HEADER = "x-raylway-unfinished"
 """Header of an early response: a replica sends it before the body of the request has arrived completely."""
 EARLY_STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 422, 429, 500, 503)
