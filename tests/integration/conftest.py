@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from app.cluster import local
 from app.cluster.session import session
 from tests import postgres
+from tests.command_server import CommandServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,21 +53,16 @@ def ray_cluster(reach):
         yield
 
 
-@pytest.fixture
-def raylway(reach, home):
-    """Run a command as a user does; `env` adds to the environment."""
+@pytest.fixture(scope="session")
+def raylway(reach, home, tmp_path_factory):
+    """Run a command on the shared cluster; `env` adds to the environment. See tests/command_server.py."""
+    commands = CommandServer(dict(os.environ), tmp_path_factory.mktemp("commands"))
 
     def run(*arguments: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "-m", "app", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "RAYLWAY_HOME": str(home), **env},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        return commands.run(arguments, {**os.environ, "RAYLWAY_HOME": str(home), **env}, timeout)
 
-    return run
+    yield run
+    commands.close()
 
 
 @pytest.fixture

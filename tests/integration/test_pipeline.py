@@ -29,16 +29,9 @@ LINEAR = ("--set", "model={kind: linear}")
 
 
 @pytest.fixture(scope="module")
-def trained(reach, home):
+def trained(raylway):
     """Both candidates of the smoke project, trained by the command: the linear one first."""
-    answers = []
-    for overrides in (LINEAR, ()):
-        command = [sys.executable, "-m", "app", "train", "configs/smoke.yaml", *overrides]
-        environment = {**os.environ, "RAYLWAY_HOME": str(home)}
-        answers.append(
-            subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        )
-    return answers
+    return [raylway("train", "configs/smoke.yaml", *overrides, timeout=300) for overrides in (LINEAR, ())]
 
 
 @contextmanager

@@ -52,12 +52,9 @@ def states(progress: Progress) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def swept(home, reach):
+def swept(raylway):
     """`raylway sweep` of four trials, once for the tests that read its results."""
-    done = subprocess.run(
-        [sys.executable, "-m", "app", "sweep", *SHOWN, "--trials", "4"],
-        cwd=ROOT, env={**os.environ, "RAYLWAY_HOME": str(home)}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+    done = raylway("sweep", *SHOWN, "--trials", "4", timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
