@@ -21,11 +21,12 @@ def python(*arguments: str) -> str:
 
 
 def pip(command: str, *arguments: str) -> None:
-    """Run pip with the pinned versions. Raises UserError with what it says if it fails."""
+    """Run pip with the pinned versions. Raises UserError with the end of its output if it fails."""
     quiet = ("--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"))
     python("-m", "pip", command, *quiet, *arguments)
 
 
 def pip_install(*arguments: str) -> None:
-    # To compile 26,000 modules would take longer than all else; Python compiles those that are imported.
+    # Compiling all 26,000 modules would take longer than everything else. Python compiles a module at its
+    # first import.
     pip("install", "--no-compile", *arguments)

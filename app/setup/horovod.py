@@ -35,11 +35,13 @@ which takes a fifth of the compiler's time and most of the wheel's size."""
 
 
 class Target(NamedTuple):
-    """What Horovod is built for, and the cache folder of its wheel."""
+    """A build of Horovod."""
 
     description: str
     nccl: Path | None
+    """Folder of NCCL; None for a build with Gloo only."""
     folder: Path
+    """Folder of the wheel in the cache."""
 
     def wheels(self) -> list[Path]:
         """The wheel that was built, if there is one."""
@@ -47,7 +49,7 @@ class Target(NamedTuple):
 
 
 def find_target() -> Target:
-    """The target that the environment's PyTorch and this machine make."""
+    """The build for the environment's PyTorch and this machine."""
     nccl = _nccl_home()
     operations = "nccl" if nccl else "gloo"
     digest = hashlib.sha256(repr((PATCHES, CXX_FLAGS)).encode()).hexdigest()[:8]
@@ -71,7 +73,7 @@ def find_compiler() -> str:
 
 
 def build(target: Target, compiler: str) -> None:
-    """Build Horovod's wheel; the cache has all of it or nothing."""
+    """Build Horovod's wheel. It is moved into the cache when it is complete."""
     cache = target.folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -81,16 +83,18 @@ def build(target: Target, compiler: str) -> None:
 
 
 def install_wheel(wheel: Path) -> None:
-    """Install a wheel, also over one of the same version: with other patches it is another build. Raises
-    UserError if the wheel is damaged."""
+    """Install a wheel, and replace one of the same version, which may have other patches.
+
+    Raises UserError if the wheel is damaged.
+    """
     _verify(wheel)
     pip_install("--no-deps", "--force-reinstall", str(wheel))
 
 
 def _build(scratch: Path, compiler: str, nccl: Path | None) -> Path:
-    """The path of the wheel that is built in `scratch`. Raises UserError if the build fails."""
+    """Build the wheel in `scratch` and return its path. Raises UserError if the build fails."""
     wrapper = scratch / "c++"
-    # The last of several options of one kind counts.
+    # Of several options of one kind, the compiler uses the last.
     wrapper.write_text(f'#!/bin/sh\nexec {shutil.which(compiler)} "$@" {CXX_FLAGS}\n')
     wrapper.chmod(0o755)
     build_environment = _snapshot(scratch / "environment")
@@ -106,7 +110,7 @@ def _build(scratch: Path, compiler: str, nccl: Path | None) -> Path:
         "HOROVOD_WITHOUT_MXNET": "1",
     }
     if nccl:
-        # The wheel of NCCL has only the versioned name of the library, the linker looks for the plain one.
+        # NCCL's wheel has the library under its versioned name only; the linker needs the plain name.
         home = scratch / "nccl"
         (home / "lib").mkdir(parents=True)
         (home / "include").symlink_to(nccl / "include")
@@ -127,22 +131,24 @@ def _build(scratch: Path, compiler: str, nccl: Path | None) -> Path:
         PROCESSES.start(command, env=environment, stderr=subprocess.STDOUT) as process,
     ):
         assert process.stdout
-        shown = 0
+        percent_shown = 0
         for line in process.stdout:
             file.write(line)
-            if (percent := re.match(r"\s*\[\s*(\d+)%\]", line)) and int(percent[1]) >= shown + 20:
-                shown = int(percent[1]) // 20 * 20
-                print(f"    Horovod: {shown} % after {time.monotonic() - started:.0f} s", flush=True)
+            if (percent := re.match(r"\s*\[\s*(\d+)%\]", line)) and int(percent[1]) >= percent_shown + 20:
+                percent_shown = int(percent[1]) // 20 * 20
+                print(f"    Horovod: {percent_shown} % after {time.monotonic() - started:.0f} s", flush=True)
     if process.returncode:
-        kept = log.replace(scratch.parent / "horovod-build.log")
-        raise UserError(f"Horovod could not be built; the end of {kept} says why")
+        kept_log = log.replace(scratch.parent / "horovod-build.log")
+        raise UserError(f"Horovod could not be built; the end of {kept_log} says why")
     (wheel,) = (scratch / "wheel").glob("*.whl")
     return wheel
 
 
 def _snapshot(folder: Path) -> Path:
-    """A virtual environment of links to the packages that .venv has now: the build must not see packages that
-    pip has installed by half."""
+    """Create a virtual environment of links to the packages that .venv has now, and return its folder.
+
+    The build must not see packages that pip is still installing.
+    """
     venv.create(folder, symlinks=True)
     for package in (VENV / PACKAGES).iterdir():
         (folder / PACKAGES / package.name).symlink_to(package)
@@ -150,31 +156,31 @@ def _snapshot(folder: Path) -> Path:
 
 
 def _source(scratch: Path) -> Path:
-    """The folder of Horovod's source, unpacked and patched."""
+    """Download, unpack and patch Horovod's source; returns its folder."""
     archive = _download(HOROVOD, HOROVOD_SHA256, scratch)
     with tarfile.open(archive) as packed:
         packed.extractall(scratch, filter="data")
     source = scratch / archive.name.removesuffix(".tar.gz")
     for name, old, new in PATCHES:
-        before, found, after = (source / name).read_text().rpartition(old)
-        if not found:
+        before, matched, after = (source / name).read_text().rpartition(old)
+        if not matched:
             raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{old}`")
         (source / name).write_text(before + new + after)
     return source
 
 
 def _download(requirement: str, sha256: str, folder: Path, *options: str) -> Path:
-    """The path of a source archive that pip downloads. Raises UserError if its hash differs."""
+    """Download a source archive with pip and return its path. Raises UserError if its hash differs."""
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{sha256}\n")
     fetch = ["--no-deps", "--no-binary=:all:", "--no-build-isolation", "--no-cache-dir", "--require-hashes"]
     try:
         pip("download", *fetch, *options, "-d", str(folder), "-r", str(pinned))
     except UserError as error:
-        if found := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
+        if actual := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
             raise UserError(
-                f"{requirement}: the source archive must have the SHA-256 {sha256}, but it has {found[1]}; "
-                "nothing of it was run. If it comes from a mirror, have the mirror mended"
+                f"{requirement}: the source archive must have the SHA-256 {sha256}, but it has {actual[1]}; "
+                "none of its code was run. If it comes from a mirror, tell the mirror's operator"
             ) from None
         raise
     (archive,) = folder.glob("*.tar.gz")
@@ -182,32 +188,33 @@ def _download(requirement: str, sha256: str, folder: Path, *options: str) -> Pat
 
 
 def _verify(wheel: Path) -> None:
-    """Raise UserError unless each file of a wheel is as the wheel's own RECORD says."""
+    """Raise UserError unless every file of a wheel has the hash in the wheel's RECORD."""
     try:
         with zipfile.ZipFile(wheel) as packed:
             names = [name for name in packed.namelist() if not name.endswith("/")]
             (record,) = (name for name in names if name.endswith(".dist-info/RECORD"))
             rows = csv.reader(packed.read(record).decode().splitlines())
             hashes = {row[0]: row[1] for row in rows}
-            wrong = [
+            damaged = [
                 name for name in names if name != record and _digest(packed.read(name)) != hashes.get(name)
             ]
-            wrong += [name for name in hashes if name not in names]
+            damaged += [name for name in hashes if name not in names]
     except (OSError, ValueError, IndexError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        wrong = [str(error)]
-    if wrong:
+        damaged = [str(error)]
+    if damaged:
         raise UserError(
-            f"{wheel}: is damaged ({wrong[0]}); remove {wheel.parent} and run `make setup` again to build it"
+            f"{wheel}: is damaged ({damaged[0]}); remove {wheel.parent} and run `make setup` again to "
+            "build it"
         )
 
 
 def _digest(content: bytes) -> str:
-    """The hash of a file as a RECORD has it."""
+    """The hash of a file's content, in the format of a RECORD."""
     return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
 def _nccl_home() -> Path | None:
-    """NCCL's folder, where PyTorch sees a GPU and there is a CUDA compiler to build with."""
+    """NCCL's folder if PyTorch sees a GPU and a CUDA compiler is installed, else None."""
     probe = "import torch, nvidia.nccl; print(torch.cuda.is_available(), nvidia.nccl.__path__[0])"
     done = subprocess.run([PYTHON, "-c", probe], capture_output=True, text=True)
     available, _, path = done.stdout.strip().partition(" ")

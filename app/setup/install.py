@@ -1,7 +1,8 @@
-"""Set-up: `python3 -m app.setup.install` makes the environment in .venv, from Python and a compiler alone.
+"""Set-up: `python3 -m app.setup.install` creates the environment in .venv with Python and a compiler only.
 
 Only the standard library is used. Horovod is built from its source while pip installs the other dependencies,
-once per machine. When nothing has changed since the last time, it returns at once and asks no network.
+once per machine. If nothing has changed since the last time, it returns at once and does not use the
+network.
 """
 
 from __future__ import annotations  # an older Python must get as far as the message that it is too old

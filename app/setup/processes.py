@@ -1,4 +1,4 @@
-"""The processes that set-up starts, and how all of them end together."""
+"""Processes that set-up starts, and that end with it."""
 
 from __future__ import annotations  # an older Python must get as far as the message that it is too old
 
@@ -19,7 +19,7 @@ STOP_GRACE_S = 10.0
 
 
 class Processes:
-    """The processes that set-up has started, each with a process group of its own for all that it starts."""
+    """Processes that set-up has started. Each has its own process group, to which its children belong."""
 
     def __init__(self) -> None:
         self._started: list[subprocess.Popen[str]] = []
@@ -27,7 +27,7 @@ class Processes:
         self._lock = threading.Lock()
 
     def start(self, command: Sequence[str | Path], **options) -> subprocess.Popen[str]:
-        """A process whose output is a pipe. Raises UserError once `stop` was called."""
+        """Start a command whose output goes to a pipe. Raises UserError after `stop` was called."""
         with self._lock:
             if self._is_stopped:
                 raise UserError("set-up was stopped")
@@ -39,14 +39,14 @@ class Processes:
             return process
 
     def stop(self) -> None:
-        """End all processes that are left, with what they have started, and start no more."""
+        """Terminate the running processes with their children, and refuse to start more."""
         with self._lock:
             self._is_stopped = True
-        left = [process for process in self._started if process.poll() is None]
-        for process in left:
+        running = [process for process in self._started if process.poll() is None]
+        for process in running:
             _signal_group(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_GRACE_S
-        for process in left:
+        for process in running:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -54,7 +54,7 @@ class Processes:
 
 
 def _signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended in the meantime
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
         os.killpg(process.pid, number)
 
 
@@ -62,21 +62,21 @@ PROCESSES = Processes()
 
 
 def run_in_parallel(*tasks: Callable[[], object]) -> None:
-    """Run tasks at once. If one fails, or a signal comes, end the processes of all and raise the error."""
+    """Run tasks in threads. If one fails or a signal arrives, stop all processes and raise the error."""
     with ThreadPoolExecutor(len(tasks)) as threads:
         try:
             for task in as_completed([threads.submit(task) for task in tasks]):
                 task.result()
         except BaseException:
-            PROCESSES.stop()  # before the threads are waited for
+            PROCESSES.stop()  # otherwise the executor would wait for them
             raise
 
 
 def run(command: Sequence[str | Path], **options) -> str:
-    """The standard output of a command. Raises UserError with what it says if it fails."""
+    """The standard output of a command. Raises UserError with the end of its output if it fails."""
     process = PROCESSES.start(command, stderr=subprocess.PIPE, **options)
     output, errors = process.communicate()
     if process.returncode:
-        what = " ".join(str(part) for part in command[1:5])
-        raise UserError(f"`{what} ...` failed:\n{(errors or output).strip()[-2000:]}")
+        name = " ".join(str(part) for part in command[1:5])
+        raise UserError(f"`{name} ...` failed:\n{(errors or output).strip()[-2000:]}")
     return output
