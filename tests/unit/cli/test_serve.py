@@ -20,7 +20,7 @@ def test_status_shows_hooks_without_effect_also_if_no_cluster_is_up(home):
 
 def test_the_documents_of_all_endpoints_have_the_hooks_without_effect(monkeypatch):
     endpoint = SimpleNamespace(name="income", document=lambda: {"name": "income", "faults": []})
-    monkeypatch.setattr(serve.status, "endpoints", lambda: [endpoint])
+    monkeypatch.setattr(serve.status, "read_endpoints", lambda: [endpoint])
     monkeypatch.setattr(serve.monitor, "report", lambda: None)
     assert [document["hooks"] for document in serve.statuses()] == [[]]
     hooks.report("training", [FAULT])
