@@ -13,7 +13,7 @@ def endpoints(monkeypatch):
         return SimpleNamespace(name=name, document=lambda: {"name": name, "faults": faults})
 
     all_endpoints = [endpoint(name, faults) for name, faults in ENDPOINTS.items()]
-    monkeypatch.setattr(serve.status, "endpoints", lambda: all_endpoints)
+    monkeypatch.setattr(serve.status, "read_endpoints", lambda: all_endpoints)
 
 
 def test_endpoints_without_monitoring(endpoints, monkeypatch):
