@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from app.jobs import serve
+from app.state import hooks
 
 ENDPOINTS = {"income": [], "flights": ["no replica"]}
 
@@ -33,3 +34,11 @@ def test_the_faults_of_monitoring_are_added(endpoints, monkeypatch):
     assert income["faults"] == []
     assert flights["faults"] == ["has not been checked", "no replica"]
     assert flights["watch"] == {"looked_s_ago": 1.0, "failures": 2, "last_error": "away"}
+
+
+def test_hooks_without_effect_are_in_the_status_of_every_endpoint(endpoints, monkeypatch):
+    monkeypatch.setattr(serve.monitor, "report", lambda: None)
+    hooks.report("training", ["Ray Train did not call a hook"])
+    assert [document["hooks"] for document in serve.statuses()] == [
+        ["training: Ray Train did not call a hook"]
+    ] * 2
