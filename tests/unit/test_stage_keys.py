@@ -1,8 +1,6 @@
 """A change of a module that a stage uses makes its output anew, and no other change does: for every stage and
 every family, on a copy of the application."""
 
-import shutil
-
 import pytest
 
 from app.config import FAMILIES
@@ -11,6 +9,7 @@ from app.data.prepare import Prepared
 from app.jobs import candidate, quantization
 from app.state import fingerprint
 from app.training import trainer
+from tests.application import copy_application, forget_code
 from tests.documents import ROOT
 from tests.families import example_of
 
@@ -46,24 +45,19 @@ OTHER = dict(zip(FAMILIES, [*list(FAMILIES)[1:], *FAMILIES], strict=False))
 @pytest.fixture
 def changed(tmp_path, monkeypatch):
     """Changes a module of a copy of the application, which takes the place of the real one."""
-    shutil.copytree(ROOT / "app", tmp_path / "app", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_application(tmp_path)
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     monkeypatch.setattr(tokens, "version", lambda encoder: "version")
-
-    def forget():
-        fingerprint._source.cache_clear()
-        fingerprint._code.cache_clear()
-        fingerprint._imports.cache_clear()
 
     def change(module):
         path = tmp_path.joinpath("app", *module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         file.write_text(f"{file.read_text()}# changed\n")
-        forget()
+        forget_code()
 
-    forget()
+    forget_code()
     yield change
-    forget()
+    forget_code()
 
 
 def modules(names: str, family: str) -> list[str]:

@@ -25,6 +25,7 @@ from app.state import fingerprint
 from app.tasks.onnx import MAX_DIFFERENCE
 from app.training import trainer
 from tests import families
+from tests.application import copy_application, forget_code
 from tests.documents import ROOT
 from tests.families import Built, example_of, tensors
 from tests.unit.tasks.smallest.settings import Threshold
@@ -37,20 +38,15 @@ CASES = [(family, name) for family in NAMES for name in example_of(family).MODEL
 def application(tmp_path_factory):
     """A copy of the application that has the smallest family too, and whose code the stage keys follow."""
     folder = tmp_path_factory.mktemp("source")
-    shutil.copytree(ROOT / "app", folder / "app", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tests" / "unit" / "tasks" / "smallest", folder / "app" / "tasks" / "smallest")
+    copy = copy_application(folder)
+    shutil.copytree(ROOT / "tests" / "unit" / "tasks" / "smallest", copy / "tasks" / "smallest")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint, "ROOT", folder)
-        patch.setattr(tasks, "__path__", [*tasks.__path__, str(folder / "app" / "tasks")])
+        patch.setattr(tasks, "__path__", [*tasks.__path__, str(copy / "tasks")])
         patch.setitem(FAMILIES, "smallest", (Threshold,))
-        forget_source()
-        yield folder / "app"
-    forget_source()
-
-
-def forget_source() -> None:
-    fingerprint._source.cache_clear()
-    fingerprint._imports.cache_clear()
+        forget_code()
+        yield copy
+    forget_code()
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -283,8 +279,8 @@ def test_the_keys_follow_the_code_of_the_family(family, build, application):
         file = application / "tasks" / family / f"{module}.py"
         source = file.read_text()
         file.write_text(f"{source}# changed\n")
-        forget_source()
+        forget_code()
         after = keys(built)
         file.write_text(source)
-        forget_source()
+        forget_code()
         assert {stage for stage in before if before[stage] != after[stage]} == depending, module
