@@ -49,7 +49,7 @@ def test_without_a_terminal_each_new_trial_is_a_line():
         watch(progress(COMPLETE, PRUNED, num_earlier=1))
         watch(progress(COMPLETE, PRUNED, FAILED, num_earlier=1))
     assert [line.strip() for line in stream.getvalue().splitlines()] == [
-        "trial 1 (2/5) pruned      learning_rate=0.123",
+        "trial 1 (2/5) pruned     learning_rate=0.123",
         "trial 2 (3/5) fail     out of memory  learning_rate=0.123",
     ]
 

@@ -52,10 +52,10 @@ def part(*migrations) -> Part:
 
 
 def test_each_migration_runs_once():
+    with database.connect(part()).connect():
+        pass
     calls = []
     for _ in range(2):
-        with database.connect(part()).connect():
-            pass
         with database.connect(part(lambda connection: calls.append("1 to 2"))).connect():
             pass
     assert calls == ["1 to 2"]
