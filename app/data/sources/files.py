@@ -1,9 +1,7 @@
 """The files of a source, read as a Ray Dataset of Arrow blocks in which each column has one type."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +12,7 @@ from app.config import Data, Source
 from app.data.sources import formats, samples
 from app.data.sources.column_types import CONTENT, Kind, common_type, family, fits
 from app.data.sources.formats import File
+from app.data.sources.reader import Reader, naming, read_files
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Files:
         faults: list[str] = []
         self._opened = []
         for path in self.paths:
-            with _naming(self.setting):
+            with naming(self.setting):
                 file = formats.open_file(self.filesystem, path, self.format, list(columns))
             faults += [f"{path}: {fault}" for fault in _schema_faults(file, columns)]
             self._opened.append(file)
@@ -117,7 +116,7 @@ class Files:
             conflicts = [self._type_conflict(name, kind) for name, kind in columns.items()]
             faults = [fault for fault in conflicts if fault is not None]
         if not faults:
-            with _naming(self.setting):
+            with naming(self.setting):
                 if not self._has_rows(list(columns)):
                     faults = [f"{self.name}: has columns but no rows"]
         if faults:
@@ -157,10 +156,10 @@ class Files:
         context.raise_original_map_exception = True
         indices = ray.data.range(len(self._opened), override_num_blocks=len(self._opened))
         kwargs = {"reader": self.reader(schema, limit)}
-        rows = indices.map_batches(_read_files, fn_kwargs=kwargs, batch_size=1, batch_format="pyarrow")
+        rows = indices.map_batches(read_files, fn_kwargs=kwargs, batch_size=1, batch_format="pyarrow")
         return rows.limit(limit) if limit else rows
 
-    def reader(self, schema: pa.Schema, limit: int | None = None) -> "Reader":
+    def reader(self, schema: pa.Schema, limit: int | None = None) -> Reader:
         """The reader of the checked files, for this process or a worker."""
         return Reader(self.filesystem, tuple(self._opened), schema, limit, self.setting)
 
@@ -187,52 +186,6 @@ class Files:
                     f"{first.path} and {column_type} in {file.path}; write it with one type"
                 )
         return None
-
-
-@contextmanager
-def _naming(setting: str) -> Iterator[None]:
-    """Prefix a UserError with the setting that names the files."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{setting}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reader of files, which casts their columns to one schema."""
-
-    filesystem: pa.fs.FileSystem
-    files: tuple[File, ...]
-    schema: pa.Schema
-    limit: int | None
-    """Maximum number of rows per file."""
-    setting: str
-
-    def blocks(self, file: File) -> Iterator[pa.Table]:
-        """The rows of a file. Raises UserError if it cannot be read to its end."""
-        names = [name for name in self.schema.names if name in file.schema.names]
-        with _naming(self.setting):
-            for block in formats.blocks(self.filesystem, file, names, self.limit):
-                yield self._cast(block)
-
-    def _cast(self, block: pa.Table) -> pa.Table:
-        columns = []
-        for field in self.schema:
-            if field.name not in block.column_names:
-                columns.append(pa.nulls(block.num_rows, field.type))
-                continue
-            column = block[field.name]
-            if pa.types.is_dictionary(column.type) and column.type != field.type:
-                column = column.cast(column.type.value_type)
-            columns.append(column.cast(field.type, safe=False))
-        return pa.table(columns, schema=self.schema)
-
-
-def _read_files(indices: pa.Table, reader: Reader) -> Iterator[pa.Table]:
-    """The rows of the files with these indices, for `map_batches`."""
-    for index in indices["id"].to_pylist():
-        yield from reader.blocks(reader.files[index])
 
 
 def _schema_faults(file: File, columns: Mapping[str, Kind]) -> list[str]:

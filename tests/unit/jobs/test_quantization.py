@@ -40,58 +40,58 @@ def home(shared_home, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def made(shared_home, encoder):
+def prepared(shared_home, encoder):
     return texts.prepared(shared_home / "stages" / "prepare" / "key", encoder)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory, encoder, made):
-    return texts.build(tmp_path_factory.mktemp("bundles") / "moods", texts.project(encoder), made)
+def bundle(tmp_path_factory, encoder, prepared):
+    return texts.build(tmp_path_factory.mktemp("bundles") / "moods", texts.project(encoder), prepared)
 
 
-def test_the_int8_version_is_a_bundle_whose_card_says_what_it_cost(bundle):
-    made = quantization.compress(bundle)
-    before, after = made.comparison["before"], made.comparison["after"]
-    smaller = Bundle(made.path)
-    smaller.check_example()
-    assert after["bytes"] == (made.path / "model.onnx").stat().st_size
+def test_the_int8_version_is_a_bundle_with_its_cost_on_the_card(bundle):
+    compressed = quantization.compress(bundle)
+    before, after = compressed.comparison["before"], compressed.comparison["after"]
+    int8 = Bundle(compressed.path)
+    int8.check_example()
+    assert after["bytes"] == (compressed.path / "model.onnx").stat().st_size
     assert before["ms_1"] > 0 < after["ms_32"]
     assert abs(before["score"] - after["score"]) < 0.2
-    assert smaller.manifest["compressed_from"] == {
+    assert int8.manifest["compressed_from"] == {
         "identity": identity_of(bundle),
         "decision": bundles.PASSED,
     }
-    assert "## Compression" in (made.path / "card.md").read_text()
-    assert quantization.compress(bundle).path == made.path, "not made twice"
+    assert "## Compression" in (compressed.path / "card.md").read_text()
+    assert quantization.compress(bundle).path == compressed.path, "it is built once"
     with pytest.raises(UserError, match="is an int8 bundle already"):
-        quantization.compress(made.path)
+        quantization.compress(compressed.path)
 
 
-def test_its_products_are_of_integers(bundle):
+def test_its_matrix_products_are_of_integers(bundle):
     import onnx
 
     graph = onnx.load(quantization.compress(bundle).path / "model.onnx").graph
     assert sum("Integer" in node.op_type for node in graph.node) >= 8
 
 
-def test_one_that_loses_too_much_is_refused_and_not_kept(tmp_path, encoder, made, monkeypatch):
+def test_a_bundle_that_loses_too_much_is_refused(tmp_path, encoder, prepared, monkeypatch):
     project = {**texts.project(encoder), "compression": {"max_loss": 0.0}}
-    path = texts.build(tmp_path / "moods", project, made)
-    real = Packager.evaluate
+    path = texts.build(tmp_path / "moods", project, prepared)
+    original = Packager.evaluate
 
     def worse(self, bundle: Bundle):
-        evaluation = copy.deepcopy(real(self, bundle))
+        evaluation = copy.deepcopy(original(self, bundle))
         evaluation["model"]["macro_f1"] -= 0.0 if bundle.manifest else 0.05
         return evaluation
 
     monkeypatch.setattr(Packager, "evaluate", worse)
     with pytest.raises(UserError, match=r"compression.max_loss is 0, but int8 loses 0\.\d+ of macro_f1"):
         quantization.compress(path)
-    monkeypatch.setattr(Packager, "evaluate", real)
+    monkeypatch.setattr(Packager, "evaluate", original)
 
 
 @pytest.mark.parametrize(
-    ("passed", "status", "says", "aliases"),
+    ("passed", "status", "message", "aliases"),
     [
         (True, 0, "moods version 1 (champion)", [["champion"]]),
         (
@@ -102,42 +102,42 @@ def test_one_that_loses_too_much_is_refused_and_not_kept(tmp_path, encoder, made
         ),
     ],
 )
-def test_the_int8_version_of_what_the_gate_refused_is_not_registered(
-    tmp_path, shared_home, encoder, made, monkeypatch, passed, status, says, aliases
+def test_the_int8_version_of_a_rejected_bundle_is_not_registered(
+    tmp_path, shared_home, encoder, prepared, monkeypatch, passed, status, message, aliases
 ):
-    """Though the gate would let the int8 version itself pass, and nothing is registered yet."""
+    """Even if the gate would let the int8 version itself pass."""
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
     shutil.copytree(shared_home / "stages", tmp_path / "home" / "stages")
     path = texts.build(
-        tmp_path / "moods", {**texts.project(encoder), "gate": {"metric": "macro_f1", "beat": []}}, made
+        tmp_path / "moods", {**texts.project(encoder), "gate": {"metric": "macro_f1", "beat": []}}, prepared
     )
     facts = {name: value for name, value in manifest_of(path).items() if name not in ("files", "decision")}
     seal(path, {**facts, "decision": {"passed": passed, "reason": "poor"}})
     command = [sys.executable, "-m", "app", "compress", str(path), "--register"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
-    assert says in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
     assert [list(version.aliases) for version in versions.versions("moods")] == aliases
 
 
-def test_without_the_test_part_there_is_nothing_to_judge_it_on(tmp_path, bundle, monkeypatch):
+def test_without_its_test_part_a_bundle_is_not_compressed(tmp_path, bundle, monkeypatch):
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
     with pytest.raises(UserError, match="is gone; run `raylway train` again"):
         quantization.compress(bundle)
 
 
-def test_the_card_shows_what_the_int8_version_cost(encoder, made, bundle):
+def test_the_card_shows_the_cost_of_the_int8_version(encoder, prepared, bundle):
     project = Project.model_validate(texts.project(encoder))
     evaluation = json.loads((bundle / "metrics.json").read_text())
     size = {"bytes": 2_000_000, "ms_1": 3.0, "ms_32": 40.0, "score": 0.8}
     comparison = {"metric": "macro_f1", "changed": 0.01, "before": size, "after": {**size, "bytes": 500_000}}
-    text = card.render(project, made.summary, {**evaluation, "compression": comparison})
+    text = card.render(project, prepared.summary, {**evaluation, "compression": comparison})
     assert "1.0% of test predictions changed" in text
     assert "| size of the graph | 2.00 MB | 0.50 MB |" in text
     assert "| test macro_f1 | 0.8000 | 0.8000 |" in text
 
 
-def test_a_tabular_graph_is_quantised_too(tmp_path):
+def test_a_tabular_graph_is_quantized(tmp_path):
     path = bundles.build(tmp_path / "income", seed=0)
     opened = Bundle(path)
     columns = columns_of(opened.schema, bundles.ROWS)
