@@ -52,7 +52,12 @@ def prepared(folder: Path, parts: dict[str, int] = PARTS) -> Prepared:
     """The folder, which it makes, as the first stage would leave it."""
     encodings = project().features
     folder.mkdir(parents=True)
-    summary: dict[str, Any] = {"data_version": "0" * 64, "rows": sum(parts.values()), "parts": {}}
+    summary: dict[str, Any] = {
+        "data_version": "0" * 64,
+        "rows": sum(parts.values()),
+        "labels": ["no", "yes"],
+        "parts": {},
+    }
     for seed, (part, number) in enumerate(parts.items()):
         frame = rows(number, seed)
         (folder / part).mkdir()
