@@ -1,4 +1,4 @@
-"""Small tables as people have them: what each is called, what is in it, and what becomes of it.
+"""Small tables as users have them, by a description: their content, and the refusal if there is one.
 
 The contract of all is AGE, a number that may be missing, TOWN, a category that may be missing, and the label
 BOUGHT, which is yes or no. `python -m tests.tables FOLDER` writes them all.
@@ -32,7 +32,7 @@ def ages() -> list[float]:
 
 
 def towns() -> list[str]:
-    """Different ones, so that rows are: equal rows are in the same part of a split."""
+    """Distinct towns, so that rows are distinct: equal rows are in the same part of a split."""
     return [f"{TOWNS[number % 4]} {number}" for number in range(NUM_ROWS)]
 
 
@@ -45,7 +45,7 @@ def columns(**changed: list[Any]) -> dict[str, list[Any]]:
 
 
 def some(values: list[Any], *others: Any) -> list[Any]:
-    """The values, every seventh of them one of the others in turn."""
+    """The values, with every seventh replaced by one of `others` in turn."""
     return [others[n // 7 % len(others)] if n % 7 == 3 else value for n, value in enumerate(values)]
 
 
@@ -77,10 +77,10 @@ class Table:
 
     files: dict[str, bytes]
     """By name."""
-    says: str = ""
-    """What the refusal says; empty: it is trained on."""
+    refusal: str = ""
+    """Text of the refusal; empty if the table can be trained on."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Keys of `data` that differ: `missing`, `label`, and `columns`, the names of AGE and TOWN."""
+    """Keys of `data` that differ: `missing`, `label`, and `columns`, the names of these two."""
 
     @property
     def format(self) -> str:
@@ -107,16 +107,16 @@ class Table:
         }
 
 
-def text(name: str, content: str, says: str = "", encoding: str = "utf-8", **settings: Any) -> Table:
-    return Table({name: content.encode(encoding)}, says, settings)
+def text(name: str, content: str, refusal: str = "", encoding: str = "utf-8", **settings: Any) -> Table:
+    return Table({name: content.encode(encoding)}, refusal, settings)
 
 
-def arrow(says: str = "", *, settings: dict[str, Any] | None = None, **changed: Any) -> Table:
-    return Table({"rows.parquet": parquet(**changed)}, says, settings or {})
+def arrow(refusal: str = "", *, settings: dict[str, Any] | None = None, **changed: Any) -> Table:
+    return Table({"rows.parquet": parquet(**changed)}, refusal, settings or {})
 
 
-def two(first: dict[str, Any], second: dict[str, Any], says: str = "") -> Table:
-    return Table({"a.parquet": parquet(**first), "b.parquet": parquet(**second)}, says)
+def two(first: dict[str, Any], second: dict[str, Any], refusal: str = "") -> Table:
+    return Table({"a.parquet": parquet(**first), "b.parquet": parquet(**second)}, refusal)
 
 
 def _trained() -> dict[str, Table]:
@@ -271,19 +271,19 @@ def _refused() -> dict[str, Table]:
 
 
 def read(table: Table, folder: Path) -> tuple[Data, pa.Table, pd.DataFrame]:
-    """The contract, the rows as they stand in the files, and as training reads them; without Ray."""
+    """The contract, the rows as stored in the files, and as training reads them; without Ray."""
     data = Data.model_validate(table.data(table.write(folder)))
     files = Files(data.source)
-    wanted = kinds(data)
-    types = files.check(wanted)
-    reader = files.reader(pa.schema([(name, types[name]) for name in wanted]))
+    columns = kinds(data)
+    types = files.check(columns)
+    reader = files.reader(pa.schema([(name, types[name]) for name in columns]))
     rows = pa.concat_tables(block for file in reader.files for block in reader.blocks(file))
     contract.require_no_violations(contract.violation_table(rows, data).to_pylist(), rows.num_rows)
     return data, rows, contract.conform(rows, data)[0]
 
 
-def asked(data: Data, rows: pa.Table) -> dict[str, list[Any]]:
-    """What a client sends of each column: numbers as numbers, all else as it stands in the file."""
+def requested(data: Data, rows: pa.Table) -> dict[str, list[Any]]:
+    """The columns of a request: numbers as numbers, all other values as in the file."""
 
     def number(value: Any) -> Any:
         if isinstance(value, str):

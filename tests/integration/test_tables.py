@@ -72,7 +72,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
     answers = pd.read_parquet(tmp_path / "answers")
     np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)
 
-    asked = tables.asked(data, rows)
+    asked = tables.requested(data, rows)
     question = json_rows.parse(orjson.dumps({"rows": as_rows(asked)}), Contract(bundle.schema, len(frame)))
     np.testing.assert_allclose(bundle.predict(question.columns), expected, atol=1e-6)
     given = api.predict(outcome, pd.DataFrame(asked, dtype=object))

@@ -1,4 +1,4 @@
-"""Each table is read, or refused with one line, and read the same by training and by every way to ask."""
+"""Each table is refused with one line, or read the same by training and by every kind of request."""
 
 import numpy as np
 import orjson
@@ -29,7 +29,7 @@ def names(trained) -> list[str]:
 
 @pytest.fixture(scope="module")
 def contract(trained, names) -> Contract:
-    """Of the model that would be trained on all of the rows."""
+    """The contract of a model trained on all rows."""
     data, _, frame = trained
     inputs = [
         Input(
@@ -43,68 +43,70 @@ def contract(trained, names) -> Contract:
 
 
 @pytest.fixture(scope="module")
-def asked(trained) -> dict[str, list]:
-    return tables.asked(*trained[:2])
+def requested(trained) -> dict[str, list]:
+    return tables.requested(*trained[:2])
 
 
-def same(columns, trained) -> None:
+def assert_same(columns, trained) -> None:
     for name, values in columns.items():
         np.testing.assert_array_equal(values, trained[2][name].to_numpy(), err_msg=name)
 
 
-def test_a_table_is_read_as_it_is_meant(trained):
-    """The first rows of all tables are the same, but for what their names say."""
+def test_a_table_is_read_completely(trained):
+    """All tables have the same rows, except for the difference in their name."""
     data, _, frame = trained
     assert len(frame) in (120, 240)
     assert frame["bought"].nunique() == 2
     assert set(frame["bought"][:6]) == {"yes", "no"} or data.label.positive == "1"
 
 
-def test_rows_of_json(trained, names, contract, asked):
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*asked.values(), strict=True)]
-    same(json_rows.parse(orjson.dumps({"rows": rows}), contract).columns, trained)
+def test_rows_of_json(trained, names, contract, requested):
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*requested.values(), strict=True)]
+    assert_same(json_rows.parse(orjson.dumps({"rows": rows}), contract).columns, trained)
 
 
-def test_tensors(trained, names, contract, asked):
+def test_tensors(trained, names, contract, requested):
     inputs = [
         {
             "name": name,
-            "shape": [len(asked[name]), 1],
+            "shape": [len(requested[name]), 1],
             "datatype": "FP64" if trained[0].columns[name].type == "number" else "BYTES",
-            "data": asked[name],
+            "data": requested[name],
         }
         for name in names
     ]
-    same(tensors.parse(orjson.dumps({"inputs": inputs}), None, contract).query.columns, trained)
+    assert_same(tensors.parse(orjson.dumps({"inputs": inputs}), None, contract).query.columns, trained)
 
 
-def test_tensors_of_grpc(trained, names, contract, asked):
-    """Types of memory have no null and no text for a number: NaN and the empty string are sent."""
+def test_tensors_of_grpc(trained, names, contract, requested):
+    """Typed tensors have no null and no text for a number: NaN and the empty string are sent."""
     inputs = []
     for name in names:
         if trained[0].columns[name].type == "number":
-            kind, values = "FP64", [v if isinstance(v, float | bool) else np.nan for v in asked[name]]
+            kind, values = "FP64", [v if isinstance(v, float | bool) else np.nan for v in requested[name]]
             contents = messages.InferTensorContents(fp64_contents=values)
         else:
             kind = "BYTES"
-            contents = messages.InferTensorContents(bytes_contents=[(v or "").encode() for v in asked[name]])
-        shape = [len(asked[name])]
+            contents = messages.InferTensorContents(
+                bytes_contents=[(v or "").encode() for v in requested[name]]
+            )
+        shape = [len(requested[name])]
         tensor = messages.ModelInferRequest.InferInputTensor
         inputs.append(tensor(name=name, datatype=kind, shape=shape, contents=contents))
     head, tail = grpc_tensors.to_http(messages.ModelInferRequest(model_name="m", inputs=inputs))
     body = orjson.dumps(head)
-    same(tensors.parse(body + tail, str(len(body)), contract).query.columns, trained)
+    assert_same(tensors.parse(body + tail, str(len(body)), contract).query.columns, trained)
 
 
-def test_tables_and_data_frames(trained, contract, asked):
+def test_tables_and_data_frames(trained, contract, requested):
     _, rows, _ = trained
     for name, cells in contract.schema.cells().items():
         values, faults = cells.read_column(rows[name], parse_text=True)
         assert faults == []
-        same({name: values}, trained)
-        values, faults = cells.read_series(pd.Series(asked[name], dtype=object))
+        assert_same({name: values}, trained)
+        values, faults = cells.read_series(pd.Series(requested[name], dtype=object))
         assert faults == []
-        same({name: values}, trained)
+        assert_same({name: values}, trained)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -112,8 +114,8 @@ def test_a_table_that_cannot_be_trained_on_is_refused_with_one_line(name, tmp_pa
     with pytest.raises(UserError) as caught:
         tables.read(REFUSED[name], tmp_path)
     (line,) = str(caught.value).splitlines()
-    assert REFUSED[name].says in line
+    assert REFUSED[name].refusal in line
 
 
-def test_there_are_enough():
+def test_there_are_many_tables():
     assert len(TRAINED) + len(REFUSED) >= 40

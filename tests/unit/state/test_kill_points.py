@@ -1,5 +1,5 @@
-"""What writes to the registry, the audit log and files, killed before each of its writes and done again:
-everything is whole, and as if it had not been killed. In processes of their own, forked."""
+"""Commands that write to the registry, the audit log and files are killed before each of their writes, in a
+forked process, and run again: the state is complete, and as if they had not been killed."""
 
 import shutil
 import subprocess
@@ -42,7 +42,7 @@ def key(tmp_path_factory):
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory, bundles):
     """State directories with none, one and two versions: the second is the challenger."""
-    found = {}
+    folders = {}
     for number in range(3):
         folder = tmp_path_factory.mktemp(f"versions-{number}") / "home"
         with pytest.MonkeyPatch.context() as patch:
@@ -54,44 +54,47 @@ def templates(tmp_path_factory, bundles):
                     registered(NAME, path, path.name)
 
             killer.fork(prepare)
-        found[number] = folder
-    return found
+        folders[number] = folder
+    return folders
 
 
 def state() -> dict[str, Any]:
-    """All that can have changed, without times and random names. Raises if anything is not whole."""
-    found: dict[str, Any] = {"versions": {}}
+    """All state that may have changed, without times and random names. Raises if any of it is incomplete."""
+    current: dict[str, Any] = {"versions": {}}
     for entry in versions.versions(NAME):
         version = versions.resolve(NAME, str(entry.version))
         Bundle(version.path).check_example()
         Bundle(Path(entry.source.removeprefix("file://")))
         require_passed(verify(version.path), NAME)
         signed = (version.path / signature.SIGNATURE).exists()
-        found["versions"][version.number] = [version.identity, list(version.aliases), signed]
+        current["versions"][version.number] = [version.identity, list(version.aliases), signed]
     with Audit() as audit:
-        found["audit"] = [[e.action, e.details["version"], e.details.get("alias")] for e in audit.entries()]
-    return found
+        current["audit"] = [[e.action, e.details["version"], e.details.get("alias")] for e in audit.entries()]
+    return current
 
 
-def unkilled(found: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same after a kill: to promote or sign again is another entry, to register is not."""
-    registered = [entry[1] for entry in found["audit"] if entry[0] == "register"]
+def without_repetitions(current: dict[str, Any]) -> dict[str, Any]:
+    """The part of the state that a kill must not change: promoting or signing again adds an entry,
+    registering does not."""
+    registered = [entry[1] for entry in current["audit"] if entry[0] == "register"]
     assert len(registered) == len(set(registered))
-    return {**found, "audit": sorted({str(entry) for entry in found["audit"]})}
+    return {**current, "audit": sorted({str(entry) for entry in current["audit"]})}
 
 
 class Killed:
-    """A command, killed before each of its writes."""
+    """Runs a command and kills it before each of its writes."""
 
     def __init__(self, template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         self._template = shutil.copytree(template, tmp_path / "template")
-        # The registry holds absolute paths, so the state directory keeps its own.
+        # The registry stores absolute paths, so the state directory must keep its path.
         self.home = template
         self._log = tmp_path / "writes"
         monkeypatch.setenv("RAYLWAY_HOME", str(template))
 
-    def each(self, command: Callable[[], Any], check: Callable[[dict[str, Any]], None] | None = None) -> int:
-        """Returns how many writes there were."""
+    def kill_at_each_write(
+        self, command: Callable[[], Any], check: Callable[[dict[str, Any]], None] | None = None
+    ) -> int:
+        """Returns the number of writes."""
         killer.fork(command, killer.Watcher([self.home], log=self._log))
         expected = killer.fork(state)
         if check:
@@ -100,8 +103,10 @@ class Killed:
         for number in range(1, len(writes) + 1):
             self._restore()
             assert killer.fork(command, killer.Watcher([self.home], number)) is None, "it was not killed"
-            found = killer.fork(lambda: (command(), state())[1])
-            assert unkilled(found) == unkilled(expected), f"killed before {writes[number - 1]}"
+            current = killer.fork(lambda: (command(), state())[1])
+            assert without_repetitions(current) == without_repetitions(expected), (
+                f"killed before {writes[number - 1]}"
+            )
         self._restore()
         return len(writes)
 
@@ -117,27 +122,27 @@ def killed(templates, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_first_registration(killed, bundles):
-    def check(found: dict[str, Any]) -> None:
-        ((_, aliases, _),) = found["versions"].values()
+    def check(current: dict[str, Any]) -> None:
+        ((_, aliases, _),) = current["versions"].values()
         assert aliases == [CHAMPION]
 
-    assert killed(0).each(lambda: registered(NAME, bundles[0]).number, check) >= 8
+    assert killed(0).kill_at_each_write(lambda: registered(NAME, bundles[0]).number, check) >= 8
 
 
 @pytest.mark.slow
 def test_the_registration_of_a_challenger(killed, bundles):
-    def check(found: dict[str, Any]) -> None:
-        assert [v[1] for v in found["versions"].values()] == [[CHALLENGER], [CHAMPION]]
+    def check(current: dict[str, Any]) -> None:
+        assert [v[1] for v in current["versions"].values()] == [[CHALLENGER], [CHAMPION]]
 
-    assert killed(1).each(lambda: registered(NAME, bundles[1], "second").number, check) >= 6
+    assert killed(1).kill_at_each_write(lambda: registered(NAME, bundles[1], "second").number, check) >= 6
 
 
 def test_promote(killed):
-    assert killed(2).each(lambda: promotion.promote(NAME, "2").number) >= 2
+    assert killed(2).kill_at_each_write(lambda: promotion.promote(NAME, "2").number) >= 2
 
 
 def test_sign(killed, key):
-    def check(found: dict[str, Any]) -> None:
-        assert [v[2] for v in found["versions"].values()] == [False, True]
+    def check(current: dict[str, Any]) -> None:
+        assert [v[2] for v in current["versions"].values()] == [False, True]
 
-    assert killed(2).each(lambda: versions.sign(NAME, CHAMPION, key).number, check) >= 2
+    assert killed(2).kill_at_each_write(lambda: versions.sign(NAME, CHAMPION, key).number, check) >= 2
