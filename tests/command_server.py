@@ -1,8 +1,8 @@
-"""Commands of Raylway for tests, in processes that do not import anything any more.
+"""Commands of Raylway in processes that do not import anything any more.
 
 Importing Ray, PyTorch and MLflow takes a command four seconds. Here one process imports them, in the
-environment that a command gives itself, and forks for each command. That a command also starts without it is
-shown by the tests that start `python -m app` themselves.
+environment that a command gives itself, and forks for each command. Tests that start `python -m app`
+themselves show that a command also runs without it.
 """
 
 import json
@@ -15,47 +15,83 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
 
 ROOT = Path(__file__).parents[1]
-START_S = 120.0
+START_TIMEOUT_S = 120.0
+"""Maximum time for the imports, and for a fork."""
+
+
+class Process:
+    """A command under way; like subprocess.Popen, but it is killed at the end of a `with` block."""
+
+    def __init__(self, arguments: Sequence[str], connection: socket.socket, stdout: IO[str] | None = None):
+        self._arguments = list(arguments)
+        self._connection = connection
+        self._answers = connection.makefile()
+        self.stdout = stdout
+        self.pid = int(self._answers.readline())
+        self.returncode: int | None = None
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """The exit code, negative for a signal. Raises subprocess.TimeoutExpired."""
+        if self.returncode is None:
+            self._connection.settimeout(timeout_s)
+            try:
+                self.returncode = int(self._answers.readline())
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self._arguments, timeout_s) from None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.returncode is None:
+            self.kill()
+        self._answers.close()
+        self._connection.close()
+        if self.stdout:
+            self.stdout.close()
 
 
 class CommandServer:
-    """Runs commands from forks of a process of its own, which ends with `close`."""
+    """A process that forks for each command. It ends with `close`, or with the process that made it."""
 
     def __init__(self, env: Mapping[str, str], folder: Path):
         self._path = str(folder / "server.sock")
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(self._path)
-        listener.listen()
-        with listener:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._path)
+            listener.listen()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.command_server", str(listener.fileno())],
                 cwd=ROOT, env=dict(env), pass_fds=[listener.fileno()], stdin=subprocess.PIPE,
             )  # fmt: skip
 
+    def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> Process:
+        """Start a command whose output and errors are the lines of `stdout`."""
+        reader, writer = os.pipe()
+        connection = self._request(arguments, env, writer, writer)
+        os.close(writer)
+        return Process(arguments, connection, os.fdopen(reader))
+
     def run(
         self, arguments: Sequence[str], env: Mapping[str, str], timeout_s: float
     ) -> subprocess.CompletedProcess:
         """Run a command to its end. Raises subprocess.TimeoutExpired, and kills it, if it takes longer."""
-        with (
-            socket.socket(socket.AF_UNIX) as connection,
-            tempfile.TemporaryFile() as output,
-            tempfile.TemporaryFile() as errors,
-        ):
-            connection.settimeout(START_S)
-            connection.connect(self._path)
-            request = json.dumps([arguments, dict(env)]).encode()
-            socket.send_fds(connection, [len(request).to_bytes(4)], [output.fileno(), errors.fileno()])
-            connection.sendall(request)
-            answers = connection.makefile()
-            pid = int(answers.readline())
-            connection.settimeout(timeout_s)
-            try:
-                code = int(answers.readline())
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(list(arguments), timeout_s) from None
+        with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+            connection = self._request(arguments, env, output.fileno(), errors.fileno())
+            with Process(arguments, connection) as process:
+                code = process.wait(timeout_s)
             texts = []
             for file in (output, errors):
                 file.seek(0)
@@ -64,6 +100,18 @@ class CommandServer:
 
     def close(self) -> None:
         self._process.communicate()
+
+    def _request(
+        self, arguments: Sequence[str], env: Mapping[str, str], output: int, errors: int
+    ) -> socket.socket:
+        """Have a command started that writes to these files; the answers come over the socket."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(START_TIMEOUT_S)
+        connection.connect(self._path)
+        request = json.dumps([arguments, dict(env)]).encode()
+        socket.send_fds(connection, [len(request).to_bytes(4)], [output, errors])
+        connection.sendall(request)
+        return connection
 
 
 def _import() -> None:
@@ -77,7 +125,7 @@ def _import() -> None:
         import app.jobs.pipeline
         import app.jobs.predict
         import app.jobs.serve
-        import app.tuning.tuner  # noqa: F401
+        import app.jobs.sweep  # noqa: F401
 
 
 def _receive(connection: socket.socket) -> tuple[list[str], dict[str, str], list[int]]:
@@ -92,8 +140,10 @@ def _receive(connection: socket.socket) -> tuple[list[str], dict[str, str], list
 
 
 def _serve(listener: socket.socket) -> list[str]:
-    """Fork for each command, and return its arguments in the process that is to run it. In this process, exit
-    when standard input ends, which is when the test run has ended."""
+    """Fork for each command, and return its arguments in the process that is to run it.
+
+    This process itself exits when its standard input ends, which is when the test run has ended.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended children leave no zombies
     while True:
         if sys.stdin in select.select([listener, sys.stdin], [], [])[0]:
@@ -105,6 +155,8 @@ def _serve(listener: socket.socket) -> list[str]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             arguments, env, files = _receive(connection)
             if pid := os.fork():
+                for file in files:
+                    os.close(file)  # a pipe ends when the command closes it
                 connection.sendall(f"{pid}\n".encode())
                 _, status = os.waitpid(pid, 0)
                 connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())

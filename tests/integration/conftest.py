@@ -12,7 +12,7 @@ import pytest
 from app.cluster import local
 from app.cluster.session import session
 from tests import postgres
-from tests.command_server import CommandServer
+from tests.command_server import CommandServer, Process
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,15 +54,31 @@ def ray_cluster(reach):
 
 
 @pytest.fixture(scope="session")
-def raylway(reach, home, tmp_path_factory):
-    """Run a command on the shared cluster; `env` adds to the environment. See tests/command_server.py."""
-    commands = CommandServer(dict(os.environ), tmp_path_factory.mktemp("commands"))
+def command_server(reach, tmp_path_factory):
+    """See tests/command_server.py."""
+    server = CommandServer(os.environ, tmp_path_factory.mktemp("commands"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def raylway(command_server, home):
+    """Run a command on the shared cluster; `env` adds to the environment."""
 
     def run(*arguments: str, timeout: float = 180, **env: str) -> subprocess.CompletedProcess:
-        return commands.run(arguments, {**os.environ, "RAYLWAY_HOME": str(home), **env}, timeout)
+        return command_server.run(arguments, {**os.environ, "RAYLWAY_HOME": str(home), **env}, timeout)
 
-    yield run
-    commands.close()
+    return run
+
+
+@pytest.fixture(scope="session")
+def started(command_server, home):
+    """Start a command on the shared cluster, for a `with` block that follows its output."""
+
+    def start(*arguments: str) -> Process:
+        return command_server.start(arguments, {**os.environ, "RAYLWAY_HOME": str(home)})
+
+    return start
 
 
 @pytest.fixture

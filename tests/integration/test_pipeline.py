@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import numpy as np
@@ -32,20 +32,6 @@ LINEAR = ("--set", "model={kind: linear}")
 def trained(raylway):
     """Both candidates of the smoke project, trained by the command: the linear one first."""
     return [raylway("train", "configs/smoke.yaml", *overrides, timeout=300) for overrides in (LINEAR, ())]
-
-
-@contextmanager
-def started(home, *command):
-    """A command that runs while the test looks on; killed if the test fails."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "app", *command],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYLWAY_HOME": str(home)},
-    ) as process:  # fmt: skip
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
 
 
 def test_the_first_version_becomes_champion_the_second_challenger(trained):
@@ -97,15 +83,14 @@ def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
     assert "version 3" not in raylway("versions", "smoke").stdout
 
 
-def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, home, ray_cluster):
+def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, started, ray_cluster):
     """SIGKILL of the command in the middle of training; the same command again ends the same run."""
-
     command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
-    with started(home, *command) as process:
+    with started(*command) as process:
         for line in process.stdout:
             if "epoch 2/6" in line:
                 process.kill()
-    assert process.returncode == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
     again = raylway(*command)
     assert again.returncode == 0, again.stdout
     assert "resumed" in again.stdout
@@ -125,14 +110,17 @@ def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home)
     alone.mkdir()
     for name in ("mlflow.db", "artifacts"):
         (alone / name).symlink_to(home / name)
-    command = ["serve", "configs/smoke.yaml", "--set", f"serving.port={port}"]
-    with started(alone, *command) as process:
-        said = []
+    with subprocess.Popen(
+        [sys.executable, "-m", "app", "serve", "configs/smoke.yaml", "--set", f"serving.port={port}"],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYLWAY_HOME": str(alone)},
+    ) as process, ExitStack() as stack:  # fmt: skip
+        stack.callback(process.kill)  # if the test fails
+        lines = []
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             if "Ctrl-C" in line:
                 break
-        curl = next(line for line in said if line.startswith("curl"))
+        curl = next(line for line in lines if line.startswith("curl"))
         answer = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, check=True)
         assert '"variant"' in answer.stdout
         assert httpx.get(f"http://127.0.0.1:{port}/v2/health/ready").status_code == 200

@@ -348,23 +348,15 @@ def test_two_sweeps_of_one_study_cannot_run_at_once(ray_cluster, raylway):
 # Who is killed
 
 
-@contextlib.contextmanager
-def sweeping(home, *overrides: str):
-    """`raylway sweep` in a process."""
-    sets = [argument for override in overrides for argument in ("--set", override)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "app", "sweep", SMOKE, *sets],
-        cwd=ROOT,
-        env={**os.environ, "RAYLWAY_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        bufsize=1,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+@pytest.fixture
+def sweeping(started):
+    """Start `raylway sweep` with overrides, for a `with` block that follows its output."""
+
+    def start(*overrides: str):
+        sets = (argument for override in overrides for argument in ("--set", override))
+        return started("sweep", SMOKE, *sets)
+
+    return start
 
 
 def finished(study: optuna.Study) -> list[int]:
@@ -378,12 +370,12 @@ def finished(study: optuna.Study) -> list[int]:
         *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT)),
     ],
 )
-def test_a_stopped_sweep_resumes_with_the_same_trials(home, reach, how):
+def test_a_stopped_sweep_resumes_with_the_same_trials(sweeping, how):
     name = f"stopped-{how.name.lower()}"
-    overrides = [f"sweep.study={name}", "sweep.trials=6", "training.epochs=30"]
-    with sweeping(home, *overrides) as process:
+    overrides = [f"sweep.study={name}", "sweep.trials=4", "training.epochs=30"]
+    with sweeping(*overrides) as process:
         for line in process.stdout:
-            if "trial " in line and "(2/6)" in line:
+            if "trial " in line and "(2/4)" in line:
                 break
         process.send_signal(how)
         rest = process.stdout.read()
@@ -392,13 +384,13 @@ def test_a_stopped_sweep_resumes_with_the_same_trials(home, reach, how):
         assert code == 128 + how
         assert "run the command again to continue" in rest
     before = {t.number: (t.state, t.values) for t in studies.load(name).trials if t.state.is_finished()}
-    assert 2 <= len(before) < 6
-    with sweeping(home, *overrides) as process:
+    assert 2 <= len(before) < 4
+    with sweeping(*overrides) as process:
         output = process.stdout.read()
         assert process.wait(10) == 0, output
     study = studies.load(name)
-    assert len(study.trials) == 6
-    assert finished(study) == list(range(6))
+    assert len(study.trials) == 4
+    assert finished(study) == list(range(4))
     assert before.items() <= {t.number: (t.state, t.values) for t in study.trials}.items()
 
 
@@ -431,7 +423,7 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, reach):
+def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(sweeping):
     """SIGKILL at seeded moments; what is stored in the end are forty trials, each finished once."""
     import random
 
@@ -439,7 +431,7 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(home, r
     overrides = ["sweep.study=forty", "sweep.trials=40", "training.epochs=25"]
     ends: dict[int, tuple] = {}
     for kill in range(4):
-        with sweeping(home, *overrides) as process:
+        with sweeping(*overrides) as process:
             if kill < 3:
                 for line in process.stdout:
                     if "trial " in line:

@@ -54,5 +54,6 @@ def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, fil
     Bundle(smaller.path).check_example()
     assert (smaller.path / "model.onnx").stat().st_size < (version.path / "model.onnx").stat().st_size
 
-    frozen = raylway("train", str(file), "--set", "model.freeze=true", "--set", "gate.beat=[]", timeout=300)
+    overrides = ("--set", "model.freeze=true", "--set", "gate.beat=[]", "--set", "training.epochs=1")
+    frozen = raylway("train", str(file), *overrides, timeout=300)
     assert "text_classifier, 2 Horovod workers" in frozen.stdout, frozen.stdout + frozen.stderr

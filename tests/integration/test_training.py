@@ -4,14 +4,11 @@ import json
 import math
 import re
 import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 
 from app.config import projectfile
-from tests.integration.conftest import ROOT, Ranks
+from tests.integration.conftest import Ranks
 
 pytestmark = [
     pytest.mark.integration,
@@ -201,33 +198,26 @@ def test_many_settings_at_once_and_a_timeline(prepared, ranks, uninterrupted):
 LONG = ("data.source.limit=4000", "training.batch_size=8", "training.epochs=60")
 
 
-@contextmanager
-def started(home, *overrides: str):
-    """`raylway train`, while the test looks on; killed if the test fails."""
-    import os
+@pytest.fixture
+def training(started):
+    """Start `raylway train` with overrides, for a `with` block that follows its output."""
 
-    command = [sys.executable, "-m", "app", "train", "configs/smoke.yaml"]
-    for override in overrides:
-        command += ["--set", override]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYLWAY_HOME": str(home)}
-    ) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
+    def start(*overrides: str):
+        sets = (argument for override in overrides for argument in ("--set", override))
+        return started("train", "configs/smoke.yaml", *sets)
+
+    return start
 
 
 @pytest.mark.slow
-def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home, ray_cluster):
+def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(training, ray_cluster):
     from app.data.prepare import prepare
     from app.training import trainer
 
     project = projectfile.load("configs/smoke.yaml", [*LONG, "name=stopped"])
     places = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        with started(home, *LONG, "name=stopped") as process:
+        with training(*LONG, "name=stopped") as process:
             output = []
             for line in process.stdout:
                 output.append(line)
@@ -250,7 +240,7 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home,
             notes = (f"going on from epoch {epoch}, step {step} of", f"going on from epoch {epoch + 1}, 2")
             assert any(note in line for line in output for note in notes), output
     assert (1, 0) < places[0] < places[1] < (60, 200)
-    with started(home, *LONG, "name=stopped") as process:
+    with training(*LONG, "name=stopped") as process:
         output = process.stdout.readlines()
         assert process.wait(120) in (0, 3), "".join(output)
     prepared = prepare(project)
@@ -259,7 +249,7 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(home,
     check_same(history, train(project, prepared).history)
 
 
-def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(home, prepared):
+def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(training, prepared):
     """No rank ever starts: an actor holds all CPUs but one, and preparing data takes that one."""
     import ray
 
@@ -271,7 +261,7 @@ def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(home
     greedy = Greedy.remote()
     ray.get(greedy.ready.remote())
     try:
-        with started(home, *SMALL, "training.epochs=5", "name=twice") as process:
+        with training(*SMALL, "training.epochs=5", "name=twice") as process:
             for line in process.stdout:
                 if "waiting for 2 CPUs" in line:
                     break

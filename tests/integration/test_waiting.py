@@ -1,8 +1,6 @@
 """Commands beside a served endpoint, on a cluster that has no more CPUs than this machine."""
 
-import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -75,28 +73,19 @@ def table(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_predict_says_what_it_waits_for_and_one_signal_ends_it(greedy, home, bundle, table, tmp_path, number):
-    command = [sys.executable, "-m", "app", "predict", str(bundle), "--input", str(table)]
-    environment = {**os.environ, "RAYLWAY_HOME": str(home)}
-    with subprocess.Popen(
-        [*command, "--output", str(tmp_path / "answers")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as process:
-        try:
-            for line in process.stdout:
-                if "waiting for 1 CPUs" in line:
-                    break
-            time.sleep(2)  # into Ray Data's own waiting
-            process.send_signal(number)
-            assert process.wait(60) == 128 + number
-        except BaseException:
-            process.kill()
-            raise
+def test_predict_says_what_it_waits_for_and_one_signal_ends_it(
+    greedy, started, bundle, table, tmp_path, number
+):
+    output = tmp_path / "answers"
+    with started("predict", str(bundle), "--input", str(table), "--output", str(output)) as process:
+        for line in process.stdout:
+            if "waiting for 1 CPUs" in line:
+                break
+        time.sleep(2)  # until Ray Data itself waits
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
     assert "other commands" in line
-    assert not (tmp_path / "answers").exists()
+    assert not output.exists()
 
 
 def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, monkeypatch):
