@@ -1,4 +1,4 @@
-"""One cluster for all integration tests: started by `up`, joined by this process and by the commands."""
+"""One cluster for all integration tests: `up` starts it, this process and the commands join it."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYLWAY_HOME", str(path))
-        # Tests take endpoints off and put others on; nobody is waiting for a drained answer.
+        # Tests undeploy endpoints often, and no client waits for the drain.
         patch.setenv("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
         patch.delenv("RAY_ADDRESS", raising=False)
         yield path
@@ -41,14 +41,14 @@ def server():
 
 @pytest.fixture(scope="session")
 def reach(home):
-    """How to reach the cluster, as `raylway up` says it."""
+    """The shared cluster, as `up` returns it."""
     yield local.up()
     local.down()
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(reach):
-    """This process, joined to the cluster."""
+    """Joins this process to the shared cluster."""
     with session(log_to_driver=False):
         yield
 
@@ -83,12 +83,12 @@ def started(command_server, home):
 
 @pytest.fixture
 def replicas(reach):
-    """The processes of an application of Ray Serve, those of them that live."""
+    """The live replica processes of an application of Ray Serve."""
 
     def of(application: str) -> list[psutil.Process]:
         found = []
         for process in psutil.Process(reach.cluster.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+            with contextlib.suppress(psutil.Error):  # it has ended in the meantime
                 if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
                     found.append(process)
         return found

@@ -1,4 +1,4 @@
-"""The demo, whole, in a state directory of its own."""
+"""`raylway demo` with a state directory of its own."""
 
 import os
 import re
@@ -23,27 +23,27 @@ def demo(home) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def scores(said: str) -> dict[str, float]:
+def scores(output: str) -> dict[str, float]:
     """The AUC of each row of the summary's table."""
-    return {name: float(value) for name, value in re.findall(r"│ ([\w :]+?) +│ (0\.\d{4})", said)}
+    return {name: float(value) for name, value in re.findall(r"│ ([\w :]+?) +│ (0\.\d{4})", output)}
 
 
 def test_demo(tmp_path):
     done = demo(tmp_path)
-    said = done.stdout
-    assert done.returncode == 0, said + done.stderr
-    assert len(said.splitlines()) < 80
-    auc = scores(said)
+    output = done.stdout
+    assert done.returncode == 0, output + done.stderr
+    assert len(output.splitlines()) < 80
+    auc = scores(output)
     assert auc["challenger: mlp"] >= 0.905
     assert auc["challenger: mlp"] > auc["logistic regression"] > auc["constant"]
-    assert "income version 1 (champion)" in said
-    assert "income version 2 (challenger)" in said
-    assert re.search(r"champion (4|5)\d\.\d%, challenger (4|5)\d\.\d% of 400 units; 0 units changed", said)
-    assert "0 of 1200 requests failed" in said
-    assert "curl -s http://127.0.0.1:8000/v2/models/income/predict" in said
+    assert "income version 1 (champion)" in output
+    assert "income version 2 (challenger)" in output
+    assert re.search(r"champion (4|5)\d\.\d%, challenger (4|5)\d\.\d% of 400 units; 0 units changed", output)
+    assert "0 of 1200 requests failed" in output
+    assert "curl -s http://127.0.0.1:8000/v2/models/income/predict" in output
     log = tmp_path / "demo" / "logs"
     assert any(f.stat().st_size for f in log.glob("demo-*.log"))
-    # Nothing of Ray's is left: its processes carry the demo's state directory in their environment.
+    # No process of Ray is left: each has the demo's state directory in its environment.
     assert not [p for p in psutil.process_iter() if belongs(p, tmp_path / "demo")]
 
 
@@ -55,8 +55,8 @@ def belongs(process: psutil.Process, home: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_demo_again_gives_the_same_models(tmp_path):
-    """It trains anew each time, in the same place, and ends with the same scores."""
+def test_a_second_demo_trains_the_same_models(tmp_path):
+    """A second run in the same state directory trains again, to the same scores."""
     first, second = demo(tmp_path), demo(tmp_path)
     assert first.returncode == second.returncode == 0
     epochs = projectfile.load("configs/income.yaml").training.epochs

@@ -1,4 +1,4 @@
-"""Training as a Ray Job, sent by Ray's own command."""
+"""Training as a Ray Job, submitted with `ray job submit`."""
 
 import os
 import subprocess
@@ -30,13 +30,13 @@ def test_a_job_trains_and_registers(reach, home):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "job version 1 (champion)" in done.stdout
     assert "epoch 2/2" in done.stdout
-    # In the state directory of the cluster, not in the job's working directory.
+    # It is in the state directory of the cluster, not in the job's working directory.
     from app.registry import versions
 
     assert versions.resolve("job", "champion").path.is_relative_to(home)
 
 
-def test_a_job_that_fails_says_so(reach):
+def test_a_job_that_fails_makes_submit_fail_with_its_message(reach):
     failed = submit(reach, "python", "-m", "app", "train", "configs/smoke.yaml", "--set", "training.epochs=0")
     assert failed.returncode != 0
     assert "training.epochs: must be at least 1" in failed.stdout

@@ -1,4 +1,4 @@
-"""A model's life through the commands, as a user gives them."""
+"""Commands from training to promotion and predictions, and what they refuse."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def trained(raylway):
     return [raylway("train", "configs/smoke.yaml", *overrides, timeout=300) for overrides in (LINEAR, ())]
 
 
-def test_the_first_version_becomes_champion_the_second_challenger(trained):
+def test_the_first_version_is_the_champion_and_the_second_the_challenger(trained):
     first, second = trained
     assert first.returncode == 0, first.stdout + first.stderr
     assert second.returncode == 0, second.stdout + second.stderr
@@ -45,7 +45,7 @@ def test_the_first_version_becomes_champion_the_second_challenger(trained):
     assert "(done before)" in next(line for line in second.stdout.splitlines() if "prepare" in line)
 
 
-def test_what_was_done_is_not_done_again(trained, raylway):
+def test_a_repeated_command_repeats_no_stage(trained, raylway):
     again = raylway("train", "configs/smoke.yaml")
     assert again.returncode == 0, again.stdout
     assert "epoch" not in again.stdout
@@ -68,7 +68,7 @@ def test_the_run_is_in_mlflow_with_its_epochs_and_bundle(trained, ray_cluster):
     assert [m.step for m in client.get_metric_history(run.info.run_id, "validation_auc")] == [0, 1, 2]
 
 
-def test_a_training_that_diverges_says_what_to_change(raylway):
+def test_a_training_that_diverges_names_the_key_to_change(raylway):
     diverged = raylway("train", "configs/smoke.yaml", "--set", "training.learning_rate=1e30")
     assert diverged.returncode == 2, diverged.stdout + diverged.stderr
     assert "the training diverged in epoch 1" in diverged.stderr
@@ -83,8 +83,8 @@ def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
     assert "version 3" not in raylway("versions", "smoke").stdout
 
 
-def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, started, ray_cluster):
-    """SIGKILL of the command in the middle of training; the same command again ends the same run."""
+def test_a_killed_command_resumes_its_mlflow_run(raylway, started, ray_cluster):
+    """SIGKILL during training; the same command completes the same run."""
     command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
     with started(*command) as process:
         for line in process.stdout:
@@ -103,9 +103,9 @@ def test_a_killed_driver_goes_on_with_its_mlflow_run(raylway, started, ray_clust
 
 
 def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home):
-    """`raylway serve` without a cluster that lasts: its own Ray, until SIGINT."""
+    """Without a cluster of `up`, `raylway serve` starts its own, and ends it at SIGINT."""
     port = free_ports(1)[0]
-    # The same registry, but no cluster of `raylway up` in sight.
+    # The same registry, but no record of the shared cluster.
     alone = tmp_path / "home"
     alone.mkdir()
     for name in ("mlflow.db", "artifacts"):
@@ -141,8 +141,8 @@ def test_promote_moves_the_champion(trained, raylway):
     assert "no version '9'" in missing.stderr
 
 
-def test_the_champion_is_judged_on_rows_that_it_was_not_trained_on(ray_cluster):
-    """Another seed and one more column leave the parts as they are."""
+def test_the_champion_is_evaluated_on_rows_that_it_was_not_trained_on(ray_cluster):
+    """Another seed and one more column do not change the split."""
     from app.console import Console
     from app.jobs import pipeline
 
@@ -199,7 +199,7 @@ def source(path):
 
 @contextmanager
 def nothing_left(home):
-    """Nothing half-written stays behind."""
+    """The block leaves no new folder of a stage."""
     before = sorted((home / "stages" / "prepare").glob("*"))
     yield
     assert sorted((home / "stages" / "prepare").glob("*")) == before
@@ -224,7 +224,7 @@ def test_bad_file(case, raylway, home, tmp_path):
 
 @pytest.mark.parametrize("case", BAD_FRAMES)
 def test_bad_data(case, ray_cluster, home, tmp_path):
-    """In this process: the tests beside this one show what a command makes of it."""
+    """In this process; `test_bad_file` checks what a command prints."""
     from app.data.prepare import prepare
 
     change, message = BAD_FRAMES[case]
@@ -243,7 +243,7 @@ def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
     )
 
 
-def test_csv_is_prepared_as_parquet_is(ray_cluster, tmp_path):
+def test_csv_and_parquet_are_prepared_alike(ray_cluster, tmp_path):
     from app.data.prepare import prepare
 
     frame().to_parquet(tmp_path / "data.parquet")
@@ -271,13 +271,13 @@ def test_a_tampered_bundle_is_not_served(raylway, home, trained):
     assert "schema.json was changed" in refused.stderr
 
 
-def test_serving_what_was_never_trained(raylway):
+def test_serve_refuses_a_model_without_versions(raylway):
     refused = raylway("serve", "configs/smoke.yaml", "--set", "name=unheard-of")
     assert refused.returncode == 2
     assert "train one first" in refused.stderr
 
 
-def test_a_table_is_answered_as_the_bundle_answers(trained, raylway, home, tmp_path):
+def test_predict_gives_the_predictions_of_the_bundle(trained, raylway, home, tmp_path):
     from app.bundle.bundle import Bundle
     from app.bundle.schema import columns_of
     from app.registry import versions

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server holds the studies, MLflow's tables, and what happens in production."""
+"""PostgreSQL stores studies, MLflow's tables, the audit log, predictions and feedback."""
 
 import asyncio
 import threading
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def database(server, ray_cluster, monkeypatch):
-    """`$RAYLWAY_DATABASE_URL`, as people write it."""
+    """RAYLWAY_DATABASE_URL, with the scheme that users write."""
     url = server.url().replace("postgresql+psycopg", "postgresql")
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", url)
     return url
@@ -92,7 +92,7 @@ def at_once(function, times=4):
         thread.join()
 
 
-def test_what_happens_in_production_is_kept_once(database):
+def test_predictions_and_feedback_are_stored_once(database):
     verdicts = []
 
     def say():
@@ -115,7 +115,7 @@ def test_what_happens_in_production_is_kept_once(database):
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_whatever_was_asked_comes_back(database, text):
+def test_a_request_of_any_text_is_stored_unchanged(database, text):
     records = Records()
     asked = awkward(text)
     add(records, asked)
@@ -123,7 +123,7 @@ def test_whatever_was_asked_comes_back(database, text):
     records.close()
 
 
-def test_the_audit_log_is_one_chain_whoever_writes(database):
+def test_concurrent_writers_make_one_chain_of_the_audit_log(database):
     def write():
         mine = Audit()
         for _ in range(10):
@@ -142,7 +142,7 @@ def test_the_audit_log_is_one_chain_whoever_writes(database):
     audit.close()
 
 
-def test_a_lock_of_the_database_keeps_others_out(database):
+def test_a_lock_of_the_database_is_exclusive(database):
     order = []
 
     def count():
@@ -159,7 +159,7 @@ def test_a_lock_of_the_database_keeps_others_out(database):
     assert order == ["in", "out"] * 4
 
 
-def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_again(database, server):
+def test_predictions_wait_for_a_crashed_server_and_feedback_must_be_sent_again(database, server):
     recorder = Recorder(Records(), 1000)
 
     async def tell(request_id):
@@ -170,7 +170,7 @@ def test_predictions_wait_for_a_server_that_crashed_and_feedback_is_asked_for_ag
 
     try:
         recorder.add(prediction("before", model="crash"))
-        recorder.add(prediction("nul", model="crash", unit="\0"))  # which PostgreSQL does not take
+        recorder.add(prediction("nul", model="crash", unit="\0"))  # which PostgreSQL rejects
         assert asyncio.run(tell("c1")) == FeedbackStatus.STORED
         server.stop()
         try:
@@ -211,8 +211,8 @@ def test_the_tables_of_an_older_raylway_are_upgraded(server, monkeypatch):
     records.close()
 
 
-def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch):
-    """Its processes are stopped: the kernel goes on accepting connections for them."""
+def test_a_server_that_does_not_answer_ends_in_an_error(server, database, monkeypatch):
+    """Its processes are stopped, but the kernel still accepts connections for them."""
     monkeypatch.setattr("app.state.engine.STATEMENT_TIMEOUT_S", 1.0)
     records = Records()
     add(records, prediction("hangs", model="hang"))
@@ -220,7 +220,7 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
     versions, storage = connection.client(), studies._storage()
     versions.search_registered_models()
     with server.frozen():
-        # Each makes an engine of its own: MLflow, then Optuna.
+        # MLflow and Optuna have their own engines.
         with pytest.raises(MlflowException, match=r"timeout expired|does not answer"):
             versions.search_registered_models()
         with pytest.raises(StorageInternalError):
@@ -239,7 +239,7 @@ def test_a_server_that_never_answers_hangs_nobody(server, database, monkeypatch)
     records.close()
 
 
-def test_a_server_that_is_not_there_is_said(database, server, monkeypatch):
+def test_a_server_that_is_down_is_an_error(database, server, monkeypatch):
     monkeypatch.setattr(studies, "WAIT_S", 2.0)
     server.stop()
     try:

@@ -1,4 +1,4 @@
-"""A recommender's life: interactions, two Horovod workers, the gate, and answers over HTTP."""
+"""A recommender from interactions to recommendations: two Horovod workers, the gate, and HTTP."""
 
 import json
 
@@ -40,7 +40,7 @@ serving:
 
 @pytest.fixture(scope="module")
 def rows():
-    """Users of two kinds, each of whom had 12 of the 20 items of their kind, at times that often tie."""
+    """Users of two kinds, each with 12 of the 20 items of their kind, at times that often tie."""
     random = np.random.default_rng(0)
     return [
         (f"u{user}", f"i{item + user % 2 * NUM_ITEMS // 2}", place // 2)
@@ -90,9 +90,9 @@ def _ask(client: httpx.Client, rows: list[tuple[str, str, int]]) -> None:
     assert (known["known"], new["known"]) == (True, False)
     assert len(known["items"]) == len(new["items"]) == 5
     of_kind = [f"i{item + NUM_ITEMS // 2}" for item in range(NUM_ITEMS // 2)]
-    assert set(known["items"]) <= set(of_kind), "of the user's own kind"
+    assert set(known["items"]) <= set(of_kind), "items of the other kind"
     had = [what for who, what, when in rows if who == "u3" and when < 5]
-    assert not set(known["items"]) & set(had), "what the user has had is left out"
+    assert not set(known["items"]) & set(had), "items that the user has had"
 
     request = {
         "inputs": [{"name": "who", "datatype": "BYTES", "shape": [1, 1], "data": ["u3"]}],

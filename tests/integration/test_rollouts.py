@@ -1,4 +1,4 @@
-"""Changing what an endpoint serves while clients ask it: weights, versions, shadows, workers."""
+"""Changes of an endpoint under requests: weights, versions, shadows, workers."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.integration.conftest import ROOT
 
 pytestmark = [
     pytest.mark.integration,
-    # Ray Serve's own, when it is imported.
+    # Ray Serve's imports raise these.
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
@@ -47,7 +47,7 @@ def bundles(tmp_path_factory):
 
 
 def of(bundles, **variants) -> Traffic:
-    """Versions by variant: `champion=("1", 75)`, or with what else there is to say of it."""
+    """A traffic of variants: `champion=("1", 75)` is version and weight; a third item has further fields."""
     return Traffic(
         salt="test",
         policy="weighted",
@@ -83,14 +83,14 @@ def url(ray_cluster, serving, both):
 
 @pytest.fixture
 def served(url, serving, both):
-    """The endpoint as it was at first."""
+    """The endpoint with the variants of `both`, as deployed at first."""
     deploy.deploy(serving, NAME, both)
     return url
 
 
 @contextmanager
 def asking(url, per_s=50):
-    """Clients that ask all the time; yields the answers, as they come: (unit, status, document)."""
+    """A client that sends requests during the block; yields a growing list of (unit, status, document)."""
     answers, ended = [], threading.Event()
 
     def ask():
@@ -112,7 +112,7 @@ def asking(url, per_s=50):
         thread.join()
 
 
-def test_weights_change_while_clients_ask(served, both, raylway, replicas):
+def test_weights_change_under_requests(served, both, raylway, replicas):
     before = {p.pid for p in replicas(NAME)}
     assert len(before) == 2
     with asking(served) as answers:
@@ -125,8 +125,8 @@ def test_weights_change_while_clients_ask(served, both, raylway, replicas):
     assert {status for _, status, _ in answers} == {200}
     old, new = both.weights, {"champion": 90.0, "challenger": 10.0}
     chosen = [
-        (said["variant"], routing.choose(unit, "test", old), routing.choose(unit, "test", new))
-        for unit, _, said in answers
+        (document["variant"], routing.choose(unit, "test", old), routing.choose(unit, "test", new))
+        for unit, _, document in answers
     ]
     assert all(variant == after for variant, _, after in chosen[changed + 1 :])
     assert all(variant in (first, after) for variant, first, after in chosen)
@@ -136,7 +136,7 @@ def test_weights_change_while_clients_ask(served, both, raylway, replicas):
     assert (refused.returncode, "there is no variant 'nobody'" in refused.stderr) == (2, True)
 
 
-def test_of_two_changes_at_once_none_is_lost(served, raylway):
+def test_two_concurrent_changes_are_both_applied(served, raylway):
     done = []
     threads = [
         threading.Thread(target=lambda change=change: done.append(raylway("traffic", NAME, *change)))
@@ -152,7 +152,7 @@ def test_of_two_changes_at_once_none_is_lost(served, raylway):
     assert [state.weights for state in replicas.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
 
 
-def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, bundles, raylway, replicas):
+def test_undeploying_an_endpoint_leaves_the_others(served, serving, bundles, raylway, replicas):
     application = "other@2"
     small = serving.model_copy(
         update={"autoscaling": serving.autoscaling.model_copy(update={"min_replicas": 1})}
@@ -177,9 +177,7 @@ def test_an_endpoint_that_is_taken_off_takes_no_other_with_it(served, serving, b
     assert (changed.returncode, "other is not served now" in changed.stderr) == (2, True)
 
 
-def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(
-    served, serving, bundles, replicas
-):
+def test_a_version_is_replaced_under_requests_and_stays_after_a_restart(served, serving, bundles, replicas):
     before = {p.pid for p in replicas(NAME)}
     expected = Bundle(bundles["3"])
     probabilities = expected.predict(columns_of(expected.schema, ROWS))
@@ -189,11 +187,13 @@ def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(
         changed = len(answers)
         time.sleep(0.5)
     assert {status for _, status, _ in answers} == {200}
-    after = [said for _, _, said in answers[changed + 1 :]]
+    after = [document for _, _, document in answers[changed + 1 :]]
     assert after
-    for said in after:
-        assert said["version"] == "3"
-        np.testing.assert_allclose([p["probability"] for p in said["predictions"]], probabilities, rtol=1e-6)
+    for document in after:
+        assert document["version"] == "3"
+        np.testing.assert_allclose(
+            [p["probability"] for p in document["predictions"]], probabilities, rtol=1e-6
+        )
     assert {p.pid for p in replicas(NAME)} == before
     for pid in before:
         os.kill(pid, signal.SIGKILL)
@@ -212,7 +212,7 @@ def test_a_version_is_swapped_in_while_clients_ask_and_stays_after_a_restart(
         assert response.json()["version"] == "3"
 
 
-def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bundles, replicas):
+def test_a_shadow_that_works_hangs_or_is_dead_changes_no_answer(served, serving, both, bundles, replicas):
     def ask(times):
         answers = []
         with httpx.Client(base_url=served, trust_env=False, timeout=20) as client:
@@ -253,9 +253,7 @@ def test_a_shadow_changes_no_answer_whatever_it_does(served, serving, both, bund
     assert not replicas(application)
 
 
-def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_asks(
-    served, serving, bundles, replicas
-):
+def test_workers_of_a_variant_batch_rows_and_end_when_idle(served, serving, bundles, replicas):
     application = f"{NAME}@2"
     heavy = serving.model_validate(
         {
@@ -275,8 +273,8 @@ def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_ask
     expected = bundle.predict(columns_of(bundle.schema, ROWS))
     with httpx.Client(base_url=served, trust_env=False, timeout=60) as client:
         for rows in (1, 3):
-            said = client.post(PREDICT, json={"rows": ROWS[:rows]}).json()
-            got = [p["probability"] for p in said["predictions"]]
+            document = client.post(PREDICT, json={"rows": ROWS[:rows]}).json()
+            got = [p["probability"] for p in document["predictions"]]
             np.testing.assert_allclose(got, expected[:rows], rtol=1e-5)
         large = client.post(PREDICT, json={"rows": ROWS * 5})
         assert large.status_code == 200, "more rows in one request than are computed at once"
@@ -290,7 +288,7 @@ def test_a_heavy_variant_has_workers_that_answer_together_and_go_when_nobody_ask
         assert client.post(PREDICT, json=BODY).status_code == 200
 
 
-def test_status_says_what_happens_now(served, raylway):
+def test_status_reports_the_current_traffic(served, raylway):
     with asking(served, per_s=100):
         time.sleep(2.5)
         done = raylway("status", "--json")
@@ -316,7 +314,7 @@ def _latency(metrics: str, of: str, tag: str = "") -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(each in line for each in tags))
 
 
-def test_the_dashboard_asks_for_metrics_that_are_exported(served):
+def test_the_dashboard_queries_metrics_that_are_exported(served):
     import ray
 
     wanted = set(re.findall(r"\bray_\w+", (ROOT / "configs" / "grafana.json").read_text()))
@@ -338,7 +336,7 @@ def test_the_dashboard_asks_for_metrics_that_are_exported(served):
     assert float(line) == 0.5
 
 
-def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundles, raylway):
+def test_traffic_shows_the_variants_of_a_past_time(served, serving, both, bundles, raylway):
     before = time.time()
     time.sleep(1.1)
     deploy.deploy(serving, NAME, of(bundles, champion=("3", 1)))
@@ -353,7 +351,7 @@ def test_who_answered_at_a_time_can_be_asked_later(served, serving, both, bundle
     assert entries[-1].details["variants"]["champion"]["version"] == "3"
 
 
-def test_an_endpoint_that_follows_takes_in_what_is_promoted(served, serving, raylway, tmp_path):
+def test_an_endpoint_that_follows_serves_the_promoted_version(served, serving, raylway, tmp_path):
     from app.monitoring import follow
     from app.registry import versions
     from tests.versions import registered

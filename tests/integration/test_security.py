@@ -28,7 +28,7 @@ from tests.bundles import ROWS, build
 
 pytestmark = [
     pytest.mark.integration,
-    # Ray Serve's own, when it is imported.
+    # Ray Serve's imports raise these.
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
@@ -40,7 +40,7 @@ PER_S = 20.0
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """For 127.0.0.1, with its key."""
+    """A folder with a certificate for 127.0.0.1 and its key."""
     folder = tmp_path_factory.mktemp("tls")
     sign(folder)
     return folder
@@ -92,7 +92,7 @@ _NUMBERS = itertools.count()
 
 @pytest.fixture
 def client(url, certificate):
-    """Makes a client with a token of these scopes, of somebody new; without scopes, with none."""
+    """Makes a client for a new principal, with a token of these scopes, or without a token."""
     with contextlib.ExitStack() as opened:
 
         def make(*scopes: str) -> httpx.Client:
@@ -118,28 +118,28 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
-def test_without_a_token_there_is_nothing(client, method, path, body):
-    answered = client().request(method, BASE + path, json=body)
-    assert answered.status_code == 401
-    assert answered.headers["www-authenticate"].startswith("Bearer")
-    assert set(answered.json()) == {"error", "violations"}
+def test_requests_without_a_token_are_refused(client, method, path, body):
+    response = client().request(method, BASE + path, json=body)
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    assert set(response.json()) == {"error", "violations"}
 
 
-def test_who_has_no_token_is_not_told_what_is_served(client):
+def test_without_a_token_no_model_is_named(client):
     for path in ("/", "/v2/models/incomes", "/v2/health/ready", "/v2", "/-/routes"):
         assert NAME not in client().get(path).text
 
 
-def test_a_token_of_the_commands_opens_what_its_scopes_say(client, raylway):
+def test_a_token_of_the_command_allows_its_scopes(client, raylway):
     done = raylway("token", "ann", "--scopes", f"predict:{NAME},feedback", "--hours", "1")
     assert done.returncode == 0, done.stderr
     ann = client()
     ann.headers["authorization"] = f"Bearer {done.stdout.strip()}"
-    answered = ann.post(f"{BASE}/predict", json={"rows": ROWS})
-    assert answered.status_code == 200
+    response = ann.post(f"{BASE}/predict", json={"rows": ROWS})
+    assert response.status_code == 200
     assert ann.post(f"{BASE}/explain", json={"rows": ROWS}).status_code == 403
-    wait_until_recorded(answered.json()["request_id"])
-    fed = ann.post(f"{BASE}/feedback", json={"request_id": answered.json()["request_id"], "reward": 1.0})
+    wait_until_recorded(response.json()["request_id"])
+    fed = ann.post(f"{BASE}/feedback", json={"request_id": response.json()["request_id"], "reward": 1.0})
     assert (fed.status_code, fed.json()["status"]) == (201, "stored")
 
 
@@ -162,11 +162,11 @@ def test_scopes(client, scopes, allowed):
     assert all(status == 403 for path, status in answers.items() if path not in allowed)
 
 
-def test_a_variant_is_forced_by_who_may(client):
+def test_the_scope_admin_may_choose_the_variant(client):
     header = {"x-raylway-variant": "other"}
     admin = client("predict", "admin")
-    answered = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers=header)
-    assert (answered.json()["variant"], answered.json()["version"]) == ("other", "2")
+    response = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers=header)
+    assert (response.json()["variant"], response.json()["version"]) == ("other", "2")
     assert client("predict").post(f"{BASE}/predict", json={"rows": ROWS}, headers=header).status_code == 403
     nobody = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-raylway-variant": "nobody"})
     assert nobody.status_code == 422
@@ -182,29 +182,29 @@ def test_a_variant_is_forced_by_who_may(client):
         "Bearer eyJhbGciOiJub25lIn0.eyJzdWIiOiJhIiwic2NvcGUiOiJhZG1pbiJ9.",
     ],
 )
-def test_what_is_no_good_token_is_refused(client, token):
-    answered = client().post(f"{BASE}/predict", json={"rows": ROWS}, headers={"authorization": token})
-    assert answered.status_code == 401
+def test_an_invalid_token_is_refused(client, token):
+    response = client().post(f"{BASE}/predict", json={"rows": ROWS}, headers={"authorization": token})
+    assert response.status_code == 401
 
 
-def test_the_rate_of_a_principal_holds_over_all_replicas(client):
+def test_a_principals_rate_limit_covers_all_replicas(client):
     somebody, other = client("predict"), client("predict")
     begun = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         ask = lambda _: somebody.post(f"{BASE}/predict", json={"rows": ROWS[:1]})  # noqa: E731
         answers = list(pool.map(ask, range(150)))
     seconds = time.monotonic() - begun
-    given = [answer.status_code for answer in answers]
-    assert set(given) == {200, 429}
-    # A second's worth at once, and then so many a second.
-    assert given.count(200) <= PER_S * (seconds + 1) + 2
+    statuses = [answer.status_code for answer in answers]
+    assert set(statuses) == {200, 429}
+    # A burst of one second's requests, then PER_S per second.
+    assert statuses.count(200) <= PER_S * (seconds + 1) + 2
     refused = next(answer for answer in answers if answer.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
-    assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "it is each one's own"
+    assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "a limit for each"
 
 
-def test_bodies_that_never_come_keep_nobody_out(url, client, certificate):
-    """More than there are places on both replicas; none of them has shown a token."""
+def test_bodies_that_never_arrive_take_no_places(url, client, certificate):
+    """More connections than both replicas have places; none of them has sent a token."""
     host, port = url.removeprefix("https://").split(":")
     trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
     head = f"POST {BASE}/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 40000\r\n\r\n".encode()
@@ -228,19 +228,19 @@ def wait_until_recorded(*request_ids):
     records.close()
 
 
-def test_feedback_goes_to_the_own_predictions_and_has_a_share_of_an_hour(client):
+def test_feedback_needs_the_own_prediction_and_is_limited_per_hour(client):
     somebody, other = client("predict", "feedback"), client("predict", "feedback")
     ids = [f"shared-{number}" for number in range(6)]
     for request_id in ids:
-        asked = somebody.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-request-id": request_id})
-        assert asked.status_code == 200
+        response = somebody.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-request-id": request_id})
+        assert response.status_code == 200
     wait_until_recorded(*ids)
 
     def say(who, request_id, **content):
-        answered = who.post(f"{BASE}/feedback", json={"request_id": request_id, **content})
-        return answered.status_code, answered.json().get("status")
+        response = who.post(f"{BASE}/feedback", json={"request_id": request_id, **content})
+        return response.status_code, response.json().get("status")
 
-    assert say(other, ids[0], reward=0.0) == (202, "unknown request"), "it got no such prediction"
+    assert say(other, ids[0], reward=0.0) == (202, "unknown request"), "the prediction of another principal"
     assert say(somebody, ids[0], reward=1.0) == (201, "stored")
     assert say(somebody, ids[0], reward=1.0) == (200, "stored before")
     assert say(somebody, ids[0], reward=0.5)[0] == 409
@@ -253,7 +253,7 @@ def test_feedback_goes_to_the_own_predictions_and_has_a_share_of_an_hour(client)
     records.close()
 
 
-def test_without_tls_there_is_nothing(url, certificate):
+def test_plain_http_and_old_tls_are_refused(url, certificate):
     plain = url.replace("https", "http")
     with pytest.raises(httpx.TransportError), httpx.Client(trust_env=False, timeout=5) as http:
         http.get(f"{plain}/v2/health/live").raise_for_status()
@@ -266,7 +266,7 @@ def test_without_tls_there_is_nothing(url, certificate):
         old.wrap_socket(raw)
 
 
-def test_grpc_asks_for_a_token_too(url, serving, certificate):
+def test_grpc_requires_a_token(url, serving, certificate):
     from tritonclient.grpc import InferenceServerClient
     from tritonclient.utils import InferenceServerException
 
@@ -294,8 +294,8 @@ def test_a_renewed_certificate_is_served_after_the_next_deployment(url, serving,
 
 READABLE = {"/v2/health/live", "/v2/health/ready", f"{BASE}/ready", "/-/healthz", "/metrics"}
 READABLE |= {"/api/gcs_healthz", "/api/local_raylet_healthz"}
-"""Health, which is for everybody. (So are the server's version and the page that shows descriptions, which
-themselves need a token.) And on loopback alone, numbers for Prometheus, for which Ray knows no token."""
+"""Paths that answer without a token: health, and on loopback Ray's metrics for Prometheus. (So do the
+server's version and the page that shows descriptions, which themselves need a token.)"""
 TRIED = [
     "/", "/metrics", "/stats", *READABLE, "/-/routes", "/api/version", "/api/jobs/", "/nodes",
     "/api/serve/applications/", "/logs", "/api/v0/logs", BASE, f"{BASE}/predict", "/api/cluster_status",
@@ -305,12 +305,12 @@ WRITTEN = ["/predict", "/api/jobs/", "/api/serve/applications/", "/api/data/data
 
 
 def harmless(path: str, text: str) -> bool:
-    """Health, numbers, and the dashboard's empty page: what it shows needs Ray's token."""
+    """Whether an answer is health, metrics, or the dashboard's page, which loads its content with a token."""
     return path in READABLE or text.startswith("# HELP") or "<title>Ray Dashboard</title>" in text
 
 
 class Written:
-    """A pickle that makes a file when it is read."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, file):
         self._file = file
@@ -319,9 +319,9 @@ class Written:
         return (os.mknod, (str(self._file),))
 
 
-def test_no_port_of_the_cluster_is_open_to_who_has_no_token(url, reach, certificate, tmp_path):
-    """Every port that any of its processes listens on is asked over HTTP and TLS, and told to write; and is
-    sent what Ray's replicas send one another, a pickle, over gRPC."""
+def test_no_port_of_the_cluster_is_open_without_a_token(url, reach, certificate, tmp_path):
+    """Each port on which a process of the cluster listens gets requests to read and to write, over HTTP and
+    TLS, and a pickle over gRPC, as Ray's replicas send one another."""
     from ray.serve.generated.serve_pb2 import ASGIRequest
 
     listening = {}
@@ -333,7 +333,7 @@ def test_no_port_of_the_cluster_is_open_to_who_has_no_token(url, reach, certific
                     ip = connection.laddr.ip.removeprefix("::ffff:")
                     listening[connection.laddr.port] = (ip, " ".join(process.cmdline()))
     assert len(listening) > 8
-    # Ray Serve's replicas talk to one another over gRPC, on all interfaces, with Ray's token.
+    # Replicas of Ray Serve listen on all interfaces, for each other's gRPC calls with Ray's token.
     beyond = {name for ip, name in listening.values() if ip not in ("127.0.0.1", "::1")}
     assert all("ServeReplica" in name for name in beyond)
     open_ = []
@@ -351,15 +351,15 @@ def test_no_port_of_the_cluster_is_open_to_who_has_no_token(url, reach, certific
         for scheme in ("http", "https"):
             base = f"{scheme}://127.0.0.1:{port}"
             with httpx.Client(base_url=base, verify=False, trust_env=False, timeout=3) as somebody:
-                asked = [("GET", path) for path in TRIED] + [("POST", path) for path in WRITTEN]
-                asked += [("PUT", path) for path in WRITTEN] + [("DELETE", path) for path in WRITTEN]
-                for method, path in asked:
+                requests = [("GET", path) for path in TRIED] + [("POST", path) for path in WRITTEN]
+                requests += [("PUT", path) for path in WRITTEN] + [("DELETE", path) for path in WRITTEN]
+                for method, path in requests:
                     try:
-                        answered = somebody.request(method, path)
+                        response = somebody.request(method, path)
                     except (httpx.TransportError, httpx.InvalidURL):
                         break  # it does not speak this
-                    if answered.status_code < 400 and not (method == "GET" and harmless(path, answered.text)):
-                        open_.append((port, name, method, path, answered.text[:80]))
+                    if response.status_code < 400 and not (method == "GET" and harmless(path, response.text)):
+                        open_.append((port, name, method, path, response.text[:80]))
     assert not open_
     assert not (tmp_path / "written").exists()
     assert grpc.StatusCode.UNAUTHENTICATED in refused

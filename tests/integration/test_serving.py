@@ -1,4 +1,4 @@
-"""Two variants served by a real Ray Serve behind HAProxy, asked over real HTTP."""
+"""Two variants served by Ray Serve behind HAProxy: requests over HTTP and gRPC."""
 
 import contextlib
 import http.client
@@ -33,7 +33,7 @@ from tests.integration.conftest import ROOT
 
 pytestmark = [
     pytest.mark.integration,
-    # Ray Serve's own, when it is imported.
+    # Ray Serve's imports raise these.
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
@@ -79,7 +79,7 @@ def url(ray_cluster, variants, settings):
 
 @pytest.fixture(scope="module")
 def client(url):
-    # Every answer says how long it is: half a chunked one can look whole.
+    # Every response has its length: a client cannot tell half of a chunked one from a whole one.
     def check(response: httpx.Response) -> None:
         assert "content-length" in response.headers
         assert response.status_code != 500, response.read()
@@ -99,13 +99,13 @@ def triton(url):
 
 @pytest.fixture(scope="module")
 def expected(variants):
-    """The answers that each variant must give to ROWS."""
+    """The predictions of each variant for ROWS."""
     bundles = {name: Bundle(variant.path) for name, variant in variants.items()}
     return {name: bundle.predict(columns_of(bundle.schema, ROWS)) for name, bundle in bundles.items()}
 
 
 def raw(url: str, request: bytes) -> int:
-    """The status of the answer to bytes as they are, for requests that no client library would send."""
+    """The status of the response to raw bytes, for requests that no client library sends."""
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.sendall(request)
@@ -123,7 +123,7 @@ def post(body: bytes, *headers: bytes, path: str = PREDICT) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
-def test_a_taken_port_is_named(ray_cluster, variants, settings):
+def test_a_port_in_use_is_refused(ray_cluster, variants, settings):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"{port}.*serving\.port"):
@@ -149,7 +149,7 @@ def listens(port: int, host: str = "127.0.0.1") -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def test_rows_are_answered_as_the_bundle_predicts(client, expected):
+def test_predictions_are_those_of_the_bundle(client, expected):
     response = client.post(PREDICT, json={"rows": ROWS, "unit": "user-17"}, headers={"x-request-id": "r-1"})
     assert response.status_code == 200
     answer = response.json()
@@ -167,7 +167,7 @@ def test_rows_are_answered_as_the_bundle_predicts(client, expected):
     assert [p["positive"] for p in predictions] == list(expected[variant] >= 0.5)
 
 
-def test_units_are_split_by_weight_and_stay_where_they_are(client):
+def test_units_are_split_by_weight_and_keep_their_variant(client):
     units = [f"user-{i}" for i in range(400)]
     answers = [client.post(PREDICT, json={"rows": ROWS[:1], "unit": u}).json()["variant"] for u in units]
     assert answers == [routing.choose(unit, "test", WEIGHTS) for unit in units]
@@ -176,7 +176,7 @@ def test_units_are_split_by_weight_and_stay_where_they_are(client):
     assert by_header.json()["variant"] == answers[1]
 
 
-def test_without_a_unit_each_request_falls_anew(client):
+def test_without_a_unit_each_request_is_routed_at_random(client):
     answers = [client.post(PREDICT, json={"rows": ROWS[:1]}).json() for _ in range(40)]
     assert {answer["variant"] for answer in answers} == set(WEIGHTS)
     assert len({answer["request_id"] for answer in answers}) == 40
@@ -184,7 +184,7 @@ def test_without_a_unit_each_request_falls_anew(client):
     assert replaced.json()["request_id"] == replaced.headers["x-request-id"] != "a b" * 100
 
 
-def test_a_version_can_be_asked_for(client, expected):
+def test_a_version_can_be_requested(client, expected):
     for number, variant in (("1", "champion"), ("2", "challenger")):
         answer = client.post(f"/v2/models/income/versions/{number}/predict", json={"rows": ROWS}).json()
         assert (answer["version"], answer["variant"]) == (number, variant)
@@ -270,7 +270,7 @@ def test_the_grpc_client_works_unchanged(grpc, expected):
         infer(ROWS, model_version="9")
 
 
-def test_what_each_column_adds_sums_to_the_answer(client, expected):
+def test_attributions_sum_to_the_prediction(client, expected):
     answered = client.post("/v2/models/income/explain", json={"rows": ROWS, "unit": "user-17"}).json()
     variant = routing.choose("user-17", "test", WEIGHTS)
     assert (answered["variant"], answered["of"]) == (variant, "log-odds of >50K")
@@ -362,7 +362,7 @@ def test_head_is_answered_as_get_is(client, path):
     assert client.put(path).headers["allow"] == "GET, HEAD"
 
 
-def test_an_unknown_model_is_told_the_known_ones(client):
+def test_the_error_for_an_unknown_model_names_the_served_ones(client):
     assert "income" in client.get("/v2/models/incomes").json()["error"]
 
 
@@ -377,7 +377,7 @@ def test_header_bytes_that_are_not_utf8_get_400(url, header):
     assert raw(url, post(b'{"rows": [' + ROW + b"]}", header + b": \xff\xfe")) == 400
 
 
-def test_headers_that_steer_serve_change_nothing(client):
+def test_headers_that_control_serve_have_no_effect(client):
     steering = {
         "x-request-timeout-seconds": "0",
         "x-session-id": "s",
@@ -389,7 +389,7 @@ def test_headers_that_steer_serve_change_nothing(client):
         assert response.status_code == 200
 
 
-def test_a_chunked_body_is_counted_and_a_declared_one_is_not_waited_for(client, url):
+def test_a_large_body_is_refused_also_in_chunks_and_before_it_arrives(client, url):
     def chunks():
         for _ in range(20):
             yield b" " * 10_000
@@ -408,15 +408,15 @@ def test_a_replica_that_was_killed_is_replaced(client, replicas):
     with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as patient:
         while not answered and time.monotonic() < deadline:
             with contextlib.suppress(httpx.TransportError):  # the one that the replica had in hand
-                told = patient.get("/v2/models/income/ready")
-                assert (told.status_code, told.json().get("ready")) in ((200, True), (503, None))
+                health = patient.get("/v2/models/income/ready")
+                assert (health.status_code, health.json().get("ready")) in ((200, True), (503, None))
                 answered = patient.post(PREDICT, json={"rows": ROWS}).status_code == 200
             time.sleep(0.1)
     assert answered
     assert [each.pid for each in replicas("income")] != [before.pid]
 
 
-def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variants, settings, tmp_path):
+def test_a_deployment_that_is_refused_changes_nothing(client, variants, settings, tmp_path):
     broken = build(tmp_path / "broken", seed=3)
     (broken / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.onnx was changed"):
@@ -428,7 +428,7 @@ def test_what_cannot_be_deployed_is_said_before_anything_changes(client, variant
     assert client.get("/v2/models/income").json()["versions"] == ["1", "2"]
 
 
-def test_a_version_that_no_replica_can_open_leaves_the_old_ones_answering(
+def test_a_version_that_no_replica_can_open_leaves_the_previous_ones_serving(
     client, variants, settings, tmp_path, monkeypatch
 ):
     bundles = open_bundles(variants)
@@ -463,8 +463,8 @@ with session(log_to_driver=False):
 """
 
 
-def test_who_has_left_the_cluster_starts_none_and_can_join_again(url):
-    """A thread of Serve's in that process goes on asking the controller."""
+def test_a_process_that_left_the_cluster_starts_none_and_can_join_again(url):
+    """A thread of Serve in that process keeps polling the controller."""
     ran = subprocess.run(
         [sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
@@ -507,8 +507,8 @@ def test_a_change_of_the_grpc_port_that_fails_changes_nothing(client, grpc, vari
     assert listens(settings.grpc_port)
 
 
-def test_beside_an_endpoint_that_asks_for_a_token_no_model_is_named(client, variants, settings):
-    """It is last: the endpoint stays until the others go."""
+def test_beside_an_endpoint_with_tokens_no_model_is_named(client, variants, settings):
+    """This test is the last one: its endpoint stays until the end of the module."""
     guarded = settings.model_copy(update={"auth": "local"})
     deploy.deploy(guarded, "guarded", traffic({"champion": variants["champion"]}))
     assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200

@@ -1,4 +1,4 @@
-"""The proofs of benchmarks/soak.py that are about no time, shortened."""
+"""The proofs of benchmarks/soak.py that measure no time, shortened."""
 
 import json
 import os
@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("proof", ["kills", "rollouts", "malformed", "feedback"])
 def test_nothing_is_lost_and_nothing_breaks(proof):
-    """In a cluster of its own, as a user runs it."""
+    """Each proof starts its own cluster."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY")}
     done = subprocess.run(
         [sys.executable, "benchmarks/soak.py", "--only", proof, "--scale", "0.1"],

@@ -1,4 +1,4 @@
-"""Tables as people have them, trained on by a real training and asked about in every way there is."""
+"""Tables in many formats: trained on, then asked through every interface."""
 
 import httpx
 import numpy as np
@@ -26,13 +26,13 @@ pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`:DeprecationWarning"),
-    # Ray Data's log files, when a session has ended.
+    # Ray Data leaves log files open at the end of a session.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
 SERVED = ["question marks", "booleans for numbers", "awkward names"]
-UNCARRIED = "latin-1 in a column that nobody asks for"
-"""`predict` writes all columns of its input, and this one is no text that can be written."""
+UNWRITABLE = "latin-1 in a column that nobody asks for"
+"""`predict` writes all columns of its input, and cannot write this one, which is not UTF-8."""
 
 
 def project(name: str, folder) -> Project:
@@ -54,7 +54,7 @@ def project(name: str, folder) -> Project:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp_path):
+def test_predictions_for_a_table_use_its_values_as_training_read_them(name, reach, tmp_path):
     table = TRAINED[name]
     outcome = api.train(project(name, tmp_path / "rows"))
     bundle = Bundle(outcome.bundle)
@@ -63,7 +63,7 @@ def test_a_table_is_trained_on_and_answered_as_training_read_it(name, reach, tmp
 
     source = predict.source(str(data.source.path))
     with session(log_to_driver=False):
-        if name == UNCARRIED:
+        if name == UNWRITABLE:
             with pytest.raises(UserError, match=r"row 2: is not UTF-8; save the file as UTF-8"):
                 predict.run(str(outcome.bundle), source, tmp_path / "answers")
             return
@@ -113,7 +113,7 @@ def by_predict(url: str, asked: dict[str, list]) -> list[float]:
 
 
 def by_tensors(url: str, grpc_port: int, asked: dict[str, list]) -> list[np.ndarray]:
-    """Over HTTP and over gRPC, by Triton's clients."""
+    """Predictions over HTTP and over gRPC, from Triton's clients."""
     import tritonclient.grpc
     import tritonclient.http
 

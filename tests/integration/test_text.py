@@ -1,4 +1,4 @@
-"""A text model's life through the command, with a tiny encoder and two ranks."""
+"""Commands train, evaluate, register and compress a text model with a tiny encoder on two ranks."""
 
 import json
 
@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A project whose rows are in a file beside it."""
+    """A project file, with its rows in a file beside it."""
     folder = tmp_path_factory.mktemp("moods")
     project = texts.project(encoders.build(folder / "encoder"))
     rows = texts.rows(1500).drop(columns="__label__").drop_duplicates("text")
@@ -28,7 +28,7 @@ def file(tmp_path_factory):
     return folder / "moods.yaml"
 
 
-def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, file):
+def test_a_text_model_is_trained_evaluated_by_slice_registered_and_compressed(raylway, file):
     trained = raylway("train", str(file), timeout=300)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert "moods version 1 (champion)" in trained.stdout
@@ -45,7 +45,7 @@ def test_texts_are_learnt_judged_by_slice_registered_and_compressed(raylway, fil
     assert set(metrics["baselines"]) == {"constant", "tfidf_logistic_regression"}
     assert metrics["onnx_difference"] < 1e-4
 
-    for _ in range(2):  # once more is no other version
+    for _ in range(2):  # the second time registers no other version
         compressed = raylway("compress", str(version.path), "--register", timeout=300)
         assert compressed.returncode == 0, compressed.stdout + compressed.stderr
         assert "test macro_f1" in compressed.stdout

@@ -1,4 +1,4 @@
-"""Commands beside a served endpoint, on a cluster that has no more CPUs than this machine."""
+"""Commands on a cluster whose CPUs an endpoint or an actor uses."""
 
 import signal
 import sys
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster, bundle):
-    """It leaves one CPU."""
+    """An endpoint that uses all CPUs but one; their number."""
     left = ray.cluster_resources()["CPU"] - 1
     serving = Serving.model_validate(
         {
@@ -50,7 +50,7 @@ def endpoint(ray_cluster, bundle):
 
 @pytest.fixture
 def greedy(ray_cluster):
-    """Somebody who has all CPUs, until the end of the test."""
+    """An actor that uses all CPUs until the end of the test."""
 
     @ray.remote(num_cpus=ray.cluster_resources()["CPU"])
     class Greedy:
@@ -69,11 +69,11 @@ def table(tmp_path):
     return tmp_path / "rows.parquet"
 
 
-# First, while no endpoint holds a CPU: `greedy` takes all of them.
+# These tests come first: `greedy` needs all CPUs, and `endpoint` keeps some.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_predict_says_what_it_waits_for_and_one_signal_ends_it(
+def test_predict_prints_what_it_waits_for_and_one_signal_ends_it(
     greedy, started, bundle, table, tmp_path, number
 ):
     output = tmp_path / "answers"
@@ -88,7 +88,7 @@ def test_predict_says_what_it_waits_for_and_one_signal_ends_it(
     assert not output.exists()
 
 
-def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, monkeypatch):
+def test_a_job_that_is_stopped_while_it_waits_does_not_succeed(greedy, reach, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", reach.cluster.token_path)
     client = JobSubmissionClient(reach.cluster.dashboard_url)
@@ -107,7 +107,7 @@ def test_a_job_that_is_stopped_while_it_waits_has_not_succeeded(greedy, reach, m
     assert client.get_job_status(job) in (JobStatus.STOPPED, JobStatus.FAILED)
 
 
-def test_who_holds_cpus_is_known(endpoint):
+def test_capacity_names_the_endpoint_that_uses_cpus(endpoint):
     assert capacity.current().endpoints == {NAME: endpoint}
 
 
@@ -119,7 +119,7 @@ def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
 
 def test_train_beside_an_endpoint(endpoint, raylway):
     done = raylway("train", "configs/smoke.yaml", "--set", "name=beside", *SMALL, timeout=400)
-    assert done.returncode in (0, 3), done.stdout + done.stderr  # whatever the gate says
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # the gate may reject it
     assert f"endpoint {NAME} {endpoint:g}): each of 2 workers claims 0.5 instead of 1" in done.stdout
 
 
