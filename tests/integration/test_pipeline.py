@@ -154,7 +154,7 @@ def test_the_champion_is_evaluated_on_rows_that_it_was_not_trained_on(ray_cluste
     first = trained()
     assert first.decision.reason.endswith("no champion yet)")
     another = trained("seed=1", "data.columns.race={type: category}", "features.race={encode: one_hot}")
-    assert another.decision.reason.endswith(f"champion {first.evaluation['model']['auc']:.4f}")
+    assert another.decision.reason.endswith(f"champion {first.evaluation['model']['auc']:.4f})")
 
 
 BAD_DATA = {
