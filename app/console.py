@@ -17,7 +17,7 @@ from app.state.home import home, private_file
 
 
 class Console:
-    """Writes to the terminal, also while `chatter_to_log` redirects standard output."""
+    """Writes to the terminal, also while `output_to_log` redirects standard output."""
 
     def __init__(self, stream: IO[str] | None = None):
         # Outside a terminal (a job's log, a pipe), wide enough for a reason in one line.
@@ -25,14 +25,14 @@ class Console:
         width = None if stream.isatty() else 160
         self._rich = Rich(file=stream, width=width, highlight=False, soft_wrap=True)
 
-    def say(self, text: object = "", style: str | None = None) -> None:
+    def print(self, text: object = "", style: str | None = None) -> None:
         """Print a text, without markup, or a renderable of Rich."""
         self._rich.print(text, style=style, markup=False)
 
-    def wait(self, reason: str | None) -> None:
+    def print_wait(self, reason: str | None) -> None:
         """Print what the command waits for, if `reason` is not None."""
         if reason:
-            self.say(f"  {reason}", style="yellow")
+            self.print(f"  {reason}", style="yellow")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
@@ -70,13 +70,13 @@ class Console:
         )
 
 
-def short(path: Path) -> Path:
+def short_path(path: Path) -> Path:
     """A path relative to the working directory, if it is below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 @contextlib.contextmanager
-def chatter_to_log(command: str) -> Iterator[tuple[Console, Path]]:
+def output_to_log(command: str) -> Iterator[tuple[Console, Path]]:
     """Redirect the output of this process and its children to a log file; yields a console and the file.
 
     Redirects file descriptors, since the C++ parts of Ray and Horovod do not write through Python.

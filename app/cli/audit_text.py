@@ -38,7 +38,7 @@ def sentences(entries: Sequence[Entry]) -> Iterator[str]:
             if entry.action == "traffic":
                 yield _traffic(details, served.get(entry.model, {}))
             else:
-                yield DONE[entry.action](details)
+                yield ACTION_SENTENCES[entry.action](details)
         except (KeyError, TypeError, AttributeError):  # an entry of another version of Raylway
             yield f"{entry.action} {_short(details)}"
         if entry.action in ("traffic", "undeploy"):
@@ -50,7 +50,7 @@ def document(entries: Sequence[Entry], head: object) -> dict[str, Any]:
     return {"entries": [asdict(entry) for entry in entries], "head": None if head is None else str(head)}
 
 
-DONE: Mapping[str, Callable[[Details], str]] = {
+ACTION_SENTENCES: Mapping[str, Callable[[Details], str]] = {
     "register": lambda d: (
         f"registered version {d['version']}{f' as {alias}' if (alias := d['alias']) else ''}"
     ),

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from app.cli import failures
-from app.console import Console, chatter_to_log, short
+from app.console import Console, output_to_log, short_path
 from app.errors import Interrupted, UserError, describe
 
 EXIT_FAILED, EXIT_USER, EXIT_GATE = 1, 2, 3
@@ -47,25 +47,25 @@ def running(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[Co
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    with chatter_to_log(command) as (console, log):
+    with output_to_log(command) as (console, log):
         if not quiet:
-            console.say(f"log: {short(log)}", style="dim")
+            console.print(f"log: {short_path(log)}", style="dim")
         try:
             yield console
         except (UserError, typer.Exit):
             raise
         except Interrupted as stop:
-            console.say(f"stopped: {stop}; {hint}")
+            console.print(f"stopped: {stop}; {hint}")
             raise typer.Exit(128 + stop.signal_number) from None
         except KeyboardInterrupt:
-            console.say(f"stopped{f'; {hint}' if hint else ''}")
+            console.print(f"stopped{f'; {hint}' if hint else ''}")
             raise typer.Exit(128 + received) from None
         except Exception as error:
             traceback.print_exc()
             if message := failures.explain(error):
                 raise UserError(message) from None
-            console.say(f"failed: {describe(error)}", style="red")
-            console.say(f"the log has the traceback: {short(log)}")
+            console.print(f"failed: {describe(error)}", style="red")
+            console.print(f"the log has the traceback: {short_path(log)}")
             raise typer.Exit(EXIT_FAILED) from None
 
 

@@ -16,7 +16,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 AGAIN = "run the command again: it continues where it stopped"
 DATABASES = ("production.db", "mlflow.db", "optuna.db")
 """SQLite files in the state directory."""
-LOST = frozenset(
+LOST_PROCESS_ERRORS = frozenset(
     f"ray.exceptions.{name}"
     for name in (
         "ActorDiedError",
@@ -55,7 +55,7 @@ def explain(error: BaseException) -> str | None:
                 "them. If it was newer, use the newer Raylway; if it was older, take a backup and run "
                 f"`mlflow db upgrade` on them ({_first_line(cause).partition('. ')[0]})"
             )
-        if kinds & LOST:
+        if kinds & LOST_PROCESS_ERRORS:
             return (
                 "the processes of the Ray cluster must run while a command runs, but one ended: "
                 f"{type(cause).__name__}: {_first_line(cause)} See the log; if the cluster is gone or memory "

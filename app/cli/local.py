@@ -8,7 +8,7 @@ def up() -> None:
     """Start a Ray cluster on this machine that stays until `raylway down`, and show how to reach it."""
     from app.cluster import local
 
-    Console().say(str(local.up()))
+    Console().print(str(local.up()))
 
 
 def down() -> None:
@@ -16,7 +16,7 @@ def down() -> None:
     from app.cluster import local
 
     stopped = local.down()
-    Console().say(f"stopped the cluster at {stopped.address}" if stopped else "no cluster is up")
+    Console().print(f"stopped the cluster at {stopped.address}" if stopped else "no cluster is up")
 
 
 def demo() -> None:

@@ -9,7 +9,7 @@ import typer
 from app.cli import options
 from app.cli.command import Json, ModelName, require_passed, running
 from app.config.project import require_name
-from app.console import short
+from app.console import short_path
 from app.errors import UserError
 
 
@@ -22,7 +22,7 @@ def versions(name: ModelName) -> None:
         if not registered:
             raise UserError(f"no model {name!r} is registered; train one with `raylway train`")
         for version in registered:
-            console.say(f"  {version.version:<4} {', '.join(version.aliases):<12} run {version.run_id}")
+            console.print(f"  {version.version:<4} {', '.join(version.aliases):<12} run {version.run_id}")
 
 
 def promote(
@@ -33,8 +33,8 @@ def promote(
     with running("promote") as console:
         from app.registry import promotion
 
-        promoted = promotion.promote(name, version, console.wait)
-        console.say(f"{name} version {promoted.number} is the champion")
+        promoted = promotion.promote(name, version, console.print_wait)
+        console.print(f"{name} version {promoted.number} is the champion")
 
 
 def sign(model: Annotated[str, typer.Argument(help="A registered version, such as income@3.")]) -> None:
@@ -50,7 +50,7 @@ def sign(model: Annotated[str, typer.Argument(help="A registered version, such a
         if not at:
             raise UserError(f"{model}: must be a version of a model, such as {model}@3 or {model}@challenger")
         version = versions.sign(name, number, signature.signing_key())
-        console.say(f"{name} version {version.number} is signed")
+        console.print(f"{name} version {version.number} is signed")
 
 
 def compress(
@@ -81,13 +81,13 @@ def compress(
             ("ms_1", "ms for 1 row", 1),
             ("ms_32", "ms for 32 rows", 1),
         ):
-            console.say(f"  {before[name] * scale:8.2f} -> {after[name] * scale:8.2f} {unit}")
-        console.say(f"  {before['score']:8.4f} -> {after['score']:8.4f} test {comparison['metric']}")
+            console.print(f"  {before[name] * scale:8.2f} -> {after[name] * scale:8.2f} {unit}")
+        console.print(f"  {before['score']:8.4f} -> {after['score']:8.4f} test {comparison['metric']}")
         path = compressed.path
         if register:
             path, decision, _ = compress.register(compressed, console)
             passed = decision.passed
-        console.say(f"bundle: {short(path)}")
+        console.print(f"bundle: {short_path(path)}")
     require_passed(passed)
 
 
@@ -115,15 +115,15 @@ def predict(
         from app.jobs import predict, predictor
 
         with session():
-            predicted = predict.run(model, predict.source(input_), output, k, console.wait)
-        console.say(f"{predicted.num_rows:,} rows predicted in {output}")
+            predicted = predict.run(model, predict.source(input_), output, k, console.print_wait)
+        console.print(f"{predicted.num_rows:,} rows predicted in {output}")
         if predicted.suffix:
-            console.say(
+            console.print(
                 f"the input has columns of these names, so the prediction columns end in {predicted.suffix}"
             )
         if predicted.num_invalid:
             column = f"{predictor.VIOLATION}{predicted.suffix}"
-            console.say(
+            console.print(
                 f"{predicted.num_invalid:,} of them break the contract: see the column {column}",
                 style="yellow",
             )
@@ -155,7 +155,7 @@ def audit(
         with Audit() as audit:
             entries = audit.entries(name, expected=expected)
         if as_json:
-            console.say(json.dumps(audit_text.document(entries, audit_head.load())))
+            console.print(json.dumps(audit_text.document(entries, audit_head.load())))
             return
-        console.say(audit_text.table(entries))
-        console.say(f"head: {audit_head.load() or 'the log is empty'}")
+        console.print(audit_text.table(entries))
+        console.print(f"head: {audit_head.load() or 'the log is empty'}")

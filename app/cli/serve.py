@@ -30,17 +30,17 @@ def serve(file: File, overrides: Overrides = None) -> None:
 
         traffic, notes = registered_traffic(project.name, project.serving)
         for note in notes:
-            console.say(note, style="yellow")
+            console.print(note, style="yellow")
         with session():
-            server = serve.deploy(project, traffic, console.wait)
+            server = serve.deploy(project, traffic, console.print_wait)
             for name, variant in traffic.variants.items():
-                console.say(f"  {name}: version {variant.version}, weight {variant.weight:g}")
-            console.say(f"serving at {server}/v2/models/{project.name}; try:")
-            console.say(deploy.example_command(server, project.name, next(iter(traffic.variants.values()))))
+                console.print(f"  {name}: version {variant.version}, weight {variant.weight:g}")
+            console.print(f"serving at {server}/v2/models/{project.name}; try:")
+            console.print(deploy.example_command(server, project.name, next(iter(traffic.variants.values()))))
             if joins_lasting_cluster():
-                console.say("it runs until the cluster ends")
+                console.print("it runs until the cluster ends")
                 return
-            console.say("Ctrl-C stops it")
+            console.print("Ctrl-C stops it")
             wait_for_signal()
 
 
@@ -73,7 +73,7 @@ def traffic(
             with session():
                 from app.serving.control.weights import set_weights
 
-                served = set_weights(name, weights, console.wait)
+                served = set_weights(name, weights, console.print_wait)
         else:
             from app.serving.traffic import traffic
             from app.state.audit import Audit
@@ -87,7 +87,7 @@ def traffic(
             served = current.traffic
         for variant, deployed in served.variants.items():
             share = "shadow" if deployed.shadow else f"weight {deployed.weight:g}"
-            console.say(f"  {variant}: version {deployed.version}, {share}")
+            console.print(f"  {variant}: version {deployed.version}, {share}")
 
 
 def status(as_json: Json = False) -> None:
@@ -97,7 +97,7 @@ def status(as_json: Json = False) -> None:
 
         if not as_json:
             for fault in hooks.reported():
-                console.say(f"without effect: {fault}", style="yellow")
+                console.print(f"without effect: {fault}", style="yellow")
         require_cluster()
         from app.cluster.session import session
 
@@ -106,12 +106,12 @@ def status(as_json: Json = False) -> None:
 
             documents = serve.statuses()
         if as_json:
-            console.say(json.dumps(documents))
+            console.print(json.dumps(documents))
             return
         from app.cli import status_text
 
         for renderable in status_text.renderables(documents):
-            console.say(renderable)
+            console.print(renderable)
 
 
 def undeploy(name: EndpointName) -> None:
@@ -124,8 +124,8 @@ def undeploy(name: EndpointName) -> None:
         with session():
             from app.serving.control import undeploy as endpoints
 
-            endpoints.undeploy(name, console.wait)
-        console.say(f"{name} is no longer served")
+            endpoints.undeploy(name, console.print_wait)
+        console.print(f"{name} is no longer served")
 
 
 def token(

@@ -9,7 +9,7 @@ from app.cli import options
 from app.cli.command import File, Overrides, require_passed, running
 from app.config import projectfile
 from app.config.section import MAX_NUMBER
-from app.console import Console, short
+from app.console import Console, short_path
 from app.errors import UserError
 
 
@@ -20,7 +20,7 @@ def check(file: File, overrides: Overrides = None) -> None:
     if interactions := project.data.interactions:
         inputs = f"which {interactions.item} each {interactions.user} takes"
     console = Console()
-    console.say(
+    console.print(
         f"{file}: valid: {project.name}, {inputs}, {project.model.kind}, "
         f"{project.training.num_workers} workers, {len(project.serving.variants)} variants"
     )
@@ -29,9 +29,9 @@ def check(file: File, overrides: Overrides = None) -> None:
 
         space = Space(project)
         space.check()
-        console.say("sweep:")
+        console.print("sweep:")
         for line in space.described():
-            console.say(f"  {line}")
+            console.print(f"  {line}")
 
 
 def keys(
@@ -59,11 +59,11 @@ def preflight(
 
         machine = preflight.inspect()
         for line in preflight.described(machine):
-            console.say(f"  {line}")
+            console.print(f"  {line}")
         if project:
             if faults := preflight.faults(project.training, machine):
                 raise UserError("\n".join(faults))
-            console.say(f"{file}: fits")
+            console.print(f"{file}: fits")
 
 
 def train(
@@ -85,7 +85,7 @@ def train(
             from app.jobs import pipeline
 
             outcome = pipeline.run(project, console, fresh=fresh)
-        console.say(f"bundle: {short(outcome.bundle)}")
+        console.print(f"bundle: {short_path(outcome.bundle)}")
     require_passed(outcome.decision.passed)
 
 
@@ -125,7 +125,7 @@ def sweep(
                 raise UserError("no trial was completed; the log and the report say what went wrong")
             if train_best:
                 outcome = pipeline.run(swept.projects[0], console)
-                console.say(f"bundle: {short(outcome.bundle)}")
+                console.print(f"bundle: {short_path(outcome.bundle)}")
                 passed = outcome.decision.passed
     require_passed(passed)
 
@@ -140,5 +140,5 @@ def sweep_report(
     with running("report") as console:
         from app.jobs import sweep
 
-        page = sweep.report(project, out, console.wait)
-        console.say(f"report: {short(page.resolve())}")
+        page = sweep.report(project, out, console.print_wait)
+        console.print(f"report: {short_path(page.resolve())}")

@@ -13,7 +13,7 @@ from app.errors import UserError
 
 MAPPING = "must be a mapping of keys to values"
 WHOLE = "must be a whole number"
-MUST = {
+REQUIREMENTS = {
     "string_type": "must be text",
     "string_unicode": "must be text",
     "string_too_short": "must have at least {min_length} characters",
@@ -54,7 +54,7 @@ def describe(fault: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return str(fault["ctx"]["error"])
     context = {name: _rounded(value) for name, value in fault.get("ctx", {}).items()}
-    message = MUST.get(kind, "is not a valid value").format(**context)
+    message = REQUIREMENTS.get(kind, "is not a valid value").format(**context)
     if fault["loc"][-1:] == ("[key]",):
         message = f"the key itself {message}"
     if kind == "union_tag_not_found" or isinstance(fault["input"], dict | list):

@@ -293,7 +293,7 @@ class Sweep(Section):
             if self.objectives.count(name) > 1:
                 raise ValueError(f"objectives: must be distinct; {name!r} is listed twice")
         if len(self.objectives) > 1:
-            self._check_several()
+            self._check_several_objectives()
         if self.search == "grid":
             for key, parameter in self.space.items():
                 if isinstance(parameter, Float) and parameter.step is None:
@@ -302,7 +302,7 @@ class Sweep(Section):
             self._check_population()
         return self
 
-    def _check_several(self) -> None:
+    def _check_several_objectives(self) -> None:
         if self.scheduler is not None and self.scheduler.kind != "none":
             raise ValueError(f"scheduler: {self.scheduler.kind} needs a single objective; leave it out")
         if self.search == "cmaes":
@@ -327,7 +327,7 @@ class Sweep(Section):
         return ["minimize" if name in LOWER_IS_BETTER else "maximize" for name in self.objectives]
 
     @property
-    def pruned_by(self) -> Any:
+    def effective_scheduler(self) -> Any:
         """Scheduler in effect."""
         if self.scheduler is not None:
             return self.scheduler

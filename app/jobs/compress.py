@@ -4,13 +4,13 @@ from app.bundle.manifest import require_passed, verify
 from app.config import Project
 from app.console import Console
 from app.jobs import judging, quantization
-from app.jobs.judging import Judged
+from app.jobs.judging import JudgedBundle
 from app.jobs.quantization import CompressedBundle
 from app.registry import runs
 from app.tasks import task_of
 
 
-def register(compressed: CompressedBundle, console: Console) -> Judged:
+def register(compressed: CompressedBundle, console: Console) -> JudgedBundle:
     """Let the gate judge the int8 bundle, and register it if it passes, in its own run.
 
     In addition to `gate.tolerance` it may lose `compression.max_loss` against the champion, which may be its

@@ -16,7 +16,7 @@ from rich.table import Table
 from app.cluster.ports import free_ports
 from app.cluster.session import session
 from app.config import projectfile
-from app.console import Console, short
+from app.console import Console, short_path
 from app.state import files
 from app.state.home import home
 
@@ -63,11 +63,11 @@ def run(console: Console) -> None:
         from app.jobs import pipeline, serve
         from app.serving.traffic.registered import registered_traffic
 
-        console.say("1. A first champion: logistic regression", style="bold")
+        console.print("1. A first champion: logistic regression", style="bold")
         first = pipeline.run(first_project, console)
-        console.say("2. A challenger: a neural network", style="bold")
+        console.print("2. A challenger: a neural network", style="bold")
         second = pipeline.run(project, console)
-        console.say("3. Both answer requests, in an A/B test", style="bold")
+        console.print("3. Both answer requests, in an A/B test", style="bold")
         with console.stage("serve") as done:
             chosen, _ = registered_traffic(project.name, project.serving)
             server = serve.deploy(project, chosen)
@@ -84,7 +84,7 @@ def run(console: Console) -> None:
     _print_summary(console, outcomes, traffic, list(chosen.variants))
     _print_next_steps(console, project.name, chosen.variants["challenger"])
     seconds = time.perf_counter() - started
-    console.say(f"\nDone in {seconds:.0f} s; nothing is left running.", style="bold")
+    console.print(f"\nDone in {seconds:.0f} s; nothing is left running.", style="bold")
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,17 @@ def _print_summary(console: Console, outcomes: dict[str, Any], traffic: Traffic,
     scores |= {name: outcome.evaluation["model"] for name, outcome in outcomes.items()}
     for name, metrics in scores.items():
         quality.add_row(name, *(f"{metrics[metric]:.4f}" for metric in QUALITY_COLUMNS))
-    console.say()
-    console.say(quality)
+    console.print()
+    console.print(quality)
     rows_per_s = np.median([epoch["rows_per_s"] for epoch in last.history])
     num_units = sum(traffic.units.values())
     shares = ", ".join(f"{name} {traffic.units[name] / num_units:.1%}" for name in variants)
     p50, p99 = np.percentile(traffic.latencies_ms, [50, 99])
-    console.say(f"training     {rows_per_s:,.0f} rows/s on two Horovod workers")
-    console.say(
+    console.print(f"training     {rows_per_s:,.0f} rows/s on two Horovod workers")
+    console.print(
         f"A/B split    {shares} of {num_units} units; {traffic.num_moved} units changed their variant"
     )
-    console.say(
+    console.print(
         f"latency      p50 {p50:.1f} ms, p99 {p99:.1f} ms; {traffic.num_failed} of {NUM_REQUESTS} requests "
         "failed"
     )
@@ -152,12 +152,12 @@ def _print_summary(console: Console, outcomes: dict[str, Any], traffic: Traffic,
 def _print_next_steps(console: Console, name: str, variant: Any) -> None:
     from app.serving.control import deploy
 
-    folder = short(home())
+    folder = short_path(home())
     port = projectfile.load(PROJECT).serving.port
-    console.say("\nContinue from here:", style="bold")
-    console.say("  show runs and versions")
-    console.say(f"    .venv/bin/mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
-    console.say("  keep the endpoint up")
-    console.say(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
-    console.say("  then send a request, from another shell")
-    console.say(f"    {deploy.example_command(f'http://127.0.0.1:{port}', name, variant)}")
+    console.print("\nContinue from here:", style="bold")
+    console.print("  show runs and versions")
+    console.print(f"    .venv/bin/mlflow ui --backend-store-uri sqlite:///{folder}/mlflow.db")
+    console.print("  keep the endpoint up")
+    console.print(f"    RAYLWAY_HOME={folder} .venv/bin/raylway serve {PROJECT}")
+    console.print("  then send a request, from another shell")
+    console.print(f"    {deploy.example_command(f'http://127.0.0.1:{port}', name, variant)}")

@@ -20,7 +20,7 @@ from app.registry.versions import CHAMPION, Version
 from app.tasks import Task, packager_of
 
 
-class Judged(NamedTuple):
+class JudgedBundle(NamedTuple):
     """A bundle with the gate's decision."""
 
     path: Path
@@ -30,7 +30,7 @@ class Judged(NamedTuple):
     """Registered version; None if the bundle did not pass."""
 
 
-def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console) -> Judged:
+def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console) -> JudgedBundle:
     """Judge a candidate, store its bundle with the run, and register it if it passes.
 
     A candidate that is registered keeps its version and the decision of that time.
@@ -43,7 +43,7 @@ def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, cons
 
 def _try_register(
     name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
-) -> Judged | None:
+) -> JudgedBundle | None:
     """None if the champion changed after the decision, which must then be repeated."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
@@ -59,14 +59,14 @@ def _try_register(
         uri = run.log_bundle(path)
         if not decision.passed:
             done("not registered; the run and its bundle are in MLflow")
-            return Judged(path, decision, None)
+            return JudgedBundle(path, decision, None)
         try:
             version = registration.register(name, run.id, path, uri)
         except registration.Outdated as outdated:
             done(f"{outdated}; judging again")
             return None
         done(f"{name} version {version.number} ({', '.join(version.aliases) or 'no alias'})")
-        return Judged(path, decision, version)
+        return JudgedBundle(path, decision, version)
 
 
 def _decision_of(path: Path) -> gate.Decision:

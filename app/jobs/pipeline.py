@@ -45,7 +45,8 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
     """
     shared.require_shared()
     project = with_champion_key(project)
-    console.wait(capacity.current().wait_message(1, "preparing data"))  # each task of Ray Data takes a CPU
+    # Each task of Ray Data takes a CPU.
+    console.print_wait(capacity.current().wait_message(1, "preparing data"))
     with console.stage("prepare") as done:
         prepared = prepare(project, fresh=fresh)
         done(_describe_parts(prepared), cached=prepared.cached)
@@ -57,7 +58,7 @@ def run(project: Project, console: Console, *, fresh: bool = False) -> Outcome:
             run.log_epoch(epoch)
 
         def on_note(note: str) -> None:
-            console.say(f"  {note}", style="yellow")
+            console.print(f"  {note}", style="yellow")
 
         with console.stage("train") as done:
             trained = trainer.train(project, prepared, on_epoch, on_note, fresh=fresh)

@@ -10,7 +10,7 @@ import yaml
 from optuna.trial import FrozenTrial
 
 from app.config import Project
-from app.console import Console, short
+from app.console import Console, short_path
 from app.jobs import pipeline, sweep_view
 from app.registry import sweep_runs
 from app.registry.sweep_runs import CurvePoint
@@ -66,19 +66,19 @@ def run(project: Project, console: Console) -> SweepResult:
             mlflow_runs.log(_logged_trial(trial, space))
 
         def on_note(text: str) -> None:
-            console.say(f"  {text}", style="yellow")
+            console.print(f"  {text}", style="yellow")
 
         progress = tuner.run(project, watch, on_note, on_trial)
     best = progress.best()
     if progress.end_reason:
-        console.say(f"  ended: {progress.end_reason}")
-    console.say(f"  {sweep_view.summary(progress)}")
+        console.print(f"  ended: {progress.end_reason}")
+    console.print(f"  {sweep_view.summary(progress)}")
     project_files = [_write_project(space, trial, name, progress.objectives) for trial in best]
-    page = report(project, None, console.wait)
+    page = report(project, None, console.print_wait)
     for trial, file in zip(best, project_files, strict=True):
         scores = sweep_view.describe_values(trial, progress.objectives)
-        console.say(f"  trial {trial.number}: {scores}: {short(file)}")
-    console.say(f"  report: {short(page)}")
+        console.print(f"  trial {trial.number}: {scores}: {short_path(file)}")
+    console.print(f"  report: {short_path(page)}")
     projects = [space.project(point_of(trial)) for trial in best]
     return SweepResult(name, progress.objectives, progress.trials, best, projects, project_files, page)
 

@@ -32,7 +32,7 @@ def watching(console: Console) -> Iterator[Watch]:
                 draw(_table(progress))
                 return
             for trial in progress.trials[max(num_printed, progress.num_earlier) :]:
-                console.say(f"    {_line(trial, progress)}", style="dim")
+                console.print(f"    {_line(trial, progress)}", style="dim")
             num_printed = len(progress.trials)
 
         yield watch

@@ -78,14 +78,14 @@ class Database:
             is_file = self._engine.dialect.name == "sqlite"
             with _opening_file(self._engine.url.database) if is_file else contextlib.nullcontext():
                 with self._engine.connect() as connection:
-                    is_current = self._has_all(connection)
+                    is_current = self._is_up_to_date(connection)
                 if not is_current:
                     with self._engine.begin() as connection:
                         begin_exclusively(connection, "schema")
                         self._migrate(connection)
             self._is_current = True
 
-    def _has_all(self, connection: Connection) -> bool:
+    def _is_up_to_date(self, connection: Connection) -> bool:
         """Whether every table exists in this code's version; checked without a lock, as it usually is so."""
         existing = set(sqlalchemy.inspect(connection).get_table_names())
         required = set(TABLES.tables).union(*(part.tables.tables for part in self._parts))

@@ -112,7 +112,7 @@ class Recorder(tune.Callback):
             facts |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
             facts["core_seconds"] = result["core_seconds"]
             facts["made"] = result["made"]
-            if self._sweep.pruned_by.kind == "pbt":
+            if self._sweep.effective_scheduler.kind == "pbt":
                 facts["point"] = dict(trial.config)
         elif state == TrialState.FAIL:
             facts["error"] = result.get("failed", error)

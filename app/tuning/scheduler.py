@@ -17,7 +17,7 @@ NO_MAX_EPOCHS = 10**6
 
 def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
     """Ray Tune's scheduler for `sweep.scheduler`."""
-    rule = sweep.pruned_by
+    rule = sweep.effective_scheduler
     match rule.kind:
         case "asha" | "hyperband":
             return schedulers.AsyncHyperBandScheduler(

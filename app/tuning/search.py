@@ -128,7 +128,8 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
-    if sweep.pruned_by.kind == "pbt":  # settings change during a trial, so its value says little of the first
+    if sweep.effective_scheduler.kind == "pbt":
+        # A trial's settings change during its training, so its value says little about the first ones.
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
         match sweep.search:

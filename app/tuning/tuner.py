@@ -140,7 +140,7 @@ def _tuner(
     """Ray's tuner for the remaining trials."""
     sweep = space.sweep
     has_several = len(sweep.objectives) > 1
-    is_population = sweep.pruned_by.kind == "pbt"
+    is_population = sweep.effective_scheduler.kind == "pbt"
     folder = _folder(progress.study)
     return tune.Tuner(
         tune.with_resources(tune.with_parameters(Trial, settings=settings), placement.claim),

@@ -245,7 +245,7 @@ def test_a_row_of_the_actor_table_has_the_fields_that_are_read():
 
 def test_the_errors_of_a_lost_cluster_exist():
     """`app.cli.failures` knows them by name, because importing Ray takes seconds."""
-    for name in failures.LOST:
+    for name in failures.LOST_PROCESS_ERRORS:
         module, _, attribute = name.rpartition(".")
         assert issubclass(getattr(pkgutil.resolve_name(module), attribute), Exception)
 

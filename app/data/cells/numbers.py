@@ -84,11 +84,11 @@ class NumberCells(Cells):
         return numbers if valid.all() else None
 
     def _read_array(self, column: pa.Array, parse_text: bool) -> tuple[np.ndarray, Faults]:
-        numbers, is_other = self._parsed(column, parse_text)
+        numbers, is_invalid = self._parsed(column, parse_text)
         numbers[np.isin(numbers, list(self._marker_numbers))] = np.nan
-        faults = [Fault(IS_NUMBER, is_other)]
+        faults = [Fault(IS_NUMBER, is_invalid)]
         if not self._nullable:
-            faults.append(Fault(NOT_MISSING, np.isnan(numbers) & ~is_other))
+            faults.append(Fault(NOT_MISSING, np.isnan(numbers) & ~is_invalid))
         outside = (numbers < self._min) | (numbers > self._max)
         masks: dict[str, np.ndarray] = {}
         for row in np.flatnonzero(outside):
@@ -99,18 +99,18 @@ class NumberCells(Cells):
 
     def _parsed(self, column: pa.Array, parse_text: bool) -> tuple[np.ndarray, np.ndarray]:
         """Column as float64 (rows,), with NaN for missing cells, and a mask of cells that are not numbers."""
-        is_other = np.zeros(len(column), dtype=bool)
+        is_invalid = np.zeros(len(column), dtype=bool)
         if is_string(column.type):
             text = pc.utf8_trim(column.cast(pa.large_string()), WHITESPACE)
             is_missing = as_mask(pc.is_in(text, pa.array(sorted(self._markers), pa.large_string())))
             is_spelled = as_mask(pc.match_substring_regex(text, rf"\A(?:{NUMBER_PATTERN.pattern})\z"))
             is_spelled &= parse_text & ~is_missing
-            is_other = as_mask(pc.is_valid(text)) & ~is_missing & ~is_spelled
+            is_invalid = as_mask(pc.is_valid(text)) & ~is_missing & ~is_spelled
             column = pc.if_else(pa.array(is_spelled), text, pa.scalar(None, pa.large_string()))
         elif pa.types.is_boolean(column.type):
             column = column.cast(pa.int8())
         elif not is_numeric(column.type):
-            is_other = as_mask(pc.is_valid(column))
+            is_invalid = as_mask(pc.is_valid(column))
             column = pa.nulls(len(column), pa.float64())
         numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-        return numbers.astype(np.float64), is_other
+        return numbers.astype(np.float64), is_invalid

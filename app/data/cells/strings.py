@@ -71,9 +71,9 @@ class StringCells(Cells):
         if is_string(column.type):
             values, is_missing, faults = self._strings(column.cast(pa.large_string()))
         else:
-            is_other = as_mask(pc.is_valid(column))
-            values, is_missing = np.full(len(column), None, dtype=object), ~is_other
-            faults = [Fault(IS_STRING, is_other)]
+            is_invalid = as_mask(pc.is_valid(column))
+            values, is_missing = np.full(len(column), None, dtype=object), ~is_invalid
+            faults = [Fault(IS_STRING, is_invalid)]
         if not self._nullable:
             faults.append(Fault(NOT_MISSING, is_missing))
         return values, faults

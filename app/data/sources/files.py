@@ -12,7 +12,7 @@ from app.config import Data, Source
 from app.data.sources import formats, samples
 from app.data.sources.column_types import CONTENT, Kind, common_type, family, fits
 from app.data.sources.formats import File
-from app.data.sources.reader import Reader, naming, read_files
+from app.data.sources.reader import Reader, prefix_errors, read_files
 from app.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Files:
         faults: list[str] = []
         self._opened = []
         for path in self.paths:
-            with naming(self.setting):
+            with prefix_errors(self.setting):
                 file = formats.open_file(self.filesystem, path, self.format, list(columns))
             faults += [f"{path}: {fault}" for fault in _schema_faults(file, columns)]
             self._opened.append(file)
@@ -116,7 +116,7 @@ class Files:
             conflicts = [self._type_conflict(name, kind) for name, kind in columns.items()]
             faults = [fault for fault in conflicts if fault is not None]
         if not faults:
-            with naming(self.setting):
+            with prefix_errors(self.setting):
                 if not self._has_rows(list(columns)):
                     faults = [f"{self.name}: has columns but no rows"]
         if faults:

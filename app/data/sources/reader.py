@@ -13,7 +13,7 @@ from app.errors import UserError
 
 
 @contextmanager
-def naming(setting: str) -> Iterator[None]:
+def prefix_errors(setting: str) -> Iterator[None]:
     """Prefix a UserError with the setting that names the files."""
     try:
         yield
@@ -35,7 +35,7 @@ class Reader:
     def blocks(self, file: File) -> Iterator[pa.Table]:
         """The rows of a file. Raises UserError if it cannot be read to its end."""
         names = [name for name in self.schema.names if name in file.schema.names]
-        with naming(self.setting):
+        with prefix_errors(self.setting):
             for block in formats.blocks(self.filesystem, file, names, self.limit):
                 yield self._cast(block)
 

@@ -99,7 +99,7 @@ def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
 
 def test_every_action_has_a_sentence():
     actions = {"register", "sign", *promotion.PROMOTIONS, *traffic.ACTIONS}
-    assert actions == {*audit_text.DONE, traffic.TRAFFIC_ACTION}
+    assert actions == {*audit_text.ACTION_SENTENCES, traffic.TRAFFIC_ACTION}
 
 
 def test_actions_of_the_registry_are_sentences(audit):

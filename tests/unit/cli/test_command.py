@@ -28,7 +28,7 @@ def log_of(home) -> str:
 def test_other_output_goes_to_the_log_that_is_named(home, capfd):
     with command.running("train") as console:
         os.write(1, b"chatter of a library\n")
-        console.say("for the user")
+        console.print("for the user")
     output = capfd.readouterr().out
     assert output.startswith(f"log: {home}/logs/train-")
     assert output.endswith("for the user\n")
@@ -37,7 +37,7 @@ def test_other_output_goes_to_the_log_that_is_named(home, capfd):
 
 def test_a_quiet_command_does_not_name_its_log(home, capfd):
     with command.running("status", quiet=True) as console:
-        console.say("{}")
+        console.print("{}")
     assert capfd.readouterr().out == "{}\n"
 
 

@@ -58,7 +58,7 @@ def test_the_table_has_the_best_and_the_running_trials():
     current = progress(COMPLETE, PRUNED)
     current.running[3] = Running({"model.kind": "mlp"}, epochs=2)
     stream = io.StringIO()
-    Console(stream).say(sweep_view._table(current))
+    Console(stream).print(sweep_view._table(current))
     output = stream.getvalue()
     assert "study: 2 of 5 trials, 1 pruned, about 0 s left" in output
     assert "best" in output

@@ -36,7 +36,7 @@ def test_other_users_can_read_nothing_of_the_state(home, open_umask, monkeypatch
     issuer.new_key()
     with studies.opened("s", ["maximize"], {}, print):
         pass
-    with console.chatter_to_log("check"):
+    with console.output_to_log("check"):
         print("a client's row")
     stages.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
     if not exists:

@@ -4,7 +4,7 @@ import pyarrow.parquet
 import pytest
 
 from app.data.sources import formats
-from app.data.sources.reader import Reader, naming, read_files
+from app.data.sources.reader import Reader, prefix_errors, read_files
 from app.errors import UserError
 
 LOCAL = pa.fs.LocalFileSystem()
@@ -39,5 +39,5 @@ def test_files_are_read_by_their_indices(reader):
 
 
 def test_an_error_names_the_setting():
-    with pytest.raises(UserError, match=r"^--input: x: is broken$"), naming("--input"):
+    with pytest.raises(UserError, match=r"^--input: x: is broken$"), prefix_errors("--input"):
         raise UserError("x: is broken")
