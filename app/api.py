@@ -39,8 +39,8 @@ def load(file: str | Path, *overrides: str) -> Project:
 def sweep(project: Project, *, trials: int | None = None) -> SweepResult:
     """Run the search that the project's `sweep` describes, or resume the stored study.
 
-    `trials` is the number of trials in all, instead of `sweep.trials`. Returns the best projects, all trials,
-    and the path of the report.
+    `trials` replaces `sweep.trials`, the number of trials in all. Returns the best projects, all trials, and
+    the path of the report. Raises UserError if the project has no `sweep`.
     """
     if trials is not None and project.sweep is not None:
         require_within("trials", trials, 1, MAX_NUMBER)
@@ -50,8 +50,11 @@ def sweep(project: Project, *, trials: int | None = None) -> SweepResult:
 
 
 def train(project: Project, *, fresh: bool = False) -> Outcome:
-    """Prepare, train, evaluate, pass the gate and register. Stages that are done are skipped, unless
-    `fresh`."""
+    """Prepare, train, evaluate, pass the gate and register. Finished stages are skipped, unless `fresh`.
+
+    `Outcome.version` is None if the gate rejected the candidate. Raises UserError if the data break their
+    contract.
+    """
     with session(log_to_driver=False):
         return pipeline.run(project, Console(), fresh=fresh)
 

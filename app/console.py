@@ -20,7 +20,7 @@ class Console:
     """Writes to the terminal, also while `output_to_log` redirects standard output."""
 
     def __init__(self, stream: IO[str] | None = None):
-        # Outside a terminal (a job's log, a pipe), wide enough for a reason in one line.
+        # Outside a terminal (a job's log, a pipe), lines are wide enough for a gate's reason.
         stream = stream or sys.stdout
         width = None if stream.isatty() else 160
         self._rich = Rich(file=stream, width=width, highlight=False, soft_wrap=True)
@@ -30,14 +30,16 @@ class Console:
         self._rich.print(text, style=style, markup=False)
 
     def print_wait(self, reason: str | None) -> None:
-        """Print what the command waits for, if `reason` is not None."""
+        """Print what the command waits for; prints nothing if `reason` is None."""
         if reason:
             self.print(f"  {reason}", style="yellow")
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[..., None]]:
-        """Run a stage and print its time; yields a function that sets its summary, to be called before it
-        ends."""
+        """Print the duration and the summary of a stage, which is the block.
+
+        Yields a function that sets the summary; the block must call it. A block that raises prints nothing.
+        """
         started = time.perf_counter()
         summary: list[str] = []
 

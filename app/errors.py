@@ -1,4 +1,7 @@
-"""Exceptions for people, and messages of wrapped exceptions. Any other exception that escapes is a defect."""
+"""Exceptions whose messages are for users, and the messages of wrapped exceptions.
+
+Any other exception that reaches the user is a defect.
+"""
 
 import re
 from collections.abc import Iterator
@@ -36,7 +39,7 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def describe(error: BaseException) -> str:
-    """Type and first line of the error that was raised first. Further lines are advice of libraries."""
+    """Type and first line of the error that was raised first. Further lines are advice from its library."""
     first = first_cause(error)
     lines = str(first).strip().splitlines() or ["no message"]
     return f"{type(first).__name__}: {lines[0]}"

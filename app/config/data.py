@@ -213,7 +213,7 @@ class Data(Section):
 
     @property
     def time(self) -> str | None:
-        """Column of the time, if the split is by time."""
+        """Column of the time, if the split is by time or leaves one interaction out; else None."""
         return self.interactions.time if self.interactions else self.split.column
 
     @property
@@ -228,13 +228,13 @@ class NumberEncoding(Section):
 
     encode: str
     exact: PositiveInt | None = None
-    """Number of occurrences in the training part from which a value also gets an indicator column, for
-    numbers of which some are codes or round sums. null: no indicators."""
+    """Minimum number of occurrences in the training part for a value to get an indicator column too. It suits
+    columns in which some numbers are codes or round sums. null: no indicators."""
 
 
 class MinMax(NumberEncoding):
-    """Scale by the range of the training part to 0..1. Values outside are clipped; a missing one is the
-    mean."""
+    """Scale to 0..1 by the range of the training part. Values outside it are clipped; a missing one is
+    replaced by the mean."""
 
     encode: Literal["min_max"]
 

@@ -49,7 +49,7 @@ MAX_SHOWN_CHARACTERS = 80
 
 
 def describe(fault: Mapping[str, Any]) -> str:
-    """Message for one of a ValidationError's `errors()`, without its place."""
+    """Message for one of a ValidationError's `errors()`, without its line and key."""
     kind = fault["type"]
     if kind == "value_error":
         return str(fault["ctx"]["error"])

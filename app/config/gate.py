@@ -18,10 +18,10 @@ BINARY_METRICS: tuple[str, ...] = get_args(BinaryMetric)
 CLASS_METRICS: tuple[str, ...] = get_args(ClassMetric)
 """Metrics of several classes; `macro` is the unweighted mean over the classes."""
 RANKING_METRICS: tuple[str, ...] = get_args(RankingMetric)
-"""Metrics of a recommender: the rank of each user's held-out item among all items that the user has not
-had."""
+"""Metrics of a recommender, by the rank of each user's held-out item among all items that are new to the
+user."""
 RATING_METRICS: tuple[str, ...] = get_args(RatingMetric)
-"""Further metrics of explicit feedback: the explained share of the ratings' variance."""
+"""Further metrics of explicit feedback: `r2`, the explained share of the ratings' variance."""
 
 
 class Gate(Section):

@@ -25,7 +25,7 @@ ENCODINGS: dict[str, tuple[tuple[type[Section], ...], str]] = {
     "category": ((OneHot, Embedding), "one_hot or embedding"),
     "text": ((Tokens,), "tokens"),
 }
-"""Encodings of each type of column, and their names."""
+"""Allowed encodings of each type of column, and their names in messages."""
 
 
 def require_name(name: str) -> None:

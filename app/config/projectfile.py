@@ -103,7 +103,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _validated(document: dict[str, Any], texts: Mapping[Key, str]) -> Project:
-    """The validated project. Numbers and booleans where text is required are taken as they are spelt."""
+    """The validated project. Where text is required, a number or boolean becomes the text in the file."""
     try:
         return Project.model_validate(document)
     except ValidationError as error:
@@ -200,7 +200,7 @@ def _override(document: dict[str, Any], text: str) -> tuple[Key, dict[Key, str]]
 def _fault(
     path: Path, lines: Mapping[Key, int], overridden: list[Key], texts: Mapping[Key, str], error: Any
 ) -> str:
-    """One line for a fault: its place, its key, what is wrong, what is allowed."""
+    """Message for a fault, one line: file and line, key, what is wrong, what is allowed."""
     loc, allowed = faults.resolve(Project, error["loc"])
     line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), 1)
     where = "--set" if any(loc[: len(o)] == o for o in overridden) else f"{path}:{line}"
@@ -213,9 +213,8 @@ def _fault(
             message = f"is missing; the keys here are {_listed(allowed)}"
         case "value_error":
             message = str(error["ctx"]["error"])
-            key = loc or tuple(
-                message.partition(":")[0].split(".")
-            )  # a check of the whole file names its key
+            # A check of the whole file names its key in the message.
+            key = loc or tuple(message.partition(":")[0].split("."))
             line = next((lines[key[:n]] for n in range(len(key), 0, -1) if key[:n] in lines), 1)
             # Several keys are involved, so an overridden key below may be at fault.
             where = "--set" if any(key[: len(o)] == o[: len(key)] for o in overridden) else f"{path}:{line}"

@@ -18,10 +18,10 @@ from app.config.section import MAX_NUMBER, Section
 from app.errors import UserError
 
 NAME = "<name>"
-"""Stands in a path for a name that the user chooses, such as that of a column or variant."""
+"""Placeholder in a path for a name that the user chooses, such as that of a column or variant."""
 REQUIRED = "required"
 WIDTH = 100
-"""Columns of the text for a terminal."""
+"""Maximum length of the lines for a terminal, in characters."""
 TYPES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value"}
 
 
@@ -56,7 +56,7 @@ class Group:
 
 
 def groups(model: type[Section] = Project, path: str = "") -> list[Group]:
-    """All groups of a section, from the outside in, each once."""
+    """The groups of a section and of all sections in it, the outer ones first, without duplicates."""
     return list(dict.fromkeys(_walk(model, path, "")))
 
 
@@ -65,14 +65,14 @@ def select(section: str) -> list[Group]:
 
     Raises UserError, which names the sections, if there is no such section or key.
     """
-    every = groups()
-    if below := [group for group in every if f"{group.path}.".startswith(f"{section}.")]:
+    all_groups = groups()
+    if below := [group for group in all_groups if f"{group.path}.".startswith(f"{section}.")]:
         return below
-    for group in every:
+    for group in all_groups:
         if keys := tuple(key for key in group.keys if key.path == section):
             return [replace(group, keys=keys)]
-    sections = list(dict.fromkeys(group.path.split(".")[0] for group in every if group.path))
-    paths = {path for group in every for path in (group.path, *(key.path for key in group.keys))}
+    sections = list(dict.fromkeys(group.path.split(".")[0] for group in all_groups if group.path))
+    paths = {path for group in all_groups for path in (group.path, *(key.path for key in group.keys))}
     similar = difflib.get_close_matches(section, paths, 1)
     hint = f" (did you mean {similar[0]}?)" if similar else ""
     raise UserError(f"there is no section or key {section!r}{hint}; the sections are {', '.join(sections)}")
@@ -130,7 +130,7 @@ def _key(path: str, field: FieldInfo) -> Key:
 
 
 def _sections(annotation: Any) -> tuple[list[type[Section]], str]:
-    """The sections that a value may be, and what their path has after the key: NAME for a mapping."""
+    """The sections that a value may be, and the suffix of their path after the key: NAME for a mapping."""
     members = _members(annotation)
     sections = [member for member in members if _is_section(member)]
     for member in members:
@@ -208,7 +208,7 @@ def _bounds(metadata: Sequence[Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A default as it would stand in the file, on one line."""
+    """A default as YAML, on one line."""
     if isinstance(value, Section):
         value = value.model_dump(exclude_unset=True)
     if isinstance(value, dict):

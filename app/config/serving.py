@@ -47,9 +47,9 @@ class Workers(Section):
     max_batch_rows: PositiveInt = 64
     """Maximum number of rows computed in one batch."""
     target_ongoing_requests: PositiveFloat = 4
-    """Number of requests in progress per replica that the autoscaler aims at."""
+    """Target of the autoscaler: the number of requests in progress per replica."""
     idle_s: NonNegativeFloat = 300
-    """Seconds without requests after which the number of replicas goes down to `min_replicas` 0."""
+    """Seconds without requests after which all replicas stop, if `min_replicas` is 0."""
 
 
 class Variant(Section):
@@ -61,7 +61,7 @@ class Variant(Section):
     """Share of the units, relative to the other variants' weights. A variant with weight 0 is loaded and gets
     no requests."""
     shadow: bool = False
-    """Whether the variant gets a copy of every request without its answers being returned. A shadow has no
+    """Whether the variant gets a copy of every request, and its answers are not returned. A shadow has no
     weight."""
     workers: Workers | None = None
     """The variant's own replicas. null: every replica of the endpoint loads it. A shadow always has its
@@ -84,7 +84,7 @@ class Autoscaling(Section):
     max_replicas: PositiveInt = 1
     """Maximum number of replicas."""
     target_load: float = Field(0.6, gt=0, le=1)
-    """Share of its time that a replica is busy which the autoscaler aims at."""
+    """Target of the autoscaler: the share of its time that a replica is busy."""
     upscale_delay_s: NonNegativeFloat = 0.5
     """Seconds for which the load must stay above the target before replicas are added."""
     downscale_delay_s: NonNegativeFloat = 60
@@ -111,7 +111,7 @@ class Limits(Section):
     """Seconds that a request may wait until a replica takes it; one that would wait longer gets 429."""
     feedback_per_hour: int = Field(10_000, ge=1, le=1_000_000_000)
     """Maximum number of feedback messages per hour of one principal on this model. More are quarantined:
-    stored apart, and not counted."""
+    stored, but not counted."""
     feedback_days: float = Field(30, gt=0, le=36_500)
     """Days after a prediction in which feedback on it is accepted."""
 
@@ -147,8 +147,8 @@ class Serving(Section):
 
     host: str = "127.0.0.1"
     """Network interface to listen on: an address of this machine, or a name for one. Beyond loopback it needs
-    `auth`. All endpoints of a cluster have the same `host`, `port`, `grpc_port`, `tls` and
-    `connections_per_address`."""
+    `auth`. All endpoints of a cluster must have the same `host`, `port`, `grpc_port`, `tls`
+    and `connections_per_address`."""
     port: int = Field(8000, ge=1, le=65535)
     """TCP port for HTTP, or HTTPS with `tls`."""
     grpc_port: int | None = Field(None, ge=1, le=65535)

@@ -69,7 +69,7 @@ class Float(_Parameter):
         return self
 
     def _rest(self, value: float) -> Decimal:
-        """Distance of a value above the next lower step."""
+        """Distance of a value from the next lower step."""
         return (Decimal(repr(value)) - Decimal(repr(self.low))) % Decimal(repr(self.step))
 
     @property
@@ -328,7 +328,7 @@ class Sweep(Section):
 
     @property
     def effective_scheduler(self) -> Any:
-        """Scheduler in effect."""
+        """Scheduler in effect: `scheduler`, or its default."""
         if self.scheduler is not None:
             return self.scheduler
         return NoScheduler(kind="none") if len(self.objectives) > 1 else Asha(kind="asha")

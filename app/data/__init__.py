@@ -1,1 +1,1 @@
-"""The data plane: reading a source, checking its contract, splitting and encoding its rows."""
+"""Data: reading a source, checking its contract, splitting and encoding its rows."""

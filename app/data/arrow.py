@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 NUMERIC = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_boolean)
-"""Predicates of the types that are read as numbers; booleans are 0 and 1."""
+"""Predicates of the types whose values are read as numbers; booleans are read as 0 and 1."""
 
 
 def value_type(column_type: pa.DataType) -> pa.DataType:
@@ -22,7 +22,7 @@ def is_string(column_type: pa.DataType) -> bool:
 
 
 def is_numeric(column_type: pa.DataType) -> bool:
-    """Whether a column of this type is read as numbers. A column of nulls is."""
+    """Whether a column of this type is read as numbers; true for a column of nulls too."""
     return pa.types.is_null(column_type) or any(is_type(column_type) for is_type in NUMERIC)
 
 

@@ -1,4 +1,4 @@
-"""From the columns of a contract to one float32 matrix, the same in training and in the ONNX graph.
+"""Encoding the columns of a contract as one float32 matrix, the same in training and in the ONNX graph.
 
 `app.data.fitting` fits the preprocessor on the training part.
 """
@@ -12,7 +12,7 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 MISSING = ""
-"""Text for a missing category in a list of values; the contract admits no empty string."""
+"""Text for a missing category in a list of values; the contract allows no empty string."""
 
 
 class FittedColumn(BaseModel):
@@ -46,7 +46,7 @@ class ScaledNumber(FittedColumn):
 
 
 class BinnedNumber(FittedColumn):
-    """A number encoded by its position among quantiles of the training part, the edges.
+    """A number encoded by its position among edges, which are quantiles of the training part.
 
     `piecewise_linear` gives one value per bin between two edges: 0 for a number below the bin, 1 above,
     linear inside. `quantile` gives the normal score of the number's quantile, linear between the edges.
@@ -58,7 +58,7 @@ class BinnedNumber(FittedColumn):
     scores: list[float]
     """Normal score at each edge for `quantile`, else empty."""
     fill: float
-    """Number that replaces a missing one, not scaled: the training mean."""
+    """Number that replaces a missing one, in the column's own unit: the training mean."""
 
     @property
     def width(self) -> int:

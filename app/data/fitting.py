@@ -18,8 +18,8 @@ from app.data.features import (
 )
 
 MAX_DISTINCT_VALUES = 10_000
-"""Maximum number of distinct values of a number in a block's statistics. Of more, quantiles are kept, or the
-most frequent ones."""
+"""Maximum number of distinct values of a number in a block's statistics. If there are more, only quantiles or
+only the most frequent values are kept."""
 MAX_NORMAL_SCORE = 3.0
 """Maximum magnitude of normal scores; without it, those of the training part's extremes would be infinite."""
 MATRIX_ORDER = ("min_max", "quantile", "piecewise_linear", "exact", "one_hot", "embedding")

@@ -1,4 +1,4 @@
-"""The prepare stage of a recommender: which interactions are learned from, and which are held out.
+"""The prepare stage of a recommender: it divides interactions into those to train on and those held out.
 
 Leave one out: each user's last interaction is in the test part, the one before it in the validation part, and
 all others in the training part. Users with fewer than three interactions are in the training part only.
@@ -26,7 +26,7 @@ USER, ITEM, RATING, AGE = "__user__", "__item__", "__rating__", "__age__"
 AGE is the share, 0..1, of the user's interactions in the training part that came later."""
 CATALOGUE_FILE = "catalogue.json"
 MIN_INTERACTIONS = 3
-"""Number of interactions from which two of a user are held out."""
+"""Minimum number of a user's interactions for the last two to be held out."""
 
 
 class Catalogue(BaseModel):
@@ -38,7 +38,7 @@ class Catalogue(BaseModel):
     items: list[str]
     """Items by popularity, the most popular first, then by id. An item's index is its position here."""
     popularity: list[int]
-    """Number of users who had each item, without the test part."""
+    """Number of users who interacted with each item, outside the test part."""
     mean: float
     """Mean rating of the training part; 0 if there are no ratings."""
 

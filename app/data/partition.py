@@ -1,7 +1,7 @@
 """The division of a data set into parts, stored with it and with its bundles.
 
-It tells for any row whether a model may have learned from it, so that a candidate and a champion are compared
-on rows that neither has seen.
+It decides for any row whether a model may have been trained on it, so that a candidate and a champion are
+compared on rows that neither was trained on.
 """
 
 from pathlib import Path
@@ -57,7 +57,7 @@ class Partition(BaseModel):
         return ""
 
     def unseen(self, frame: pd.DataFrame, folder: Path) -> np.ndarray:
-        """Mask of the rows of a prepared part that no model of this data set learned from, bool (rows,).
+        """Mask of the rows of a prepared part on which no model of this data set was trained, bool (rows,).
 
         `folder` is the folder that the partition was read from. Raises KeyError if there is an `obstacle`.
         """
@@ -89,8 +89,8 @@ def partition_of(data: Data, starts: tuple[float, ...] | None) -> Partition:
 
 
 def with_partition_key(data: Data, partition: Partition | None) -> Data:
-    """The data with the split key of an earlier partition, if columns were added since and `data.split.key`
-    is not set.
+    """The data with the split key of an earlier partition, if columns were added since then and
+    `data.split.key` is not set.
 
     Each row then stays in its part when the contract gets another column.
     """

@@ -1,4 +1,4 @@
-"""The prepare stage: from the source to three checked parts and a fitted preprocessor."""
+"""The prepare stage: it makes three checked parts and a fitted preprocessor from a source."""
 
 import json
 from collections import Counter
@@ -137,7 +137,8 @@ def _build(project: Project, version: str, draft: Path) -> None:
         if not all(counts):
             raise UserError(
                 f"data.split: every part must have rows of every label, but the {name} part has "
-                f"{part.count()} rows and lacks some; {num_rows} rows in all are too few for these shares"
+                f"{part.count()} rows and lacks some: {num_rows} rows in all are too few for these shares; "
+                "use more rows or larger shares"
             )
         summary["parts"][name] = {"rows": part.count(), "counts": counts}
     (draft / "summary.json").write_text(json.dumps(summary, indent=1))

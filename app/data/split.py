@@ -59,11 +59,11 @@ def assign_parts(
 
 
 def part_starts(times: np.ndarray, counts: np.ndarray, split: Split) -> tuple[float, ...]:
-    """Start times of the parts after the training part: validation and test; of a fold also the unused rows
-    between them.
+    """Start times of the parts after the training part: validation and test; for a fold also that of the
+    unused rows between them.
 
-    There are `counts` (times,) rows of each of the `times` (times,), in any order. Rows of the same time stay
-    together, in the earlier part. The start of an empty part is infinity.
+    `counts` (times,) are the numbers of rows at each of the `times` (times,), in any order. Rows of the
+    same time stay together, in the earlier part. The start of an empty part is infinity.
     """
     order = np.argsort(times)
     num_earlier = counts[order].cumsum() - counts[order]
@@ -78,11 +78,11 @@ def part_starts(times: np.ndarray, counts: np.ndarray, split: Split) -> tuple[fl
 
 
 def parse_times(column: pa.ChunkedArray, missing: Sequence[str] = ()) -> pd.Series:
-    """Times as floats, in which later is larger: timestamps, dates and ISO 8601 text in seconds since 1970,
-    numbers as they are.
+    """Times as floats that increase with time: timestamps, dates and ISO 8601 text in seconds since 1970,
+    numbers unchanged.
 
-    None where a value is missing; the empty string and the texts in `missing` are. Other text is returned
-    unchanged.
+    None where a value is missing, which null, the empty string and the texts in `missing` are. Other text is
+    returned unchanged.
     """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)

@@ -1,4 +1,4 @@
-"""Texts to tokens, with the encoder's own tokenizer in a file that training and serving share."""
+"""Converting texts to tokens with the encoder's own tokenizer, in a file that training and serving share."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ def version(encoder: str) -> str:
 def write(encoder: str, max_length: int, file: Path) -> None:
     """Write the encoder's tokenizer, set to truncate to `max_length` tokens and not to pad.
 
-    Raises UserError if the encoder's texts are shorter than that.
+    Raises UserError if the encoder takes fewer tokens than that.
     """
     folder = encoder_folder(encoder)
     max_positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
@@ -73,7 +73,7 @@ def write(encoder: str, max_length: int, file: Path) -> None:
 
 
 def load(file: Path) -> "Tokenizer":
-    """Raises UserError if the file is not a tokenizer."""
+    """The tokenizer in a file. Raises UserError if the file is not a tokenizer."""
     from tokenizers import Tokenizer
 
     try:

@@ -1,4 +1,4 @@
-"""The families of models: the keys of each kind of model, and what other sections must be for it."""
+"""The families of models: the keys of each kind of model, and its checks of the other sections."""
 
 from functools import reduce
 from itertools import chain

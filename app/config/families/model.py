@@ -1,4 +1,4 @@
-"""What all kinds of models have in a project file, and what each family says of its own."""
+"""The base class of all kinds of models in a project file, whose properties each family defines."""
 
 from typing import TYPE_CHECKING
 
@@ -59,5 +59,5 @@ def require_label(project: "Project", *, classes: bool) -> None:
         raise ValueError(f"data.label.classes: model.kind {kind} needs them, such as classes: [no, yes]")
     if not classes and label.classes is not None:
         raise ValueError(
-            f"data.label.classes: model.kind {kind} takes a binary label; say positive or above instead"
+            f"data.label.classes: model.kind {kind} takes a binary label; set positive or above instead"
         )

@@ -1,4 +1,4 @@
-"""Models of users and the items that they take next."""
+"""Models that recommend items to users."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +17,7 @@ OUTPUTS = ("items", "scores", "known")
 
 
 class Recommender(Model):
-    """What the recommenders share."""
+    """Keys and checks of all recommenders."""
 
     kind: str
     width: Width
@@ -27,10 +27,10 @@ class Recommender(Model):
     and predict the rating, which says little about what a user takes next."""
     loss: Literal["softmax", "bpr"] = "softmax"
     """Loss of implicit feedback. softmax: the likelihood of the item that was taken, among all items. bpr:
-    its score above that of each negative."""
+    the margin of that item's score over the score of each negative."""
     negatives: PositiveInt = 512
     """With implicit feedback, the number of items drawn for each batch, against which its rows are scored;
-    those that a row's user has had do not count. All items if there are not more."""
+    items that the row's user has had do not count. If there are no more items than this, all are used."""
     recency: PositiveFloat | None = None
     """Weight of an interaction in the loss: exp(-age / recency), where age is the share of the user's
     interactions that came later. What a user takes next is more like what they took last."""
@@ -80,7 +80,7 @@ class Recommender(Model):
             if interactions.rating is None:
                 raise ValueError("data.interactions.rating: explicit feedback needs the column of ratings")
             if project.gate.metric in RATING_METRICS and project.gate.beat:
-                raise ValueError(f"gate.beat: no baseline has {project.gate.metric!r}; say beat: []")
+                raise ValueError(f"gate.beat: no baseline has {project.gate.metric!r}; set beat: []")
 
 
 class MatrixFactorization(Recommender):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class PlainNumbers(Section):
-    """Numbers enter the first layer as their encoding has them."""
+    """Numbers enter the first layer as they are encoded."""
 
     embed: Literal["none"]
 
@@ -46,7 +46,7 @@ NumberEmbedding = Annotated[PlainNumbers | LinearNumbers | PeriodicNumbers, Fiel
 
 
 class Tabular(Model):
-    """What the tabular models share."""
+    """Properties and checks of all tabular models."""
 
     @property
     def score(self) -> str:
@@ -70,7 +70,7 @@ class Tabular(Model):
                 )
             if isinstance(numbers, PeriodicNumbers) and encoding.encode == "piecewise_linear":
                 raise ValueError(
-                    f"features.{name}: model.numbers is periodic, which takes numbers of one column: say "
+                    f"features.{name}: model.numbers is periodic, which takes numbers of one column: set "
                     "min_max or quantile, or model.numbers: {embed: linear}"
                 )
 

@@ -38,7 +38,7 @@ class Cells(ABC):
 
     @abstractmethod
     def _read_valid(self, values: Sequence[Any]) -> np.ndarray | None:
-        """Read many values together if all of them are plainly valid; None if `read` must decide."""
+        """Read many values together if a fast check finds all of them valid; None if `read` must decide."""
 
     @abstractmethod
     def _read_array(self, column: pa.Array, parse_text: bool) -> tuple[np.ndarray, Faults]:
@@ -72,7 +72,7 @@ class Cells(ABC):
     ) -> tuple[np.ndarray, Faults]:
         """Read a column of a table: an array (rows,), and the rows that break each rule.
 
-        `parse_text` says that a string may spell a number, as in a CSV file. A row that breaks a rule is
+        If `parse_text` is true, a string may spell a number, as in a CSV file. A row that breaks a rule is
         missing in the array, and no row breaks two rules.
         """
         if pa.types.is_dictionary(column.type):

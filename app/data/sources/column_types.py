@@ -1,4 +1,4 @@
-"""Types of columns: whether a column fits its contract, and its one type across files."""
+"""Types of columns: whether a column fits its contract, and the type that it gets in all files."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -17,7 +17,7 @@ CONTENT: dict[Kind, str] = {
     "label": "strings, integers or booleans",
     "time": "timestamps, dates, ISO 8601 text or numbers",
 }
-"""Values that a column of each kind may hold, in words."""
+"""Values that a column of each kind may have, in words."""
 
 
 def fits(column_type: pa.DataType, kind: Kind) -> bool:

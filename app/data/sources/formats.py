@@ -19,9 +19,9 @@ SEPARATORS = ",;\t|"
 HEAD_BYTES = 1 << 20
 """Number of bytes in which the header must end."""
 BLOCK_BYTES = 4 << 20
-"""Size of the blocks that CSV is parsed in, and so the largest size of a row."""
+"""Size of the blocks in which CSV is parsed, and so the maximum size of a row."""
 BATCH_ROWS = 1 << 16
-"""Number of rows of the blocks that Parquet is read in."""
+"""Number of rows of the blocks in which Parquet is read."""
 NOT_UTF8 = "not UTF-8; save the file as UTF-8 (iconv -f latin1 -t utf8)"
 BYTE_ORDER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff": "UTF-32"}
 """Encodings that are not UTF-8, by the bytes at the start of the file."""
@@ -164,7 +164,7 @@ class _QuoteCounter:
 
 
 def _require_closed_quote(filesystem: pa.fs.FileSystem, file: File) -> None:
-    """Raises UserError if the last cell opens a quote that is never closed, so that it has all later rows."""
+    """Raises UserError if the last cell opens a quote that is never closed: all later rows are part of it."""
     record: list[str] = []
     num_lines = first_line = 0
     with (

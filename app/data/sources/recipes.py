@@ -23,7 +23,7 @@ TOPICS = {
     "cars": r"driver.{0,3}less|self.{0,3}driv|autonom|automated|google.? car",
     "apple": r"apple|aapl",
 }
-"""Patterns that tell the six collections of tweets apart by their search words; the first match counts."""
+"""Patterns of the search words by which the tweets were collected, by topic; the first match counts."""
 FLIGHT_NUMBERS = ("dep_time", "dep_delay", "arr_time", "arr_delay", "air_time")
 """Columns that are missing for cancelled and diverted flights."""
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")

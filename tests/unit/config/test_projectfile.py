@@ -363,7 +363,7 @@ def test_periodic_numbers_take_one_column(file):
     assert projectfile.load(file).model.numbers.frequencies == 32
     edit(file, "age: {encode: min_max}", "age: {encode: piecewise_linear}")
     assert faults(file) == [
-        "small.yaml:9: features.age: model.numbers is periodic, which takes numbers of one column: say "
+        "small.yaml:9: features.age: model.numbers is periodic, which takes numbers of one column: set "
         "min_max or quantile, or model.numbers: {embed: linear}"
     ]
 
