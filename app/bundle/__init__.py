@@ -1,1 +1,1 @@
-"""The bundle: an immutable folder that training makes and everything after it reads."""
+"""The bundle: an immutable folder that training makes and all later stages read."""

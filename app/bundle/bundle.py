@@ -1,5 +1,5 @@
 """The bundle: an immutable folder with a graph and all that is needed to predict with it. Training makes it;
-everything after training reads it."""
+all later stages read it."""
 
 import json
 import math
@@ -31,7 +31,8 @@ MAX_EXAMPLE_DIFFERENCE = 1e-4
 TEXTS_PER_BATCH = 32
 
 Columns: TypeAlias = Mapping[str, np.ndarray] | pd.DataFrame
-"""An array (rows,) for each input at least: numbers with NaN, and strings with None, for missing values."""
+"""An array (rows,) for each input, and perhaps others: of numbers, NaN if missing, or of strings, None if
+missing."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Bundle:
         self._tokenizer = tokens.load(path / tokens.TOKENIZER_FILE) if has_tokenizer else None
 
     def answer(self, columns: Columns) -> np.ndarray | Ranking:
-        """A ranking of items, or probabilities of a label, by the kind of model."""
+        """A ranking of items from a recommender; from any other model, probabilities of a label."""
         return self.rank(columns) if self.schema.task == "ranking" else self.predict(columns)
 
     def predict(self, columns: Columns) -> np.ndarray:
@@ -109,7 +110,10 @@ class Bundle:
         else:
             difference = float(np.abs(answer - example[OUTPUT]).max())
         if not difference <= MAX_EXAMPLE_DIFFERENCE:
-            raise BrokenBundle(f"{self.path}: predicts its own example with a difference of {difference:.2g}")
+            raise BrokenBundle(
+                f"{self.path}: must predict the values in its example.json, but they "
+                f"differ by {difference:.2g}; restore the bundle, or train it again"
+            )
 
 
 def open_graph(model: Path) -> "onnxruntime.InferenceSession":

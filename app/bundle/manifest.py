@@ -17,7 +17,7 @@ SUFFIXES = {".json", ".md", ".onnx", ".parquet", ".safetensors", ".txt"}
 REQUIRED = ("example.json", "model.onnx", "schema.json")
 MLFLOW_MODEL = "MLmodel"
 """The file without a suffix that a bundle may have; MLflow's tools read it."""
-REPAIR = "remove the folder and give the command again: a registered bundle is then fetched again"
+REPAIR = "remove the folder and run the command again, which fetches a registered bundle again"
 """What to do about a broken bundle."""
 
 
@@ -28,7 +28,7 @@ class BrokenBundle(UserError):
 def seal(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the manifest of a complete bundle: the SHA-256 of every file, and `facts` about how it was made.
 
-    It holds no time, so that equal contents have the same identity.
+    The manifest has no time, so that equal contents have the same identity.
     """
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = sorted(str(path.relative_to(folder)) for path in paths)
@@ -87,9 +87,10 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def copy(source: Path, target: Path, manifest: bytes | None = None) -> None:
-    """Copy the files of a bundle's manifest into an empty folder, with its manifest or the given one.
+    """Copy the files that a bundle's manifest lists into an empty folder.
 
-    Raises BrokenBundle if the files do not match the manifest.
+    `manifest` is the content of the new folder's manifest; None: that of the source. Raises BrokenBundle if
+    the files do not match the source's manifest.
     """
     for name in verify(source)["files"]:
         files.copy(source / name, target / name)
@@ -99,14 +100,14 @@ def copy(source: Path, target: Path, manifest: bytes | None = None) -> None:
 
 
 def require_passed(manifest: Mapping[str, Any], what: str) -> None:
-    """Raise UserError unless a manifest says that the model passed the gate.
+    """Raise UserError unless a manifest has a decision of the gate, and the model passed.
 
     `what` names the bundle in the message, such as "income version 3".
     """
     decision = manifest.get("decision")
     if decision is None:
         raise UserError(
-            f"{what} must have passed the gate, but its bundle holds no decision; train it again with "
+            f"{what} must have passed the gate, but its bundle has no decision; train it again with "
             "`raylway train`, which skips the stages that are done"
         )
     if not decision["passed"]:

@@ -44,11 +44,11 @@ class Schema(BaseModel):
     items."""
     inputs: list[Input]
     missing: list[str] = []
-    """Strings that stand for a missing value, beside null and the empty string."""
+    """Strings that mean a missing value, besides null and the empty string."""
     label: str
     """Column that is predicted; in a ranking, the column of the items."""
     positive: str = ""
-    """Label that the probability is of, in a binary task."""
+    """Label whose probability is predicted, in a binary task."""
     negatives: list[str] = []
     """The other labels in the training data, in a binary task; empty if there are many."""
     above: float | None = None
@@ -105,7 +105,10 @@ def label_schema(project: Project, preprocessor: Preprocessor, labels: Sequence[
 
 
 def columns_of(schema: Schema, rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Convert rows whose cells are read to columns for `Bundle.predict`. None or an absent key is missing."""
+    """Convert rows of values that Cells has read to columns for `Bundle.predict`.
+
+    A value is missing if it is None or the row has no such key.
+    """
     columns = {}
     for item in schema.inputs:
         values = [row.get(item.name) for row in rows]

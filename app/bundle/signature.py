@@ -25,7 +25,7 @@ SIGNING_KEY = "RAYLWAY_SIGNING_KEY"
 
 
 def sign(content: bytes, key: Path) -> bytes:
-    """Sign the content of a manifest. Raises UserError if the file holds no Ed25519 private key."""
+    """Sign the content of a manifest. Raises UserError if the file has no Ed25519 private key."""
     private = _load(key, serialization.load_pem_private_key, password=None)
     if not isinstance(private, Ed25519PrivateKey):
         raise UserError(f"{key}: must be an Ed25519 private key")

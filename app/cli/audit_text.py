@@ -1,4 +1,4 @@
-"""The audit log as text: a line per entry with what was done; of settings, what changed."""
+"""The audit log as text: one line per entry with the action; for changed settings, the old and new values."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -62,31 +62,30 @@ ACTION_SENTENCES: Mapping[str, Callable[[Details], str]] = {
     "promote undone": lambda d: f"kept the champion: the promotion of version {d['version']} came too late",
     "undeploy": lambda d: "removed the endpoint",
 }
-"""Sentences for all actions but `traffic`. The actions are defined in app.registry.versions and
-app.serving.traffic.traffic."""
+"""Sentences for all actions but `traffic`. app.registry and app.serving.traffic define the actions."""
 
 
-def _traffic(details: Details, before: Details) -> str:
-    """What is served if nothing was served before, else what changed."""
-    if before:
-        parts = [*_variants(details["variants"], before["variants"])]
+def _traffic(details: Details, previous: Details) -> str:
+    """The variants and settings that are served; if there are previous ones, only the changes."""
+    if previous:
+        parts = [*_variants(details["variants"], previous["variants"])]
     else:
         parts = [f"serves {', '.join(map(_variant, details['variants'].items()))}"]
-    settings, others = _settings(details), _settings(before) if before else _defaults()
+    settings, others = _settings(details), _settings(previous) if previous else _defaults()
     changes = [_change(key, others, settings) for key in sorted({*settings, *others})]
     if any(changes):
         parts.append(f"serving: {', '.join(filter(None, changes))}")
     return "; ".join(parts) or "no change"
 
 
-def _variants(variants: Mapping[str, Details], before: Mapping[str, Details]) -> Iterator[str]:
-    if added := [_variant((name, variants[name])) for name in variants if name not in before]:
+def _variants(variants: Mapping[str, Details], previous: Mapping[str, Details]) -> Iterator[str]:
+    if added := [_variant((name, variants[name])) for name in variants if name not in previous]:
         yield f"with {', '.join(added)}"
-    if removed := [name for name in before if name not in variants]:
+    if removed := [name for name in previous if name not in variants]:
         yield f"without {', '.join(removed)}"
     for key in ("version", "weight", "shadow"):
-        new, old = ({name: v[key] for name, v in each.items()} for each in (variants, before))
-        changes = [_change(name, old, new) for name in variants if name in before]
+        new, old = ({name: v[key] for name, v in served.items()} for served in (variants, previous))
+        changes = [_change(name, old, new) for name in variants if name in previous]
         if any(changes):
             yield f"{key}{'' if key == 'shadow' else 's'} {', '.join(filter(None, changes))}"
 

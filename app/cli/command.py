@@ -70,7 +70,7 @@ def running(command: str, hint: str = "", *, quiet: bool = False) -> Iterator[Co
 
 
 def require_cluster() -> None:
-    """Raise UserError unless a cluster runs that outlives the command."""
+    """Raise UserError unless a cluster is up that continues to run after the command."""
     from app.cluster.session import joins_lasting_cluster
 
     if not joins_lasting_cluster():

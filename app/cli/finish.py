@@ -1,4 +1,4 @@
-"""The end of a process that used Ray: without the destructors of its libraries.
+"""Ending a process that used Ray without running the destructors of its libraries.
 
 Native threads of Ray outlive `ray.shutdown()`; one per session keeps exporting metrics. If it wakes while the
 process unloads its libraries, the process ends with a segmentation fault although its work is done. Ray's own

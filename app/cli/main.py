@@ -80,7 +80,7 @@ def main() -> None:
     finish = Finish()
     try:
         finish.status = command_line()(standalone_mode=False) or 0
-    except SystemExit as exit_:  # Typer raises it if nobody reads the output
+    except SystemExit as exit_:  # Typer raises it if the reader of the output has closed the pipe
         finish.status = exit_.code if isinstance(exit_.code, int) else None
         raise
     except typer.TyperException as error:

@@ -61,8 +61,8 @@ def compress(
 ) -> None:
     """Make an int8 version of a bundle: smaller, and faster where layers are large.
 
-    Its card shows what is lost. Refused if it loses more than `compression.max_loss`. Exit code 3: the gate
-    rejected it.
+    Its card shows the loss of quality. Refused if it loses more than `compression.max_loss`. Exit code 3:
+    the gate rejected it.
     """
     passed = True
     with running("compress") as console:

@@ -1,4 +1,4 @@
-"""The endpoints' status as tables for people."""
+"""The endpoints' status as tables for the terminal."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def renderables(documents: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
-    """A table for each endpoint, and a line about the watch over them."""
+    """A table for each endpoint, and a line about the watch, which monitors them."""
     if not documents:
         yield "nothing is served"
         return
@@ -19,7 +19,7 @@ def renderables(documents: Sequence[dict[str, Any]]) -> Iterator[RenderableType]
 
 def _watch(watch: dict[str, Any] | None) -> str:
     if watch is None:
-        return "watch: does not answer; nobody follows the registry, and bandits set no weights"
+        return "watch: does not answer; new aliases are not followed, and bandits set no weights"
     last = f", the last: {watch['last_error']}" if watch["last_error"] else ""
     return f"watch: last round {watch['looked_s_ago']:.0f} s ago, {watch['failures']} failures{last}"
 

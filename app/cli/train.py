@@ -101,7 +101,7 @@ def sweep(
         ),
     ] = None,
     train_best: Annotated[
-        bool, typer.Option("--train-best", help="Train the best project in full, and hand it to the gate.")
+        bool, typer.Option("--train-best", help="Train the best project in full, and let the gate judge it.")
     ] = False,
 ) -> None:
     """Search for better settings: `raylway sweep FILE`.
@@ -135,7 +135,7 @@ def sweep_report(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The HTML file to write.", show_default=False)] = None,
 ) -> None:
-    """Write one self-contained HTML page about a sweep: its trials, what matters, and what it cost."""
+    """Write one self-contained HTML page about a sweep: trials, importance of the parameters, and cost."""
     project = projectfile.load(file, overrides or [])
     with running("report") as console:
         from app.jobs import sweep

@@ -1,4 +1,4 @@
-"""The card of a bundle, in Markdown: what a person should know before using the model."""
+"""The card of a bundle, in Markdown: what users should know before they use the model."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -78,8 +78,8 @@ def gate_section(passed: bool, reason: str) -> str:
 def _inputs(project: Project) -> list[str]:
     if interactions := project.data.interactions:
         return [
-            "The last item of each user was held out and ranked among all items that the user had not had",
-            "before. The baselines were fitted on the training and validation parts, this model on the",
+            "The last item of each user was held out and ranked among all items that were new to the user.",
+            "The baselines were fitted on the training and validation parts, this model on the",
             "training part only.",
             "",
             "## Inputs",

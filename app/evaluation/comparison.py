@@ -16,7 +16,7 @@ from app.data.prepare import LABEL, Prepared
 MIN_ROWS = 200
 """Minimum number of rows for a comparison on a part of the test rows."""
 MIN_ROWS_PER_LABEL = 10
-"""Minimum number of these rows with each label."""
+"""Minimum number of rows with each label in such a comparison; fewer if the test part has fewer."""
 
 Metrics = Mapping[str, float]
 Evaluate = Callable[[Bundle, np.ndarray], Metrics]
@@ -44,7 +44,7 @@ class NotComparable:
 def compare(
     prepared: Prepared, candidate: Bundle, champion: Bundle, evaluate: Evaluate
 ) -> Comparison | NotComparable:
-    """Evaluate both on the rows of the candidate's test part on which the champion was not trained."""
+    """Evaluate both on those rows of the candidate's test part on which the champion was not trained."""
     project = _project(candidate.path)
     try:
         champions_project = _project(champion.path)
@@ -70,10 +70,10 @@ def _project(path: Path) -> Project:
 
 
 def differences(candidate: Project, champion: Project) -> list[str]:
-    """Why the models of two projects cannot be compared, one line each; empty if they can.
+    """Reasons why the models of two projects cannot be compared, one line each; empty if they can.
 
-    The champion must predict the same, have the gate's metric, and read each of its columns as the
-    candidate's data have it.
+    The champion must predict the same label or interactions and have the gate's metric, and each of its
+    inputs must have the same type in the candidate's data.
     """
     faults = []
     by_rating = candidate.gate.metric in RATING_METRICS
@@ -104,17 +104,17 @@ def differences(candidate: Project, champion: Project) -> list[str]:
 
 
 def unseen(project: Project, prepared: Prepared, champion: Bundle) -> np.ndarray | NotComparable:
-    """Rows of the test part on which the champion was not trained, bool (rows,)."""
+    """Mask of the rows of the test part on which the champion was not trained, bool (rows,)."""
     partition = read_partition(champion.path)
     if partition is None:
-        return NotComparable("its bundle does not say on which rows it was trained")
+        return NotComparable("its bundle has no record of the rows on which it was trained")
     if fault := partition.obstacle(project.data):
         return NotComparable(fault)
     return partition.unseen(prepared.frame("test"), champion.path)
 
 
 def _too_few(rows: np.ndarray, labels: np.ndarray) -> str:
-    """Why the rows of a mask are too few for a comparison; empty if they are enough."""
+    """The reason why the rows of a mask are too few for a comparison; empty if they are enough."""
     seen = f"the champion was trained on {1 - rows.mean():.0%} of the {len(rows):,} test rows"
     if rows.sum() < MIN_ROWS:
         return f"{seen}; {rows.sum():,} are left, and a comparison needs {MIN_ROWS}"

@@ -14,7 +14,7 @@ class Decision:
 
     passed: bool
     reason: str
-    """One line with the decisive figures, and why there was no comparison with the champion, if so."""
+    """One line with the decisive figures and, if the champion was not compared, the reason."""
 
 
 def decide(
@@ -60,7 +60,7 @@ def decide(
 
 
 def _against_champion(gate: Gate, comparison: Comparison) -> tuple[str, str]:
-    """A fault if the candidate is worse than the tolerance allows, else "", and both figures."""
+    """A fault if the candidate is worse than the tolerance allows, else ""; and the champion's figure."""
     name = gate.metric
     candidate, champion = comparison.candidate[name], comparison.champion[name]
     rows = ""

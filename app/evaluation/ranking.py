@@ -1,6 +1,6 @@
 """Metrics of rankings of items, for users of whom one later item was held out.
 
-Every item that the user has not had takes part in the ranking. Metrics on a sample of the items can order
+Every item that is new to the user takes part in the ranking. Metrics on a sample of the items can order
 models wrongly (Krichene and Rendle, 2020).
 """
 

@@ -9,7 +9,7 @@ import pandas as pd
 from app.evaluation import metrics
 
 MAX_VALUES = 20
-"""Number of a column's most frequent values that are slices of their own; other values form one slice."""
+"""Maximum number of slices by value of a column, the most frequent ones; other values form one slice."""
 MISSING, OTHERS = "(missing)", "(others)"
 
 Slices = dict[str, dict[str, dict[str, Any]]]

@@ -1,1 +1,1 @@
-"""What the commands do, from start to end."""
+"""The jobs that commands and `app.api` run, from start to end."""

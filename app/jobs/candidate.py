@@ -1,4 +1,4 @@
-"""The stage after training: from a trained network to a candidate.
+"""The stage after training, which makes a candidate from a trained network.
 
 A candidate is a bundle with its metrics on the test part, but without the gate's decision.
 """
@@ -25,7 +25,7 @@ from app.training.trainer import Trained
 MAX_REFERENCE_ROWS = 10_000
 """Maximum number of training rows in a bundle's reference sample."""
 KEY_SECTIONS = {"name", "data", "features", "evaluation", "compression", "gate"}
-"""Sections of the project that a bundle depends on, apart from its network."""
+"""Keys of the project on which a bundle depends, in addition to those on which its network does."""
 
 
 def build(

@@ -11,10 +11,10 @@ from app.tasks import task_of
 
 
 def register(compressed: CompressedBundle, console: Console) -> JudgedBundle:
-    """Let the gate judge the int8 bundle, and register it if it passes, in its own run.
+    """Let the gate judge an int8 bundle, and register it if it passes, with an MLflow run of its own.
 
-    In addition to `gate.tolerance` it may lose `compression.max_loss` against the champion, which may be its
-    original. Raises UserError if the original has not passed the gate.
+    Its metric may be below the champion's, which may be its original, by `gate.tolerance` plus
+    `compression.max_loss`. Raises UserError if the original has not passed the gate.
     """
     project = Project.model_validate_json((compressed.path / "project.json").read_text())
     manifest = verify(compressed.path)

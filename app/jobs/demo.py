@@ -1,4 +1,4 @@
-"""The demo: one model's whole life on the census sample, with a summary for people."""
+"""The demo: all stages of one model on the census sample, from data to an A/B test, and a summary."""
 
 import asyncio
 import json
@@ -22,11 +22,11 @@ from app.state.home import home
 
 PROJECT = "configs/income.yaml"
 FIRST_CHAMPION = ("model={kind: linear}", "training.epochs=5", "training.learning_rate=0.03")
-"""Overrides for the first champion, a logistic regression, which the network has to beat."""
+"""Overrides for the first champion, a logistic regression, with which the network is compared."""
 NUM_UNITS = 400
 NUM_REQUESTS = 1200
 NUM_CLIENTS = 4
-"""Number of requests at a time."""
+"""Number of clients, each of which sends one request at a time."""
 REQUEST_TIMEOUT_S = 30
 QUALITY_COLUMNS = {
     "auc": "AUC",
@@ -39,7 +39,7 @@ QUALITY_COLUMNS = {
 
 @contextmanager
 def demo_home() -> Iterator[None]:
-    """An empty state directory for the demo, so that it starts from nothing and changes nothing else."""
+    """An empty state directory for the demo, during the block, so that no other state is used or changed."""
     previous = os.environ.get("RAYLWAY_HOME")
     folder = home() / "demo"
     files.discard(folder)

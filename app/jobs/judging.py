@@ -1,4 +1,4 @@
-"""From a candidate to a registered version: the gate's decision becomes part of its bundle."""
+"""Judging a candidate: the gate's decision becomes part of its bundle, which is registered if it passed."""
 
 import json
 import tempfile
@@ -33,7 +33,7 @@ class JudgedBundle(NamedTuple):
 def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console) -> JudgedBundle:
     """Judge a candidate, store its bundle with the run, and register it if it passes.
 
-    A candidate that is registered keeps its version and the decision of that time.
+    A candidate that is registered already keeps its version and its decision.
     """
     judged = None
     while judged is None:
@@ -44,7 +44,7 @@ def register(name: str, candidate: Path, rules: Gate, task: Task, run: Run, cons
 def _try_register(
     name: str, candidate: Path, rules: Gate, task: Task, run: Run, console: Console
 ) -> JudgedBundle | None:
-    """None if the champion changed after the decision, which must then be repeated."""
+    """Like `register`, but returns None if the champion changed after the decision: then repeat it."""
     metrics = json.loads((candidate / "metrics.json").read_text())
     with console.stage("gate") as done:
         registered = registration.registered_candidate(name, identity_of(candidate))
@@ -96,7 +96,7 @@ def _judge(name: str, candidate: Path, rules: Gate, metrics: Mapping[str, Any], 
 
 
 def _compare(candidate: Path, champion: Version | None, task: Task) -> Comparison | NotComparable | None:
-    """The candidate's metrics beside the champion's; None if there is no champion."""
+    """The comparison of the candidate with the champion; None if there is no champion."""
     if champion is None:
         return None
     packager = packager_of(task)

@@ -40,8 +40,11 @@ class PredictedTable:
 
 
 def folder(model: str | Path) -> Path:
-    """The folder of a bundle: of a registered version such as "income@champion" or "income@3", of the
-    champion of a model such as "income", or the path itself."""
+    """The folder of a bundle.
+
+    `model` is a registered version such as "income@champion" or "income@3", a model such as "income", whose
+    champion is used, or the path of the folder. Raises UserError if there is no such version.
+    """
     name, at, version = str(model).partition("@")
     if at:
         return versions.resolve(name, version).path
@@ -56,9 +59,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def source(name: str) -> Source:
-    """The source of a file or folder, with the format of its name or of its files' names.
+    """The source of a file or folder, with the format that the suffixes of the file names determine.
 
-    Raises UserError if they have no format, or several.
+    Raises UserError if no suffix is known, or if a folder has files of both formats.
     """
     formats: list[Literal["parquet", "csv"]] = ["parquet", "csv"]
     names = [file.name for file in Path(name).rglob("*")] if Path(name).is_dir() else [name]
@@ -81,8 +84,8 @@ def run(
     """Predict all rows of a file or folder, and write them to the new folder `output` as Parquet files. Needs
     Ray.
 
-    `on_wait` is called with what is waited for. Raises UserError if there is no such model or input, a column
-    is missing, a file cannot be read to its end, or `output` exists.
+    `on_wait` is called with a message if too few CPUs are free, else with None. Raises UserError if there is
+    no such model or input, a column is missing, a file cannot be read to its end, or `output` exists.
     """
     with unwrap_user_errors():
         return _run(model, source, output, k, on_wait)

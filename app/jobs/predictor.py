@@ -1,4 +1,4 @@
-"""Predictions for the rows of a table: the bundle, contract and answers of an endpoint, without a server."""
+"""Predictions for the rows of a table, the same as those of an endpoint, but without a server."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,8 +59,8 @@ class Predictor:
         self._k = k
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """The block with its predictions. A row that violates the contract has none; VIOLATION has the
-        reason."""
+        """The block with its predictions. A row that violates the contract has none, and the
+        reason in the column VIOLATION."""
         columns, faults = {}, {}
         for name, cells in self._cells.items():
             columns[name], faults[name] = cells.read_column(block.column(name), parse_text=True)

@@ -1,4 +1,4 @@
-"""An int8 version of a bundle, by ONNX Runtime's dynamic quantization.
+"""Making an int8 version of a bundle by ONNX Runtime's dynamic quantization.
 
 Weights of matrix products are stored as int8 with one scale per output; activations are quantized at run
 time. It helps with large layers; a small network gains little.

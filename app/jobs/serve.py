@@ -15,7 +15,8 @@ from app.state import hooks
 def deploy(project: Project, traffic: Traffic, on_wait: Callable[[str | None], None] = lambda _: None) -> str:
     """Serve a project with this traffic and start its monitoring; returns the server's URL.
 
-    `on_wait` is called with what is waited for. Raises UserError like `app.serving.control.deploy.deploy`.
+    `on_wait` is called with a message about what is waited for, or with None. Raises UserError like
+    `app.serving.control.deploy.deploy`.
     """
     serving = project.serving
     num_cpus = serving.num_cpus * serving.autoscaling.min_replicas

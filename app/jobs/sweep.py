@@ -1,4 +1,4 @@
-"""A sweep from start to end: searched, logged to MLflow, and finished with project files and a report."""
+"""A sweep from start to end: it runs the search, logs it to MLflow, and writes project files and a report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

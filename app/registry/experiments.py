@@ -24,7 +24,7 @@ def experiment_of(client: MlflowClient, project: str) -> str:
         return experiment.experiment_id
     store = os.environ.get("RAYLWAY_STORE") or (home() / "artifacts").as_uri()
     try:
-        # MLflow would record any store for good, and fail only when the first bundle is stored.
+        # MLflow would accept any store, keep it for the experiment, and fail when the first bundle is stored.
         get_artifact_repository(store)
     except (MlflowException, ImportError) as error:
         raise UserError(

@@ -46,7 +46,7 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
             champion = versions.find(name, CHAMPION)
             compared = manifest["decision"].get("champion")
             if (champion and champion.identity) != (compared and compared["identity"]):
-                raise Outdated(f"{name} has another champion than the one that this was compared with")
+                raise Outdated(f"{name} has a new champion since the candidate was compared")
             tags = {
                 IDENTITY_TAG: identity_of(path),
                 CANDIDATE_TAG: manifest.get("candidate", ""),
@@ -81,7 +81,7 @@ def _finish(mlflow: MlflowClient, audit: Audit, name: str, entry: ModelVersion) 
     registrations = audit.newest_first(name, (REGISTERED,), since=created)
     if any(registration.details["version"] == number for registration in registrations):
         return
-    # Read the whole log since then: only that proves that no alias was set, a search for entries does not.
+    # Check all entries since then: only a complete chain proves that no entry with an alias was removed.
     is_decided = any(e.action in ALIAS_ACTIONS for e in audit.entries(name, since=created))
     aliases = versions.aliases_of(name)
     alias = next((alias for alias, version in aliases.items() if version == number), None)

@@ -32,7 +32,7 @@ class CurvePoint(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is logged for a trial of a sweep."""
+    """Data of a finished trial that are logged to MLflow."""
 
     number: int
     status: str
@@ -46,7 +46,7 @@ class Trial:
 
 
 class SweepRuns:
-    """The run of a study and its nested runs, written by a thread of its own so that no trial waits."""
+    """The run of a study and its nested runs. A thread writes them, so that no trial waits."""
 
     def __init__(self, client: MlflowClient, experiment: str, run_id: str):
         self.id = run_id
@@ -54,7 +54,7 @@ class SweepRuns:
         self._experiment = experiment
         query = f"tags.`mlflow.parentRunId` = '{run_id}'"
         runs = client.search_runs([experiment], query, ViewType.ACTIVE_ONLY, max_results=MAX_TRIALS)
-        # A run that has not ended was being written when the process was killed.
+        # A run that has not ended was interrupted while it was written.
         self._runs = {run.data.tags[TRIAL_TAG]: run.info for run in runs if TRIAL_TAG in run.data.tags}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         self._writes: list[Future[None]] = []

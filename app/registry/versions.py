@@ -84,7 +84,7 @@ def find(name: str, version: str) -> Version | None:
 
 
 def _local_identity(name: str, entry: ModelVersion) -> str:
-    """Fetch a version's bundle and signature, unless they are here, and return the bundle's identity."""
+    """Fetch a version's bundle and signature, unless this state directory has them; returns the identity."""
     identity = entry.tags.get(IDENTITY_TAG)
     if identity is None or not copies.folder(identity).exists():
         fetched = _fetch(name, entry)

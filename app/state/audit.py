@@ -84,7 +84,7 @@ class Audit:
         """Write an entry; returns it when it is durable. `who` is the user of this process if None.
 
         With `expected`, the entry is written only if the model's newest entry with an action in `among` has
-        this number (0: if there is none). Raises Conflict if it has not.
+        this number (0: only if there is none). Raises Conflict otherwise.
         """
         with self._engine.begin() as connection:
             database.begin_exclusively(connection, "audit")
@@ -136,7 +136,7 @@ class Audit:
         `since` and a head, it checks from the oldest of these entries on, else from the first. Raises
         BrokenLog if an entry was changed or removed.
         """
-        # Load the head before the entries: an entry that is written meanwhile may become the head.
+        # Load the head before the entries: an entry written in between may become the head.
         head = audit_head.load()
         checkpoints: dict[int, Head] = {}
         for checkpoint in (head, expected, since):
@@ -149,7 +149,7 @@ class Audit:
                 AUDIT.select().where(AUDIT.c.number >= start).order_by(AUDIT.c.number)
             ):
                 values = dict(row._mapping)
-                # The entry at `start` is a checkpoint, which proves it below.
+                # The entry at `start` is a checkpoint: its seal is compared below.
                 is_sealed = number == start or _seal(previous_seal, values) == row.seal
                 if row.number != number or not is_sealed:
                     raise _broken(number)
@@ -179,7 +179,7 @@ class Audit:
         """A model's newest entry with one of these actions, or the newest up to a time in seconds since the
         epoch.
 
-        The newest is the one written last, whatever the clocks were. Raises BrokenLog if it was changed.
+        The newest is the one with the largest number, whatever its time. Raises BrokenLog if it was changed.
         """
         return next(self.newest_first(model, actions, until), None)
 

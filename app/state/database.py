@@ -1,4 +1,5 @@
-"""The SQL database of what happens in production: SQLite in the state directory, or PostgreSQL."""
+"""The SQL database of production (predictions, feedback, the audit log): SQLite in the state directory, or
+PostgreSQL."""
 
 import contextlib
 import threading
@@ -30,7 +31,8 @@ class Part:
     name: str
     tables: MetaData
     migrations: Sequence[Callable[[Connection], None]]
-    """Steps from version 1 to 2, from 2 to 3, and so on. Each runs in the transaction that counts it."""
+    """Steps from version 1 to 2, from 2 to 3, and so on. Each runs in the transaction that stores
+    the new version."""
 
     @property
     def latest_version(self) -> int:
@@ -86,7 +88,7 @@ class Database:
             self._is_current = True
 
     def _is_up_to_date(self, connection: Connection) -> bool:
-        """Whether every table exists in this code's version; checked without a lock, as it usually is so."""
+        """Whether every table exists in this code's version. Takes no lock: usually nothing is to be done."""
         existing = set(sqlalchemy.inspect(connection).get_table_names())
         required = set(TABLES.tables).union(*(part.tables.tables for part in self._parts))
         return required <= existing and all(

@@ -8,7 +8,7 @@ from sqlalchemy import Dialect, Engine
 STATEMENT_TIMEOUT_S = 30.0
 """Maximum duration of a statement, so that a server that never answers is an error."""
 CLIENT_TIMEOUT_FACTOR = 1.5
-"""Time without an answer, in STATEMENT_TIMEOUT_S, after which the client gives up on a stuck server."""
+"""Multiple of STATEMENT_TIMEOUT_S after which the client gives up on a server that does not answer."""
 
 
 def create(url: str, **options: Any) -> Engine:
@@ -49,7 +49,7 @@ def _connect_postgresql(*arguments: Any, **options: Any) -> Any:
             try:
                 return super().wait(gen, interval, timeout or CLIENT_TIMEOUT_FACTOR * STATEMENT_TIMEOUT_S)
             except _WaitTimeout:
-                self.pgconn.finish()  # a late answer would be taken for that to the next statement
+                self.pgconn.finish()  # else a late answer would be read as the next statement's
                 raise psycopg.OperationalError("the server does not answer") from None
 
     connection = LimitedConnection.connect(*arguments, **options)

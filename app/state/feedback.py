@@ -1,4 +1,4 @@
-"""Feedback on predictions: what is stored of it, and what counts."""
+"""Feedback on predictions: which of it is stored, and which counts."""
 
 import json
 from collections.abc import Mapping
@@ -102,7 +102,7 @@ def decide(
 def merge(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any] | None:
     """The contents of two feedbacks together; None if they contradict each other.
 
-    A null outcome leaves its row open.
+    A null outcome contradicts no other: the other one is kept.
     """
     merged = {**second, **first}
     if "reward" in first and "reward" in second and first["reward"] != second["reward"]:

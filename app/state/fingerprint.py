@@ -1,4 +1,4 @@
-"""Fingerprints of code: what the results of a module depend on, apart from its inputs.
+"""Fingerprints of code: everything that the results of a module depend on, apart from its inputs.
 
 A fingerprint has the source of a module and of all modules of the application that it imports, and the
 versions of the libraries that these import. Imports are read from the source, including those inside

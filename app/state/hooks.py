@@ -1,8 +1,8 @@
-"""Records of private parts of Ray that did not take effect, for `raylway status`.
+"""Records of uses of Ray's private parts that have no effect, for `raylway status`.
 
-Raylway overrides private methods of Ray and edits the configuration that Serve writes for HAProxy. What a new
-version of Ray no longer calls or writes may fail without an error, so each use checks that it took effect,
-and reports here if it did not.
+Raylway overrides private methods of Ray and edits the configuration that Serve writes for HAProxy. If a new
+version of Ray no longer calls such a method or writes such a line, nothing raises an error. So each use
+checks that it has an effect, and is recorded here if it has none.
 """
 
 import json
@@ -13,7 +13,7 @@ from app.state.home import home
 
 
 def report(source: str, faults: Sequence[str]) -> None:
-    """Record what did not take effect in `source`, such as "training"; no faults remove an earlier record."""
+    """Record what has no effect in `source`, such as "training". Without faults, remove an earlier record."""
     record = _folder() / f"{source}.json"
     if faults:
         from app.state import files  # HAProxy's stand-in imports this module at each reload

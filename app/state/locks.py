@@ -47,12 +47,13 @@ def exclusive(
 
 
 TryTake = Callable[[], str | None]
-"""Tries to take a lock; returns its holder in words, or None if the caller has it now."""
+"""Function that tries to take a lock; returns its holder in words, or None if the caller has it."""
 
 
 @contextlib.contextmanager
 def _file_lock(name: str) -> Iterator[TryTake]:
-    """A lock for one machine, as SQLite is for one; the kernel releases it when the holder dies."""
+    """A lock between the processes of one machine, which is enough for SQLite. The kernel releases it when
+    its holder dies."""
     folder = make_private(home() / "locks")
     with (folder / hashlib.sha256(name.encode()).hexdigest()[:16]).open("a+") as file:
 

@@ -92,7 +92,7 @@ class Records:
         quarantined. Of each row's outcomes and of the rewards, the first one that counts is kept.
         """
         with self._database.begin() as connection:
-            # Nobody else writes between the reads and the writes of this transaction.
+            # No other process writes feedback between the reads and the writes of this transaction.
             database.begin_exclusively(connection, "feedback")
             stored = _stored(connection, batch)
             num_sent = {sender: _num_sent(connection, sender) for sender in {*map(sender_of, batch)}}

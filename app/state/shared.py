@@ -12,20 +12,20 @@ def require_shared(*folders: Path, seen_by: Callable[[Path], Mapping[str, bool]]
     """Check that all nodes of the cluster see the state directory and `folders`, and can share a database.
     Needs Ray.
 
-    `seen_by` returns for each node's address whether the node sees a file. Raises UserError that names the
-    nodes that do not: their tasks would write where nobody looks. SQLite is for one node, because its locks
-    do not work between machines on a shared file system.
+    `seen_by` returns for each node's address whether the node sees a file. Raises UserError, which names the
+    nodes that do not see a folder, since the files that their tasks write would be lost. Raises UserError for
+    SQLite with several nodes: its locks do not work between machines on a shared file system.
     """
     make_private(home())
     for folder in (home(), *folders):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".seen-") as marker:
             nodes = (seen_by or _seen_by_nodes)(Path(marker.name))
-        if blind := [address for address, sees in nodes.items() if not sees]:
+        if blind_nodes := [address for address, sees in nodes.items() if not sees]:
             name, setting = ("the state directory ", "RAYLWAY_HOME") if folder == home() else ("", "it")
             raise UserError(
-                f"every node must see {name}{folder}, but {', '.join(blind)} does not; put {setting} on a "
-                "file system that all nodes mount (NFS, EFS, Lustre)"
+                f"every node must see {name}{folder}, but {', '.join(blind_nodes)} does not; put {setting} "
+                "on a file system that all nodes mount (NFS, EFS, Lustre)"
             )
         if len(nodes) > 1 and database_url("production.db").startswith("sqlite"):
             raise UserError(

@@ -32,7 +32,7 @@ def produce(target: Path, build: Callable[[Path], None], *, fresh: bool = False)
 
     Does nothing if the target exists, unless `fresh`; waits if another process is building it. The target is
     a symbolic link, which one rename replaces. A reader of several files calls `current` once: the previous
-    folder is kept for such readers, older ones are removed.
+    folder is kept for such readers, and older ones are removed.
     """
     if target.exists() and not fresh:
         return False

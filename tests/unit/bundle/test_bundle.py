@@ -109,7 +109,7 @@ def test_another_prediction_for_its_example_is_refused(copy):
     example["probability"][0] += 0.001
     (copy / "example.json").write_text(json.dumps(example))
     seal(copy, {})
-    with pytest.raises(BrokenBundle, match=r"its own example with a difference of 0\.001"):
+    with pytest.raises(BrokenBundle, match=r"its example\.json, but they differ by 0\.001"):
         Bundle(copy).check_example()
 
 

@@ -166,7 +166,7 @@ def test_a_bundle_without_its_partition_is_not_compared(tmp_path):
     (tmp_path / "test").mkdir()
     TABLE.head(9).to_parquet(tmp_path / "test" / "0.parquet")
     result = compare(prepared, candidate, opened, lambda *_: {})
-    assert result == NotComparable("its bundle does not say on which rows it was trained")
+    assert result == NotComparable("its bundle has no record of the rows on which it was trained")
     (opened.path / "project.json").write_text('{"name": "of a later release"}')
     result = compare(prepared, candidate, opened, lambda *_: {})
     assert result == NotComparable("this release cannot read the champion's project.json")

@@ -87,7 +87,7 @@ def test_a_registered_bundle_is_not_written_again(bundles, home):
 
 @pytest.mark.parametrize(
     ("decision", "message"),
-    [(None, "holds no decision; train it again"), (False, "which refused it: not good enough")],
+    [(None, "has no decision; train it again"), (False, "which refused it: not good enough")],
 )
 def test_a_bundle_that_has_not_passed_the_gate_is_not_registered_promoted_or_served(
     bundles, tmp_path, decision, message
