@@ -1,4 +1,4 @@
-"""Output for people: one line per stage. All other output goes to a log file."""
+"""Output for users: one line per stage. All other output goes to a log file."""
 
 import contextlib
 import os

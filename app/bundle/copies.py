@@ -25,8 +25,8 @@ def folder(identity: str) -> Path:
 def require(identity: str) -> Path:
     """The folder of an existing copy.
 
-    Raises BrokenBundle if its manifest has another identity: whoever can change a bundle's files can change
-    its manifest too.
+    Raises BrokenBundle if its manifest has another identity: anyone who can change a bundle's files can
+    change its manifest too.
     """
     path = folder(identity)
     if manifest.identity_of(path) != identity:

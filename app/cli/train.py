@@ -122,7 +122,7 @@ def sweep(
 
             swept = sweep.run(project, console)
             if not swept.best:
-                raise UserError("no trial was completed; the log and the report say what went wrong")
+                raise UserError("no trial was completed; see the errors in the log and the report")
             if train_best:
                 outcome = pipeline.run(swept.projects[0], console)
                 console.print(f"bundle: {short_path(outcome.bundle)}")

@@ -36,7 +36,7 @@ class _Parameter(Section):
     type: str
     when: dict[str, Any] = Field({})
     """Condition: the parameter varies only if these keys have these values (a value, or a list of values).
-    Keys of the project, or of parameters listed before this one."""
+    Each key is one of the project, or of a parameter listed before this one."""
 
 
 class Float(_Parameter):

@@ -35,14 +35,16 @@ class Prepared:
 
     path: Path
     cached: bool
-    """Whether an earlier run made it."""
+    """Whether an earlier run made the data."""
 
     @property
     def key(self) -> str:
+        """Stage key of the prepared data."""
         return self.path.name
 
     @property
     def preprocessor(self) -> Preprocessor:
+        """Preprocessor that was fitted on the training part; a recommender has none."""
         return Preprocessor.model_validate_json((self.path / "preprocessor.json").read_text())
 
     @property

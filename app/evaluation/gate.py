@@ -27,7 +27,7 @@ def decide(
 
     `candidate` and `baselines` are metrics of the whole test part. `champion` is None if no version is
     registered yet. A champion that cannot be compared does not stop a candidate that meets the other
-    criteria: the candidate becomes the challenger, and the reason says that it was not compared.
+    criteria: the candidate becomes the challenger, and the reason states that it was not compared.
     """
     name = gate.metric
     value = candidate[name]

@@ -46,7 +46,7 @@ def register(name: str, run_id: str, path: Path, uri: str) -> Version:
             champion = versions.find(name, CHAMPION)
             compared = manifest["decision"].get("champion")
             if (champion and champion.identity) != (compared and compared["identity"]):
-                raise Outdated(f"{name} has a new champion since the candidate was compared")
+                raise Outdated(f"the champion of {name} changed after the candidate was compared with it")
             tags = {
                 IDENTITY_TAG: identity_of(path),
                 CANDIDATE_TAG: manifest.get("candidate", ""),

@@ -41,6 +41,7 @@ class Run:
         self._log({name: value for name, value in metrics.items() if name != "epoch"}, epoch)
 
     def log_results(self, metrics: Mapping[str, float], tags: Mapping[str, str]) -> None:
+        """Log the metrics of the whole run, and set its tags."""
         self._log(metrics, 0)
         for name, value in tags.items():
             self._client.set_tag(self.id, name, value)

@@ -56,7 +56,7 @@ class Entry:
 
 
 class Conflict(UserError):
-    """The state that a change is based on was changed by somebody else."""
+    """Another user or process changed the state on which a change is based."""
 
 
 class Audit:
@@ -84,7 +84,7 @@ class Audit:
         """Write an entry; returns it when it is durable. `who` is the user of this process if None.
 
         With `expected`, the entry is written only if the model's newest entry with an action in `among` has
-        this number (0: only if there is none). Raises Conflict otherwise.
+        this number (0 stands for no entry). Raises Conflict otherwise.
         """
         with self._engine.begin() as connection:
             database.begin_exclusively(connection, "audit")

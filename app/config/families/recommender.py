@@ -24,7 +24,7 @@ class Recommender(Model):
     """Length of a user's and an item's vector."""
     feedback: Literal["implicit", "explicit"] = "implicit"
     """implicit: learn that an interaction took place, and rank items by how well they fit. explicit: learn
-    and predict the rating, which says little about what a user takes next."""
+    and predict the rating, which is a poor predictor of what a user takes next."""
     loss: Literal["softmax", "bpr"] = "softmax"
     """Loss of implicit feedback. softmax: the likelihood of the item that was taken, among all items. bpr:
     the margin of that item's score over the score of each negative."""

@@ -87,6 +87,7 @@ class Files:
 
     @property
     def format(self) -> str:
+        """Format of the files: `csv` or `parquet`."""
         return self.source.format
 
     def _files_in(self, folder: str) -> list[pa.fs.FileInfo]:

