@@ -9,7 +9,7 @@ import pandas as pd
 from app.evaluation import metrics
 
 MAX_VALUES = 20
-"""Maximum number of values of a column that get a slice each, the most frequent ones; the others share one."""
+"""Maximum number of values of a column with a slice each, the most frequent ones; the others share one."""
 MISSING, OTHERS = "(missing)", "(others)"
 
 Slices = dict[str, dict[str, dict[str, Any]]]

@@ -77,8 +77,8 @@ def prepared_of(manifest: Mapping[str, Any], path: Path) -> Prepared:
     prepared = Prepared(stages.current(stages.folder("prepare", manifest["prepared"])), cached=True)
     if not prepared.path.exists():
         raise UserError(
-            f"{path}: the test part, on which its int8 version is judged, was removed; run `raylway "
-            "train` again"
+            f"{path}: the test part, on which its int8 version is judged, was removed; "
+            "run `raylway train` again"
         )
     return prepared
 
