@@ -103,8 +103,6 @@ SIGNATURES = {
 """Parameters of each private function, and of each method that Raylway overrides, without annotations."""
 
 CONSTANTS = {
-    "ray._private.auto_init_hook:enable_auto_connect": True,
-    "ray._private.ray_constants:ENABLE_RAY_CLUSTER": True,
     "ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR": "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
     "ray._raylet:RAY_NODE_ID_KEY": "ray.io/node-id",
     "ray.serve._private.constants:SERVE_CONTROLLER_NAME": "SERVE_CONTROLLER_ACTOR",
@@ -112,7 +110,10 @@ CONSTANTS = {
     "ray.serve._private.constants:SERVE_NAMESPACE": "serve",
     "ray.tune.search:Searcher.FINISHED": "FINISHED",
 }
-"""Value of each private constant and module variable."""
+"""Value of each private constant."""
+
+SWITCHES = ("ray._private.auto_init_hook:enable_auto_connect", "ray._private.ray_constants:ENABLE_RAY_CLUSTER")
+"""Module variables that Raylway sets; their value depends on what ran in this process before."""
 
 CLASSES = (
     "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
@@ -225,6 +226,11 @@ def test_a_private_function_has_its_signature(name):
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_a_private_constant_has_its_value(name):
     assert pkgutil.resolve_name(name) == CONSTANTS[name]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_private_variable_is_a_switch(name):
+    assert isinstance(pkgutil.resolve_name(name), bool)
 
 
 @pytest.mark.parametrize("name", CLASSES)
