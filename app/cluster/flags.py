@@ -108,8 +108,8 @@ def _absolute(path: str) -> str:
 def node_environment() -> dict[str, str]:
     """`environment()` for a node of a cluster of several nodes.
 
-    SECRET is derived from the token, which all nodes have, so that it is the same on all of them. Raises
-    FileNotFoundError if there is no token file.
+    The gateway's secret is derived from the token, which all nodes have, so that it is the same on all of
+    them. Raises FileNotFoundError if there is no token file.
     """
     values = environment()
     token = Path(values["RAY_AUTH_TOKEN_PATH"]).read_bytes().strip()

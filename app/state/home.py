@@ -11,9 +11,9 @@ from app.errors import UserError
 POSTGRESQL_TIMEOUTS = "connect_timeout=5&keepalives_idle=30&tcp_user_timeout=30000"
 """Connection parameters: seconds until a connection must be accepted, seconds of silence until the server is
 probed, and milliseconds until sent data must be acknowledged."""
-GATEWAY_FOLDER_VARIABLE = "RAYLWAY_FRONT"
+GATEWAY_FOLDER_VARIABLE = "RAYLWAY_GATEWAY_FOLDER"
 """Environment variable with the folder of a local cluster's gateway settings (HAProxy)."""
-GATEWAY_SECRET_VARIABLE = "RAYLWAY_FRONT_SECRET"
+GATEWAY_SECRET_VARIABLE = "RAYLWAY_GATEWAY_SECRET"
 """Environment variable with the secret that HAProxy sends to the replicas of its cluster, which accept no
 other requests."""
 

@@ -284,7 +284,7 @@ def test_an_endpoint_ends_with_its_killed_command_and_its_replicas_answer_haprox
             assert len(ports) >= 3, "two replicas and Serve's own proxy"
             for path in ("/v2/models/smoke", "/-/healthz", "/-/routes", "/"):
                 assert client.get(url + path).status_code != 403
-                for headers in ({}, {"x-raylway-front": "x"}):
+                for headers in ({}, {"x-raylway-gateway": "x"}):
                     for replica_port in ports:
                         response = client.get(f"http://127.0.0.1:{replica_port}{path}", headers=headers)
                         assert response.json() == {"error": "forbidden", "violations": []}

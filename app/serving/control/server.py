@@ -17,8 +17,8 @@ from app.serving.gateway.frontend import Frontend, Gateway
 from app.serving.names import ROOT
 from app.serving.protocols import docs_page
 
-LOCK = "front"
-"""Lock that is held to change the server: the gateway's settings, and the endpoints behind it."""
+LOCK = "gateway"
+"""Name of the lock for changes of the server: the gateway's settings, and the endpoints behind it."""
 LOOPBACK = "127.0.0.1"
 STOP_TIMEOUT_S = 180.0
 """Time for Ray Serve to shut down; it takes a few seconds on an idle machine."""

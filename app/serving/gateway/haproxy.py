@@ -15,11 +15,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app.serving.gateway.haproxy_config import REQUEST_PROOF, RESPONSE_PROOF, UnknownConfiguration, edit
+from app.serving.gateway.haproxy_config import (
+    REQUEST_PROOF_VARIABLE,
+    RESPONSE_PROOF_VARIABLE,
+    UnknownConfiguration,
+    edit,
+)
 from app.state import hooks
 from app.state.home import GATEWAY_SECRET_VARIABLE, gateway_folder
 
-SETTINGS_FILE = "front.json"
+SETTINGS_FILE = "gateway.json"
 """File in `app.state.home.gateway_folder` with the settings; `app.serving.gateway.settings` writes it."""
 PR_SET_PDEATHSIG = 1
 """Option of prctl(2), from linux/prctl.h: the signal that this process gets when its parent dies."""
@@ -51,7 +56,7 @@ def proofs(secret: str) -> dict[str, str]:
 
     Neither the other value nor the secret can be computed from one of the values.
     """
-    names = (REQUEST_PROOF, RESPONSE_PROOF)
+    names = (REQUEST_PROOF_VARIABLE, RESPONSE_PROOF_VARIABLE)
     return {name: hmac.digest(secret.encode(), name.encode(), "sha256").hex() for name in names}
 
 

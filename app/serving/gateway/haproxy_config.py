@@ -26,11 +26,11 @@ from app.serving.gateway.bounds import (
 
 MARK = "# edited by Raylway"
 """First line of an edited configuration."""
-REQUEST_PROOF_HEADER = "x-raylway-front"
+REQUEST_PROOF_HEADER = "x-raylway-gateway"
 """Header of all requests and health checks, by which HAProxy authenticates itself to a replica."""
 RESPONSE_PROOF_HEADER = "x-raylway-replica"
 """Header of all responses, by which a replica authenticates itself to HAProxy."""
-REQUEST_PROOF, RESPONSE_PROOF = "RAYLWAY_FRONT_SHOWN", "RAYLWAY_FRONT_PROOF"
+REQUEST_PROOF_VARIABLE, RESPONSE_PROOF_VARIABLE = "RAYLWAY_REQUEST_PROOF", "RAYLWAY_RESPONSE_PROOF"
 """Environment variables of HAProxy with the values of the two headers."""
 ALLOWED_METHODS = ("GET", "HEAD", "POST")
 """Methods that some path accepts."""
@@ -124,10 +124,10 @@ def _edit_application(section: str, name: str, max_wait_s: Mapping[str, float]) 
     wait_s = max_wait_s.get(name.removeprefix("http-"), DEFAULT_MAX_WAIT_S)
     rules = "\n".join([_ready_rules(name, section), *_response_rules(wait_s)])
     section = _replace(section, "^ *http-reuse always$", rf"\g<0>\n{rules}")
-    check = f'    http-check send hdr {REQUEST_PROOF_HEADER} "${{{REQUEST_PROOF}}}"'
+    check = f'    http-check send hdr {REQUEST_PROOF_HEADER} "${{{REQUEST_PROOF_VARIABLE}}}"'
     section = _replace(section, r"^ *option httpchk .*$", rf"\g<0>\n{check}")
     # Serve's check accepts the 200 of any process.
-    proof = f'    http-check expect hdr name {RESPONSE_PROOF_HEADER} value "${{{RESPONSE_PROOF}}}"'
+    proof = f'    http-check expect hdr name {RESPONSE_PROOF_HEADER} value "${{{RESPONSE_PROOF_VARIABLE}}}"'
     section = _replace(section, r"^ *http-check expect .*$", rf"\g<0>\n{proof}")
     return _replace(section, r"^ *default-server .*$", rf"\g<0> maxconn {MAX_CONCURRENT_REQUESTS}")
 
@@ -162,7 +162,7 @@ def _request_rules() -> str:
         f"    http-request wait-for-body time {HEADERS_TIMEOUT_S}s"
         " if { req.body_size gt 0 } || { req.fhdr(transfer-encoding) -m found }\n"
         # This replaces a header of the client with the same name.
-        f'    http-request set-header {REQUEST_PROOF_HEADER} "${{{REQUEST_PROOF}}}"\n'
+        f'    http-request set-header {REQUEST_PROOF_HEADER} "${{{REQUEST_PROOF_VARIABLE}}}"\n'
     )
 
 
@@ -216,7 +216,7 @@ def _response_rules(max_wait_s: float) -> list[str]:
         f"timeout queue {round(max_wait_s * 1000)}ms",
         "http-response set-var(txn.answered) bool(true)",
         # A process that took the port of a dead replica may respond until the next health check.
-        f'acl proved res.hdr({RESPONSE_PROOF_HEADER}) -m str "${{{RESPONSE_PROOF}}}"',
+        f'acl proved res.hdr({RESPONSE_PROOF_HEADER}) -m str "${{{RESPONSE_PROOF_VARIABLE}}}"',
         f"http-response return status 502 content-type application/json string '{_refusal(UNAVAILABLE)}'"
         " hdr retry-after 1 if !proved",
         f"http-response del-header {RESPONSE_PROOF_HEADER}",

@@ -16,13 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.gateway.haproxy import proofs
 from app.serving.gateway.haproxy_config import (
-    REQUEST_PROOF,
     REQUEST_PROOF_HEADER,
-    RESPONSE_PROOF,
+    REQUEST_PROOF_VARIABLE,
     RESPONSE_PROOF_HEADER,
+    RESPONSE_PROOF_VARIABLE,
 )
 from app.serving.http import Refused, Response, new_request_id
 from app.serving.logs import log
+from app.state.home import GATEWAY_SECRET_VARIABLE
 
 HEADER = REQUEST_PROOF_HEADER.encode()
 
@@ -34,10 +35,12 @@ class ProofMiddleware:
         """`app.cluster.flags` sets the secret on all nodes. If it is empty, all requests are refused."""
         self._app = app
         values = proofs(secret)
-        self._request_proof = values[REQUEST_PROOF].encode() if secret else b""
-        self._response_proof = (RESPONSE_PROOF_HEADER.encode(), values[RESPONSE_PROOF].encode())
+        self._request_proof = values[REQUEST_PROOF_VARIABLE].encode() if secret else b""
+        self._response_proof = (RESPONSE_PROOF_HEADER.encode(), values[RESPONSE_PROOF_VARIABLE].encode())
         if not secret:
-            log.error("RAYLWAY_FRONT_SECRET must be set on all nodes; without it all requests are refused")
+            log.error(
+                "%s must be set on all nodes; without it all requests are refused", GATEWAY_SECRET_VARIABLE
+            )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

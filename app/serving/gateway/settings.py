@@ -14,7 +14,7 @@ from app.serving.gateway.haproxy import SETTINGS_FILE
 from app.state import files
 from app.state.home import gateway_folder
 
-PEM_FILES = "front-*.pem"
+PEM_FILES = "gateway-*.pem"
 """Pattern of the files that have a certificate and its key, the form that HAProxy requires."""
 
 
@@ -24,13 +24,13 @@ def read() -> Gateway | None:
         document = json.loads((gateway_folder() / SETTINGS_FILE).read_text())
     except FileNotFoundError:
         return None
-    if "front" not in document:
+    if "frontend" not in document:
         return None
     backends = {
         name: Backend(**{**values, "issuer": values["issuer"] and Issuer.model_validate(values["issuer"])})
         for name, values in document["endpoints"].items()
     }
-    return Gateway(Frontend(**document["front"]), backends)
+    return Gateway(Frontend(**document["frontend"]), backends)
 
 
 @contextlib.contextmanager
@@ -77,20 +77,20 @@ def _write_pem(frontend: Frontend) -> Path | None:
             f"the files of the certificate that is served must exist until another is served: {error}; "
             "restore them, or undeploy the endpoints first (`raylway undeploy`)"
         ) from None
-    pem = gateway_folder() / f"front-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"
+    pem = gateway_folder() / f"gateway-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"
     files.write(pem, content, mode=0o600)
     return pem
 
 
 def _document(gateway: Gateway, pem: Path | None) -> dict[str, object]:
     """The settings as JSON. `app.serving.gateway.haproxy` reads host, pem, connections_per_address and
-    max_wait_s; `read` reads front and endpoints."""
+    max_wait_s; `read` reads frontend and endpoints."""
     frontend, backends = gateway.frontend, gateway.backends
     return {
         "host": frontend.host,
         "pem": pem and str(pem),
         "connections_per_address": frontend.connections_per_address,
-        "front": asdict(frontend),
+        "frontend": asdict(frontend),
         "endpoints": {
             name: {**vars(backend), "issuer": backend.issuer and backend.issuer.model_dump()}
             for name, backend in backends.items()

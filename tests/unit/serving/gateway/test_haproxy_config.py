@@ -89,11 +89,11 @@ def test_an_edited_configuration_stays_unchanged(configuration):
 
 def test_requests_and_health_checks_have_a_proof_and_require_one(configuration):
     text = edit(configuration.read_text(), {})
-    proof = f'{haproxy_config.REQUEST_PROOF_HEADER} "${{{haproxy_config.REQUEST_PROOF}}}"'
+    proof = f'{haproxy_config.REQUEST_PROOF_HEADER} "${{{haproxy_config.REQUEST_PROOF_VARIABLE}}}"'
     _, _, frontend = text.partition("frontend http_frontend")
     assert f"http-request set-header {proof}" in frontend.partition("backend ")[0]
     assert text.count("option httpchk") == text.count(f"http-check send hdr {proof}") == 1
-    name, variable = haproxy_config.RESPONSE_PROOF_HEADER, haproxy_config.RESPONSE_PROOF
+    name, variable = haproxy_config.RESPONSE_PROOF_HEADER, haproxy_config.RESPONSE_PROOF_VARIABLE
     assert f'http-check expect hdr name {name} value "${{{variable}}}"' in text
     assert not any(value in text for value in ("0123", *haproxy.proofs("0123").values()))
 

@@ -323,11 +323,11 @@ def test_a_replica_answers_only_its_own_haproxy(create_proxy):
     proxy = create_proxy(5)
     proxy.release()
     assert answer(proxy.send(2, b"{}", TOKEN))[0] == 200
-    assert answer(proxy.send(2, b"{}", TOKEN, "x-raylway-front: guessed"))[0] == 200, (
+    assert answer(proxy.send(2, b"{}", TOKEN, "x-raylway-gateway: guessed"))[0] == 200, (
         "HAProxy replaces the header"
     )
     with socket.create_connection(("127.0.0.1", proxy._port), timeout=30) as stranger:
-        stranger.sendall(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-raylway-front: guessed\r\n\r\n")
+        stranger.sendall(b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-raylway-gateway: guessed\r\n\r\n")
         assert answer(stranger)[0] == 403
 
 

@@ -5,10 +5,10 @@ import pytest
 
 from app.serving.gateway.haproxy import proofs
 from app.serving.gateway.haproxy_config import (
-    REQUEST_PROOF,
     REQUEST_PROOF_HEADER,
-    RESPONSE_PROOF,
+    REQUEST_PROOF_VARIABLE,
     RESPONSE_PROOF_HEADER,
+    RESPONSE_PROOF_VARIABLE,
 )
 from app.serving.gateway.proof import ProofMiddleware
 from app.serving.http import Response
@@ -35,13 +35,15 @@ def send_request(headers, secret="0123", kind="http"):
 
 
 def test_the_request_proof_is_removed_and_the_response_proof_added():
-    received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), VALUES[REQUEST_PROOF]), (b"a", b"b")])
+    received, sent = send_request(
+        [(REQUEST_PROOF_HEADER.encode(), VALUES[REQUEST_PROOF_VARIABLE]), (b"a", b"b")]
+    )
     assert received == {b"a": b"b"}
-    assert dict(sent[0]["headers"])[RESPONSE_PROOF_HEADER.encode()] == VALUES[RESPONSE_PROOF]
+    assert dict(sent[0]["headers"])[RESPONSE_PROOF_HEADER.encode()] == VALUES[RESPONSE_PROOF_VARIABLE]
 
 
 @pytest.mark.parametrize(
-    "values", [[], [b""], [b"0123"], [VALUES[RESPONSE_PROOF]], [VALUES[REQUEST_PROOF]] * 2]
+    "values", [[], [b""], [b"0123"], [VALUES[RESPONSE_PROOF_VARIABLE]], [VALUES[REQUEST_PROOF_VARIABLE]] * 2]
 )
 def test_requests_without_exactly_one_valid_proof_get_403_without_a_proof(values):
     received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), value) for value in values])
@@ -57,7 +59,7 @@ def test_without_a_secret_all_requests_are_refused_and_an_error_is_logged(caplog
     with caplog.at_level(logging.ERROR, logger=log.name):
         received, sent = send_request([(REQUEST_PROOF_HEADER.encode(), b"")], secret="")
     assert (received, sent[0]["status"]) == (None, 403)
-    assert "RAYLWAY_FRONT_SECRET must be set" in caplog.text
+    assert "RAYLWAY_GATEWAY_SECRET must be set" in caplog.text
 
 
 def test_websockets_are_closed_and_lifespan_messages_pass():
