@@ -97,7 +97,7 @@ class Watch:
         faults |= self._follower.faults
         return WatchReport(self._clock() - self._round_ended_at, self._failures, self._last_error, faults)
 
-    def round(self) -> None:
+    def run_round(self) -> None:
         """Run the tasks that are due for each endpoint. Raises nothing."""
         models: list[str] = []
         now = self._clock()
@@ -119,7 +119,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stopping.wait(ROUND_S):
-            self.round()
+            self.run_round()
 
     def _try(self, model: str, task: str, work: Callable[[str], None]) -> bool:
         """Run `work` if the task is due; returns whether it succeeded. Exceptions are logged and counted."""

@@ -101,7 +101,7 @@ def _read_endpoint(audit: Audit, name: str, applications: Any) -> EndpointStatus
         traffic, traffic_fault = None, str(error)
     states = try_broadcast(name, name, "state")
     faults = {traffic_fault, *(state.fault for state in states)}
-    faults.update(fault for state in states for fault in state.hooks)
+    faults.update(fault for state in states for fault in state.hook_faults)
     return EndpointStatus(
         name=name,
         status=str(applications[name].status.value),

@@ -1,1 +1,1 @@
-"""What a request passes before an endpoint: HAProxy, header checks, tokens, rate limits, gRPC."""
+"""The gateway between clients and endpoints: HAProxy, header checks, tokens, rate limits and gRPC."""

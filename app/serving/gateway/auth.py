@@ -31,7 +31,7 @@ CACHE_ENTRY_BYTES = 300
 SUBJECT_PATTERN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,256}")
 """Pattern of the claim sub: 1 to 256 characters without control characters."""
 SCOPES = ("predict", "feedback", "explain", "admin")
-"""Scopes of a token. Each holds for all models, or for one, such as `predict:income`."""
+"""Scopes of a token. Each is valid for all models, or for the model that it names, as in `predict:income`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Authenticator:
         """Generation of the keys that the cached tokens were checked with."""
 
     def cached(self, authorization: str) -> Principal | None:
-        """The principal of a header, if it is cached and still valid."""
+        """The principal of an authorization header, if it is cached and still valid; None otherwise."""
         if self._cache_generation != self.keys.generation:
             self._clear_cache()
         principal = self._cache.get(authorization)
@@ -90,7 +90,7 @@ class Authenticator:
         return principal
 
     async def principal(self, authorization: str) -> Principal:
-        """The principal of a header.
+        """The principal of an authorization header.
 
         Raises Refused with 401 if the token is invalid, and with 503 if the issuer's keys cannot be fetched.
         """
@@ -137,7 +137,8 @@ class Authenticator:
             raise _refusal("the token is invalid: its JSON is nested too deeply") from None
         claims = decoded.claims
         subject = claims["sub"]
-        # Truncation could merge two principals, whose records and rate limits must stay separate.
+        # A long subject is refused, not truncated: truncation could merge two principals, whose records and
+        # rate limits must stay separate.
         if not (isinstance(subject, str) and SUBJECT_PATTERN.fullmatch(subject)):
             raise _refusal("the token's sub must have 1 to 256 characters, none of them a control character")
         scope = claims.get("scope", "")

@@ -1,6 +1,6 @@
-"""Request bodies, read when the endpoint asks for them: after all checks that need the headers alone.
+"""Request bodies. An endpoint reads a body after all checks that need only the headers.
 
-A body has a maximum size and one time limit. The unfinished bodies of a process are bounded together, in
+A body has a maximum size and a time limit. The unfinished bodies of a process are bounded together, in
 number and in bytes; beyond that the oldest one is refused, so that slow clients cannot block fast ones.
 """
 
@@ -16,7 +16,8 @@ from app.serving.http import CLIENT_GONE, Refused
 BODY_TIMEOUT_S = 10.0
 """Time limit for a whole body to arrive, in any number of chunks."""
 MAX_UNFINISHED = MAX_CONCURRENT_REQUESTS // 2
-"""Maximum number of unfinished bodies per process; half of a replica's places stay free of them."""
+"""Maximum number of unfinished bodies per process. The other half of a replica's places stays free for
+requests whose bodies have arrived."""
 
 
 class UnfinishedBodies:
@@ -36,7 +37,10 @@ class UnfinishedBodies:
 
     @contextlib.asynccontextmanager
     async def place(self) -> AsyncIterator[asyncio.Timeout]:
-        """Hold a place for a body during the block. Raises Refused with 408 if the block takes too long."""
+        """Reserve a place for a body during the block; yields the body's time limit.
+
+        Raises Refused with 408 if the block takes longer than the time limit.
+        """
         try:
             async with asyncio.timeout(self._body_timeout_s) as limit:
                 self._unfinished[limit] = 0
@@ -52,7 +56,11 @@ class UnfinishedBodies:
             ) from None
 
     async def read(self, receive: Receive, max_bytes: int) -> bytes:
-        """Read a whole body. Raises Refused if it is too large or too slow, or if the client disconnects."""
+        """Read a whole body.
+
+        Raises Refused with 413 if it is too large, 408 if it is too slow, and CLIENT_GONE if the client
+        disconnects.
+        """
         body = bytearray()
         async with self.place() as limit:
             while True:
@@ -93,7 +101,7 @@ class StreamedBody:
     async def read(self, max_bytes: int) -> bytes:
         """Read the whole body; may be called once.
 
-        Raises Refused as `UnfinishedBodies.read`, and without reading if the declared length is too large.
+        Raises Refused as `UnfinishedBodies.read` does. If the declared length is too large, nothing is read.
         """
         if self._declared_bytes > max_bytes:
             raise too_large(max_bytes)
@@ -130,7 +138,7 @@ def too_large(max_bytes: int) -> Refused:
 
 
 def _declared_bytes(headers: Mapping[bytes, bytes]) -> int:
-    """The header content-length, 0 if it is missing. Raises Refused if it is not a number of bytes."""
+    """The header content-length, 0 if it is missing. Raises Refused with 400 if it is not a number."""
     text = headers.get(b"content-length", b"0")
     if not text.isdigit() or len(text) > 19:  # digits of a 64-bit integer
         raise Refused(400, "the header content-length must be a number of bytes")

@@ -1,6 +1,6 @@
 """Bounds of requests that HAProxy, the replicas and the gRPC server apply: sizes, numbers and times.
 
-HAProxy's stand-in imports this at each reload, so it imports nothing.
+The program `raylway-haproxy` imports this module at each reload, so the module imports nothing.
 """
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -16,4 +16,5 @@ CLIENT_TIMEOUT_S = 10
 KEEP_ALIVE_TIMEOUT_S = 30
 """Time limit between two requests of a connection."""
 RESPONSE_TIMEOUT_S = 120
-"""Time limit for a replica to respond. It frees the place of a request that hangs; others are faster."""
+"""Time limit for a replica to respond, far above the time of a normal request. It frees the place of a
+request that hangs."""

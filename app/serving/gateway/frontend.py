@@ -58,7 +58,7 @@ class Backend:
         return self.issuer is not None
 
     def merged(self, previous: "Backend") -> "Backend":
-        """Settings for the time in which replicas with these and with the previous settings answer."""
+        """Settings for the transition, while replicas with these and with the previous settings answer."""
         max_body_bytes = max(self.max_body_bytes, previous.max_body_bytes)
         return Backend(
             self.issuer if self.issuer == previous.issuer else None, self.max_wait_s, max_body_bytes

@@ -22,7 +22,7 @@ STATUS_CODES = {
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     503: grpc.StatusCode.UNAVAILABLE,
 }
-"""Status codes of gRPC by status of HTTP."""
+"""gRPC status codes by HTTP status."""
 SERVICE = "/inference.GRPCInferenceService/"
 """Path of the service, the prefix of its methods."""
 OPEN_METHODS = {f"{SERVICE}{name}" for name in ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata")}
@@ -30,7 +30,7 @@ OPEN_METHODS = {f"{SERVICE}{name}" for name in ("ServerLive", "ServerReady", "Mo
 
 
 class Admission(grpc.aio.ServerInterceptor):
-    """Reads the message of a call only after its metadata have shown a valid token.
+    """Reads the message of a call only after it has found a valid token in the metadata.
 
     Messages have the time limit and the bounds of `app.serving.gateway.body`.
     """

@@ -123,7 +123,8 @@ class InferenceService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 method,
                 self._url + path,
                 headers={**forwarded, **(headers or {})},
-                data=None if body is None else io.BytesIO(body),  # aiohttp sends bytes in a single write
+                # aiohttp would write raw bytes in one piece, which blocks the event loop.
+                data=None if body is None else io.BytesIO(body),
             ) as response:
                 return _HttpResponse(response.status, response.headers, await response.read())
         except (aiohttp.ClientError, TimeoutError) as error:

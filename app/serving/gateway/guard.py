@@ -1,7 +1,7 @@
 """ASGI middleware in front of all deployments: cleans headers, and leaves bodies unread until needed.
 
 Client headers that control Ray Serve are removed. Serve calls `middlewares` in all processes that accept HTTP
-requests (`app.cluster.flags`); behind HAProxy these are the replicas. In a replica of ours, a request goes
+requests (`app.cluster.flags`); behind HAProxy these are the replicas. In a replica of Raylway, a request goes
 directly from the HTTP server to the deployment: Serve's own path (three tasks, two contexts and a dozen
 metrics per request) takes several times as long as a small model.
 """
@@ -52,7 +52,7 @@ class DirectPath:
         self.is_guarded = False
         """Whether Serve has called `middlewares`."""
         self.has_deployment = False
-        """Whether a deployment of ours runs in this process, which the guard calls directly."""
+        """Whether a deployment of Raylway runs in this process. The guard calls it directly."""
         self.num_missed = 0
         """Number of requests that the guard passed to Serve although the deployment runs."""
 
@@ -88,8 +88,8 @@ def middlewares() -> list[Middleware]:
 class Guard:
     """Cleans the headers of a request and passes it to the deployment of this process, which reads the body.
 
-    In a process without a deployment of ours, the request goes on to Serve with its whole body. An example is
-    the proxy on the head node, which Serve uses while no replica runs.
+    In a process without a deployment of Raylway, the request goes on to Serve with its whole body. An example
+    is the proxy on the head node, which Serve uses while no replica runs.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Guard:
 
 
 def _deployment() -> Responder | None:
-    """The deployment that runs in this process; None if it is not one of ours.
+    """The deployment that runs in this process; None if it does not belong to Raylway.
 
     Other applications on the cluster get their requests from Serve.
     """
@@ -170,7 +170,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _clean(headers: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """The headers without CONTROL_HEADERS and invalid request ids. Raises Refused for invalid UTF-8."""
+    """The headers without CONTROL_HEADERS and invalid request ids.
+
+    Raises Refused with 400 if one of DECODED_HEADERS is not UTF-8.
+    """
     cleaned = {}
     for name, value in headers:
         normalized = name.lower().replace(b"_", b"-")

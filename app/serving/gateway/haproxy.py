@@ -54,7 +54,7 @@ def main() -> None:
 def proofs(secret: str) -> dict[str, str]:
     """Environment variables for HAProxy: the values of the request's and of the response's proof.
 
-    Neither the other value nor the secret can be computed from one of the values.
+    From one of the values, neither the other value nor the secret can be computed.
     """
     names = (REQUEST_PROOF_VARIABLE, RESPONSE_PROOF_VARIABLE)
     return {name: hmac.digest(secret.encode(), name.encode(), "sha256").hex() for name in names}

@@ -45,10 +45,10 @@ EARLY_HEADERS = ("allow", "retry-after", "www-authenticate", "x-request-id")
 UNAVAILABLE = "no replica can answer now; try again"
 """Error message of 502, 503 and 504."""
 READY_RULES = """    # Serve's own proxy would let clients wait until a replica has started.
-{alive}    acl asks_ready path_end /ready
-    http-request set-var(txn.answered) bool(true) if asks_ready{unless}
+{alive}    acl is_ready_path path_end /ready
+    http-request set-var(txn.answered) bool(true) if is_ready_path{unless}
     http-request return status 503 content-type application/json string '{body}' hdr retry-after 1 \
-if asks_ready{unless}"""
+if is_ready_path{unless}"""
 """Rules that answer an endpoint's path /ready while no replica is up."""
 
 
@@ -145,7 +145,7 @@ def _connection_rules(connections_per_address: int | None) -> str:
 
 
 def _request_rules() -> str:
-    """Rules of the frontend for requests: paths, methods and bodies that no replica gets, and the proof."""
+    """Rules of the frontend: refuse paths, methods and bodies that no replica accepts, and add the proof."""
     missing = _refusal("no such path")
     method = _refusal(f"the method must be {', '.join(ALLOWED_METHODS)}")
     large = _refusal(f"the body must not exceed {MAX_BODY_BYTES} bytes")
@@ -169,7 +169,8 @@ def _request_rules() -> str:
 def _successor(text: str, tls: str) -> str:
     """The backend that leads to the next HAProxy process, after a reload.
 
-    The old process still has clients' connections, but knows neither the new replicas nor the new endpoints.
+    The old process still has clients' connections, but its configuration has neither the new replicas nor the
+    new endpoints.
     """
     bind = re.search(r"^frontend http_frontend\n *bind (?:ipv6@)?(\S+):(\d+)", text, flags=re.MULTILINE)
     assert bind
@@ -243,7 +244,7 @@ def _response_rules(max_wait_s: float) -> list[str]:
 
 
 def _ready_rules(name: str, section: str) -> str:
-    """Rules of an application's backend, by which its model is not ready while no replica is up."""
+    """Rules of an application's backend that answer the path /ready with 503 while no replica is up."""
     servers = re.findall(r"^ *server (\S+) (?!.* backup$)", section, flags=re.MULTILINE)
     return READY_RULES.format(
         alive="".join(f"    acl alive srv_is_up({name}/{server})\n" for server in servers),

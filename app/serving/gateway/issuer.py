@@ -21,7 +21,7 @@ AUDIENCE = "raylway"
 PRIVATE_KEYS, PUBLIC_KEYS = "keys.json", "jwks.json"
 """Files with the JSON Web Key Sets; the first key signs."""
 LOCK = "issuer"
-"""Name of the database lock that is held while keys are added."""
+"""Name of the lock under which keys are added."""
 
 
 def jwks() -> Path:

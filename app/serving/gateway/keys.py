@@ -32,7 +32,7 @@ MAX_KEY_SET_BYTES = 1_000_000
 
 
 class Keys:
-    """Public keys of one issuer. At most one fetch runs at a time; all who wait share it."""
+    """Public keys of one issuer. At most one fetch runs at a time; all callers share it."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class Keys:
             async with asyncio.timeout(self._fetch_timeout_s):
                 document = json.loads(await self._read())
                 key_set = KeySet.import_key_set(document)
-        except Exception as error:  # an issuer may send anything
+        except Exception as error:  # an issuer may send any content
             is_timeout = isinstance(error, TimeoutError)
             self._note_failure(
                 f"no answer within {self._fetch_timeout_s:g} s" if is_timeout else f"{error!r:.300}"

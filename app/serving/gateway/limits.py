@@ -1,8 +1,8 @@
 """Rate limits: requests per second of a principal to a model, over all replicas of the endpoint.
 
 One process counts the requests of all replicas. A replica borrows a few requests of a principal at a time
-from it. So the limit holds exactly, however requests are spread over the replicas, and a request rarely waits
-for the count.
+from it. The limit is therefore exact, however requests are spread over the replicas, and a request rarely
+waits for the count.
 """
 
 import asyncio
@@ -95,10 +95,13 @@ class Limiter:
         self._leases: dict[str, _Lease] = {}
         """Borrowed requests by principal."""
         self._blocked_until: dict[str, float] = {}
-        """Time until which the requests of a principal are refused without asking the central count."""
+        """Time until which the requests of a principal are refused without a call to the central count."""
 
-    async def wait_s(self, principal: str) -> float:
-        """0 if a request of this principal is admitted, else seconds until one may be admitted."""
+    async def admit(self, principal: str) -> float:
+        """Decide whether a request of this principal is admitted.
+
+        Returns 0 if it is, else the seconds until a request may be admitted.
+        """
         now = self._clock()
         lease = self._leases.get(principal, _NO_LEASE)
         if lease.num_requests and now < lease.expires_at:
@@ -127,12 +130,12 @@ class Limiter:
 class CentralCount:
     """A replica's access to the central count, which `app.serving.control.root` keeps.
 
-    If the central count does not answer, the replica counts on its own and asks again after FALLBACK_S: a
+    If the central count does not answer, the replica counts on its own for FALLBACK_S and then tries again: a
     central count that hangs delays one request per FALLBACK_S.
     """
 
     def __init__(self, borrow: Borrow, clock: Callable[[], float] = time.monotonic):
-        """`borrow` asks the central count. It may raise TimeoutError or RayError."""
+        """`borrow` calls the central count. It may raise TimeoutError or RayError."""
         self._borrow = borrow
         self._clock = clock
         self._local = Buckets(clock)

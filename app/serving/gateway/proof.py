@@ -6,8 +6,9 @@ therefore adds a value that is derived from the cluster's secret to all requests
 (`app.serving.gateway.haproxy`), and replicas add another derived value to all responses. HAProxy drops other
 responses, because they may come from a process that took the port of a dead replica.
 
-Both values are constant. They separate processes that do not know of each other. A process that deliberately
-takes the port of a dead replica receives requests, including HAProxy's value, until the next health check.
+Both values are constant. They protect against accidental connections between unrelated processes, not against
+an attacker: a process that deliberately takes the port of a dead replica receives requests, including
+HAProxy's value, until the next health check.
 """
 
 import hmac

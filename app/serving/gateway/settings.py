@@ -1,4 +1,4 @@
-"""The gateway's settings file, which `serve` writes and HAProxy's stand-in reads at each start and reload."""
+"""The gateway's settings file, which `serve` writes and `raylway-haproxy` reads at each start and reload."""
 
 import contextlib
 import hashlib
@@ -74,7 +74,7 @@ def _write_pem(frontend: Frontend) -> Path | None:
         content = f"{Path(frontend.certificate).read_text()}\n{Path(frontend.key).read_text()}"
     except OSError as error:
         raise UserError(
-            f"the files of the certificate that is served must exist until another is served: {error}; "
+            f"the files of the certificate in use must exist until the endpoints use another one: {error}; "
             "restore them, or undeploy the endpoints first (`raylway undeploy`)"
         ) from None
     pem = gateway_folder() / f"gateway-{hashlib.sha256(content.encode()).hexdigest()[:16]}.pem"

@@ -79,11 +79,11 @@ class Walks:
     def attributions(self, outputs: np.ndarray) -> Attributions:
         """Attribute the model's outputs for `points`, float (rows * walks * steps,), to the columns."""
         num_walks, num_columns = self._positions.shape
-        walked = outputs.reshape(-1, num_walks, num_columns + 1)
-        changes = np.diff(walked, axis=2)
+        by_walk = outputs.reshape(-1, num_walks, num_columns + 1)
+        changes = np.diff(by_walk, axis=2)
         positions = np.broadcast_to(self._positions, changes.shape)
         by_column = np.take_along_axis(changes, positions, axis=2).mean(axis=1)
-        return Attributions(walked[:, :, 0].mean(axis=1), walked[:, :, -1].mean(axis=1), by_column)
+        return Attributions(by_walk[:, :, 0].mean(axis=1), by_walk[:, :, -1].mean(axis=1), by_column)
 
 
 @cache

@@ -13,7 +13,7 @@ from app.serving.http import JSON, Refused, Response
 from app.serving.protocols import explain, openapi, rows, tensors
 from app.serving.protocols.contract import Answer, Query
 from app.serving.replica import feedback
-from app.serving.replica.call import RETRY, Call
+from app.serving.replica.call import RETRY_HEADERS, Call
 from app.serving.replica.feedback_writer import NotStored
 from app.serving.replica.shadow import Copy
 from app.state.records import Prediction
@@ -94,19 +94,19 @@ async def explain_prediction(call: Call) -> Response:
     walks = await asyncio.to_thread(call.loaded.attribution_walks, call.variant)
     answer = call.answer(await call.predict(query.columns))
     bundle = call.loaded.bundles.get(call.variant)
-    walked: np.ndarray | Ranking
-    async with call.services.explaining:
+    point_outputs: np.ndarray | Ranking
+    async with call.services.explanation_slots:
         # The points are many times the rows, so they are made and predicted beside the event loop.
         points = await asyncio.to_thread(walks.points, query.columns)
         if bundle is not None:
-            walked = await asyncio.to_thread(bundle.predict, points)
+            point_outputs = await asyncio.to_thread(bundle.predict, points)
         else:
-            walked = await call.predict(points)
-    assert not isinstance(walked, Ranking)
-    return Response(explain.encode(answer, call.loaded.schema, walks, walked))
+            point_outputs = await call.predict(points)
+    assert not isinstance(point_outputs, Ranking)
+    return Response(explain.encode(answer, call.loaded.schema, walks, point_outputs))
 
 
-async def take_feedback(call: Call) -> Response:
+async def store_feedback(call: Call) -> Response:
     """Store the outcome of a recorded prediction."""
     services = call.services
     if services.recorder is None:
@@ -117,7 +117,9 @@ async def take_feedback(call: Call) -> Response:
             submission, services.model, call.sender, services.recorder, services.limits
         )
     except NotStored:
-        raise Refused(503, "the feedback cannot be stored now; send it again", headers=RETRY) from None
+        raise Refused(
+            503, "the feedback cannot be stored now; send it again", headers=RETRY_HEADERS
+        ) from None
 
 
 ACTIONS = {
@@ -127,7 +129,7 @@ ACTIONS = {
     "/predict": Action(method="POST", respond=predict, predicts=True),
     "/infer": Action(method="POST", respond=infer, predicts=True),
     "/explain": Action(method="POST", respond=explain_prediction, predicts=True, scope="explain"),
-    "/feedback": Action(method="POST", respond=take_feedback, has_versions=False, scope="feedback"),
+    "/feedback": Action(method="POST", respond=store_feedback, has_versions=False, scope="feedback"),
 }
 """The actions by path below /v2/models/<name>."""
 

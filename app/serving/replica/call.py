@@ -21,7 +21,7 @@ from app.serving.replica.meters import Meters
 from app.serving.replica.recorder import Recorder
 from app.serving.replica.shadow import Shadows
 
-RETRY = {"retry-after": "1"}
+RETRY_HEADERS = {"retry-after": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class Services:
     """None if there is no rate limit."""
     recorder: Recorder | None = None
     """None if the endpoint keeps no records."""
-    explaining: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(explain.MAX_CONCURRENT))
+    explanation_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(explain.MAX_CONCURRENT)
+    )
     """Held while an explanation is computed."""
 
 
@@ -132,7 +134,9 @@ class Call:
             return await self.loaded.workers[self.variant].predict(columns)
         except (TimeoutError, RayError) as error:
             log.error("%s of %s does not answer: %s", self.variant, self.services.model, error)
-            raise Refused(503, f"{self.variant} does not answer now; try again", headers=RETRY) from None
+            raise Refused(
+                503, f"{self.variant} does not answer now; try again", headers=RETRY_HEADERS
+            ) from None
 
     def answer(self, prediction: np.ndarray | Ranking) -> Answer:
         """The answer with the chosen variant's prediction."""

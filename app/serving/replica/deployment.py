@@ -123,7 +123,7 @@ class Replica:
             recording=self._recorder.status() if self._recorder else None,
             shadows=self._shadows.dropped(),
             recent=self._meters.recent.by_variant(),
-            hooks=self._hooks_without_effect(),
+            hook_faults=self._find_hook_faults(),
         )
 
     async def refresh(self) -> State:
@@ -131,7 +131,7 @@ class Replica:
         await self._update(retry_now=True)
         return self.state()
 
-    def _hooks_without_effect(self) -> list[str]:
+    def _find_hook_faults(self) -> list[str]:
         return [*DIRECT_PATH.faults(), *self._thread_load.faults()]
 
     async def _update(self, retry_now: bool = False) -> None:
@@ -145,7 +145,7 @@ class Replica:
                 await self._update()
                 dropped = self._recorder.status().dropped if self._recorder else {}
                 self._meters.report(sum(dropped.values()), self._loader.loaded.weights)
-                if (faults := self._hooks_without_effect()) != self._hook_faults:
+                if (faults := self._find_hook_faults()) != self._hook_faults:
                     self._hook_faults = faults
                     log.error(
                         "%s: %s", self._model, "; ".join(faults) or "all hooks into Ray Serve work again"

@@ -68,7 +68,7 @@ class Endpoint:
             call.principal = authenticator.cached(authorization) or await authenticator.principal(
                 authorization
             )
-        if limiter is not None and (wait_s := await limiter.wait_s(call.principal.name)):
+        if limiter is not None and (wait_s := await limiter.admit(call.principal.name)):
             raise Refused(
                 429,
                 f"{call.principal.name} may ask {self._services.model} "

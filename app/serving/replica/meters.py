@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LATENCY_BUCKETS_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
-BATCH_BUCKETS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+ROWS_BUCKETS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 REQUESTS = "raylway_requests"
 LATENCY = "raylway_request_seconds"
 ROWS = "raylway_request_rows"
@@ -106,7 +106,7 @@ def merge(parts: Iterable[Mapping[str, RequestStats]]) -> dict[str, RequestStats
     return total
 
 
-def at_most(bounds: Sequence[float], values: Sequence[float]) -> list[int]:
+def cumulative_counts(bounds: Sequence[float], values: Sequence[float]) -> list[int]:
     """Number of values less than or equal to each bound."""
     counts: list[int] = np.searchsorted(np.sort(values), bounds, side="right").tolist()
     return counts
@@ -130,7 +130,7 @@ class Histogram:
 
     def observe(self, values: Sequence[float], tags: Mapping[str, str]) -> None:
         """Add observations: at least one, and all above 0."""
-        for label, count in zip(self._labels, at_most(self._bounds, values), strict=True):
+        for label, count in zip(self._labels, cumulative_counts(self._bounds, values), strict=True):
             if count:
                 self._bucket.inc(count, {**tags, "le": label})
         self._sum.inc(sum(values), dict(tags))
@@ -151,7 +151,7 @@ class Meters:
         self._latency = Histogram(
             LATENCY, "Time from the complete request to its answer, in seconds.", LATENCY_BUCKETS_S, keys
         )
-        self._rows = Histogram(ROWS, "Rows of a request.", BATCH_BUCKETS, ("model", "variant"))
+        self._rows = Histogram(ROWS, "Rows of a request.", ROWS_BUCKETS, ("model", "variant"))
         self._dropped = Gauge(DROPPED, "Predictions that were not recorded.", ("model",))
         self._share = Gauge(SHARE, "A variant's share of the units.", ("model", "variant"))
         self._model = model

@@ -24,5 +24,5 @@ class State:
     """Requests that each shadow dropped or failed to answer."""
     recent: dict[str, RequestStats]
     """Requests of each variant over the last minute."""
-    hooks: Sequence[str] = ()
+    hook_faults: Sequence[str] = ()
     """Uses of Ray Serve's private parts that have no effect in this replica, and what follows from that."""

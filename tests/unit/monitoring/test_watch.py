@@ -69,17 +69,17 @@ def monitor(clock, follower, audit):
 
 def test_a_model_that_fails_is_retried_later_and_does_not_delay_others(monitor, follower, clock):
     follower.errors["b"] = RuntimeError("the registry is away")
-    monitor.round()
+    monitor.run_round()
     assert follower.followed == ["a", "b", "c"]
     clock.now += 1
-    monitor.round()
+    monitor.run_round()
     assert follower.followed == ["a", "b", "c", "a", "c"], "not due yet"
     report = monitor.report()
     assert (report.num_failures, list(report.faults)) == (1, ["b"])
     assert report.last_error == "following the registry failed: RuntimeError: the registry is away"
     del follower.errors["b"]
     clock.now += FIRST_DELAY_S
-    monitor.round()
+    monitor.run_round()
     assert follower.followed[-3:] == ["a", "b", "c"]
     assert monitor.report().faults == {}
     assert monitor.report().num_failures == 1, "past failures stay counted"
@@ -88,14 +88,14 @@ def test_a_model_that_fails_is_retried_later_and_does_not_delay_others(monitor, 
 def test_the_report_says_when_the_last_round_ended(monitor, clock):
     clock.now += 5
     assert monitor.report().round_ended_s_ago == 5, "since the start"
-    monitor.round()
+    monitor.run_round()
     clock.now += 2
     assert monitor.report().round_ended_s_ago == 2
 
 
 def test_an_unreadable_entry_is_a_fault_of_its_model_only(monitor, follower, audit):
     audit.add(traffic.TRAFFIC_ACTION, "b", {"of": "an older version"})
-    monitor.round()
+    monitor.run_round()
     assert follower.followed == ["a", "c"]
     assert "entry 4 of the audit log" in monitor.report().faults["b"]
 
@@ -106,9 +106,9 @@ def test_a_follower_that_fails_does_not_stop_the_bandit(monitor, follower, clock
     monkeypatch.setattr(bandit, "rebalance", lambda audit, records, model, current: rebalanced.append(model))
     follower.errors = dict.fromkeys("abc", UserError("no"))
     clock.now += REBALANCE_S + 1
-    monitor.round()
+    monitor.run_round()
     assert rebalanced == cleaned == ["a", "b", "c"]
-    monitor.round()
+    monitor.run_round()
     assert rebalanced == ["a", "b", "c"], "only every REBALANCE_S"
 
 
@@ -118,11 +118,11 @@ def test_a_database_that_is_away_at_the_start_is_retried(monitor, follower, cloc
 
     with monkeypatch.context() as patch:
         patch.setattr(watch, "Audit", refuse)
-        monitor.round()
+        monitor.run_round()
     assert follower.followed == []
     assert "connection refused" in monitor.report().last_error
     clock.now += FIRST_DELAY_S
-    monitor.round()
+    monitor.run_round()
     assert follower.followed == ["a", "b", "c"]
 
 
@@ -130,9 +130,9 @@ def test_the_fault_of_a_model_is_removed_with_its_endpoint(clock, follower, audi
     models = ["a", "b"]
     monitor = Watch(lambda: models, clock, follower)
     follower.errors["b"] = RuntimeError("gone")
-    monitor.round()
+    monitor.run_round()
     models.remove("b")
-    monitor.round()
+    monitor.run_round()
     assert monitor.report().faults == {}
 
 

@@ -105,8 +105,8 @@ def test_a_model_is_ready_only_while_a_replica_is_up(tmp_path):
     for text in (served, empty):
         assert_valid(text, tmp_path / "haproxy.cfg")
     assert re.findall(r"acl alive .*", served) == ["acl alive srv_is_up(http-income/replica-30001)"]
-    assert re.findall(r"return status 503 .* if asks_ready(.*)", served) == [" !alive"]
-    assert re.findall(r"return status 503 .* if asks_ready(.*)", empty) == [""]
+    assert re.findall(r"return status 503 .* if is_ready_path(.*)", served) == [" !alive"]
+    assert re.findall(r"return status 503 .* if is_ready_path(.*)", empty) == [""]
 
 
 def test_the_frontend_uses_the_certificate(configuration, tmp_path):

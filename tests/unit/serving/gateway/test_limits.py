@@ -39,7 +39,7 @@ def num_admitted(clock, limiters, seconds, interval_s, principal="bob"):
     async def send():
         count, end, turn = 0, clock.now + seconds, 0
         while clock.now < end:
-            count += await limiters[turn % len(limiters)].wait_s(principal) == 0
+            count += await limiters[turn % len(limiters)].admit(principal) == 0
             turn += 1
             clock.now += interval_s
         return count
@@ -64,7 +64,7 @@ def test_requests_below_the_limit_are_all_admitted(clock):
 def test_principals_have_separate_limits(clock):
     (limiter,), _ = create_limiters(clock, 10)
     assert num_admitted(clock, [limiter], 2, 0.001, "greedy") < 40
-    assert asyncio.run(limiter.wait_s("modest")) == 0
+    assert asyncio.run(limiter.admit("modest")) == 0
 
 
 def test_models_have_separate_limits(clock):
@@ -86,11 +86,11 @@ def test_requests_above_the_limit_rarely_reach_the_central_count(clock):
 
 def test_a_request_is_admitted_after_the_time_to_wait(clock):
     (limiter,), _ = create_limiters(clock, 0.5)
-    assert asyncio.run(limiter.wait_s("bob")) == 0
-    wait_s = asyncio.run(limiter.wait_s("bob"))
+    assert asyncio.run(limiter.admit("bob")) == 0
+    wait_s = asyncio.run(limiter.admit("bob"))
     assert wait_s == pytest.approx(2.0)
     clock.now += wait_s + 1e-6
-    assert asyncio.run(limiter.wait_s("bob")) == 0
+    assert asyncio.run(limiter.admit("bob")) == 0
 
 
 def test_unused_buckets_are_removed(clock):
@@ -144,8 +144,8 @@ def test_a_grant_has_at_most_the_requested_number_of_requests(clock):
 @pytest.mark.parametrize("per_s", [0.001, 1e6])
 def test_the_smallest_and_the_largest_limit_work(clock, per_s):
     (limiter,), _ = create_limiters(clock, Limits(requests_per_s=per_s).requests_per_s)
-    assert asyncio.run(limiter.wait_s("bob")) == 0
-    assert math.ceil(asyncio.run(limiter.wait_s("bob"))) in (0, 1000)
+    assert asyncio.run(limiter.admit("bob")) == 0
+    assert math.ceil(asyncio.run(limiter.admit("bob"))) in (0, 1000)
 
 
 @pytest.mark.parametrize(

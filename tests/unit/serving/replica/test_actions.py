@@ -128,7 +128,7 @@ def test_explain_refuses_too_many_rows(variants):
 
 def test_feedback_needs_records(variants):
     with pytest.raises(Refused, match=r"keeps no records \(serving.record\)") as refused:
-        run(actions.take_feedback(call(services(variants))))
+        run(actions.store_feedback(call(services(variants))))
     assert refused.value.status == 404
 
 
@@ -139,5 +139,5 @@ def test_feedback_that_cannot_be_stored_is_a_503_to_be_repeated(variants):
 
     body = json.dumps({"request_id": "r-0", "reward": 1.0}).encode()
     with pytest.raises(Refused, match="send it again") as refused:
-        run(actions.take_feedback(call(services(variants, recorder=Away()), body)))
+        run(actions.store_feedback(call(services(variants, recorder=Away()), body)))
     assert (refused.value.status, refused.value.headers) == (503, {"retry-after": "1"})

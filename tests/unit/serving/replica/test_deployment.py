@@ -49,19 +49,19 @@ def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_pat
 
     async def run():
         replica = Local("income", SERVING, None)
-        (unguarded,) = replica.state().hooks
+        (unguarded,) = replica.state().hook_faults
         assert "has not called app.serving.gateway.guard.middlewares" in unguarded
         guard.middlewares()
-        assert replica.state().hooks == []
+        assert replica.state().hook_faults == []
         now[0] = autoscaling.MAX_INTERVAL_S
-        (not_asked,) = replica.state().hooks
+        (not_asked,) = replica.state().hook_faults
         assert "has not asked the replica for its load for 30 s" in not_asked
         while not_asked not in caplog.text:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert caplog.text.count(not_asked) == 1
         await replica.record_autoscaling_stats()
-        assert replica.state().hooks == []
+        assert replica.state().hook_faults == []
         await replica.close()
 
     with caplog.at_level("ERROR", logger="ray.serve.raylway"):

@@ -34,7 +34,7 @@ class Authenticator:
 class Limiter:
     """Everybody has to wait."""
 
-    async def wait_s(self, principal):
+    async def admit(self, principal):
         return 0.4
 
 

@@ -10,7 +10,7 @@ from app.serving.replica.meters import (
     Meters,
     RecentRequests,
     RequestStats,
-    at_most,
+    cumulative_counts,
     merge,
 )
 
@@ -70,7 +70,7 @@ def test_statistics_of_replicas_are_added():
 
 
 def test_a_bucket_counts_all_values_up_to_its_bound():
-    assert at_most([1, 2, 5, math.inf], [7.0, 2.0, 0.5, 2.1]) == [1, 2, 3, 4]
+    assert cumulative_counts([1, 2, 5, math.inf], [7.0, 2.0, 0.5, 2.1]) == [1, 2, 3, 4]
 
 
 class FakeMetric:
