@@ -82,7 +82,7 @@ class Response:
 
     @classmethod
     def from_refusal(cls, refusal: Refused) -> "Response":
-        """The response that tells a client of a refusal."""
+        """The response with the status, body and headers of a refusal."""
         return cls(refusal.body(), refusal.status, refusal.headers)
 
     async def send(self, send: Send, request_id: str, method: str = "GET") -> None:

@@ -13,7 +13,7 @@ ROOT = "Raylway"
 GRPC = "Grpc"
 """Application that runs the gRPC server."""
 WATCH = "Watch"
-"""Application that updates the endpoints which follow the registry or a bandit; see
+"""Application that updates endpoints which follow the registry, or whose weights a bandit sets; see
 `app.monitoring.deployment`."""
 
 

@@ -11,15 +11,16 @@ from app.errors import UserError, describe_traceback
 from app.state.fingerprint import fingerprint
 
 MAX_ONGOING_REQUESTS = 100
-"""Requests in progress per replica; further requests wait. Far above the autoscaler's target, so that a burst
-is accepted while new replicas start."""
+"""Maximum number of requests in progress per replica; further requests wait. It is far above the autoscaler's
+target, so that a burst is accepted while new replicas start."""
 HEALTH_CHECK_PERIOD_S = 5.0
+"""Interval between two health checks of a replica."""
 GUARD_MODULE = "app.serving.gateway.guard"
 """Module that Serve runs in every replica, see `app.cluster.flags`."""
 AUTOSCALING_INTERVALS = {"metrics_interval_s": 0.5, "look_back_period_s": 1.0}
-"""How often a replica reports its load to the autoscaler, and over which time the autoscaler averages it.
-With Serve's defaults of 10 s and 30 s, the delays in the project file would have no effect. (Ray deprecates
-the first in favour of environment variables that 2.60 does not read.)"""
+"""Interval at which a replica reports its load to the autoscaler, and time over which the autoscaler averages
+it. With Serve's defaults of 10 s and 30 s, the delays in the project file would have no effect. (Ray
+deprecates the first in favour of environment variables that 2.60 does not read.)"""
 
 
 def create_deployment(replica: type, name: str, inputs: Any, **options: Any) -> Any:
@@ -39,7 +40,10 @@ def create_deployment(replica: type, name: str, inputs: Any, **options: Any) -> 
 def run_application(bound: Any, application: str, deployment: str, route: str | None) -> None:
     """Start an application, or update it, and wait until it runs.
 
-    Raises UserError if Serve cannot start it. The replicas of its previous deployment then keep running.
+    :param bound: the deployment of the application with its arguments, the result of `Deployment.bind`.
+    :param deployment: name of that deployment.
+    :param route: prefix of the application's HTTP paths; None if it answers no HTTP requests.
+    :raises UserError: Serve cannot start it. The replicas of its previous deployment then keep running.
     """
     from ray import serve
 

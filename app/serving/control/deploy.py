@@ -87,8 +87,8 @@ def _deploy(
     if not deployed and server.is_running():
         undeploy_all()  # left by a command that was killed
     backends = {n: b for n, b in current.backends.items() if n in deployed} if current else {}
-    # A frontend that admits more clients is opened after the endpoint requires tokens; one that admits fewer
-    # is opened before the endpoint stops requiring them.
+    # An endpoint without tokens must never be reachable from other machines. If the endpoint will require
+    # tokens, the frontend changes after it; otherwise the frontend changes, to a loopback address, before it.
     during = Gateway(
         current.frontend if current and backend.secured else requested,
         backends | {name: backend.merged(backends.get(name, backend))},

@@ -16,24 +16,24 @@ from app.serving.names import GRPC
 
 
 def update(gateway: Gateway, previous: Gateway | None) -> None:
-    """Start, update or stop the gRPC server, as the gateway's settings say.
+    """Start, update or stop the gRPC server according to the gateway's settings.
 
-    If it cannot start, the server with the previous settings is restored. Raises UserError.
+    Raises UserError if it cannot start; the server with the previous settings is then restored.
     """
     from ray import serve
 
-    runs = GRPC in serve.status().applications
+    is_running = GRPC in serve.status().applications
     host, port = gateway.frontend.host, gateway.frontend.grpc_port
     if port is None:
-        if runs:
+        if is_running:
             serve.delete(GRPC)
         return
-    if not runs or previous is None or previous.frontend.grpc_port != port:
+    if not is_running or previous is None or previous.frontend.grpc_port != port:
         preflight.require_free_port(host, port, "serving.grpc_port")
     try:
         run_application(_application(gateway), GRPC, GRPC, None)
     except UserError:
-        if runs and previous is not None and previous.frontend.grpc_port is not None:
+        if is_running and previous is not None and previous.frontend.grpc_port is not None:
             run_application(_application(previous), GRPC, GRPC, None)
         else:
             serve.delete(GRPC)

@@ -12,7 +12,7 @@ TIMEOUT_S = 10.0
 REFRESH_TIMEOUT_S = 120.0
 """Time for all replicas to open and verify the bundles of a new traffic."""
 MAX_ATTEMPTS = 3
-"""Number of times that a refresh is sent, if a replica dies meanwhile."""
+"""Maximum number of times that a refresh is sent; it is sent again if a replica dies."""
 
 
 def broadcast(application: str, deployment: str, method: str, timeout_s: float | None = None) -> list[Any]:
@@ -34,7 +34,7 @@ def broadcast(application: str, deployment: str, method: str, timeout_s: float |
 
 
 def try_broadcast(application: str, deployment: str, method: str) -> list[Any]:
-    """As `broadcast`; empty if the replicas do not answer, or run another version of Raylway."""
+    """Like `broadcast`, but returns [] if the replicas do not answer, or run another version of Raylway."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -45,7 +45,7 @@ def try_broadcast(application: str, deployment: str, method: str) -> list[Any]:
 
 
 def refresh(name: str, entry: int) -> None:
-    """Let every replica of an endpoint load the current traffic, which has this entry in the audit log.
+    """Let every replica of an endpoint load the current traffic, whose number in the audit log is `entry`.
 
     Raises UserError if a replica cannot load it, or does not answer.
     """

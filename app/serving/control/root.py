@@ -31,7 +31,7 @@ class Root:
         self._buckets = Buckets()
 
     async def borrow(self, model: str, principal: str, per_s: float, max_requests: int) -> Grant:
-        """As `Buckets.borrow`. Called by the replicas of all endpoints."""
+        """Call `Buckets.borrow` for a replica of any endpoint."""
         return self._buckets.borrow(model, principal, per_s, max_requests)
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:

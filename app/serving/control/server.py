@@ -59,7 +59,7 @@ def stop() -> None:
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     serve.shutdown()
-    # Serve waits for at most 30 s. If it is still shutting down, it takes down what is started next.
+    # Serve waits for at most 30 s. A Serve that is still shutting down would stop the next applications, too.
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
         try:

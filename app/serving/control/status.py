@@ -21,7 +21,7 @@ class NumReplicas(NamedTuple):
 
     running: int
     target: int
-    """Number of replicas that Serve aims at."""
+    """Number of replicas that Serve keeps or starts; those that stop are not counted."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _read_endpoint(audit: Audit, name: str, applications: Any) -> EndpointStatus
 
 
 def _num_replicas(application: Any, deployment: str) -> NumReplicas:
-    """Number of replicas by Serve's status of an application."""
+    """Number of replicas of a deployment, from Serve's status of its application."""
     details = application.deployments.get(deployment)
     if details is None:  # the application has just been created
         return NumReplicas(0, 0)

@@ -25,7 +25,7 @@ def undeploy(name: str, on_wait: Callable[[str], None] | None = None) -> None:
 
     with locks.exclusive(server.LOCK, on_wait), traffic.endpoint_lock(name, on_wait), Audit() as audit:
         deployed = model_names(serve.status().applications)
-        # The entry comes first: if this process is killed after it, the same command can remove the rest.
+        # Record the removal first: if this process is then killed, the same command can remove the rest.
         traffic.record_undeploy(audit, name)
         if name in deployed:
             serve.delete(name)

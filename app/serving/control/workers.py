@@ -24,7 +24,10 @@ from app.state.locks import Busy
 
 
 def start_workers(model: str, serving: Serving, traffic: Traffic) -> None:
-    """Start the workers of the variants that have some. Workers that run already keep running."""
+    """Start the workers of the variants that have some. Workers that run already keep running.
+
+    Raises UserError if Serve cannot start them.
+    """
     for name, variant in traffic.variants.items():
         if variant.workers is None:
             continue
@@ -62,7 +65,7 @@ def stop_unused_workers(audit: Audit, name: str) -> None:
     try:
         current = traffics.read_current(audit, name)
     except UserError:
-        return  # without the traffic, no worker is known to be unused
+        return  # without the traffic, it is unknown which workers are unused
     needed = {variant.workers for variant in current.traffic.variants.values()} if current else set()
     for application in serve.status().applications:
         if application.startswith(workers_application(name, "")) and application not in needed:

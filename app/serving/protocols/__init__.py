@@ -1,1 +1,1 @@
-"""What requests and answers look like: JSON rows, Open Inference Protocol tensors, explanations, OpenAPI."""
+"""Formats of requests and answers: JSON rows, Open Inference Protocol tensors, explanations, OpenAPI."""

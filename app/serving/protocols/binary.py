@@ -23,7 +23,7 @@ LENGTH_BYTES = 4
 
 
 def pack(values: np.ndarray) -> bytes:
-    """Encode an array of numbers, or of objects whose `str` is sent."""
+    """Encode an array of any shape: numbers, or objects whose `str` is encoded."""
     if values.dtype != object:
         return values.tobytes()
     return pack_strings(str(value).encode() for value in values.ravel())

@@ -41,7 +41,7 @@ class Violation(NamedTuple):
     rule: str
     """The rule as text, such as "must be a number"."""
     value: Any
-    """The value that the request has, ABSENT or GENERAL."""
+    """Value in the request, or one of the markers ABSENT and GENERAL."""
 
 
 def dotted(location: Location) -> str:

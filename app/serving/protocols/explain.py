@@ -28,12 +28,12 @@ NUM_WALKS = 32
 MAX_ROWS = 16
 """Maximum number of rows in a request. A row costs as much as predicting `NUM_WALKS * (columns + 1)` rows."""
 MAX_CELLS = 8_000_000
-"""Maximum number of values in the points of a request (64 MB); it grows with the square of the columns. A
-single row may exceed it."""
+"""Maximum number of values in all points of a request (64 MB). The points of a row have
+`NUM_WALKS * (columns + 1) * columns` values. A request with a single row may exceed the limit."""
 MAX_CONCURRENT = 2
 """Maximum number of explanations that a replica computes at a time; further requests wait."""
 TOLERANCE = 1e-3
-"""Maximum difference of the sum of the attributions from the output; probabilities are float32."""
+"""Maximum difference between an output and the sum of its base and attributions, due to float32."""
 
 
 class Attributions(NamedTuple):
@@ -88,7 +88,7 @@ class Walks:
 
 @cache
 def sample_permutations(num_columns: int, num_walks: int = NUM_WALKS) -> np.ndarray:
-    """Random permutations, int (walks, columns): the second half are the first half in reverse order."""
+    """Random permutations, int (walks, columns): the second half is the first half, each row reversed."""
     random = np.random.default_rng(0)
     half = np.array([random.permutation(num_columns) for _ in range(num_walks // 2)])
     return np.concatenate([half, half[:, ::-1]])
@@ -113,7 +113,7 @@ def load_walks(path: Path, schema: Schema) -> Walks:
 
 
 def explained_outputs(probabilities: np.ndarray, classes: np.ndarray | None) -> np.ndarray:
-    """The outputs that are explained, float64 (rows,).
+    """The outputs that are explained, float64 (rows,), of probabilities (rows,) or (rows, classes).
 
     Log-odds if `classes` is None, else the log-probability of the class in `classes`, int (rows,).
     """
@@ -137,7 +137,10 @@ def require_num_rows(query: Query, schema: Schema) -> None:
 
 
 def encode(answer: Answer, schema: Schema, walks: Walks, point_probabilities: np.ndarray) -> bytes:
-    """Encode the explanations of an answer as JSON; `point_probabilities` are the predictions for the points.
+    """Encode the explanations of an answer as JSON.
+
+    `point_probabilities` are the predictions for `Walks.points`, float (rows * walks * steps,) or
+    (rows * walks * steps, classes).
 
     Raises RuntimeError if the attributions of a row do not sum to its output.
     """

@@ -33,7 +33,7 @@ class InvalidMessage(ValueError):
 def to_http(request: Any) -> tuple[dict[str, Any], bytes]:
     """Convert a ModelInferRequest to the JSON document and the binary data of an HTTP request.
 
-    Raises InvalidMessage.
+    Raises InvalidMessage if it has too many parts, or tensors that HTTP cannot express.
     """
     for name in ("inputs", "outputs", "raw_input_contents", "parameters"):
         if len(getattr(request, name)) > MAX_PARTS:
@@ -87,7 +87,10 @@ def from_http(body: bytes, json_length: int) -> Any:
 
 
 def _packed(tensor: Any) -> bytes:
-    """The values of a typed tensor as binary data. Raises InvalidMessage."""
+    """The values of a typed tensor as binary data.
+
+    Raises InvalidMessage if the data type is unknown, or a value is out of its range.
+    """
     field = CONTENTS.get(tensor.datatype)
     if field is None:
         raise InvalidMessage(

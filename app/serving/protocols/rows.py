@@ -74,7 +74,10 @@ def parse(body: bytes, contract: Contract) -> Query:
 
 
 def _columns(rows: list[Any], contract: Contract, violations: list[Violation]) -> dict[str, list[Any]]:
-    """The values of all columns. Appends to `violations` rows that are not objects, and unknown columns."""
+    """The values of all columns; {} if a row is not an object.
+
+    Appends a violation for each row that is not an object, and for each unknown column.
+    """
     names = contract.columns
     for number, row in enumerate(rows):
         if type(row) is not dict:

@@ -15,7 +15,7 @@ from app.serving.protocols.binary import NUMBER_TYPES, unpack
 from app.serving.protocols.contract import MAX_UNIT_LENGTH, UNIT_PATTERN, Contract, dotted, unprocessable
 
 MAX_TENSORS = 4096
-"""Maximum number of inputs or outputs in a request. A few bytes of a tensor can cost a violation of 1 kB."""
+"""Maximum number of inputs or outputs in a request. A tensor of a few bytes can cause a violation of 1 kB."""
 MAX_RANK = 8
 """Maximum number of dimensions that are parsed; `read_columns` refuses more than two."""
 
@@ -34,7 +34,7 @@ class RequestParameters(_Strict):
     k: int | None = None
     """Items per user, of a recommender."""
     binary_data_output: bool | None = None
-    """Whether outputs are sent as binary data, unless an output says otherwise."""
+    """Whether outputs without the parameter `binary_data` are sent as binary data."""
 
 
 class _TensorParameters(_Strict):
@@ -82,7 +82,8 @@ def read_columns(
 ) -> tuple[dict[str, list[Any]], int]:
     """The values of each input by name, still unchecked, and the number of rows.
 
-    Raises Refused if the request has too many rows, or if its tensors do not fit the inputs.
+    Raises Refused with 413 if the request has too many rows, 400 if binary data is left over, and 422 if its
+    tensors do not fit the inputs.
     """
     kinds = {item.name: item.contract.type for item in contract.schema.inputs}
     columns: dict[str, list[Any]] = {}
@@ -137,5 +138,5 @@ def _values(tensor: _Input, content: memoryview, num_rows: int, kinds: Mapping[s
     else:
         values = [value[0] if isinstance(value, list) and len(value) == 1 else value for value in tensor.data]
     if len(values) != num_rows or len(content) != (tensor.size_bytes or 0):
-        raise ValueError(f"must have {num_rows} values, as its shape says")
+        raise ValueError(f"must have {num_rows} values to fit its shape")
     return values

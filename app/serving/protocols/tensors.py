@@ -50,7 +50,7 @@ HEADER_LENGTH = "inference-header-content-length"
 
 @dataclass(frozen=True)
 class Inference:
-    """A request that satisfies the contract, and the outputs it asks for."""
+    """A request that satisfies the contract, and the outputs that it requests."""
 
     query: Query
     id: str | None
@@ -148,12 +148,12 @@ def _output_values(answer: Answer, k: int) -> dict[str, np.ndarray]:
     return {OUTPUT: answer.probabilities.astype("<f4").reshape(len(answer.probabilities), -1)}
 
 
-def _path(place: Location) -> str:
+def _path(location: Location) -> str:
     """A location as text, with cells as values of inputs: `inputs.age.3` instead of `rows.3.age`."""
-    match place:
+    match location:
         case ("rows", row, column):
             return f"inputs.{column}.{row}"
-    return dotted(place)
+    return dotted(location)
 
 
 def _json_length(text: str, body_length: int) -> int:

@@ -20,7 +20,8 @@ def choose(unit: str, salt: str, weights: Mapping[str, float]) -> str:
 
 
 def _uniform(salt: str, variant: str, unit: str) -> float:
-    # With lengths, because ("a", "bc") and ("ab", "c") must have different hashes.
+    # The lengths are part of the key: without them, ("a", "bc") and ("ab", "c") would have the same hash.
     key = f"{len(salt)}:{salt}{len(variant)}:{variant}{unit}".encode()
-    # 52 bits plus one half: exact in a float64, and neither 0 nor 1, whose logarithms do not divide.
+    # 52 bits plus one half are exact in a float64. The result is neither 0, which has no logarithm, nor 1,
+    # whose logarithm is 0 and cannot be a divisor.
     return ((int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 12) + 0.5) / 2**52

@@ -33,13 +33,17 @@ SETTINGS_KEY = "serving"
 class Traffic(BaseModel):
     """The variants of an endpoint and their weights.
 
-    Raises UserError if no variant has a weight above 0, a shadow has one, or the sum is not finite.
+    Raises UserError if a weight is negative, no variant has a weight above 0, a shadow has one, or the sum is
+    not finite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     salt: str
+    """Salt of the hash that assigns units to variants."""
     policy: Literal["weighted", "bandit"]
+    """Origin of the weights: set by users, or by a bandit."""
     variants: dict[str, DeployedVariant]
+    """Variants by name."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
@@ -77,7 +81,7 @@ def endpoint_lock(
 ) -> AbstractContextManager[None]:
     """The lock of an endpoint. Hold it to change the endpoint's traffic, replicas or workers.
 
-    `on_wait` and Busy as in `app.state.locks.exclusive`.
+    `on_wait` and `wait` are the arguments of `app.state.locks.exclusive`, which raises Busy.
     """
     return locks.exclusive(f"endpoint {model}", on_wait, wait=wait)
 
@@ -113,7 +117,8 @@ def parse(entry: Entry) -> TrafficEntry:
 def update(audit: Audit, model: str, current: TrafficEntry, traffic: Traffic, who: str | None = None) -> int:
     """Replace the traffic of an endpoint and keep its settings; returns the number of the current entry.
 
-    Nothing is written if the traffic does not change. Raises Changed if `current` is not the newest entry.
+    Nothing is written if the traffic does not change. `who` is the author; None for the user of this process.
+    Raises Conflict if `current` is not the newest entry.
     """
     if traffic == current.traffic:
         return current.number
@@ -132,11 +137,11 @@ def set_with_rollback(
 ) -> Iterator[int]:
     """Record `traffic` as current while the replicas load it; yields the number of its entry.
 
-    If the block raises, a new entry restores the previous traffic, so that replicas started later can load.
-    An entry that somebody else has written in the meantime is left in place.
+    If the block raises, a new entry restores the previous traffic, so that new replicas can load it. An entry
+    that somebody else has written in the meantime is left in place.
 
     :param expected: number of the entry that `traffic` is based on; None to replace any entry.
-    :raises Changed: the newest entry is another one.
+    :raises Conflict: the newest entry is not the expected one.
     """
     previous = audit.last(model, ACTIONS)
     if expected is None and previous is not None and previous.details == _details(traffic, serving):

@@ -21,7 +21,7 @@ class DeployedVariant(BaseModel):
     weight: float
     """Share of the units, relative to the other variants' weights."""
     path: Path
-    """Folder of the bundle, on the machine that deployed it."""
+    """Folder of the bundle on the machine that deployed it."""
     identity: str = ""
     """SHA-256 of the bundle's manifest, the same on all machines; empty if it is not registered."""
     shadow: bool = False
