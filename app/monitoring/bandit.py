@@ -34,12 +34,14 @@ class Rewards:
 
 
 def compute_weights(rewards: Mapping[str, Rewards]) -> dict[str, float]:
-    """The probability that a variant has the highest mean reward, for each variant; the sum is 1.
+    """The weight of each variant, with the sum 1: the probability that it has the highest mean reward.
+
+    The probabilities are scaled so that each weight is at least MIN_SHARE.
 
     The posterior of a mean is Beta(1 + total, 1 + count - total): Thompson (1933), for rewards from 0 to 1 as
     in Agrawal and Goyal, "Analysis of Thompson Sampling for the multi-armed bandit problem" (COLT 2012).
-    The probabilities become weights, instead of one draw per request, so that a unit stays with its variant
-    while the weights do. The draws are seeded, so the same rewards always give the same weights.
+    With weights, instead of one draw per request, a unit stays with its variant while the weights do. The
+    draws are seeded, so the same rewards always give the same weights.
     """
     random = np.random.default_rng(0)
     draws = [random.beta(1 + r.total, 1 + max(r.count - r.total, 0), NUM_DRAWS) for r in rewards.values()]

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment that runs the watch. It answers no requests, so a crash touches none."""
+"""The Ray Serve deployment that runs the watch. It answers no requests, so a crash affects none."""
 
 from app.monitoring.watch import Watch, WatchReport
 from app.serving.control.applications import create_deployment, run_application
@@ -28,7 +28,10 @@ class Monitor:
 
 
 def start() -> None:
-    """Start the deployment, or replace it if its code has changed. Raises UserError if Serve cannot."""
+    """Start the deployment, or replace it if its code has changed.
+
+    Raises UserError if Serve cannot start it.
+    """
     monitor = create_deployment(Monitor, WATCH, [], ray_actor_options={"num_cpus": 0})
     run_application(monitor.bind(), WATCH, WATCH, None)
 

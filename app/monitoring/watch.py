@@ -22,7 +22,7 @@ from app.state.locks import Busy
 from app.state.records import Records
 
 ROUND_S = 2.0
-"""Pause between two rounds. Each round compares the endpoints that follow the registry with it."""
+"""Pause between two rounds. Each round compares endpoints that follow the registry with the registry."""
 REBALANCE_S = 30.0
 """Interval at which the weights of bandits are recomputed and unused workers are stopped."""
 
@@ -73,7 +73,7 @@ class Watch:
         self._backoffs: dict[TaskKey, Backoff] = {}
         self._errors: dict[TaskKey, str] = {}
         """Error of the last attempt, if it failed."""
-        self._failures = 0
+        self._num_failures = 0
         self._last_error: str | None = None
         self._round_ended_at = self._rebalanced_at = clock()
         self._stopping = threading.Event()
@@ -95,7 +95,7 @@ class Watch:
         """State of the watch now."""
         faults = {key.model: error for key, error in self._errors.copy().items() if key.model}
         faults |= self._follower.faults
-        return WatchReport(self._clock() - self._round_ended_at, self._failures, self._last_error, faults)
+        return WatchReport(self._clock() - self._round_ended_at, self._num_failures, self._last_error, faults)
 
     def run_round(self) -> None:
         """Run the tasks that are due for each endpoint. Raises nothing."""
@@ -131,7 +131,7 @@ class Watch:
             work(model)
         except Exception as error:
             backoff.failed()
-            self._failures += 1
+            self._num_failures += 1
             reason = (str(error).strip().splitlines() or [""])[0]
             self._errors[key] = self._last_error = f"{task} failed: {type(error).__name__}: {reason}"
             log.exception("%s failed for %s", task, model or "all models")

@@ -1,1 +1,1 @@
-"""What runs in a replica: the endpoint, its loaded variants, records, shadows and metrics."""
+"""The code of a replica: the endpoint, its loaded variants, records, shadows and metrics."""

@@ -1,4 +1,4 @@
-"""The actions of an endpoint: what a model answers below /v2/models/<name>."""
+"""The actions of an endpoint, one for each path below /v2/models/<name>."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,7 +30,7 @@ class Action:
     has_versions: bool = True
     """Whether the path also exists below /versions/<version>."""
     predicts: bool = False
-    """Whether a variant answers. A client that asks for a certain one needs the scope `admin`."""
+    """Whether a variant predicts. A client that requests a specific variant needs the scope `admin`."""
 
 
 async def metadata(call: Call) -> Response:
@@ -58,7 +58,7 @@ async def describe(call: Call) -> Response:
 
 
 async def predict(call: Call) -> Response:
-    """Predictions for rows of JSON."""
+    """Predictions for JSON rows."""
     body = await call.read_body()
     query = rows.parse(body, call.loaded.contract)
     call.choose(query)
@@ -86,7 +86,7 @@ async def infer(call: Call) -> Response:
 
 
 async def explain_prediction(call: Call) -> Response:
-    """Predictions for rows of JSON, with what each column contributes."""
+    """Explanations of the predictions for JSON rows: the contribution of each column."""
     body = await call.read_body()
     query = rows.parse(body, call.loaded.contract)
     explain.require_num_rows(query, call.loaded.schema)
@@ -96,7 +96,7 @@ async def explain_prediction(call: Call) -> Response:
     bundle = call.loaded.bundles.get(call.variant)
     point_outputs: np.ndarray | Ranking
     async with call.services.explanation_slots:
-        # The points are many times the rows, so they are made and predicted beside the event loop.
+        # There are many points for each row, so a thread computes and predicts them.
         points = await asyncio.to_thread(walks.points, query.columns)
         if bundle is not None:
             point_outputs = await asyncio.to_thread(bundle.predict, points)
@@ -107,7 +107,7 @@ async def explain_prediction(call: Call) -> Response:
 
 
 async def store_feedback(call: Call) -> Response:
-    """Store the outcome of a recorded prediction."""
+    """Store the outcomes or the reward of a prediction."""
     services = call.services
     if services.recorder is None:
         raise Refused(404, f"{services.model} keeps no records (serving.record), so it takes no feedback")

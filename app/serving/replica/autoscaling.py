@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 LOAD = "load"
 """Name of the metric that replicas report."""
 MAX_INTERVAL_S = 30.0
-"""Time without a call of `ThreadLoad.share` after which it is a fault. Serve calls it every 0.5 s."""
+"""Maximum time between two calls of `ThreadLoad.share`; more is a fault. Serve calls it every 0.5 s."""
 
 
 class LoadPolicy:
-    """Policy of Serve's autoscaler: the number of replicas whose mean load is the target."""
+    """Policy of Serve's autoscaler: the number of replicas at which their mean load equals the target."""
 
     def __init__(self, target: float):
         """`target` is a share of a replica's time, above 0 and at most 1."""
@@ -39,7 +39,7 @@ class _Reading(NamedTuple):
     busy_s: float
     """Time that the thread has run or waited for a core."""
     at_s: float
-    """Time of the reading, on a clock without an epoch."""
+    """Time of the reading, on a monotonic clock."""
 
 
 class ThreadLoad:
@@ -59,11 +59,11 @@ class ThreadLoad:
         return min(1.0, (self._last.busy_s - last.busy_s) / elapsed_s) if elapsed_s > 0 else 0.0
 
     def faults(self) -> list[str]:
-        """A message if Serve does not ask for the load; its autoscaler then keeps the number of replicas."""
+        """A message if Serve does not read the load; its autoscaler then keeps the number of replicas."""
         if self._clock() - self._called_at < MAX_INTERVAL_S:
             return []
         return [
-            f"Ray Serve has not asked the replica for its load for {MAX_INTERVAL_S:g} s: the number of "
+            f"Ray Serve has not read the replica's load for {MAX_INTERVAL_S:g} s: the number of "
             "replicas does not follow the load"
         ]
 

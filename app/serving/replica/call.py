@@ -1,4 +1,4 @@
-"""A request on its way through an endpoint."""
+"""A call of an endpoint: a request, and the state of its processing."""
 
 import asyncio
 import time
@@ -22,11 +22,12 @@ from app.serving.replica.recorder import Recorder
 from app.serving.replica.shadow import Shadows
 
 RETRY_HEADERS = {"retry-after": "1"}
+"""Headers of a refusal that the client may retry after 1 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """What an endpoint works with."""
+    """The parts of a replica that its endpoint uses."""
 
     model: str
     limits: Limits
@@ -34,56 +35,56 @@ class Services:
     shadows: Shadows
     meters: Meters
     authenticator: Authenticator | None = None
-    """None if requests need no token."""
+    """Check of tokens; None if requests need no token."""
     limiter: Limiter | None = None
-    """None if there is no rate limit."""
+    """Rate limit; None if there is none."""
     recorder: Recorder | None = None
-    """None if the endpoint keeps no records."""
+    """Recorder of predictions and feedback; None if the endpoint keeps no records."""
     explanation_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(explain.MAX_CONCURRENT)
     )
-    """Held while an explanation is computed."""
+    """Limit of the explanations that are computed at a time."""
 
 
 @dataclass
 class Call:
-    """A request, and what the endpoint has worked out about it so far."""
+    """A request, and what the endpoint has determined so far: the sender, the variant and the unit."""
 
     request: Request
     services: Services
     loaded: Loaded
-    """The variants that answer the call, though others may be loaded meanwhile."""
+    """Traffic that answers the call, also if the replica loads another one after `read_body`."""
     version: str | None = None
-    """The version in the path."""
+    """Version in the path; None if the path has none."""
     action: str = "none"
     """Name of the action, for metrics."""
     principal: Principal | None = None
-    """Who sent the request; None until that is known."""
+    """Sender of the request; None until it is authenticated."""
     variant: str = ""
-    """The variant that answers; empty until it is chosen."""
+    """Variant that answers; empty until it is chosen."""
     is_forced: bool = False
-    """Whether the client asked for the variant."""
+    """Whether the client requested the variant, by version or by name."""
     unit: str = ""
-    """What the variant was chosen by."""
+    """Unit of the request; empty until the variant is chosen."""
     num_rows: int = 0
     received_at: float = 0.0
-    """When the query was read, in seconds since the epoch."""
+    """Time at which the query was read, in seconds since the epoch."""
     _started: float = field(default_factory=time.perf_counter)
 
     @property
     def sender(self) -> Principal:
-        """Who sent the request, where every action may be called."""
+        """Sender of the request; ANONYMOUS until it is authenticated."""
         return self.principal or ANONYMOUS
 
     @property
     def seconds(self) -> float:
-        """Time since the query was read."""
+        """Seconds since the query was read."""
         return time.perf_counter() - self._started
 
     def forced_variant(self) -> str | None:
-        """The variant that the client asks for, by its version in the path or by name in a header.
+        """The variant that the client requests by version in the path or by name in a header; None if none.
 
-        Raises Refused if it is not served.
+        Raises Refused with 404 or 422 if it is not served.
         """
         if self.version is not None:
             for name, number in self.loaded.versions.items():
@@ -102,9 +103,11 @@ class Call:
         return name or None
 
     async def read_body(self, *media_types: str) -> bytes:
-        """The whole body, of one of `media_types`. Raises Refused, by the headers alone where they decide.
+        """Read the whole body. Traffic that is loaded while the body arrives answers the call.
 
-        Other variants may be loaded while the body arrives: the call is answered by those.
+        :param media_types: accepted media types; by default JSON.
+        :raises Refused: before the body is read if its type or encoding is not accepted (415) or its declared
+            length is too large (413); later if the body itself is too large, too slow or incomplete.
         """
         allowed = media_types or (JSON,)
         media_type = self.request.header(b"content-type", JSON).partition(";")[0].strip().lower()
@@ -115,7 +118,10 @@ class Call:
         return body
 
     def choose(self, query: Query) -> None:
-        """Choose the variant that answers: the one that the client asks for, or by the unit."""
+        """Choose the variant that answers: the one that the client requests, else the one of the unit.
+
+        Raises Refused if the requested variant is not served, or the unit in the header is too long.
+        """
         self.received_at, self._started = time.time(), time.perf_counter()
         forced = self.forced_variant()
         self.unit = query.unit or self._header_unit() or self.request.request_id
@@ -123,9 +129,9 @@ class Call:
         self.num_rows = query.num_rows
 
     async def predict(self, columns: Columns) -> np.ndarray | Ranking:
-        """The chosen variant's prediction for columns of any number of rows, as of `Bundle.answer`.
+        """The chosen variant's prediction for any number of rows, as `Bundle.answer` returns it.
 
-        Raises Refused if its workers do not answer.
+        Raises Refused with 503 if the variant's workers do not answer.
         """
         bundle = self.loaded.bundles.get(self.variant)
         if bundle is not None:
@@ -150,7 +156,8 @@ class Call:
         )
 
     def _header_unit(self) -> str:
-        """The header x-raylway-unit, which the guard has checked to be UTF-8; empty if there is none."""
+        """The header x-raylway-unit; empty if it is missing. Raises Refused with 422 if it is too long."""
+        # The guard has checked that it is UTF-8.
         unit = self.request.headers.get(b"x-raylway-unit", b"").decode()
         if len(unit) > MAX_UNIT_LENGTH:
             raise Refused(422, f"the header x-raylway-unit must not exceed {MAX_UNIT_LENGTH} characters")

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment of a model: an endpoint, and what it works with, in a replica."""
+"""The Ray Serve deployment of a model. Each replica runs the endpoint and the services that it uses."""
 
 import asyncio
 import gc
@@ -30,7 +30,7 @@ from app.state.audit import Audit
 from app.state.records import Records
 
 UPDATE_S = 1.0
-"""Interval at which a replica looks for another traffic."""
+"""Interval at which a replica checks for new traffic."""
 SWITCH_S = 0.0005
 """The recorder's threads may hold the GIL this long before a request gets it (Python's default: 5 ms)."""
 
@@ -86,7 +86,7 @@ class Replica:
         self._updates = asyncio.get_running_loop().create_task(self._update_forever())
 
     async def __del__(self) -> None:
-        """Called by Serve when the last request is answered: what was recorded is written first."""
+        """Called by Serve when the last request is answered. Writes the records that still wait."""
         self._updates.cancel()
         if self._authenticator is not None:
             self._authenticator.keys.stop()
@@ -96,23 +96,26 @@ class Replica:
         self._audit.close()
 
     async def __call__(self, request: starlette.requests.Request) -> starlette.responses.Response:
-        """A request that Serve's own proxy passes on."""
+        """Answer a request that Serve's own proxy passes on."""
         return await through_serve(self, request)
 
     def check_health(self) -> None:
-        """Called by Serve, which replaces a replica if this raises: BrokenBundle if a variant answers its
-        stored example differently, RuntimeError if the replica does not look for another traffic any more."""
+        """Raise an exception unless the replica works. Called by Serve, which then replaces the replica.
+
+        Raises BrokenBundle if a variant does not reproduce its stored example, and RuntimeError if the
+        replica no longer checks for new traffic.
+        """
         if self._updates.done():
-            raise RuntimeError("the task that looks for another traffic has ended")
+            raise RuntimeError("the task that checks for new traffic has ended")
         for bundle in self._loader.loaded.bundles.values():
             bundle.check_example()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """Called by Serve, for `app.serving.replica.autoscaling`."""
+        """The metrics for `app.serving.replica.autoscaling`, by name. Called by Serve."""
         return {LOAD: self._thread_load.share()}
 
     def state(self) -> State:
-        """Called by commands, through Serve's handle."""
+        """State of the replica now. Called by commands, through Serve's handle."""
         loaded = self._loader.loaded
         fault = self._loader.fault or (self._authenticator.keys.fault if self._authenticator else None)
         return State(
@@ -151,4 +154,4 @@ class Replica:
                         "%s: %s", self._model, "; ".join(faults) or "all hooks into Ray Serve work again"
                     )
             except Exception:
-                log.exception("%s cannot look for another traffic, or report its metrics", self._model)
+                log.exception("%s cannot check for new traffic, or report its metrics", self._model)

@@ -1,4 +1,4 @@
-"""The HTTP endpoint of one model: finds the action of a request, and who sent it."""
+"""The HTTP endpoint of one model: authenticates requests and routes them to actions."""
 
 import math
 import re
@@ -39,7 +39,7 @@ class Endpoint:
     async def _respond(self, call: Call) -> Response:
         action = self._route(call)
         if call.action == "ready" and call.version in (None, *call.loaded.versions.values()):
-            return await action.respond(call)  # needs no token: load balancers ask
+            return await action.respond(call)  # without a token, for load balancers
         await self._authenticate(call)
         call.sender.require(action.scope, self._services.model)
         if action.has_versions and call.forced_variant() is not None and action.predicts:
@@ -47,20 +47,26 @@ class Endpoint:
         return await action.respond(call)
 
     def _route(self, call: Call) -> Action:
-        """The action of a call, whose version is set. Raises Refused."""
+        """The action of a call; sets the call's version and action.
+
+        Raises Refused with 404 if the path has no action, and with 405 if the method is another one.
+        """
         path = self._path.fullmatch(call.request.path)
-        version, below = (path[1], path[2] or "") if path else (None, None)
-        action = None if below is None else ACTIONS.get(below)
-        if action is None or below is None or (version and not action.has_versions):
+        version, subpath = (path[1], path[2] or "") if path else (None, None)
+        action = None if subpath is None else ACTIONS.get(subpath)
+        if action is None or subpath is None or (version and not action.has_versions):
             allowed = ", ".join(f"{action.method} {path or '(metadata)'}" for path, action in ACTIONS.items())
             model = self._services.model
             raise Refused(404, f"no such path; below /v2/models/{model} there are: {allowed}")
         call.request.require_method(action.method)
-        call.version, call.action = version, below[1:] or "metadata"
+        call.version, call.action = version, subpath[1:] or "metadata"
         return action
 
     async def _authenticate(self, call: Call) -> None:
-        """Find out who sent the request. Raises Refused if that is unknown, or their rate is too high."""
+        """Set the sender of a call.
+
+        Raises Refused as `Authenticator.principal` does, and with 429 if the sender exceeds the rate limit.
+        """
         authenticator, limiter = self._services.authenticator, self._services.limiter
         call.principal = ANONYMOUS
         if authenticator is not None:
@@ -71,13 +77,13 @@ class Endpoint:
         if limiter is not None and (wait_s := await limiter.admit(call.principal.name)):
             raise Refused(
                 429,
-                f"{call.principal.name} may ask {self._services.model} "
-                f"{self._services.limits.requests_per_s:g} times a second (serving.limits.requests_per_s)",
+                f"{call.principal.name} must send at most {self._services.limits.requests_per_s:g} requests "
+                f"per second to {self._services.model} (serving.limits.requests_per_s); try again later",
                 headers={"retry-after": str(math.ceil(wait_s))},
             )
 
     def _note(self, call: Call, status: int, seconds: float, error: str | None) -> None:
-        """Count and, where it failed, log a request."""
+        """Count a request, and log it if it failed or all requests are logged."""
         self._services.meters.observe(
             CompletedRequest(call.action, call.variant, status, seconds, call.num_rows)
         )

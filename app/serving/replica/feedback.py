@@ -88,10 +88,11 @@ def parse(body: bytes, schema: Schema) -> Submission:
 
 
 def label_value(outcome: str | bool | float, schema: Schema) -> str | float:
-    """The value of the label that an outcome stands for. Raises ValueError, which says what it must be.
+    """The value of the label that an outcome stands for.
 
     For a binary label, `true` is the positive value and `false` the other one; for a label that is a number
-    above a threshold, a number is compared with the threshold.
+    above a threshold, a number is compared with the threshold. Raises ValueError if the label cannot have the
+    outcome; its message is what the outcome must be.
     """
     if schema.task == "ranking":  # a rating, or the item that the user chose
         if isinstance(outcome, bool):

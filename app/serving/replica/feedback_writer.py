@@ -15,9 +15,9 @@ from app.state.feedback import Feedback, FeedbackStatus
 from app.state.records import Records
 
 MAX_WAITING_BYTES = 64 * 2**20
-"""Size of the feedback that waits to be written. More is refused."""
+"""Maximum size of the feedback that waits to be written. Further feedback is refused."""
 OVERHEAD_BYTES = 500
-"""Memory that waiting feedback takes in addition to its JSON."""
+"""Memory of a waiting feedback in addition to its JSON."""
 MAX_BATCH = 2_000
 """Maximum number of feedbacks in one transaction."""
 
@@ -40,7 +40,7 @@ class FeedbackWriter:
     """A queue of feedback. `add` is called by requests, `write` by a thread of its own."""
 
     def __init__(self, records: Records, per_hour: int, closing: threading.Event):
-        """`per_hour` is the limit for each sender; `write` does not wait any more once `closing` is set."""
+        """`per_hour` is the limit of each sender. Once `closing` is set, `write` no longer waits."""
         self._records = records
         self._per_hour = per_hour
         self._closing = closing
@@ -49,7 +49,7 @@ class FeedbackWriter:
         self._changed = threading.Condition()
 
     async def add(self, feedback: Feedback) -> FeedbackStatus:
-        """Have feedback written; returns when it is durable. Raises NotStored if it cannot be stored."""
+        """Queue feedback; returns when it is durable. Raises NotStored if it cannot be stored."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[FeedbackStatus] = loop.create_future()
         size_bytes = len(orjson.dumps(feedback.content)) + OVERHEAD_BYTES
@@ -70,7 +70,7 @@ class FeedbackWriter:
                 self._waiting_bytes -= size_bytes
 
     def write(self) -> None:
-        """Wait for feedback, and write all that waits."""
+        """Wait for feedback, and write all that is in the queue."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing.is_set())
         while batch := self._next_batch():
@@ -80,7 +80,7 @@ class FeedbackWriter:
                     waiting.resolve(result)
 
     def wake(self) -> None:
-        """Let `write` return if it waits although the writer is closing."""
+        """Wake `write`, which returns if `closing` is set."""
         with self._changed:
             self._changed.notify()
 
@@ -90,7 +90,7 @@ class FeedbackWriter:
         return batch
 
     def _write_batch(self, batch: Sequence[Feedback]) -> list[Result]:
-        """Write a batch; one that the database refuses, although it accepts writes, is split."""
+        """Write a batch. If the database accepts writes but refuses this batch, write two halves."""
         try:
             return [*self._records.add_feedback(batch, self._per_hour)]
         except Exception as error:

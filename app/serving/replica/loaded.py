@@ -49,6 +49,7 @@ class Loaded:
         self.schema = common_schema({name: schema_at(v.path) for name, v in traffic.variants.items()})
         self.contract = Contract(self.schema, max_rows)
         self.weights = traffic.weights
+        """Weights of the variants that answer clients, by variant."""
         self._walks: dict[str, Walks] = {}
 
     def choose(self, unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Keeps a replica in step with the newest traffic of its model."""
+"""Keeps a replica up to date with the newest traffic of its model."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from app.state.audit import Audit
 
 
 class Loader:
-    """Loads the newest traffic, and exchanges it for the one that was loaded before."""
+    """Loads the newest traffic, which then replaces the previous one."""
 
     def __init__(
         self,
@@ -23,16 +23,16 @@ class Loader:
     ):
         """Load the first traffic. Raises UserError if a bundle is broken, or the variants differ in inputs.
 
-        `load` opens a traffic; it is given what was loaded before, whose bundles it may take over.
+        `load` opens a traffic. Its second argument is the previous one, whose bundles it may reuse.
         """
         self._model = model
         self._audit = audit
         self._load = load
         self.fault: str | None
-        """Reason why the newest traffic is not loaded."""
+        """Reason why the newest traffic is not loaded, or may not be; None if it is."""
         self.entry, first, self.fault = cache.read_with_fallback(audit, model)
         self.loaded = load(first, None)
-        """What the replica answers with."""
+        """Traffic that the replica answers with; `entry` is its number in the audit log."""
         self._failed_entry = 0
         """Number of the newest entry that could not be loaded."""
         self._backoff = Backoff()
@@ -40,11 +40,10 @@ class Loader:
         cache.store(model, self.entry, first)
 
     async def update(self, retry_now: bool = False) -> bool:
-        """Load the newest traffic, if it is not loaded; returns whether another one was loaded.
+        """Load the newest traffic, if it is not loaded yet; returns whether this call loaded it.
 
-        Until then, the replica answers with the one before.
-
-        An entry that could not be loaded is tried again after a pause, or immediately if `retry_now`.
+        The replica answers with the previous traffic until then. If loading fails, the reason is logged and
+        kept in `fault`; later calls try the entry again after a delay, or at once if `retry_now`.
         """
         async with self._loading:  # two updates at once could end in the wrong order
             number = self.entry
@@ -70,7 +69,7 @@ class Loader:
             return True
 
     def _fail(self, number: int, error: Exception) -> None:
-        """Remember, and log once, why an entry could not be loaded."""
+        """Keep the reason why an entry could not be loaded, and log it once."""
         is_expected = isinstance(error, UserError)
         reason = str(error) if is_expected else f"{type(error).__name__}: {str(error)[:500]}"
         if reason != self.fault:

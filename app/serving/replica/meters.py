@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 LATENCY_BUCKETS_S = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+"""Upper bounds of the buckets of LATENCY."""
 ROWS_BUCKETS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+"""Upper bounds of the buckets of ROWS."""
+# Names of the metrics.
 REQUESTS = "raylway_requests"
 LATENCY = "raylway_request_seconds"
 ROWS = "raylway_request_rows"
 DROPPED = "raylway_predictions_not_recorded"
 SHARE = "raylway_variant_share"
 MAX_BUFFERED_REQUESTS = 100_000
-"""Requests that are kept until the next report, about 20 MB. Later ones are not counted."""
+"""Maximum number of requests in the buffer, about 20 MB. Further ones are not counted."""
 WINDOW_S = 60.0
 """Length of the window of `RecentRequests`."""
 SLOT_S = 5.0
@@ -28,7 +31,7 @@ LATENCY_RATIO = 1.1
 
 @dataclass(frozen=True, slots=True)
 class CompletedRequest:
-    """What is measured of one request."""
+    """The measurements of one request."""
 
     action: str
     variant: str

@@ -11,24 +11,24 @@ from app.state import engine
 from app.state.records import Prediction, Records, decode, encode
 
 MAX_WAITING_BYTES = 64 * 2**20
-"""Size of the predictions that wait while the database is away. Later ones are dropped and counted."""
+"""Maximum size of the predictions that wait to be written. Further ones are dropped and counted."""
 OVERHEAD_BYTES = 500
-"""Memory that a waiting prediction takes in addition to its JSON."""
+"""Memory of a waiting prediction in addition to its JSON."""
 MAX_BATCH = 2_000
 """Maximum number of predictions in one transaction."""
 MAX_BATCH_BYTES = 8 * 2**20
-"""Maximum size of the predictions in one transaction, if it is more than one."""
+"""Maximum size of the predictions in one transaction. A larger prediction has a transaction of its own."""
 
 # Reasons why a prediction is dropped.
 FULL = "buffer full"
 REFUSED = "refused"
-"""It has a value that JSON or the database does not accept."""
+"""The prediction has a value that JSON or the database does not accept."""
 REPEATED = "request id repeated"
 CLOSED = "database away at the end"
 
 
 class PredictionKey(NamedTuple):
-    """What identifies a prediction of an endpoint."""
+    """The key of a prediction among all predictions of an endpoint."""
 
     principal: str
     request_id: str
@@ -91,7 +91,7 @@ class PredictionWriter:
         return None if encoded is None else decode(encoded)
 
     def write(self) -> None:
-        """Write all waiting predictions. Raises what the database raises if it accepts no writes."""
+        """Write all waiting predictions. If the database accepts no writes, its exception is raised."""
         while batch := self._next_batch():
             self._write_batch(batch)
 

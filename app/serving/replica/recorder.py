@@ -21,7 +21,7 @@ of the write in progress."""
 NUM_LOOKUP_THREADS = 4
 """Number of threads that look up the predictions of feedback."""
 CLOSE_TIMEOUT_S = 12.0
-"""Time for `close` to write what waits. Serve kills a replica that takes 20 s to stop."""
+"""Time for `close` to write the records that wait. Serve kills a replica that takes 20 s to stop."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RecorderStatus:
 class Recorder:
     """One thread writes predictions, another writes feedback, and some look up predictions.
 
-    None of them is a thread of the event loop, where a database that hangs would block everything else.
+    None of these threads runs the event loop, which a database that hangs would block.
     """
 
     def __init__(self, records: Records, feedback_per_hour: int):
@@ -67,7 +67,7 @@ class Recorder:
         )
 
     def add(self, prediction: Prediction) -> int:
-        """Have a prediction written; returns its size in bytes, or 0 if it is dropped.
+        """Buffer a prediction to be written; returns its size in bytes, or 0 if it is dropped.
 
         Does not wait or raise.
         """
@@ -81,7 +81,7 @@ class Recorder:
         if (waiting := self._predictions.find(principal, request_id)) is not None:
             return waiting
         if (fault := self._fault()) is not None:
-            raise NotStored(fault)  # now, because a database that hangs would block the lookup threads
+            raise NotStored(fault)  # without a lookup: a database that hangs would block the threads
         look_up = partial(self._records.predictions, model, [request_id], principal)
         try:
             predictions = await asyncio.get_running_loop().run_in_executor(self._lookups, look_up)
@@ -90,18 +90,21 @@ class Recorder:
         return next((prediction for prediction in predictions if not prediction.shadow), None)
 
     async def add_feedback(self, feedback: Feedback) -> FeedbackStatus:
-        """Have feedback written; returns when it is durable. Raises NotStored if it cannot be stored."""
+        """Write feedback; returns when it is durable. Raises NotStored if it cannot be stored."""
         return await self._feedback.add(feedback)
 
     def close(self) -> None:
-        """Write what waits, as far as the database accepts it within CLOSE_TIMEOUT_S."""
+        """Write the records that wait, for at most CLOSE_TIMEOUT_S; drop predictions that still wait then."""
         self._closing.set()
         self._feedback.wake()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         if num_lost := self._predictions.drop_waiting():
-            log.error("%d predictions are lost: the database did not accept them at the end", num_lost)
+            log.error(
+                "%d predictions are lost: the database did not accept them before the replica stopped",
+                num_lost,
+            )
         self._lookups.shutdown(wait=False, cancel_futures=True)
         self._records.close()
 

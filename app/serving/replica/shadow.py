@@ -24,8 +24,8 @@ from app.state.records import Prediction
 MAX_COPIES = 256
 """Maximum number of copies in the queue of a shadow."""
 MAX_QUEUE_BYTES = 8 * 2**20
-"""Maximum JSON of the copies in a queue. In memory, a copy takes about ten times as much: its rows are Python
-objects."""
+"""Maximum size of the copies in a queue, as JSON. In memory, a copy takes about ten times as much, because
+its rows are Python objects."""
 MAX_BATCH = 32
 """Maximum number of copies that are predicted together."""
 PAUSE_S = 1.0
@@ -34,17 +34,18 @@ PAUSE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A request that a client got an answer to."""
+    """A copy of a request that has been answered, for the shadows."""
 
     prediction: Prediction
-    """The answer of the variant that the client got."""
+    """Prediction that the client got."""
     columns: Columns
+    """Columns of the request; every array has the shape (rows,)."""
     size_bytes: int
-    """Size of the recorded prediction; 0 if it is not recorded, and then no shadow predicts the request."""
+    """Size of the recorded prediction; 0 if it is not recorded: then no shadow predicts the request."""
 
 
 class Shadow:
-    """A shadow with its queue. To be created in an event loop."""
+    """A shadow with its queue. Must be created in an event loop."""
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class Shadows:
     """The shadows of an endpoint in a replica."""
 
     def __init__(self, record: Callable[[Prediction], object] | None):
-        """`record` records a prediction; without it, the endpoint keeps no records and needs no shadows."""
+        """`record` records a prediction. If it is None, the endpoint keeps no records, and no shadow runs."""
         self._record = record
         self._shadows: dict[str, Shadow] = {}
 

@@ -1,4 +1,4 @@
-"""The state of a replica, as `raylway status` and deployments ask for it."""
+"""The state of a replica, for `raylway status` and for deployments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,21 @@ from app.serving.replica.recorder import RecorderStatus
 
 @dataclass(frozen=True)
 class State:
-    """What a replica serves, and how it does."""
+    """The traffic that a replica serves, its faults and its measurements."""
 
     entry: int
     """Number of the audit log's entry that the replica has loaded."""
     fault: str | None
-    """Reason why it did not load a later entry."""
+    """Reason why the replica did not load a later entry, or cannot fetch the issuer's keys; else None."""
     versions: dict[str, str]
-    """Version of each variant that answers."""
+    """Version of each variant that is not a shadow."""
     weights: dict[str, float]
+    """Weight of each variant that answers clients."""
     recording: RecorderStatus | None
     """State of the recorder; None if the endpoint keeps no records."""
     shadows: dict[str, int]
-    """Requests that each shadow dropped or failed to answer."""
+    """Number of requests that each shadow dropped or failed to predict."""
     recent: dict[str, RequestStats]
-    """Requests of each variant over the last minute."""
+    """Statistics of the requests to each variant over the last minute."""
     hook_faults: Sequence[str] = ()
-    """Uses of Ray Serve's private parts that have no effect in this replica, and what follows from that."""
+    """Messages on uses of Ray Serve's private parts that have no effect in this replica."""

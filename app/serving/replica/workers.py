@@ -15,14 +15,15 @@ from app.cluster.requirements import require_tested_versions
 from app.serving.traffic.variants import DeployedVariant, open_bundle, with_local_bundles
 
 Columns = Mapping[str, np.ndarray]
+"""Columns by name; every array has the shape (rows,)."""
 TIMEOUT_S = 30.0
 """Timeout of a prediction."""
 MAX_ATTEMPTS = 3
-"""Number of workers that a prediction is sent to, if one dies after the other."""
+"""Maximum number of workers that a prediction is sent to; it is sent to another one if a worker dies."""
 
 
 class Worker:
-    """The Ray Serve deployment. Requests that arrive during a prediction are predicted together after it."""
+    """The Ray Serve deployment. Requests that arrive during a prediction are predicted together next."""
 
     def __init__(
         self, model: str, variant: DeployedVariant, max_batch_rows: int, trusted_keys: Sequence[str]
@@ -43,7 +44,8 @@ class Worker:
         )
 
     def check_health(self) -> None:
-        """Raise if the bundle does not reproduce its stored example. Serve then replaces the replica."""
+        """Raise BrokenBundle if the bundle does not reproduce its stored example. Called by Serve, which then
+        replaces the replica."""
         self._bundle.check_example()
 
     async def predict(self, columns: Columns) -> np.ndarray | Ranking:

@@ -38,6 +38,6 @@ def test_an_autoscaler_that_does_not_ask_is_a_fault():
     now = [0.0]
     load = ThreadLoad(lambda: now[0])
     now[0] += MAX_INTERVAL_S
-    assert "has not asked the replica for its load" in load.faults()[0]
+    assert "has not read the replica's load" in load.faults()[0]
     load.share()
     assert load.faults() == []

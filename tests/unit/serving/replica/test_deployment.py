@@ -54,12 +54,12 @@ def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_pat
         guard.middlewares()
         assert replica.state().hook_faults == []
         now[0] = autoscaling.MAX_INTERVAL_S
-        (not_asked,) = replica.state().hook_faults
-        assert "has not asked the replica for its load for 30 s" in not_asked
-        while not_asked not in caplog.text:
+        (not_read,) = replica.state().hook_faults
+        assert "has not read the replica's load for 30 s" in not_read
+        while not_read not in caplog.text:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
-        assert caplog.text.count(not_asked) == 1
+        assert caplog.text.count(not_read) == 1
         await replica.record_autoscaling_stats()
         assert replica.state().hook_faults == []
         await replica.close()
