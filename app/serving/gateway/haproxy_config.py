@@ -97,7 +97,7 @@ def _edit_frontend(text: str, settings: Mapping[str, Any]) -> str:
 
 
 def _edit_refusals(text: str) -> str:
-    """Replace Serve's refusals and time limits by ours."""
+    """Replace Serve's refusals and time limits by Raylway's."""
     # Until the deployment for all other paths runs, a 404 would be wrong.
     starting = f"content-type application/json string '{_refusal('the server is starting; try again')}'"
     text = _replace(

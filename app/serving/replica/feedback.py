@@ -121,7 +121,10 @@ def label_value(outcome: str | bool | float, schema: Schema) -> str | float:
 async def store(
     submission: Submission, model: str, sender: Principal, recorder: Recorder, limits: Limits
 ) -> Response:
-    """Store feedback; the response has its status. Raises Refused, or NotStored if the database is away."""
+    """Store feedback; the response has its status.
+
+    Raises Refused with 403, 409, 410 or 422, and NotStored if the database does not answer.
+    """
     now = time.time()
     principal = submission.principal or sender.name
     if principal != sender.name:

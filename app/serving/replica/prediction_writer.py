@@ -24,7 +24,7 @@ FULL = "buffer full"
 REFUSED = "refused"
 """The prediction has a value that JSON or the database does not accept."""
 REPEATED = "request id repeated"
-CLOSED = "database away at the end"
+CLOSED = "database unavailable at shutdown"
 
 
 class PredictionKey(NamedTuple):

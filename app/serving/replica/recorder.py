@@ -76,7 +76,7 @@ class Recorder:
     async def find(self, model: str, principal: str, request_id: str) -> Prediction | None:
         """The prediction that a principal got for a request; None if there is none.
 
-        Raises NotStored if the database is away.
+        Raises NotStored if the database does not answer.
         """
         if (waiting := self._predictions.find(principal, request_id)) is not None:
             return waiting

@@ -9,13 +9,13 @@ from app.state import engine
 RETRY_S = 1.0
 """Pause after the first failure. It doubles after each further failure."""
 MAX_RETRY_S = 30.0
-"""Longest pause between two attempts."""
+"""Maximum pause between two attempts."""
 
 
 class RetryingThread(threading.Thread):
     """Runs a step again and again until `closing` is set, and then once more.
 
-    A step that raises is retried after a pause, and the reason is in `fault` until it succeeds.
+    A step that raises is retried after a pause. `fault` has the reason until the step succeeds.
     """
 
     def __init__(self, step: Callable[[], None], name: str, closing: threading.Event):

@@ -1,4 +1,4 @@
-"""A copy of the newest traffic on this machine, so that a replica can start while the database is away.
+"""A copy of the newest traffic on this machine, so that a replica can start without the database.
 
 Each entry of the audit log has a file of its own: a replica that is late cannot overwrite a newer entry.
 """
@@ -28,9 +28,9 @@ class NewestTraffic(NamedTuple):
 
 
 def read_with_fallback(audit: Audit, model: str) -> NewestTraffic:
-    """Read a model's current traffic from the database, or from the cache if the database is away.
+    """Read a model's current traffic from the database, or from the cache if the database does not answer.
 
-    Raises UserError if the endpoint has no traffic, or if the database is away and the cache is empty.
+    Raises UserError if the endpoint has no traffic, or the database does not answer and the cache is empty.
     """
     try:
         current = traffics.read_current(audit, model)
