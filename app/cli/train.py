@@ -30,7 +30,7 @@ def check(file: File, overrides: Overrides = None) -> None:
         space = Space(project)
         space.check()
         console.print("sweep:")
-        for line in space.described():
+        for line in space.describe():
             console.print(f"  {line}")
 
 
@@ -58,7 +58,7 @@ def preflight(
         from app.training import preflight
 
         machine = preflight.inspect()
-        for line in preflight.described(machine):
+        for line in preflight.describe(machine):
             console.print(f"  {line}")
         if project:
             if faults := preflight.faults(project.training, machine):

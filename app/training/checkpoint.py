@@ -1,7 +1,7 @@
 """Checkpoints: everything that a training needs to resume with the same result, as safetensors and JSON.
 
-A background thread writes them, each whole or not at all, and a checkpoint is read only if the hash of every
-file is right.
+A background thread writes them, each completely or not at all. A checkpoint is read only if every file has
+the hash in the manifest.
 """
 
 import json
@@ -20,20 +20,22 @@ from app.config.training import Checkpointing
 from app.state import files
 
 Tensors = Mapping[str, Tensor]
+"""Tensors by name."""
 MANIFEST = "MANIFEST.json"
 """File with the SHA-256 of every other file of a checkpoint."""
 STATE = "state.json"
-"""File with the values of a checkpoint that are no tensors."""
+"""File with the values of a checkpoint that are not tensors."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a training between two steps, copied from it."""
+    """A copy of the state of a training between two steps."""
 
     groups: Mapping[str, Tensors]
     """Tensors by name, in a file for each group: `model`, `optimizer`, `ranks`."""
     state: Mapping[str, Any]
-    """JSON values. `epoch` and `step` are the position in the data; `score` is None within an epoch."""
+    """JSON values by name. `epoch` and `step` are the position in the data; `score` is the validation score
+    of a completed epoch, None within one."""
 
 
 class _Scored(NamedTuple):
@@ -78,7 +80,7 @@ class Checkpoints:
         return self._folder / _name(epoch, step)
 
     def latest(self, on_note: Callable[[str], None]) -> Path | None:
-        """The newest undamaged checkpoint; `on_note` is told of damaged ones."""
+        """The newest undamaged checkpoint, or None. `on_note` receives a line for each damaged one."""
         for folder in reversed(self._all()):
             if not (fault := damage(folder)):
                 return folder
@@ -86,9 +88,9 @@ class Checkpoints:
         return None
 
     def best(self, on_note: Callable[[str], None]) -> Path:
-        """The undamaged checkpoint of the epoch with the best score, the first of equals.
+        """The undamaged checkpoint of the epoch with the best score; of equal ones, the earliest.
 
-        `on_note` is told of damaged ones. Raises FileNotFoundError if there is none.
+        `on_note` receives a line for each damaged one. Raises FileNotFoundError if there is no undamaged one.
         """
         for scored in _best_first(self._scored()):
             folder = scored.folder
@@ -98,7 +100,7 @@ class Checkpoints:
         raise FileNotFoundError(f"no undamaged checkpoint of a completed epoch in {self._folder}")
 
     def _copy(self, group: str, tensors: Tensors) -> Tensors:
-        """Copy into buffers that the next call uses again: allocating them takes as long as the copy."""
+        """Copy into buffers that later calls reuse: allocating them would take as long as the copy."""
         copies = {}
         for name, tensor in tensors.items():
             buffer = self._buffers.get(key := f"{group}/{name}")
@@ -114,10 +116,10 @@ class Checkpoints:
             self._failure = error
 
     def _prune(self, newest: Path) -> None:
-        """Remove all checkpoints but the last and the best.
+        """Remove all checkpoints except the last and the best ones.
 
-        Those at a position after `newest` are removed too: they are damaged, or count the steps of another
-        number of ranks, and would be taken for the newest.
+        Checkpoints at a position after `newest` are removed too, because they would count as newer. They are
+        damaged, or were written with another number of ranks, and so of steps per epoch.
         """
         last = [folder for folder in self._all() if folder <= newest][-self._settings.keep_last :]
         best = _best_first([scored for scored in self._scored() if scored.folder <= newest])
@@ -129,13 +131,13 @@ class Checkpoints:
         return sorted(f for f in self._folder.glob("[0-9]*-[0-9]*") if f.is_dir())
 
     def _scored(self) -> list[_Scored]:
-        """The checkpoints of completed epochs, damaged ones with a readable state included."""
+        """The checkpoints of completed epochs, including damaged ones whose state is readable."""
         scored = []
         for folder in self._all():
             try:
                 score = json.loads((folder / STATE).read_text())["score"]
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # damaged, which `latest` notes
+                continue  # damaged; `latest` reports it
             if score is not None:
                 scored.append(_Scored(score, folder))
         return scored
@@ -146,7 +148,7 @@ def _best_first(checkpoints: list[_Scored]) -> list[_Scored]:
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint into `folder`, whole or not at all, and return its own folder."""
+    """Write a checkpoint into a new folder in `folder`, completely or not at all, and return its path."""
     name = _name(snapshot.state["epoch"], snapshot.state["step"])
     draft = folder / f".{name}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -167,7 +169,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def damage(folder: Path) -> str:
-    """A description of what is damaged in a checkpoint; empty if nothing is."""
+    """A description of the damage of a checkpoint; empty if it is undamaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         faults = [name for name, digest in manifest.items() if files.sha256(folder / name) != digest]
@@ -179,7 +181,7 @@ def damage(folder: Path) -> str:
 
 
 def read(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The groups of tensors and the state of a checkpoint, as in its Snapshot."""
+    """The groups of tensors and the state of a checkpoint, as in `Snapshot`."""
     groups = {file.stem: load_file(file) for file in folder.glob("*.safetensors")}
     return groups, read_state(folder)
 

@@ -16,7 +16,7 @@ from app.training.gradients import Gradients
 class Collective(Protocol):
     """This process as one of the ranks.
 
-    All ranks must call every method except the properties, in the same order.
+    All ranks must call the same methods in the same order.
     """
 
     rank: int
@@ -35,16 +35,16 @@ class Collective(Protocol):
         """
 
     def gradients(self, network: nn.Module) -> Gradients:
-        """The exchange of this network's gradients."""
+        """Prepare the network's parameters for the exchange of their gradients."""
 
     def close(self) -> None:
         """Leave the group."""
 
 
 def join(training: Training, timeline: Path) -> Collective:
-    """Join the group of ranks. Ray Train's backend has set the addresses of the others in this process.
+    """Join the group of ranks, whose addresses Ray Train's backend must have set in this process.
 
-    Horovod's rank 0 writes `timeline` if the project asks for it.
+    With `training.timeline`, Horovod's rank 0 writes the file `timeline`.
     """
     if training.max_workers == 1 and not training.timeline:
         return Alone()
@@ -77,8 +77,7 @@ class Horovod:
 
     def __init__(self, training: Training, timeline: Path):
         os.environ["HOROVOD_AUTOTUNE"] = str(int(training.horovod.autotune))
-        # A fusion threshold of 0: our gradients are in buckets already, and fusing these would copy them
-        # again.
+        # A fusion threshold of 0, because our gradients are in buckets already: fusing would copy them again.
         fixed = {"FUSION_THRESHOLD": "0", "CYCLE_TIME": str(training.horovod.cycle_time_ms)}
         for name, value in fixed.items():
             os.environ[f"HOROVOD_{name}"] = value
@@ -116,7 +115,10 @@ class Horovod:
         return gradients.Flat(network, lambda buffer: begin_exchange(buffer, "gradients")())
 
     def _begin_exchange(self, buffer: Tensor, name: str) -> Callable[[], None]:
-        """Start to overwrite a buffer with its mean (or Adasum) over the ranks; returns what waits for it."""
+        """Start to overwrite a buffer with its mean, or Adasum, over the ranks.
+
+        Returns a function that waits until the buffer is overwritten.
+        """
         hvd = self._hvd
         fp16 = self._training.compression == "fp16"
         exchanged = buffer.half() if fp16 else buffer
@@ -131,7 +133,8 @@ class Horovod:
         return wait
 
     def _begin_bf16_exchange(self, buffer: Tensor, name: str) -> Callable[[], None]:
-        """As `_begin_exchange`, in bfloat16, which Horovod cannot add: each rank adds all buffers itself."""
+        """Like `_begin_exchange`, in bfloat16. Horovod cannot add these numbers, so each rank gathers the
+        buffers of all ranks and averages them."""
         rows = buffer.to(torch.bfloat16)[None].view(torch.uint8)
         handle = self._hvd.allgather_async(rows, name=name)
 

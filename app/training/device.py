@@ -9,7 +9,7 @@ from app.config import Training
 
 
 def configure(training: Training) -> None:
-    """Use one CPU thread, and deterministic algorithms if the project asks for them."""
+    """Use one CPU thread, and deterministic algorithms if `training.deterministic` is set."""
     torch.set_num_threads(1)
     if training.deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
@@ -27,13 +27,13 @@ def precision(setting: str, device: torch.device) -> torch.dtype:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """The state of torch's global generators, the CPU's and then the GPU's, uint8 (bytes,)."""
+    """The states of torch's global generators, uint8 (bytes,): the CPU's, then that of a GPU."""
     state = torch.get_rng_state()
     return state if device.type == "cpu" else torch.cat([state, torch.cuda.get_rng_state(device)])
 
 
 def restore_random_state(state: Tensor, device: torch.device) -> None:
-    """Set torch's global generators to what `random_state` returned."""
+    """Set torch's global generators to a state that `random_state` returned."""
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())  # a copy, because PyTorch reads a view from its storage's start
     if device.type != "cpu" and len(state) > size:

@@ -12,22 +12,26 @@ from app.config import Training
 
 MIN_OVERLAPPED_PARAMETERS = 2_000_000
 """Number of parameters from which `gradients: auto` overlaps the exchange with the backward pass. In a
-smaller network the cost of an exchange is its start, not its bytes, so one exchange is faster than
+smaller network the latency of an exchange costs more than its bytes, so one exchange is faster than
 several."""
 
 
 def overlaps(training: Training, network: nn.Module) -> bool:
-    """Whether the exchange overlaps the backward pass: `training.gradients`, or the network's size."""
+    """Whether the exchange overlaps the backward pass: by `training.gradients`, or by the network's size."""
     if training.gradients == "auto":
         return sum(p.numel() for p in network.parameters() if p.requires_grad) >= MIN_OVERLAPPED_PARAMETERS
     return training.gradients == "overlapped"
 
 
 class Gradients(Protocol):
-    """The gradients of one network on one rank. Each step calls `zero`, one or more passes, and `reduce`."""
+    """The gradients of one network on one rank.
+
+    Each step calls `zero`, then `loss` and its backward pass inside `accumulating`, once or several times,
+    and then `reduce`.
+    """
 
     def zero(self) -> None:
-        """Clear the gradients of the step before."""
+        """Clear the gradients of the previous step."""
 
     def loss(self, *batch: Tensor) -> Tensor:
         """The network's loss of a batch, float32 (); its backward pass adds to the gradients."""
@@ -42,11 +46,11 @@ class Gradients(Protocol):
 class Flat:
     """All gradients as views of one buffer, which a single exchange averages over the ranks.
 
-    Best for small networks: they have many small gradients, and the cost of each exchange is its start.
+    Best for small networks: the latency of an exchange for each gradient would cost more than the bytes.
     """
 
     def __init__(self, network: nn.Module, exchange: Callable[[Tensor], None]):
-        """`exchange` overwrites the buffer, float32 (parameters,), with its mean over the ranks."""
+        """`exchange` overwrites a buffer, float32 (parameters,), with its mean over the ranks."""
         self._network = network
         self._exchange = exchange
         parameters = [p for p in network.parameters() if p.requires_grad]
@@ -82,8 +86,8 @@ class Overlapped:
         begin_exchange: Callable[[Tensor, str], Callable[[], None]],
     ):
         """`begin_exchange(buffer, name)` starts to overwrite a bucket, float32 (parameters,), with its mean
-        over the ranks, and returns a function that waits for the end of it. Names are unique. A gradient of
-        more than `bucket_bytes` has a bucket of its own.
+        over the ranks, and returns a function that waits for its end. Names are unique. A gradient of more
+        than `bucket_bytes` has a bucket of its own.
         """
         self._network = network
         self._begin_exchange = begin_exchange
@@ -116,7 +120,7 @@ class Overlapped:
             self._pending.pop(number)()
 
     def _on_gradient(self, number: int, parameter: Tensor) -> None:
-        if self._is_last and self._buckets[number].take(parameter):
+        if self._is_last and self._buckets[number].add(parameter):
             self._send(number)
 
     def _send(self, number: int) -> None:
@@ -137,7 +141,7 @@ class _Bucket:
         }
         self._missing = set(self.parameters)
 
-    def take(self, parameter: Tensor) -> bool:
+    def add(self, parameter: Tensor) -> bool:
         """Copy a parameter's gradient into the buffer and make the gradient a view of it.
 
         Returns whether the bucket now has all its gradients.
@@ -195,7 +199,7 @@ class OverlappedByDdp:
             yield
 
     def reduce(self) -> None:
-        """Nothing: DistributedDataParallel's backward pass waits for the exchange."""
+        """Do nothing: DistributedDataParallel's backward pass waits for the exchange."""
 
 
 class _Loss(nn.Module):

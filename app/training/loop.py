@@ -20,7 +20,7 @@ from app.training.state import State
 from app.training.watchdog import Watchdog
 
 NUM_TIMED_STEPS = 5
-"""Steps at the start of an epoch whose mean time sets how many steps go by between two polls for requests."""
+"""Number of steps that are timed at the start of an epoch, to set the number of steps between two polls."""
 
 
 def train(
@@ -33,9 +33,11 @@ def train(
 ) -> nn.Module:
     """Train one rank's copy of the network and return it; it is the same on all ranks.
 
-    `run` is the folder of this training: it resumes from the last undamaged checkpoint there. All random
-    choices follow from seed, epoch and rank, and a checkpoint holds the rest of the state, so a training that
-    was interrupted anywhere ends with the same bits as one that was not.
+    `run` is the folder of this training: it resumes from the last undamaged checkpoint there. Raises the
+    exception of a checkpoint that could not be written.
+
+    All random choices follow from seed, epoch and rank, and a checkpoint has the rest of the state. So the
+    result of a training that was interrupted is bit for bit that of one that was not.
     """
     training = project.training
     devices.configure(training)
@@ -57,18 +59,19 @@ def train(
     dtype = devices.precision(training.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
-    # The state: all that changes from one step to the next, new or from the last checkpoint.
+    # The state: all that changes from one step to the next. New, or restored from the last checkpoint.
     state = State(network, optimizer, scaler, torch.zeros((), device=device), steps_per_epoch)
     checkpoints = Checkpoints(run / "checkpoints", training.checkpoints)
     state.resume(checkpoints, ranks, observer.note)
     ranks.broadcast(network.state_dict().values())
     observer.begin(network, state.epoch, state.step)
 
-    epoch_rows: Tensor | None = None  # row numbers (steps of the epoch, batches of a step, rows of a batch)
-    poll_every, save_every = 1, training.checkpoints.every_steps
+    # Numbers of this rank's rows in the order of the epoch: (steps, batches of a step, rows of a batch).
+    epoch_rows: Tensor | None = None
+    poll_every, save_every = 1, training.checkpoints.every_steps  # in steps
     outcome = _outcome(training, task.score, state.history, observer)
     with Watchdog(training.hang_timeout_s) as watchdog:
-        watchdog.beat()  # from here on: loading the rows and joining the ranks have time limits of their own
+        watchdog.beat()  # the first beat starts the watch; loading the rows may take longer than its limit
         network.register_forward_hook(lambda *_: watchdog.beat())  # validation takes the time of many steps
         while outcome is None:
             # At the start of an epoch, or of the rest of one after a resume: seed, and arrange the rows.
@@ -85,23 +88,24 @@ def train(
 
             # One step.
             rate = schedule.rate(training, ranks.size, state.epoch + state.step / steps_per_epoch)
-            batches = [task.batch(rows, chosen) for chosen in epoch_rows[state.step]]
+            batches = [task.batch(rows, row_numbers) for row_numbers in epoch_rows[state.step]]
             state.loss += take_step(batches, gradients, optimizer, scaler, rate, training.clip_norm, dtype)
             state.step += 1
             watchdog.beat()
             observer.step(state.epoch, state.step)
 
-            # Once in a while: agree with the other ranks whether to save, move or stop.
+            # Every few steps: agree with the other ranks whether to save, move or stop.
             if state.step == first_step + NUM_TIMED_STEPS:
                 step_s = (time.perf_counter() - started) / NUM_TIMED_STEPS
                 poll_every = _steps_per_poll(ranks, observer.poll_interval_s, step_s)
-            polls = state.step % poll_every == 0 or state.step == steps_per_epoch
-            request = _agreed_request(ranks, observer) if polls else Request.NONE
+            is_poll_due = state.step % poll_every == 0 or state.step == steps_per_epoch
+            request = _agreed_request(ranks, observer) if is_poll_due else Request.NONE
             outcome = {Request.MOVE: Outcome.MOVED, Request.STOP: Outcome.STOPPED}.get(request)
 
             # Once an epoch: evaluate.
             if state.step == steps_per_epoch:
                 seconds = time.perf_counter() - started
+                num_steps, rows_per_step = steps_per_epoch - first_step, epoch_rows[0].numel() * ranks.size
                 train_loss = state.loss / steps_per_epoch
                 ranks.average(train_loss)
                 metrics = {
@@ -109,19 +113,16 @@ def train(
                     "train_loss": train_loss.item(),
                     **_validate(task, network, validation_rows, ranks),
                     "learning_rate": rate,
-                    "rows_per_s": (steps_per_epoch - first_step)
-                    * epoch_rows[0].numel()
-                    * ranks.size
-                    / seconds,
+                    "rows_per_s": num_steps * rows_per_step / seconds,
                 }
                 watchdog.beat()
                 state.end_epoch(metrics)
                 epoch_rows = None
                 outcome = _outcome(training, task.score, state.history, observer) or outcome
 
-            # Once an epoch, on request, and every so many steps: save.
-            is_due = state.step == 0 or request or (save_every and state.step % save_every == 0)
-            if is_due and outcome is not Outcome.DIVERGED:
+            # Once an epoch, on request, and every `save_every` steps: save.
+            is_save_due = state.step == 0 or request or (save_every and state.step % save_every == 0)
+            if is_save_due and outcome is not Outcome.DIVERGED:
                 state.save(checkpoints, ranks, task.score)
                 if request is Request.SAVE:
                     checkpoints.wait()
@@ -145,8 +146,9 @@ def take_step(
 ) -> Tensor:
     """Make one optimizer step with the mean gradient of all batches and ranks.
 
-    Returns this rank's mean loss, float32 (). `lr_scale` of a parameter group multiplies the learning `rate`;
-    forward passes compute in `dtype`.
+    Returns this rank's mean loss, float32 (). A batch has the arguments of `network.loss`. `rate` is the
+    learning rate, which `lr_scale` of a parameter group multiplies. `clip_norm` is the maximum norm of the
+    gradient, None for no limit. Forward passes compute in `dtype`.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -170,7 +172,8 @@ def take_step(
 def is_stale(training: Training, score: str, history: list[dict[str, float]]) -> bool:
     """Whether the validation score has not improved for `early_stopping.patience` epochs.
 
-    An epoch improves the score if it exceeds the last improvement by more than `min_delta`.
+    An epoch improves the score if it exceeds the score of the last improvement by more than `min_delta`.
+    `history` has the metrics of each epoch, with `epoch` and `validation_<score>`.
     """
     rule = training.early_stopping
     if rule is None or not history:
@@ -185,9 +188,9 @@ def is_stale(training: Training, score: str, history: list[dict[str, float]]) ->
 def _outcome(
     training: Training, score: str, history: list[dict[str, float]], observer: Observer
 ) -> Outcome | None:
-    """How the training ends after these epochs, the same on every rank; None if it goes on."""
+    """The outcome after the epochs of `history`, the same on every rank; None if the training continues."""
     if history and not math.isfinite(history[-1]["train_loss"] + history[-1]["validation_loss"]):
-        return Outcome.DIVERGED  # not an exception, at which Ray would start the ranks again, to the same end
+        return Outcome.DIVERGED  # no exception: Ray would restart the ranks, and they would diverge again
     if len(history) == training.epochs:
         return Outcome.FINISHED
     if is_stale(training, score, history):
@@ -197,7 +200,7 @@ def _outcome(
 
 
 def _load(task: Task, part: str, ranks: Collective, device: torch.device) -> dict[str, Tensor]:
-    """This rank's rows of a part."""
+    """This rank's rows of a part (`train` or `validation`), on the device."""
     arrays = task.arrays(shards.read(task.prepared.part(part), ranks.rank, ranks.size))
     return {name: torch.as_tensor(array).to(device) for name, array in arrays.items()}
 
@@ -212,12 +215,12 @@ def _validate(task: Task, network: nn.Module, arrays: Arrays, ranks: Collective)
 
 
 def _agreed_request(ranks: Collective, observer: Observer) -> Request:
-    """The largest request of all ranks."""
+    """The largest request of all ranks, the same on every rank."""
     return Request(int(ranks.gather(torch.tensor([observer.request()])).max()))
 
 
 def _steps_per_poll(ranks: Collective, interval_s: float, step_s: float) -> int:
-    """Number of steps in `interval_s` as rank 0 measures them, at least 1."""
+    """Number of steps that take about `interval_s`, at least 1, by the step time of rank 0."""
     steps = torch.tensor([max(1, int(interval_s / step_s))])
     ranks.broadcast([steps])
     return int(steps)

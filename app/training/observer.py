@@ -1,4 +1,4 @@
-"""What a rank's training loop reports, and what can be requested of it while it runs."""
+"""The events that a rank's training loop reports, and the requests that it obeys while it runs."""
 
 import threading
 from collections.abc import Callable
@@ -11,15 +11,15 @@ if TYPE_CHECKING:  # workers/progress.py runs in an actor, whose start should no
 
 
 class Request(IntEnum):
-    """What a training should do after the current step. Of the requests of all ranks the largest counts."""
+    """What a training should do after the current step. If the ranks differ, the largest request counts."""
 
     NONE = 0
     SAVE = 1
-    """Write a checkpoint and go on."""
+    """Write a checkpoint and continue."""
     MOVE = 2
     """Write a checkpoint and end: this node is about to be taken away."""
     STOP = 3
-    """Write a checkpoint and end: the user asked for it."""
+    """Write a checkpoint and end: by a signal, or because a sweep stops the trial."""
 
 
 class Outcome(StrEnum):
@@ -28,7 +28,9 @@ class Outcome(StrEnum):
     FINISHED = "finished"
     """All epochs are done, or early stopping ended the training."""
     STOPPED = "stopped"
+    """By `Request.STOP`."""
     MOVED = "moved"
+    """By `Request.MOVE`: the training must continue on other nodes."""
     DIVERGED = "diverged"
     """The loss is no longer finite."""
 
@@ -45,25 +47,28 @@ class Ending:
 
 
 class Observer:
-    """Receives the events of one rank's training loop and passes requests to it. This one does neither."""
+    """Receives the events of one rank's training loop and passes requests to it.
+
+    This base class ignores all events and requests nothing.
+    """
 
     poll_interval_s = 1.0
-    """How often the ranks agree on a request."""
+    """Time between two polls, in which the ranks agree on a request."""
 
     def begin(self, network: "nn.Module", epoch: int, step: int) -> None:
-        """The loop is about to make its first step, in the epoch of this index after `step` steps of it."""
+        """The loop starts, in the epoch of this index after `step` steps of it."""
 
     def step(self, epoch: int, step: int) -> None:
         """A step is done; it was the `step`-th of its epoch."""
 
     def epoch(self, metrics: dict[str, float]) -> None:
-        """An epoch is done; the metrics are over all ranks."""
+        """An epoch is done; its metrics are computed over all ranks."""
 
     def note(self, text: str) -> None:
-        """A line for the user."""
+        """The loop has a line for the user."""
 
     def request(self) -> Request:
-        """A new request, if there is one."""
+        """The new request; NONE if there is none."""
         return Request.NONE
 
     def saved(self) -> None:
@@ -84,7 +89,7 @@ class InProcess(Observer):
         on_note: Callable[[str], None],
         stop: threading.Event,
     ):
-        """`stop`, once set, requests the end."""
+        """`stop`, once set, requests a checkpoint and the end."""
         self.ending: Ending | None = None
         self._on_epoch = on_epoch
         self._on_note = on_note

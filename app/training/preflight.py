@@ -41,7 +41,7 @@ class Machine:
 
 
 def inspect() -> Machine:
-    """This machine. Takes seconds, because it imports PyTorch and Horovod."""
+    """Inspect this machine. Takes seconds, because it imports PyTorch and Horovod."""
     import torch
     from torch import distributed
 
@@ -74,21 +74,21 @@ def inspect() -> Machine:
 
 
 def faults(training: Training, machine: Machine) -> list[str]:
-    """What the project needs and the machine does not have; each with the key, and what to do."""
+    """A message for each thing that the project needs and the machine lacks, with the key and what to do."""
     messages = []
     on_gpu = training.device == "cuda" or (training.device == "auto" and bool(machine.gpus))
     if training.device == "cuda" and not machine.gpus:
         why = "PyTorch sees none" if machine.cuda else f"PyTorch {machine.torch} was built without CUDA"
-        messages.append(f"training.device: cuda needs a GPU, but {why}; say auto or cpu")
+        messages.append(f"training.device: cuda needs a GPU, but {why}; set auto or cpu")
     if training.backend == "horovod":
         if machine.horovod is None:
             messages.append(
-                "training.backend: Horovod cannot be imported; run `make setup`, or say backend: ddp"
+                "training.backend: Horovod cannot be imported; run `make setup`, or set backend: ddp"
             )
         elif on_gpu and machine.gpus and "nccl" not in machine.horovod_operations:
             messages.append(
                 f"training.backend: Horovod was built with {', '.join(machine.horovod_operations)}, so GPUs "
-                f"would exchange gradients through the CPU; {BUILD_WITH_NCCL}, or say backend: ddp"
+                f"would exchange gradients through the CPU; {BUILD_WITH_NCCL}, or set backend: ddp"
             )
         if training.horovod.adasum and not {"mpi", "nccl"} & set(machine.horovod_operations):
             messages.append(
@@ -96,20 +96,23 @@ def faults(training: Training, machine: Machine) -> list[str]:
                 f"{', '.join(machine.horovod_operations) or 'neither'}; {BUILD_WITH_NCCL}, or leave it out"
             )
     elif on_gpu and machine.gpus and "nccl" not in machine.torch_backends:
-        messages.append("training.backend: PyTorch has no NCCL; install its CUDA build, or say device: cpu")
+        messages.append("training.backend: PyTorch has no NCCL; install its CUDA build, or set device: cpu")
     if training.precision == "bf16" and on_gpu and machine.gpus and not machine.bf16:
-        messages.append(f"training.precision: {machine.gpus[0]} has no bf16; say fp16 or auto")
+        messages.append(f"training.precision: {machine.gpus[0]} has no bf16; set fp16 or auto")
     return messages
 
 
 def require(training: Training) -> None:
-    """Raise UserError with all faults. Inspects the machine only if the project needs what may be missing."""
-    plain = training.device == "cpu" and not training.horovod.adasum
-    if not plain and (messages := faults(training, inspect())):
+    """Raise UserError with all faults of this machine.
+
+    Skips the inspection for a training on the CPU without Adasum, which the installation always supports.
+    """
+    is_supported = training.device == "cpu" and not training.horovod.adasum
+    if not is_supported and (messages := faults(training, inspect())):
         raise UserError("\n".join(messages))
 
 
-def described(machine: Machine) -> list[str]:
+def describe(machine: Machine) -> list[str]:
     """The machine in lines for the user."""
     gpus = ", ".join(machine.gpus) or "none"
     operations = ", ".join(machine.horovod_operations) or "nothing"

@@ -8,15 +8,16 @@ from app.config import Training
 def peak(training: Training, num_workers: int) -> float:
     """The highest learning rate, with `num_workers` workers.
 
-    The batch grows with the workers, so steps are fewer and have to be longer: in proportion to the workers
-    for plain gradient descent (Goyal et al., 2017), to their square root for Adam (Malladi et al., 2022).
+    The batch of a step grows with the workers, so an epoch has fewer steps, and these must be longer: in
+    proportion to the number of workers for plain gradient descent (Goyal et al., 2017), to its square root
+    for Adam (Malladi et al., 2022).
     """
     factor = {"none": 1.0, "sqrt": math.sqrt(num_workers), "linear": float(num_workers)}
     return training.learning_rate * factor[training.scale_learning_rate]
 
 
 def rate(training: Training, num_workers: int, progress: float) -> float:
-    """The learning rate after `progress` epochs (a fraction): the warm-up, then the schedule."""
+    """The learning rate after `progress` epochs, which may be a fraction: the warm-up, then the schedule."""
     highest = peak(training, num_workers)
     warmup = training.warmup_epochs
     if progress < warmup:

@@ -13,8 +13,8 @@ from torch import Tensor
 def read(part: Path, rank: int, size: int) -> pd.DataFrame:
     """The rows of one of `size` ranks: consecutive rows of the Parquet files of a part.
 
-    The same rows each time. (Ray Data's streaming split hands blocks to whichever rank asks first, so no two
-    trainings would be alike.) Opens only the files that have rows of this rank.
+    A rank gets the same rows in each training. (Ray Data's streaming split gives a block to the first rank
+    that requests one, so two trainings would differ.) Opens only the files that have rows of this rank.
     """
     files = sorted(part.glob("*.parquet"))
     counts = [parquet.read_metadata(file).num_rows for file in files]
@@ -32,8 +32,9 @@ def read(part: Path, rank: int, size: int) -> pd.DataFrame:
 def begin_epoch(seed: int, epoch: int, rank: int, num_rows: int, length: int) -> Tensor:
     """Seed torch's global generator for an epoch, and return the order of a rank's rows, int64 (length,).
 
-    Both depend on seed, epoch and rank alone. If `length` exceeds `num_rows`, the order starts again from its
-    beginning: every rank makes as many steps as the one with most rows, which would otherwise wait for ever.
+    Both depend on seed, epoch and rank alone. If `length` exceeds `num_rows`, the order repeats from its
+    start: every rank must make as many steps as the one with most rows, which would otherwise wait for the
+    others forever.
     """
     order_seed, global_seed = (int(s) for s in np.random.SeedSequence([seed, epoch, rank]).generate_state(2))
     torch.manual_seed(global_seed)

@@ -1,4 +1,4 @@
-"""Signals during a training or a sweep: the first ends it in order, the second at once."""
+"""Signals during a training or a sweep: the first stops it after a checkpoint, the second at once."""
 
 import signal
 import threading
@@ -9,9 +9,10 @@ from typing import Any
 
 @contextmanager
 def stopping_on_signal(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """Call `stop` on the first SIGINT or SIGTERM during the block; a second one runs the previous handler.
+    """Call `stop` on the first SIGINT or SIGTERM during the block.
 
-    Yields a list to which the numbers of the signals are added. Does nothing outside of the main thread.
+    A second signal runs the previous handler and raises KeyboardInterrupt. Yields a list to which the numbers
+    of the signals are added. Outside of the main thread, handles no signals.
     """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():

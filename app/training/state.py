@@ -17,8 +17,8 @@ from app.training.device import random_state
 class State:
     """The state of one rank's training loop. A checkpoint stores all of it, and nothing else.
 
-    What follows from the project and the position is not state: the order of the rows, the learning rate, the
-    seed of an epoch.
+    What is computed from the project and the position is not state: the order of the rows, the learning rate,
+    the seed of an epoch.
     """
 
     network: nn.Module
@@ -30,7 +30,7 @@ class State:
     loss: Tensor
     """Sum of this rank's losses in the current epoch, float32 ()."""
     steps_per_epoch: int
-    """With the current number of ranks."""
+    """Number of steps in an epoch with the current number of ranks."""
     epoch: int = 0
     """Index of the current epoch."""
     step: int = 0
@@ -49,16 +49,17 @@ class State:
         return self.epoch, self.step
 
     def end_epoch(self, metrics: dict[str, float]) -> None:
-        """Record an epoch's metrics and move on to the next."""
+        """Record the metrics of the current epoch, and make the next one current."""
         self.history.append(metrics)
         self.epoch += 1
         self.step = 0
         self.loss.zero_()
 
     def save(self, checkpoints: Checkpoints, ranks: Collective, score: str) -> None:
-        """Write a checkpoint in the background of rank 0; the other ranks send it their part of the state.
+        """Write a checkpoint in the background on rank 0, which gathers the other ranks' part of the state.
 
-        `score` is the validation metric by which a completed epoch counts as the best.
+        `score` is the validation metric that decides which completed epoch is best. Raises the exception of
+        the previous write if it failed.
         """
         random = ranks.gather(random_state(self.loss.device)[None])
         losses = ranks.gather(self.loss[None].cpu())
@@ -73,7 +74,7 @@ class State:
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
-            "history": list(self.history),  # written by another thread while this one adds the next epoch
+            "history": list(self.history),  # a copy: a thread writes it while the loop adds the next epoch
             "scaler": self.scaler.state_dict(),
             "score": self.history[-1][f"validation_{score}"] if self.step == 0 else None,
         }
@@ -82,8 +83,8 @@ class State:
     def resume(self, checkpoints: Checkpoints, ranks: Collective, on_note: Callable[[str], None]) -> None:
         """Restore the last undamaged checkpoint, the same on all ranks; without one, change nothing.
 
-        With another number of ranks an epoch has another number of steps: training resumes after the same
-        share of the epoch, with the same mean loss.
+        If the number of ranks has changed, so has the number of steps in an epoch. The training then resumes
+        after the same share of the epoch, with the same mean loss. `on_note` receives lines for the user.
         """
         latest = checkpoints.latest(on_note) if ranks.rank == 0 else None
         position = torch.tensor([int(part) for part in latest.name.split("-")] if latest else [-1, -1])
@@ -104,4 +105,4 @@ class State:
         if self.step != values["step"]:
             self.loss.fill_(losses.mean().item() * self.step / values["step"])
         step = f", step {self.step} of {self.steps_per_epoch}" if self.step else ""
-        on_note(f"going on from epoch {self.epoch + 1}{step}, {ranks.size} workers")
+        on_note(f"resuming from epoch {self.epoch + 1}{step}, {ranks.size} workers")

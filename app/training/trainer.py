@@ -33,12 +33,12 @@ SETTINGS_WITHOUT_EFFECT = {
 
 @dataclass(frozen=True)
 class Trained:
-    """The output of the stage."""
+    """The output of the stage: a folder with the network's parameters and the history."""
 
     path: Path
     key: str
     cached: bool
-    """Whether it had been trained before."""
+    """Whether an earlier call had trained it."""
 
     @property
     def history(self) -> list[dict[str, float]]:
@@ -54,7 +54,7 @@ class Trained:
 def key(project: Project, prepared: Prepared, lineage: str = "") -> str:
     """The stage's key: the same for a training and for the run that resumes it after an interruption.
 
-    `lineage` distinguishes a training that started from the parameters of another one.
+    `lineage` distinguishes trainings that start from a checkpoint of another one; empty for all others.
     """
     inputs = project.model_dump(mode="json", include={"model", "training", "seed"})
     inputs["training"] = {k: v for k, v in inputs["training"].items() if k not in SETTINGS_WITHOUT_EFFECT}
@@ -72,11 +72,6 @@ def _run(key: str) -> Path:
     return home() / "runs" / key
 
 
-def done(project: Project, prepared: Prepared) -> bool:
-    """Whether this project has been trained."""
-    return stages.folder("train", key(project, prepared)).exists()
-
-
 def train(
     project: Project,
     prepared: Prepared,
@@ -89,12 +84,12 @@ def train(
     in_process: bool = False,
     wrap: Wrap = lambda observer: observer,
 ) -> Trained:
-    """Train, unless it has been done before; an interrupted training resumes from its last checkpoint.
+    """Train, unless an earlier call has; an interrupted training resumes from its last checkpoint.
 
     `on_epoch` receives the metrics of each epoch as it ends, `on_note` lines for the user. `fresh` trains
-    again, without a checkpoint. `stop`, once set, ends the training as a signal would. `in_process` trains
-    the project's only worker in this thread, without Ray Train. `wrap` is applied to the observer of each
-    rank, in the rank's process. Needs Ray.
+    from the start, even if there is a result or a checkpoint. `stop`, once set, ends the training as a signal
+    would. `in_process` trains the project's only worker in this thread, without Ray Train. `wrap` is applied
+    to the observer of each rank, in the rank's process. Needs Ray.
 
     Raises UserError if this machine cannot train the project, if there are fewer rows than workers, or if the
     loss diverges; Interrupted on SIGTERM or SIGINT, after a checkpoint is written;
@@ -128,7 +123,7 @@ def train(
     built = stages.produce(target, build, fresh=fresh)
     files.discard(run)  # the checkpoints are no longer needed
     if signals:
-        raise Interrupted("the training was at its end and is kept", signals[0])
+        raise Interrupted("the training had already finished, and its result is kept", signals[0])
     return Trained(stages.current(target), name, cached=not built)
 
 

@@ -1,4 +1,4 @@
-"""Ends a rank that hangs, or that waits for another rank that hangs."""
+"""The watchdog kills a rank that hangs, or that waits for another rank that hangs."""
 
 import faulthandler
 import os
@@ -10,11 +10,11 @@ from types import TracebackType
 
 
 class Watchdog:
-    """Kills this process when `beat` has not been called for `timeout_s`, counted from the first call.
+    """Kills this process when `beat` has not been called for `timeout_s`. The first call starts the watch.
 
-    When one rank hangs (a deadlock, a dead network, a stopped process), the others wait for it in the next
-    exchange, by default for hours. With a watchdog each of them kills itself, Ray Train notices at once, and
-    starts the group again from the last checkpoint. As a context manager, it ends with its block.
+    When one rank hangs (a deadlock, a broken network, a stopped process), the others wait for it in the next
+    exchange, by default for hours. With a watchdog each of them kills itself; Ray Train notices at once and
+    restarts the group from the last checkpoint. As a context manager, it stops at the end of its block.
     """
 
     def __init__(self, timeout_s: float):
@@ -45,8 +45,8 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        # Silence is counted in intervals of this thread, not by the clock: after a pause of the whole process
-        # (SIGSTOP, a suspended machine) the clock has jumped, though this rank had no time to make a step.
+        # Count the intervals of this thread, not the time of the clock: after a pause of the whole process
+        # (SIGSTOP, a suspended machine) the clock has jumped, but this rank had no time to make a step.
         interval_s = min(1.0, self._timeout_s / 4)
         silence_s, last_beat = 0.0, self._last_beat
         while not self._stopped.wait(interval_s):

@@ -204,7 +204,7 @@ def test_a_training_survives_an_unplugged_cable(home, hosts, tmp_path):
         left = next(rank for rank in ranks if rank["hostname"] == first.name)
         psutil.Process(left["pid"]).wait(timeout=60)
         cluster.join(1, first)
-        training.wait_for("note", "going on from epoch", timeout=120)
+        training.wait_for("note", "resuming from epoch", timeout=120)
         assert {rank["hostname"] for rank in training.ranks(2)[2:]} == {first.name}
         history = training.wait_for("end", timeout=180)["history"]
     second.run("ip", "link", "set", CLUSTER, "up")

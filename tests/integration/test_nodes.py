@@ -55,7 +55,7 @@ def test_ranks_move_on_from_a_node_that_is_preempted(cluster, tmp_path):
     time.sleep(1)  # in the middle of the second epoch
     cluster.drain(old, seconds=60)
     training.wait_for("note", "a node is going away", timeout=15)
-    training.wait_for("note", "going on from epoch 2, step ", timeout=60)
+    training.wait_for("note", "resuming from epoch 2, step ", timeout=60)
     moved = training.wait_for("end", timeout=60)["history"]
     assert old not in {rank["node"] for rank in training.ranks()[2:]}
     for name in ("train_loss", "validation_loss"):

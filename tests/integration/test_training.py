@@ -120,7 +120,7 @@ def test_a_rank_killed_within_an_epoch_costs_the_steps_since_the_last_checkpoint
     assert sorted({epoch["epoch"] for epoch in epochs}) == [0, 1, 2, 3]
     (note,) = notes
     epoch, step = map(
-        int, re.match(rf"going on from epoch (\d), step (\d+) of {STEPS}, 2 workers", note).groups()
+        int, re.match(rf"resuming from epoch (\d), step (\d+) of {STEPS}, 2 workers", note).groups()
     )
     assert (epoch, step) == (3, 20)
     assert 10 <= ranks.num_steps() - 4 * STEPS <= 11
@@ -144,9 +144,9 @@ def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(prepared, rank
     project = small("training.checkpoints.every_steps=20")
     trained = train(project, prepared, on_note=notes.append, wrap=wrap)
     check_same(trained.history, uninterrupted[0])
-    damaged, going_on = notes
+    damaged, resuming = notes
     assert damaged.startswith("the checkpoint 000002-000000020 is damaged (model.safetensors changed)")
-    assert going_on == "going on from epoch 3, 2 workers"
+    assert resuming == "resuming from epoch 3, 2 workers"
     assert 30 <= ranks.num_steps() - 4 * STEPS <= 31, "two intervals"
 
 
@@ -237,7 +237,7 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(train
         if number == signal.SIGINT:
             epoch, step = places[0]
             # A checkpoint after the last step of an epoch is resumed at the start of the next one.
-            notes = (f"going on from epoch {epoch}, step {step} of", f"going on from epoch {epoch + 1}, 2")
+            notes = (f"resuming from epoch {epoch}, step {step} of", f"resuming from epoch {epoch + 1}, 2")
             assert any(note in line for line in output for note in notes), output
     assert (1, 0) < places[0] < places[1] < (60, 200)
     with training(*LONG, "name=stopped") as process:

@@ -1,4 +1,4 @@
-"""torch.distributed as a backend of Ray Train; unlike Ray's, it listens only on the cluster's interface."""
+"""torch.distributed as a backend of Ray Train that, unlike Ray's, listens only on the cluster's interface."""
 
 import socket
 from dataclasses import dataclass
@@ -24,6 +24,8 @@ class DdpConfig(TorchConfig):
 
 
 class DdpBackend(_TorchBackend):
+    """Runs in the Train controller: connects each new group of workers."""
+
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
         with releasing_resources(worker_group):
             address, port = worker_group.execute_single(0, _start_store)
@@ -39,14 +41,14 @@ class DdpBackend(_TorchBackend):
 
 
 _store: distributed.TCPStore
-"""On rank 0, the store through which the ranks find each other, kept alive as long as the process."""
+"""The store through which the ranks find each other, on rank 0. This reference keeps it alive."""
 
 
 def _start_store() -> tuple[str, int]:
     """Start the store on rank 0 and return its address and port."""
     global _store
     address = ray.util.get_node_ip_address()
-    listener = socket.create_server((address, 0))  # left to itself, the store listens on every interface
+    listener = socket.create_server((address, 0))  # by default, the store listens on every interface
     port = listener.getsockname()[1]
     _store = distributed.TCPStore(
         address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()

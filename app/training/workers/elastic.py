@@ -1,4 +1,4 @@
-"""Elastic training: how many workers a group has, and what happens before it is resized."""
+"""Elastic training: the number of workers of a group, and the checkpoint before it is resized."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ from app.training.workers.launch import Trainer
 from app.training.workers.overrides import Caller, not_called, override
 
 SAVE_TIMEOUT_S = 30
-"""Maximum time that a resize waits for the checkpoint before it."""
+"""Maximum time that a resize waits for the checkpoint that precedes it."""
 RELEASE_S = 1.0
 """Time until Ray counts the resources of a group that has ended as free."""
 
@@ -31,9 +31,9 @@ class ElasticTrainer(Trainer):
 class FreeResources(ElasticScalingPolicy):
     """Sizes a group by the resources that are free now.
 
-    Ray's own policy counts everything the nodes have: also what others use, and nodes that are about to be
-    taken away or have been gone for up to 20 s. The group that it then starts finds no place for a minute,
-    again and again.
+    Ray's own policy counts all resources of the nodes: also those that other commands use, and those of nodes
+    that are about to be taken away or have been gone for up to 20 s. It would start a group that has no room,
+    wait for a minute, and try the same again.
     """
 
     def __init__(self, scaling_config: Any):
@@ -55,14 +55,14 @@ class FreeResources(ElasticScalingPolicy):
 
     @override("elastic controller")
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        """By node, the free resources and those of this group; None if Ray cannot say."""
+        """Free resources and those of this group, by node; None if Ray does not answer."""
         state = ray._private.state.state
         try:
             free = state.available_resources_per_node()
             draining = state.get_draining_nodes()
         except Exception:  # for example while Ray's control store restarts
             logging.getLogger(__name__).warning(
-                "Ray does not answer how many resources are free; the group keeps its size", exc_info=True
+                "Ray does not report the free resources; the group keeps its size", exc_info=True
             )
             return None
         reserved = {node: resources for node, resources in free.items() if node not in draining}
@@ -76,7 +76,7 @@ class FreeResources(ElasticScalingPolicy):
 class Transitions(ControllerCallback, WorkerGroupCallback):
     """Reports when a group starts and ends, saves before a resize, and cleans up before a restart.
 
-    Ray Train does both by ending the group and starting another.
+    For a resize and for a restart, Ray Train ends the group and starts another.
     """
 
     def __init__(self, progress: Any, is_elastic: bool):
@@ -109,6 +109,7 @@ class Transitions(ControllerCallback, WorkerGroupCallback):
                     SAVE_TIMEOUT_S,
                 )
         if isinstance(current_state, RestartingState) and self._placement:
-            # Ray moves the bundles of a lost node to another one, where they hold resources of a dead group.
+            # Ray moves the bundles of a lost node to another one, where they would reserve resources for the
+            # dead group.
             remove_placement_group(self._placement)
             self._placement = None

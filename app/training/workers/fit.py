@@ -36,12 +36,12 @@ def fit(
     stop: threading.Event,
     wrap: Wrap,
 ) -> tuple[Ending, list[int]]:
-    """Train until the ranks end.
+    """Train until the training is finished, stopped or diverged.
 
-    When a node is about to be taken away, the ranks write a checkpoint and end, and others start elsewhere.
-    Returns how they ended and the signals received meanwhile. Raises UserError for fewer rows than workers,
-    Interrupted if a signal comes while the ranks wait for room, and `ray.train.TrainingFailedError` once
-    `max_failures` is spent.
+    When a node is about to be taken away, the ranks write a checkpoint and end, and new ones continue on
+    other nodes. Returns how the ranks ended, and the signals received meanwhile. Raises UserError for fewer
+    rows than workers, Interrupted if a signal comes while the ranks wait for room, and
+    `ray.train.TrainingFailedError` after more than `max_failures` failures.
     """
     num_workers = project.training.max_workers
     parts = prepared.summary["parts"]
@@ -57,7 +57,7 @@ def fit(
         assert ending is not None, "ranks that return have reported how they ended"
         if ending.outcome is not Outcome.MOVED or signals:
             return ending, signals
-        on_note("a node is going away: a checkpoint is written, the training moves on elsewhere")
+        on_note("a node is going away: a checkpoint is written, and the training continues on other nodes")
 
 
 def _fit_group(
@@ -69,9 +69,9 @@ def _fit_group(
     stop: threading.Event,
     wrap: Wrap,
 ) -> list[int]:
-    """Run Ray Train once; returns the signals received, on which the ranks were told to stop.
+    """Run Ray Train once; returns the signals received, the first of which stops the ranks.
 
-    Raises Interrupted if a signal comes while there are no ranks, which could write a checkpoint.
+    Raises Interrupted if a signal comes while no ranks run: there is no one to write a checkpoint.
     """
     training = project.training
     worker_resources, note = resources(project, training.min_workers)
@@ -92,8 +92,8 @@ def _fit_group(
             elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
         ),
         run_config=ray.train.RunConfig(
-            # A new name each time: Ray's own snapshots of a run are not used, because they may be incomplete
-            # if the process is killed. Our checkpoints are not.
+            # A new name each time, so that Ray does not resume from its own snapshots: they may be incomplete
+            # if the process is killed. Our checkpoints are never incomplete.
             name=f"{run.name}-{time.time_ns()}",
             storage_path=str(run / "ray"),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
@@ -120,7 +120,7 @@ def _fit_group(
             wait_for([future], timeout=0.2)
             if (signals or stop.is_set()) and listener.is_waiting():
                 number = signals[0] if signals else signal.SIGTERM
-                raise Interrupted("it waited for room on the cluster, and trained nothing meanwhile", number)
+                raise Interrupted("it waited for room on the cluster, and had trained nothing yet", number)
             if signals and not noted:
                 on_note("stopping after a checkpoint; the same signal again stops at once")
                 noted = True
@@ -158,5 +158,5 @@ def use_gpu(project: Project) -> bool:
     training = project.training
     num_gpus = ray.cluster_resources().get("GPU", 0)
     if training.device == "cuda" and not num_gpus:
-        raise UserError("training.device: cuda, but the cluster has no GPU; say auto or cpu")
+        raise UserError("training.device: cuda, but the cluster has no GPU; set auto or cpu")
     return training.device != "cpu" and num_gpus >= training.max_workers * training.num_gpus

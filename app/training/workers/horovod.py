@@ -1,4 +1,4 @@
-"""Horovod as a backend of Ray Train V2, which dropped Ray's own with V1.
+"""Horovod as a backend of Ray Train V2. Ray's own Horovod backend existed only in V1.
 
 The controller starts Horovod's rendezvous server and sets each worker's place in its environment;
 `hvd.init()` in the training function then finds the other ranks through Gloo.
@@ -35,7 +35,7 @@ class HorovodBackend(Backend):
     _server: Any = None
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        self._stop_server()  # that of a group which died without a shutdown
+        self._stop_server()  # of a group that died without a shutdown
         with releasing_resources(worker_group):
             slots = assign_slots(worker_group.execute(_node_id))
             address = ray.util.get_node_ip_address()
@@ -68,7 +68,7 @@ class HorovodBackend(Backend):
 
 @contextmanager
 def releasing_resources(worker_group: Any) -> Iterator[None]:
-    """Release the group's resources if the block fails; Ray would keep them from the next group."""
+    """Release the group's resources if the block fails; Ray would keep them reserved."""
     try:
         yield
     except BaseException:
@@ -78,7 +78,8 @@ def releasing_resources(worker_group: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A rank's place: among all, on its node (local), and among those with its local rank (cross)."""
+    """A rank's place among all ranks, among those on its node (`local_`), and among those of all nodes with the
+    same local rank (`cross_`)."""
 
     hostname: str
     rank: int
@@ -112,8 +113,9 @@ def assign_slots(nodes: list[str]) -> list[Slot]:
 def start_rendezvous(address: str, slots: list[Slot]) -> Any:
     """Start Horovod's rendezvous server, on one address only; it serves in a thread.
 
-    It accepts writes without authentication, so it must not be reachable from outside of the cluster, and it
-    ends with the group of workers. Only Gloo uses it, to store raw bytes; nothing unpickles them.
+    The server accepts writes without authentication, so it must not be reachable from outside of the
+    cluster, and it ends with the group of workers. Only Gloo uses it, to store raw bytes; nothing unpickles
+    them.
     """
     from horovod.runner.http.http_server import RendezvousHandler, RendezvousHTTPServer
 

@@ -2,7 +2,7 @@
 
 Most of the time from `fit()` to the first step goes into starting Python processes and into their imports.
 Ray gives the controller and each rank a runtime environment of its own, and with it a new process, only to
-set flags that our clusters set anyway; and it starts helper actors that this training does not use.
+set flags that our clusters set anyway. It also starts helper actors that this training does not use.
 """
 
 from typing import Any

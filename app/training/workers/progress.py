@@ -1,4 +1,7 @@
-"""Messages between the ranks and the command, through an actor. Imports little, so that it starts fast."""
+"""Messages between the ranks and the command, through an actor.
+
+Imports little, so that the actor starts fast.
+"""
 
 import asyncio
 import contextlib
@@ -23,7 +26,7 @@ RETRY_S = 1.0
 
 @ray.remote(num_cpus=0)
 class _Progress:
-    """Holds the events that rank 0 reports, from whatever node it is on, and the requests to the ranks."""
+    """Stores the events that rank 0 reports, on any node, and the requests to the ranks."""
 
     def __init__(self) -> None:
         self._events: list[tuple[str, Any]] = []
@@ -73,7 +76,7 @@ class Reporter(Observer):
         self._actor = actor
         self._rank = rank
         if rank == 0:
-            # Of the requests to an earlier group of ranks, only the last may still be open.
+            # Skip the requests to an earlier group of ranks, except the last, which may still be open.
             self._num_taken = max(0, ray.get(actor.num_requests.remote()) - 1)
             self._next = actor.next_request.remote(self._num_taken)
 
@@ -87,7 +90,7 @@ class Reporter(Observer):
         self._report("saved", None)
 
     def end(self, ending: Ending) -> None:
-        """Report the end. Returns when the actor has it, because this process may end next."""
+        """Report the end. Waits until the actor has it, because this process may end next."""
         if self._rank == 0:
             ray.get(self._actor.report.remote("end", ending))
 
@@ -97,7 +100,7 @@ class Reporter(Observer):
             self._num_taken += 1
             self._next = self._actor.next_request.remote(self._num_taken)
             return request
-        # Ray has been told that a node of this group will be taken away.
+        # Ray sets this when a node of the group is about to be taken away.
         is_leaving = get_train_context().preemption_context.preemption_info is not None
         return Request.MOVE if is_leaving else Request.NONE
 
@@ -110,7 +113,7 @@ class Listener:
     """The command's side: owns the actor and passes its events to callbacks."""
 
     def __init__(self, on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]):
-        # On this node: a training must not depend on a third one.
+        # On this node, so that the training does not depend on one more node.
         this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor: Any = _Progress.options(scheduling_strategy=this_node).remote()  # type: ignore[attr-defined]
         self._handlers: dict[str, Callable[[Any], None]] = {
@@ -141,9 +144,9 @@ class Listener:
         return not self._is_running and not self._ending
 
     def not_called(self) -> list[str]:
-        """Overrides that Ray has not called in the controller, see `app.training.workers.overrides`.
+        """Names of the overrides that Ray has not called in the controller, see `overrides`.
 
-        Without a report, Ray has not called the callback that sends it.
+        If the controller has sent no report, it is the callback that sends the report that was not called.
         """
         self.handle_events()
         return self._not_called
@@ -155,7 +158,7 @@ class Listener:
         with self._lock:  # another thread may have handled some of them meanwhile
             for kind, content in events[self._num_handled - start :]:
                 self._num_handled += 1
-                if kind not in self._handlers:  # "saved", for which the actor itself waits
+                if kind not in self._handlers:  # "saved": `_Progress.save` waits for it
                     continue
                 try:
                     self._handlers[kind](content)
@@ -176,7 +179,7 @@ class Listener:
 def listening(
     on_epoch: Callable[[dict[str, float]], None], on_note: Callable[[str], None]
 ) -> Iterator[Listener]:
-    """A listener whose events are handled by a thread until the block ends."""
+    """Start a listener, and a thread that handles its events until the block ends."""
     listener = Listener(on_epoch, on_note)
     done = threading.Event()
 
@@ -185,7 +188,7 @@ def listening(
             try:
                 listener.handle_events(EVENTS_TIMEOUT_S)
             except ray.exceptions.RayActorError:
-                return  # it is killed below, or its node is gone and the training with it
+                return  # the actor was killed below, or its node is gone and the training with it
             except Exception:  # for example while Ray's control store restarts
                 logging.getLogger(__name__).exception("cannot get the training's events; trying again")
                 done.wait(RETRY_S)

@@ -1,4 +1,4 @@
-"""What each worker of Ray Train runs: it joins the ranks and trains."""
+"""The training function of each worker of Ray Train: it joins the group of ranks and trains."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +15,11 @@ from app.training.observer import Observer
 from app.training.workers.progress import Reporter
 
 Wrap = Callable[[Observer], Observer]
-"""Adds to what a rank's observer does; Ray pickles it for the ranks."""
+"""Function from a rank's observer to one that does more. Ray pickles it for the ranks."""
 
 
 def train_on_worker(settings: dict[str, Any]) -> None:
-    """The training function that is given to Ray Train.
+    """Train one rank, in a worker of Ray Train.
 
     `settings` has `project` (JSON), the folders `prepared` and `run`, `progress` (the actor that rank 0
     reports to) and `wrap` (Wrap). Returns nothing, because Ray would send it to the controller.
@@ -33,7 +33,10 @@ def train_on_worker(settings: dict[str, Any]) -> None:
 
 
 def assigned_device(*, in_group: bool) -> torch.device:
-    """The GPU that Ray assigned to this process, or the CPU. `in_group`: this is a worker of Ray Train."""
+    """The GPU that Ray assigned to this process, or the CPU; makes it PyTorch's current device.
+
+    `in_group` says whether this process is a worker of Ray Train.
+    """
     if not ray.get_gpu_ids():
         return torch.device("cpu")
     device = ray.train.torch.get_device() if in_group else torch.device("cuda", 0)

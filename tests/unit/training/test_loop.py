@@ -98,7 +98,7 @@ def test_a_training_that_ended_on_request_resumes_to_the_same_bits(train, after,
     assert resumed_history == history
     assert resumed.num_steps == STEPS * EPOCHS - after
     epoch, step = divmod(after, STEPS)
-    text = f"going on from epoch {epoch + 1}{f', step {step} of {STEPS}' if step else ''}, 1 workers"
+    text = f"resuming from epoch {epoch + 1}{f', step {step} of {STEPS}' if step else ''}, 1 workers"
     assert [event for event in resumed.events if event[0] == "note"] == [("note", text)]
 
 

@@ -5,7 +5,7 @@ import pytest
 from app.config import Training
 from app.errors import UserError
 from app.training import preflight
-from app.training.preflight import Machine, described, faults
+from app.training.preflight import Machine, describe, faults
 
 LAPTOP = Machine(
     python="3.11.9",
@@ -73,13 +73,13 @@ def test_a_machine_that_can_train_has_no_faults(machine, settings):
     [
         (LAPTOP, {"device": "cuda"}, "training.device", "PyTorch 2.9.0+cpu was built without CUDA"),
         (replace(LAPTOP, cuda="12.8"), {"device": "cuda"}, "training.device", "PyTorch sees none"),
-        (CPU_TORCH, {"device": "cuda", "backend": "ddp"}, "training.device", "say auto or cpu"),
-        (NO_HOROVOD, {}, "training.backend", "run `make setup`, or say backend: ddp"),
+        (CPU_TORCH, {"device": "cuda", "backend": "ddp"}, "training.device", "set auto or cpu"),
+        (NO_HOROVOD, {}, "training.backend", "run `make setup`, or set backend: ddp"),
         (CPU_HOROVOD, {}, "training.backend", "built with gloo, so GPUs would exchange"),
         (CPU_HOROVOD, {"device": "cuda"}, "training.backend", "nvcc"),
-        (NO_NCCL, {"backend": "ddp"}, "training.backend", "install its CUDA build, or say device: cpu"),
+        (NO_NCCL, {"backend": "ddp"}, "training.backend", "install its CUDA build, or set device: cpu"),
         (LAPTOP, ADASUM, "training.horovod.adasum", "this one has gloo"),
-        (OLD, {"precision": "bf16"}, "training.precision", "A card has no bf16; say fp16 or auto"),
+        (OLD, {"precision": "bf16"}, "training.precision", "A card has no bf16; set fp16 or auto"),
     ],
 )
 def test_a_fault_names_the_key_and_what_to_do(machine, settings, key, advice):
@@ -110,7 +110,7 @@ def test_this_machine_can_be_inspected_and_described():
     assert "gloo" in machine.horovod_operations
     assert machine.cores >= 1
     assert machine.memory_gib > 0
-    lines = described(machine)
+    lines = describe(machine)
     assert lines[1] == f"Horovod 0.28.1, built with {', '.join(machine.horovod_operations)}"
-    assert described(LAPTOP)[-1] == "GPUs: none"
-    assert described(SERVER)[-1] == "GPUs: A card (bf16)"
+    assert describe(LAPTOP)[-1] == "GPUs: none"
+    assert describe(SERVER)[-1] == "GPUs: A card (bf16)"

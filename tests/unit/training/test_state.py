@@ -58,7 +58,7 @@ def test_training_resumes_where_the_checkpoint_was_written(halfway, rank):
     state, notes = resume(halfway, 90, rank)
     assert (state.epoch, state.step, state.loss, len(state.history)) == (2, 30, [3.0, 5.0][rank], 2)
     assert state.random.tolist() == [rank] * 4
-    assert notes == ["going on from epoch 3, step 30 of 90, 2 workers"]
+    assert notes == ["resuming from epoch 3, step 30 of 90, 2 workers"]
 
 
 @pytest.mark.parametrize(("size", "steps_per_epoch", "step"), [(1, 180, 60), (4, 45, 15), (3, 60, 20)])
@@ -68,7 +68,7 @@ def test_with_other_ranks_training_resumes_after_the_same_share_of_the_epoch(
     state, notes = resume(halfway, steps_per_epoch, size=size)
     assert (state.epoch, state.step) == (2, step)
     assert state.loss / state.step == pytest.approx(4.0 / 30), "the mean loss of a step stays the same"
-    assert notes == [f"going on from epoch 3, step {step} of {steps_per_epoch}, {size} workers"]
+    assert notes == [f"resuming from epoch 3, step {step} of {steps_per_epoch}, {size} workers"]
 
 
 def test_a_rank_that_is_new_has_no_random_state_to_restore(halfway):
