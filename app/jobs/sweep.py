@@ -125,7 +125,7 @@ def _logged_trial(trial: FrozenTrial, space: Space) -> sweep_runs.Trial:
     return sweep_runs.Trial(
         number=trial.number,
         status={"COMPLETE": "FINISHED", "PRUNED": "KILLED"}.get(trial.state.name, "FAILED"),
-        parameters=space.decoded(point_of(trial)),
+        parameters=space.decode(point_of(trial)),
         curves=_curves(trial, space.sweep.objectives),
         values={**values, "core_seconds": trial.user_attrs.get("core_seconds", 0.0)},
         tags=tags,

@@ -24,9 +24,10 @@ class MissingKey(Exception):
 
 
 def holds(constraint: str, project: Project) -> bool:
-    """Whether a project meets a constraint. A constraint on a key that the project does not have is met.
+    """Whether a project meets a constraint.
 
-    Raises TypeError if the constraint cannot be evaluated.
+    A constraint on a key that the project does not have is met, and so is one that divides by zero. Raises
+    TypeError if the constraint cannot be evaluated.
     """
     try:
         return bool(_evaluate(ast.parse(constraint, mode="eval").body, project))
@@ -37,7 +38,7 @@ def holds(constraint: str, project: Project) -> bool:
 
 
 def look_up(value: Any, path: Sequence[str | int]) -> Any:
-    """The value at a path of keys, attributes and list indices. Raises MissingKey."""
+    """The value at a path of keys, attributes and list indices. Raises MissingKey if there is none."""
     for part in path:
         try:
             if isinstance(part, str) and not isinstance(value, dict):
@@ -50,7 +51,7 @@ def look_up(value: Any, path: Sequence[str | int]) -> Any:
 
 
 def _evaluate(node: ast.AST, project: Project) -> Any:
-    """The value of an expression. Reading the project file has refused all other kinds of nodes."""
+    """The value of an expression. `app.config.sweep` has refused all other kinds of nodes."""
     match node:
         case ast.Constant():
             return node.value
@@ -64,7 +65,7 @@ def _evaluate(node: ast.AST, project: Project) -> Any:
             return _OPERATORS[type(node.op)](_evaluate(node.operand, project))
         case ast.BinOp():
             operands = [_evaluate(operand, project) for operand in (node.left, node.right)]
-            if not all(isinstance(operand, int | float) for operand in operands):  # "a" * 10**10 takes memory
+            if not all(isinstance(operand, int | float) for operand in operands):  # "a" * 10**10 takes 10 GB
                 raise TypeError(
                     f"{ast.unparse(node)!r} needs numbers, and has {operands[0]!r} and {operands[1]!r}"
                 )
@@ -76,7 +77,7 @@ def _evaluate(node: ast.AST, project: Project) -> Any:
             values = [_evaluate(value, project) for value in (node.left, *node.comparators)]
             pairs = zip(node.ops, itertools.pairwise(values), strict=True)
             return all(_OPERATORS[type(op)](a, b) for op, (a, b) in pairs)
-    raise TypeError(f"{type(node).__name__} is not for constraints")
+    raise TypeError(f"{type(node).__name__} is not allowed in a constraint")
 
 
 def _path(node: ast.AST) -> list[str | int]:
@@ -87,4 +88,4 @@ def _path(node: ast.AST) -> list[str | int]:
             return [*_path(node.value), node.attr]
         case ast.Subscript(slice=ast.Constant(value=str() | int() as part)):
             return [*_path(node.value), part]
-    raise TypeError(f"{ast.unparse(node)!r} is no key")
+    raise TypeError(f"{ast.unparse(node)!r} is not a key")

@@ -1,4 +1,4 @@
-"""Locks on a study: one sweep at a time has it, until its process releases the lock or dies."""
+"""Locks on a study: only one sweep at a time uses it, until its process releases the lock or dies."""
 
 import fcntl
 import os
@@ -19,10 +19,13 @@ class Lock(Protocol):
         """Take the lock. Raises UserError if another process has it."""
 
     def reacquire(self) -> None:
-        """Take it again after the database was unreachable, which may have lost it. Raises as `acquire`."""
+        """Take the lock again after the database was unreachable, because it may have lost the lock.
+
+        Raises UserError as `acquire` does.
+        """
 
     def close(self) -> None:
-        """Release the lock, if it was acquired, and what it needs."""
+        """Release the lock, if it was acquired, and close its file or connection."""
 
 
 def lock_of(name: str, storage: RDBStorage) -> Lock:
@@ -44,13 +47,13 @@ class _FileLock:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._file.seek(0)
-            raise _is_taken(self._name, self._file.read()) from None
+            raise _taken_error(self._name, self._file.read()) from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()
 
     def reacquire(self) -> None:
-        """Do nothing: the kernel does not lose a lock."""
+        """Do nothing: the kernel does not lose the lock."""
 
     def close(self) -> None:
         self._file.close()
@@ -69,11 +72,11 @@ class _DatabaseLock:
         self._connection = connection
         lock = sqlalchemy.text("SELECT pg_try_advisory_lock(hashtext(:name))")
         if not connection.execute(lock, {"name": f"raylway {self._name}"}).scalar():
-            raise _is_taken(self._name, "another process")
+            raise _taken_error(self._name, "another process")
 
     def reacquire(self) -> None:
         if self._connection is not None:
-            self._connection.invalidate()  # if it still lives, it would keep the lock from the new one
+            self._connection.invalidate()  # a connection that is still open would keep the lock
             self._connection.close()
             self._connection = None
         self.acquire()
@@ -85,8 +88,8 @@ class _DatabaseLock:
         self._storage.engine.dispose()  # a connection in the pool would keep the lock
 
 
-def _is_taken(name: str, owner: str) -> UserError:
+def _taken_error(name: str, owner: str) -> UserError:
     return UserError(
         f"the study {name!r} is being swept by {owner or 'another process'}; wait for that one, stop it, or "
-        f"begin another study with --set sweep.study={name}-2"
+        f"start another study with --set sweep.study={name}-2"
     )

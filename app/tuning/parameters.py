@@ -1,6 +1,6 @@
-"""One parameter of a search space: its values, and how Optuna knows them.
+"""One parameter of a search space: its values, and their form in Optuna.
 
-A value is encoded where Optuna can store it only as text: lists and mappings as JSON.
+Optuna cannot store lists and mappings, so they are encoded as JSON text.
 """
 
 import json
@@ -14,7 +14,7 @@ from app.config.sweep import encode
 
 
 def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Any:
-    """Have an Optuna trial choose a value, encoded."""
+    """Have an Optuna trial choose a value; returns it encoded."""
     match parameter:
         case Float():
             return trial.suggest_float(
@@ -29,7 +29,7 @@ def suggest(trial: optuna.Trial, key: str, parameter: Parameter) -> Any:
 
 
 def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
-    """Optuna's description of the parameter's values."""
+    """The parameter's values as a distribution of Optuna."""
     match parameter:
         case Float():
             return optuna.distributions.FloatDistribution(
@@ -44,7 +44,7 @@ def distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:
 
 
 def contains(parameter: Parameter, value: Any) -> bool:
-    """Whether a value, encoded or not, is one of the parameter's. True is not 1, and 8.0 is not 8."""
+    """Whether the parameter has a value, encoded or not. True is not 1, and 8.0 is not the integer 8."""
     try:
         value = encode(value)
     except (TypeError, ValueError):
@@ -62,31 +62,31 @@ def contains(parameter: Parameter, value: Any) -> bool:
 
 
 def values(parameter: Parameter) -> Iterator[Any]:
-    """All values, encoded; the parameter must not be continuous."""
+    """All values of a parameter that is not continuous, encoded."""
     if isinstance(parameter, Choice):
         return map(encode, parameter.values)
     return map(parameter.nth, range(parameter.num_values))
 
 
 def num_values(parameter: Parameter) -> int:
-    """Number of values; the parameter must not be continuous."""
+    """Number of values of a parameter that is not continuous."""
     return len(parameter.values) if isinstance(parameter, Choice) else parameter.num_values
 
 
 def bounds(parameter: Parameter) -> list[Any]:
-    """The lowest and the highest value, or each choice; encoded."""
+    """The lowest and the highest value, or all choices; encoded."""
     if isinstance(parameter, Choice):
         return [encode(value) for value in parameter.values]
     return [parameter.low, parameter.top]
 
 
 def is_continuous(parameter: Parameter) -> bool:
-    """Whether the parameter has more values than can be listed."""
+    """Whether the parameter is a float without steps, whose values cannot be listed."""
     return isinstance(parameter, Float) and parameter.step is None
 
 
 def decode(parameter: Parameter, value: Any) -> Any:
-    """The value, as the project file has it, of an encoded one."""
+    """The value in the project file for an encoded value."""
     if isinstance(parameter, Choice):
         return next((v for v in parameter.values if encode(v) == value), value)
     return value

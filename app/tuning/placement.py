@@ -1,4 +1,4 @@
-"""Where the trials of a sweep run: what each claims of the cluster, and how many run at once."""
+"""Where the trials of a sweep run: the resources that each claims, and how many run at once."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from app.tuning.space import Space
 
 @dataclass(frozen=True)
 class Placement:
-    """The placement of a sweep's trials."""
+    """The resources of a sweep's trials."""
 
     claim: tune.PlacementGroupFactory
-    """Resources of a trial's process."""
+    """Resources that Tune reserves for a trial's process."""
     cores_per_trial: float
-    """CPUs of a trial, those of its workers included."""
+    """CPUs of a trial, including those of its workers."""
     max_concurrent: int
     """Number of trials that may run at once."""
     in_process: bool
@@ -28,9 +28,10 @@ class Placement:
 
 
 def place(space: Space, *, trials_prepare: bool, on_note: Callable[[str], None]) -> Placement:
-    """Decide the placement; `trials_prepare` says whether each trial prepares its own data.
+    """Decide the placement of a sweep's trials.
 
-    `on_note` is told if the trials have to wait. Raises UserError if the cluster has no room for one trial.
+    `trials_prepare` says whether each trial prepares its own data. `on_note` receives a line if the trials
+    have to wait. Raises UserError if the cluster has no room for one trial.
     """
     num_workers = _max_workers(space)
     worker_resources, note = resources(space.base, num_workers)
@@ -58,9 +59,10 @@ def _max_workers(space: Space) -> int:
 
 
 def _leaving_a_cpu(worker_resources: Mapping[str, float]) -> dict[str, float]:
-    """A smaller claim, with which trials leave one CPU of each node free.
+    """A claim smaller than `worker_resources`, with which the trials leave one CPU of each node free.
 
-    A trial that prepares data waits for Ray Data's tasks, and these would wait for a CPU for ever.
+    A trial that prepares data waits for Ray Data's tasks. If the trials claimed every CPU, these tasks would
+    wait forever.
     """
     smallest_node = min(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"])
     current = capacity.current()

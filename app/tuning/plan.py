@@ -1,4 +1,4 @@
-"""What a search starts with: points to try before it chooses, and finished trials to learn from."""
+"""The start of a search: the points to try before it chooses any, and the finished trials to learn from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from app.tuning.space import Point, Space
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedPoint:
     """A point to try before the search chooses."""
 
     point: Point
@@ -19,23 +19,23 @@ class Planned:
     """Number of the stored trial to resume; None for a new one."""
 
 
-def planned(space: Space, stored: Sequence[FrozenTrial]) -> list[Planned]:
+def planned_points(space: Space, stored: Sequence[FrozenTrial]) -> list[PlannedPoint]:
     """Interrupted trials, then the points of `sweep.points` and of a grid that have not been tried."""
-    plan = [Planned(t.params, t.number) for t in stored if t.state == TrialState.WAITING]
+    plan = [PlannedPoint(t.params, t.number) for t in stored if t.state == TrialState.WAITING]
     tried = [t.params for t in stored]
     for values in space.sweep.points:
-        point = space.encoded(values)
+        point = space.encode(values)
         if not any(point.items() <= params.items() for params in tried):
-            plan.append(Planned(point))
+            plan.append(PlannedPoint(point))
     if space.sweep.search == "grid":
-        plan += [Planned(p) for p in space.points() if p not in tried and space.admits(p)]
+        plan += [PlannedPoint(p) for p in space.points() if p not in tried and space.admits(p)]
     return plan
 
 
-def informative(space: Space, finished: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """The trials that a search can learn from: those of the studies in `warm_start`, then the finished ones.
+def informative_trials(space: Space, finished: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that a search can learn from: those of the studies in `sweep.warm_start`, then `finished`.
 
-    Raises UserError for a study that does not exist, has other objectives, or has no trial within this space.
+    Raises UserError if a study does not exist, has other objectives, or has no trial within this space.
     """
     trials = []
     for name in space.sweep.warm_start:
@@ -54,7 +54,7 @@ def informative(space: Space, finished: Sequence[FrozenTrial]) -> list[FrozenTri
 
 
 def _with_distributions_of(space: Space, trial: FrozenTrial) -> FrozenTrial:
-    """A copy with this space's distributions: Optuna refuses two distributions of one parameter."""
+    """A copy with the distributions of this space: Optuna refuses two distributions of one parameter."""
     return create_trial(
         state=trial.state,
         values=trial.values,

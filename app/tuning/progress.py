@@ -1,4 +1,4 @@
-"""The progress of a sweep: finished and running trials, and the best so far."""
+"""The progress of a sweep: finished and running trials, and the best of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ class Running:
 
     point: dict[str, Any]
     epochs: int = 0
-    """Epochs done, of all folds."""
+    """Number of completed epochs, over all folds."""
     value: float | None = None
     """Value of the first objective after the last epoch."""
 
@@ -25,7 +25,7 @@ class Progress:
 
     study: str
     num_trials: int
-    """Number of trials to finish, those of earlier calls included."""
+    """Number of trials to finish, including those of earlier calls."""
     objectives: list[str]
     directions: list[str]
     """`maximize` or `minimize`, for each objective."""
@@ -34,13 +34,14 @@ class Progress:
     running: dict[int, Running] = field(default_factory=dict)
     """Running trials by number."""
     started: float = field(default_factory=time.monotonic)
+    """Start of this call, in seconds of the monotonic clock."""
     num_earlier: int = 0
-    """Number of trials that earlier calls have finished."""
+    """Number of trials that earlier calls finished."""
     end_reason: str = ""
-    """Why the sweep ended before all trials; empty unless a budget or the target ended it."""
+    """The budget or the target that ended the sweep before all trials, as text; empty if none did."""
 
     def count(self, state: TrialState) -> int:
-        """Number of finished trials that ended in a state."""
+        """Number of finished trials in a state."""
         return sum(trial.state == state for trial in self.trials)
 
     def best(self) -> list[FrozenTrial]:
@@ -48,7 +49,8 @@ class Progress:
         return best_of(self.trials, self.directions)
 
     def remaining_s(self) -> float | None:
-        """Estimated time for the remaining trials, from those of this call; None before the first."""
+        """Estimated time for the remaining trials, by the mean over the trials of this call; None before the
+        first of them."""
         num_done = len(self.trials) - self.num_earlier
         if not num_done:
             return None
@@ -56,18 +58,18 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
-"""Is called after each change of a sweep's progress."""
+"""Callback for each change of a sweep's progress."""
 
 
 class _Scored(NamedTuple):
-    """A complete trial with its values, all to be maximized."""
+    """A complete trial with its values, negated where the direction is `minimize`."""
 
     values: tuple[float, ...]
     trial: FrozenTrial
 
 
 def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
-    """The complete trials: first the best (`best_of`), then by the first objective."""
+    """The complete trials: first those of `best_of`, then the others, by the first objective each."""
     best = {trial.number for trial in best_of(trials, directions)}
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     sign = -1.0 if directions[0] == "maximize" else 1.0
@@ -77,7 +79,7 @@ def ranked(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[Fro
 
 
 def best_of(trials: Sequence[FrozenTrial], directions: Sequence[str]) -> list[FrozenTrial]:
-    """The first best of the complete trials by one objective, or the Pareto front by several."""
+    """The best complete trial, the earliest of equal ones; with several objectives, the Pareto front."""
     signs = [1.0 if direction == "maximize" else -1.0 for direction in directions]
     scored = [
         _Scored(tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial)

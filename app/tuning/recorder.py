@@ -1,4 +1,4 @@
-"""Stores what Ray Tune reports of its trials in the study, and decides when the sweep ends."""
+"""Stores the results that Ray Tune reports in the study, and decides when the sweep ends."""
 
 import json
 import threading
@@ -30,7 +30,7 @@ class Recorder(tune.Callback):
     ):
         """`on_trial` is called with each trial that is stored as finished."""
         self.stop = threading.Event()
-        """Ends all trials once it is set."""
+        """Event that ends all trials."""
         self._sweep = sweep
         self._study = study
         self._progress = progress
@@ -39,16 +39,16 @@ class Recorder(tune.Callback):
         self._core_seconds = sum(t.user_attrs.get("core_seconds", 0.0) for t in progress.trials)
         self._numbers: Mapping[str, int] = {}
         self._dropped: set[str] = set()
-        """Keys of trainings whose output has been removed."""
+        """Keys of the trainings whose networks were removed."""
         self._started: dict[str, float] = {}
-        """Start of each of Tune's trials, by id, on the monotonic clock."""
+        """Start of each trial in seconds of the monotonic clock, by Tune's id."""
         self._cores_per_trial = 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles callbacks to restore a sweep from its own files; we restore from the study
 
     def attach(self, numbers: Mapping[str, int], cores_per_trial: float) -> None:
-        """Set the numbers of the stored trials, by the ids of Tune's trials, and the CPUs of each trial."""
+        """Set the number of each stored trial, by Tune's id, and the CPUs of a trial."""
         self._numbers, self._cores_per_trial = numbers, cores_per_trial
 
     def may_start(self) -> bool:
@@ -56,7 +56,7 @@ class Recorder(tune.Callback):
         return not self.stop.is_set() and not self.is_over()
 
     def is_over(self) -> bool:
-        """Whether the target or a budget ends the sweep; if so, sets `end_reason` of the progress."""
+        """Whether a budget is used up or the target is reached; if so, sets the progress's `end_reason`."""
         sweep, progress = self._sweep, self._progress
         hours = (time.monotonic() - progress.started) / 3600
         if sweep.max_hours is not None and hours >= sweep.max_hours:
@@ -100,26 +100,26 @@ class Recorder(tune.Callback):
         self._finish(trial, None, describe_traceback(str(error)) if error else "its process died")
 
     def _finish(self, trial: Any, result: dict[str, Any] | None, error: str) -> None:
-        """Store the end of a trial. `result` is its last one; `error` is empty unless it failed."""
+        """Store the end of a trial. `result` is its last result; `error` is empty unless the trial failed."""
         number = self._numbers[trial.trial_id]
         state = state_of(result, bool(error))
         seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
-        facts: dict[str, Any] = {"core_seconds": seconds * self._cores_per_trial}
+        attributes: dict[str, Any] = {"core_seconds": seconds * self._cores_per_trial}
         values = None
         result = result or {}
         if state == TrialState.COMPLETE:
             values = [float(result[name]) for name in self._sweep.objectives]
-            facts |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
-            facts["core_seconds"] = result["core_seconds"]
-            facts["made"] = result["made"]
-            if self._sweep.effective_scheduler.kind == "pbt":
-                facts["point"] = dict(trial.config)
+            attributes |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
+            attributes["core_seconds"] = result["core_seconds"]
+            attributes["made"] = result["made"]
+            if self._sweep.pruned_by.kind == "pbt":
+                attributes["point"] = dict(trial.config)
         elif state == TrialState.FAIL:
-            facts["error"] = result.get("failed", error)
+            attributes["error"] = result.get("failed", error)
         else:
-            facts |= {"epochs": result.get("epochs", 0), "run": result.get("run", "")}
-        self._study.finish(number, state, values, facts)
-        self._core_seconds += facts["core_seconds"]
+            attributes |= {"epochs": result.get("epochs", 0), "run": result.get("run", "")}
+        self._study.finish(number, state, values, attributes)
+        self._core_seconds += attributes["core_seconds"]
         self._progress.running.pop(number, None)
         stored = self._study.trial(number)
         self._progress.trials.append(stored)

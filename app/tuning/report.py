@@ -1,4 +1,4 @@
-"""A study as one HTML page: its trials, the importance of the parameters, and the costs. Needs no network."""
+"""A study as one HTML page that needs no network: trials, importance of the parameters, and costs."""
 
 import functools
 import html
@@ -24,10 +24,10 @@ from optuna.visualization import (
 from app.tuning.progress import best_of
 
 PAGE = "report.html"
-"""Template of the page, beside this module."""
+"""File beside this module with the template of the page."""
 STATE_COLOURS = {"COMPLETE": "#2f7d4f", "PRUNED": "#c9a227", "FAIL": "#b3413a"}
 MIN_TRIALS_TO_COMPARE = 4
-"""Number of complete trials from which parameters are compared."""
+"""Minimum number of complete trials for the figures that compare parameters."""
 
 
 class Plot(NamedTuple):
@@ -40,7 +40,7 @@ class Plot(NamedTuple):
 
 
 def page(study: optuna.Study, objectives: Sequence[str]) -> str:
-    """The page. `objectives` are the names of the study's values, in order."""
+    """The page as HTML. `objectives` are the names of the study's values, in order."""
     trials = study.trials
     best = best_of(trials, [direction.name.lower() for direction in study.directions])
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -55,7 +55,7 @@ def page(study: optuna.Study, objectives: Sequence[str]) -> str:
 
 
 def _plotly() -> str:
-    """Plotly's JavaScript, which the page has in it so that it needs no network."""
+    """Plotly's JavaScript, which is part of the page."""
     from plotly.offline import get_plotlyjs
 
     return get_plotlyjs()
@@ -89,7 +89,7 @@ def _plots(study: optuna.Study, complete: list[FrozenTrial], objectives: Sequenc
         about = "The value against each parameter; later trials are darker."
         yield Plot(f"Slices{suffix}", about, plot_slice(study, **target))
     if not has_several and any(trial.intermediate_values for trial in study.trials):
-        about = "Each trial's value after each epoch; trials that were stopped early end early."
+        about = "Each trial's value after each epoch; the line of a trial that was stopped early ends early."
         yield Plot("Curves", about, plot_intermediate_values(study))
     if any("core_seconds" in trial.user_attrs for trial in study.trials):
         yield Plot("Cost", "Core-seconds of each trial.", _costs(study.trials))
@@ -138,9 +138,9 @@ def _summary(trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial], objecti
 
 
 def _table(trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial], objectives: Sequence[str]) -> str:
-    """All trials with values, epochs, cost, parameters and error; the best first, then by number."""
-    numbers = {trial.number for trial in best}
-    order = sorted(trials, key=lambda trial: (trial.number not in numbers, trial.number))
+    """All trials with values, epochs, cost, parameters and error: the best first, then by number."""
+    best_numbers = {trial.number for trial in best}
+    order = sorted(trials, key=lambda trial: (trial.number not in best_numbers, trial.number))
     names = sorted({key for trial in trials for key in trial.params})
     header = ["trial", "state", *objectives, "epochs", "core-seconds", *names, ""]
     rows = []
@@ -149,16 +149,17 @@ def _table(trials: Sequence[FrozenTrial], best: Sequence[FrozenTrial], objective
         cost = trial.user_attrs.get("core_seconds")
         cells = [
             str(trial.number), trial.state.name.lower(), *values, str(trial.user_attrs.get("epochs", "")),
-            "" if cost is None else f"{cost:.1f}", *(_shown(trial.params.get(name)) for name in names),
+            "" if cost is None else f"{cost:.1f}", *(_cell(trial.params.get(name)) for name in names),
             trial.user_attrs.get("error", ""),
         ]  # fmt: skip
-        kind = "best" if trial.number in numbers else "fail" if trial.state == TrialState.FAIL else ""
-        rows.append(f"<tr class='{kind}'>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
+        style = "best" if trial.number in best_numbers else "fail" if trial.state == TrialState.FAIL else ""
+        rows.append(f"<tr class='{style}'>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
     head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _shown(value: Any) -> str:
+def _cell(value: Any) -> str:
+    """The text of a parameter's value."""
     if value is None:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""Ray Tune's schedulers: which trials are stopped early, and when."""
+"""Ray Tune's schedulers, which decide when trials are stopped early."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from ray.tune import schedulers
 from app.config import Choice, Int, Parameter, Sweep
 
 NO_MAX_EPOCHS = 10**6
-"""More epochs than any training has, because schedulers end a trial that reaches their maximum."""
+"""Maximum number of epochs for Tune's schedulers. They end a trial that reaches it, so no training may."""
 
 
 def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
@@ -44,9 +44,9 @@ def scheduler_of(sweep: Sweep) -> schedulers.TrialScheduler:
 
 
 class Population(schedulers.PopulationBasedTraining):
-    """Population based training with a search algorithm, which only gives the initial settings.
+    """Population based training that accepts a search algorithm, which chooses the initial settings only.
 
-    Ray's own refuses every search algorithm.
+    Ray's own class refuses every search algorithm.
     """
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -66,7 +66,7 @@ def _mutation(parameter: Parameter) -> Any:
 
 @dataclass(frozen=True)
 class StoredTrial:
-    """A stored trial, with the attribute that a scheduler reads of a trial."""
+    """A stored trial in the form in which a scheduler reads trials."""
 
     trial_id: str
 

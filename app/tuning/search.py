@@ -1,4 +1,4 @@
-"""Ray Tune's search algorithm: Optuna's samplers, which learn from stored trials and from new results."""
+"""The search algorithm for Ray Tune: Optuna's samplers, which learn from stored trials and new results."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,35 +13,35 @@ from ray.tune.search.optuna import OptunaSearch
 
 from app.config import Sweep
 from app.errors import UserError
-from app.tuning.plan import Planned
+from app.tuning.plan import PlannedPoint
 from app.tuning.space import Point, Space
 from app.tuning.study import Study
 
 MAX_REJECTED_POINTS = 10_000
-"""Number of consecutive points that break a constraint after which the search gives up."""
+"""Number of consecutive points that break a constraint, after which the search ends with an error."""
 
 
 class Search(OptunaSearch):
     """Chooses points with an in-memory study, and stores each as a trial before it runs.
 
-    The in-memory study also has the points that break a constraint; the stored study has none of them.
+    The in-memory study also has the points that break a constraint; the stored study does not.
     """
 
     def __init__(
         self,
         space: Space,
         study: Study,
-        planned: Sequence[Planned],
-        informative: Sequence[FrozenTrial],
+        planned_points: Sequence[PlannedPoint],
+        informative_trials: Sequence[FrozenTrial],
         may_start: Callable[[], bool],
     ):
-        """`planned` points come first. `informative` are finished trials, of this and other studies, to learn
-        from. No trial starts once `may_start` returns False.
+        """`planned_points` are tried first. `informative_trials` are finished trials, of this study and
+        others, to learn from. No trial starts once `may_start` returns False.
         """
         sweep = space.sweep
         has_several = len(sweep.objectives) > 1
         modes = [direction[:3] for direction in sweep.directions]
-        seed = (space.base.seed if sweep.seed is None else sweep.seed) + len(informative)
+        seed = (space.base.seed if sweep.seed is None else sweep.seed) + len(informative_trials)
         super().__init__(
             space=space.suggest,
             metric=sweep.objectives if has_several else sweep.objectives[0],
@@ -49,26 +49,26 @@ class Search(OptunaSearch):
             sampler=_sampler(sweep, seed),
         )
         self.numbers: dict[str, int] = {}
-        """Number of the stored trial, by the id of Tune's trial."""
+        """Number of each stored trial, by Tune's id."""
         self._search_space = space
         self._stored = study
-        self._planned = list(planned)
+        self._planned_points = list(planned_points)
         self._may_start = may_start
         self._reported: set[tuple[str, int]] = set()
-        """Trial ids and epochs whose results the in-memory study has."""
+        """Pairs of a trial's id and an epoch whose result the in-memory study has."""
         self._is_grid = sweep.search == "grid"
-        self._ot_study.add_trials(informative)
+        self._ot_study.add_trials(informative_trials)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles the search to restore a sweep from its own files; we restore from the study
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing, for the same reason."""
+        """Do nothing: Tune saves a search only to restore a sweep from its own files."""
 
     def suggest(self, trial_id: str) -> Any:
-        if not self._may_start() or (self._is_grid and not self._planned):
+        if not self._may_start() or (self._is_grid and not self._planned_points):
             return Searcher.FINISHED
-        planned = self._planned.pop(0) if self._planned else None
+        planned = self._planned_points.pop(0) if self._planned_points else None
         for _ in range(MAX_REJECTED_POINTS):
             if planned is not None:
                 self._ot_study.enqueue_trial(dict(planned.point))
@@ -90,7 +90,7 @@ class Search(OptunaSearch):
         return point
 
     def _admits(self, point: Point) -> bool:
-        """Whether a point makes a valid project that meets the constraints; `Space.check` sees only some."""
+        """Whether a point makes a valid project that meets the constraints. `Space.check` tests only some."""
         try:
             return self._search_space.admits(point)
         except ValidationError:
@@ -128,8 +128,8 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
-    if sweep.effective_scheduler.kind == "pbt":
-        # A trial's settings change during its training, so its value says little about the first ones.
+    if sweep.pruned_by.kind == "pbt":
+        # A trial changes its settings, so its value does not rate the point that the search chose.
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
         match sweep.search:

@@ -1,4 +1,4 @@
-"""The points of a search space, and the project that each of them makes."""
+"""A search space: its points, and the project that each point makes."""
 
 import copy
 import math
@@ -15,24 +15,24 @@ from app.tuning import parameters
 from app.tuning.constraints import MissingKey, holds, look_up
 
 Point = Mapping[str, Any]
-"""Encoded values by key, of the parameters whose `when` holds."""
+"""Encoded values by key, for the parameters whose `when` holds."""
 MAX_COUNTED_POINTS = 100_000
-"""Number of points from which a space is only said to be larger."""
+"""Largest size of a space that is counted exactly."""
 NUM_CHECKED_POINTS = 300
-"""Number of random points, or of points in all, that `Space.check` looks at."""
+"""Largest size of a space whose points `Space.check` tests all; number of random points in a larger one."""
 
 
 class Space:
-    """What a project's `sweep` may vary.
+    """The search space of a project's section `sweep`.
 
-    `base` is the project with what all trials share. `sweep` always names its objectives.
+    `base` is the project with the settings that all trials share. `sweep` is the section, with objectives.
     """
 
     def __init__(self, project: Project):
         """Raises UserError if the project has no sweep, or `sweep.set` makes no valid project."""
         if project.sweep is None:
             raise UserError(
-                "sweep: is missing; it says what to vary, such as sweep: {space: {training.learning_rate: "
+                "sweep: is missing; add the keys to vary, such as sweep: {space: {training.learning_rate: "
                 "{type: float, low: 0.0001, high: 0.1, log: true}}}"
             )
         objectives = project.sweep.objectives or [project.model.score]
@@ -47,7 +47,7 @@ class Space:
             raise UserError(f"sweep.set: makes no valid project: {_first_fault(error)}") from None
 
     def suggest(self, trial: Any) -> Point:
-        """A point chosen by an Optuna trial, whose parameters this sets."""
+        """Have an Optuna trial choose a point; sets the trial's parameters."""
         return self._walk(lambda key, parameter: parameters.suggest(trial, key, parameter))[0]
 
     def document(self, point: Point) -> dict[str, Any]:
@@ -59,20 +59,23 @@ class Space:
         return Project.model_validate(self.document(point))
 
     def admits(self, point: Point) -> bool:
-        """Whether a point meets the constraints. Raises as `project` and `constraints.holds` do."""
+        """Whether a point meets the constraints.
+
+        Raises ValidationError if its project is not valid, TypeError if a constraint cannot be evaluated.
+        """
         project = self.project(point)
         return all(holds(constraint, project) for constraint in self.sweep.constraints)
 
-    def encoded(self, values: Mapping[str, Any]) -> Point:
-        """The point of values as the project file has them."""
+    def encode(self, values: Mapping[str, Any]) -> Point:
+        """The point for values as they stand in the project file."""
         return {key: encode(value) for key, value in values.items()}
 
-    def decoded(self, point: Point) -> dict[str, Any]:
-        """A point's values as the project file has them."""
+    def decode(self, point: Point) -> dict[str, Any]:
+        """The values of a point as they stand in the project file."""
         return {key: parameters.decode(self.sweep.space[key], value) for key, value in point.items()}
 
     def points(self) -> Iterator[Point]:
-        """All points of a space without continuous parameters, also those that break a constraint."""
+        """All points of a space without continuous parameters, including those that break a constraint."""
         return self._points({}, list(self.sweep.space))
 
     def size(self) -> int | None:
@@ -80,23 +83,24 @@ class Space:
         space = self.sweep.space
         if any(parameters.is_continuous(parameter) for parameter in space.values()):
             return None
-        # Only the parameters that a `when` depends on are gone through value by value; the others multiply.
+        # Enumerate the values of the parameters that a `when` depends on only; for the others, multiply the
+        # numbers of values.
         conditions = {key for parameter in space.values() for key in parameter.when}
-        deciding = [key for key in space if any(_overlap(key, condition) for condition in conditions)]
+        condition_keys = [key for key in space if any(_overlap(key, condition) for condition in conditions)]
         size = 0
-        for point in self._points({}, deciding):
+        for point in self._points({}, condition_keys):
             document = self.document(point)
             size += math.prod(
                 parameters.num_values(parameter)
                 for key, parameter in space.items()
-                if key not in deciding and self._applies(parameter, document)
+                if key not in condition_keys and self._applies(parameter, document)
             )
             if size > MAX_COUNTED_POINTS:
                 return MAX_COUNTED_POINTS + 1
         return size
 
     def contains(self, point: Point) -> bool:
-        """Whether each value is one of its parameter's."""
+        """Whether the space has each key of a point, and each parameter has the point's value."""
         return all(
             key in self.sweep.space and parameters.contains(self.sweep.space[key], value)
             for key, value in point.items()
@@ -106,8 +110,8 @@ class Space:
         """Optuna's distribution of each key of a point."""
         return {key: parameters.distribution(self.sweep.space[key]) for key in point}
 
-    def described(self) -> list[str]:
-        """The space in lines for the user, its size last."""
+    def describe(self) -> list[str]:
+        """The space in lines for the user, with its size in the last one."""
         lines = [f"{key}: {parameters.describe(parameter)}" for key, parameter in self.sweep.space.items()]
         lines += [f"where {constraint}" for constraint in self.sweep.constraints]
         size = self.size()
@@ -120,9 +124,9 @@ class Space:
         return [*lines, f"size: {more}{min(size, MAX_COUNTED_POINTS):,} points"]
 
     def check(self) -> None:
-        """Raise UserError for a space that contradicts itself, or has a point that makes no valid project.
+        """Raise UserError if no point meets the constraints, or a point makes no valid project.
 
-        Looks at all points of a small space; otherwise at each bound and choice, and at random points.
+        Tests all points of a small space; of a larger one, each bound and choice, and random points.
         """
         size = self.size()
         if size is not None and size <= NUM_CHECKED_POINTS:
@@ -135,7 +139,7 @@ class Space:
                 admits_any |= self.admits(point)
             except ValidationError as error:
                 raise UserError(
-                    f"sweep.space: {self.decoded(point)} makes no valid project: {_first_fault(error)}; "
+                    f"sweep.space: {self.decode(point)} makes no valid project: {_first_fault(error)}; "
                     "change the space, or exclude the point with `when` or choice values"
                 ) from None
             except TypeError as error:
@@ -149,13 +153,16 @@ class Space:
             self._check_point(i, values)
 
     def _check_point(self, i: int, values: Mapping[str, Any]) -> None:
-        """Raise UserError unless the search can try a point of `sweep.points`, whatever it leaves out."""
+        """Raise UserError unless the search can try the point `i` of `sweep.points`.
+
+        The search chooses the parameters that `values` leaves out, so some choice of them must be valid.
+        """
         for key, value in values.items():
             parameter = self.sweep.space[key]
             if not parameters.contains(parameter, value):
                 description = parameters.describe(parameter)
                 raise UserError(f"sweep.points.{i}.{key}: must be {description}; it is {value!r}")
-        point = self.encoded(values)
+        point = self.encode(values)
         fault = "breaks a `when`"
         for completed in self._completed(point):
             if not point.items() <= completed.items():
@@ -169,14 +176,20 @@ class Space:
         raise UserError(f"sweep.points.{i}: {dict(values)} {fault}, whatever the other parameters are")
 
     def _completed(self, point: Point) -> Iterator[Point]:
-        """NUM_CHECKED_POINTS points with random values for what a point leaves out (one if nothing)."""
+        """NUM_CHECKED_POINTS copies of a point, with random values for the parameters that it leaves out.
+
+        Only one copy if it leaves out none.
+        """
         study = _random_study()
         for _ in range(1 if set(point) == set(self.sweep.space) else NUM_CHECKED_POINTS):
             study.enqueue_trial(dict(point))
             yield self.suggest(study.ask())
 
     def _walk(self, choose: Callable[[str, Parameter], Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Have `choose` give each parameter that applies a value, in order; the point and its document."""
+        """Set each parameter whose `when` holds, in order, to the value that `choose` returns.
+
+        Returns the point and the document of its project.
+        """
         document, point = copy.deepcopy(self._document), {}
         for key, parameter in self.sweep.space.items():
             if self._applies(parameter, document) and (value := choose(key, parameter)) is not _UNCHANGED:
@@ -192,7 +205,7 @@ class Space:
                 value = look_up(document, key.split("."))
             except MissingKey:
                 try:
-                    value = look_up(self.base, key.split("."))  # which has the defaults
+                    value = look_up(self.base, key.split("."))  # a default, which the document leaves out
                 except MissingKey:
                     return False
             if value not in allowed:
@@ -224,7 +237,7 @@ class Space:
 
 
 _UNCHANGED = object()
-"""Chosen for a parameter that keeps the project's own value."""
+"""Return value of `choose` for a parameter that keeps the project's own value."""
 
 
 def _random_study() -> optuna.Study:
@@ -233,12 +246,12 @@ def _random_study() -> optuna.Study:
 
 
 def _overlap(key: str, other: str) -> bool:
-    """Whether setting one of two keys can change the value of the other."""
+    """Whether one of two keys is the other, or a section that contains it."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 def _set(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. Raises UserError if a part of it has a value that is no mapping."""
+    """Set a dotted key. Raises UserError if a part of the key has a value that is not a mapping."""
     *parents, last = key.split(".")
     section: Any = document
     for i, part in enumerate(parents):

@@ -20,19 +20,19 @@ from app.state.home import database_url, home, private_file
 from app.tuning.locks import Lock, lock_of
 
 WAIT_S = 300.0
-"""Maximum time that the database may be locked or unreachable before the sweep ends."""
+"""Time after which a database that is still locked or unreachable ends the sweep."""
 RETRY_S = 1.0
 """Pause between attempts to reach the database."""
 SQLITE_TIMEOUT_S = 20
 """Maximum time that SQLite itself waits for a lock."""
-FACTS = "raylway"
-"""Attribute of a stored study with the settings that its trials have in common."""
+SHARED_SETTINGS = "raylway"
+"""Attribute of a stored study with the settings that all its trials share."""
 Direction = Literal["maximize", "minimize"]
 T = TypeVar("T")
 
 
 def url() -> str:
-    """The database of studies, as SQLAlchemy and optuna-dashboard take it.
+    """URL of the database of studies, for SQLAlchemy and optuna-dashboard.
 
     In PostgreSQL the studies have their own schema, because Optuna and MLflow both have a table
     `alembic_version`.
@@ -44,9 +44,9 @@ def url() -> str:
 
 
 class Study:
-    """A stored study that no other process may change; `opened` makes it.
+    """A stored study that no other process may change, as `opened` yields it.
 
-    Each call waits up to WAIT_S while the database is locked or unreachable, and then raises UserError.
+    Each method waits while the database is locked or unreachable, and raises UserError after WAIT_S.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Study:
         self._id = study_id
         self._on_note = on_note
         self._trial_ids: dict[int, int] = {}
-        """The storage's id of each trial, by its number."""
+        """Id of each trial in the storage, by its number."""
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, by number."""
@@ -72,7 +72,11 @@ class Study:
         return self._retry(lambda: self._storage.get_trial(trial_id))
 
     def begin(self, params: Mapping[str, Any], distributions: Mapping[str, Any], token: str) -> int:
-        """Store a running trial and return its number; the same one for the same `token`."""
+        """Store a running trial and return its number.
+
+        `token` identifies the trial: a second call with the same token stores nothing and returns the same
+        number.
+        """
         frozen = optuna.trial.create_trial(
             state=TrialState.RUNNING,
             params=dict(params),
@@ -81,7 +85,7 @@ class Study:
         )
 
         def write() -> int:
-            # An earlier attempt may have stored the trial, though its answer was lost.
+            # An earlier attempt may have stored the trial before the connection broke.
             for trial in self._storage.get_all_trials(self._id, deepcopy=False, states=(TrialState.RUNNING,)):
                 if trial.user_attrs.get("token") == token:
                     return trial._trial_id
@@ -103,21 +107,21 @@ class Study:
         self._retry(lambda: self._storage.set_trial_intermediate_value(trial_id, step, value))
 
     def finish(
-        self, number: int, state: TrialState, values: Sequence[float] | None, facts: Mapping[str, Any]
+        self, number: int, state: TrialState, values: Sequence[float] | None, attributes: Mapping[str, Any]
     ) -> None:
-        """Store the end of a trial, with `facts` (JSON values) as its attributes."""
+        """Store the end of a trial: its state, a value for each objective, and attributes (JSON values)."""
         trial_id = self._trial_ids[number]
 
         def write() -> None:
-            with contextlib.suppress(UpdateFinishedTrialError):  # an earlier attempt, whose answer was lost
-                for key, value in facts.items():
+            with contextlib.suppress(UpdateFinishedTrialError):  # an earlier attempt stored the end
+                for key, value in attributes.items():
                     self._storage.set_trial_user_attr(trial_id, key, value)
                 self._storage.set_trial_state_values(trial_id, state, values)
 
         self._retry(write)
 
     def release_running(self) -> None:
-        """Mark the trials that a dead process left running as waiting, to be resumed with the same number."""
+        """Mark the trials of a dead process as waiting: the sweep resumes them under the same numbers."""
         for trial in self.trials():
             if trial.state == TrialState.RUNNING:
                 trial_id = trial._trial_id
@@ -131,12 +135,15 @@ class Study:
 
 @contextlib.contextmanager
 def opened(
-    name: str, directions: Sequence[Direction], facts: Mapping[str, Any], on_note: Callable[[str], None]
+    name: str,
+    directions: Sequence[Direction],
+    shared_settings: Mapping[str, Any],
+    on_note: Callable[[str], None],
 ) -> Iterator[Study]:
-    """A study for the time of the block, created if there is none. Interrupted trials in it are waiting.
+    """Lock a study for the time of the block; create it if there is none. Interrupted trials become waiting.
 
-    `facts` (JSON values) are the settings that make its trials comparable. Raises UserError if another
-    process has the study, or if its trials have other facts.
+    `shared_settings` (JSON values) must be equal for all trials of a study, so that their values can be
+    compared. Raises UserError if another process has the study, or if its trials have other shared settings.
     """
     if url() == f"sqlite:///{home() / 'optuna.db'}":
         private_file(home() / "optuna.db")
@@ -150,13 +157,14 @@ def opened(
             ),
             on_note,
         )
-        if FACTS not in stored.user_attrs:
-            stored.set_user_attr(FACTS, dict(facts))
-        elif changes := _changes(stored.user_attrs[FACTS], json.loads(json.dumps(facts))):
+        if SHARED_SETTINGS not in stored.user_attrs:
+            stored.set_user_attr(SHARED_SETTINGS, dict(shared_settings))
+        elif changes := _changes(stored.user_attrs[SHARED_SETTINGS], json.loads(json.dumps(shared_settings))):
             raise UserError(
-                f"the study {name!r} was begun with other settings, and its trials do not compare with new "
-                f"ones: {'; '.join(changes)}. Set them back, or begin another with --set sweep.study="
-                f"{name}-2 (its sweep.warm_start: [{name}] learns from this one, if the space is the same)"
+                f"the study {name!r} was started with other settings, so its trials cannot be compared with "
+                f"new ones: {'; '.join(changes)}. Set them back, or start another study with --set "
+                f"sweep.study={name}-2 (with sweep.warm_start: [{name}], if the space is the same, it learns "
+                "from this one)"
             )
         study = Study(name, storage, stored._study_id, on_note, lock)
         study.release_running()
@@ -164,7 +172,7 @@ def opened(
 
 
 def load(name: str, on_note: Callable[[str], None] = lambda _: None) -> optuna.Study:
-    """A stored study to read. Raises UserError if there is none, with the names of those that exist."""
+    """A stored study, to read only. Raises UserError, with the names of all studies, if there is none."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url().startswith("sqlite") and not (home() / "optuna.db").exists():
         raise UserError(f"there is no study {name!r}; make one with `raylway sweep`")
@@ -187,7 +195,7 @@ def _storage(**engine_options: Any) -> RDBStorage:
 
 
 def _changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """A line for each key whose values differ."""
+    """A line for each dotted key whose values differ."""
     lines = []
     for key in sorted({*stored, *current}):
         old, new = stored.get(key, "nothing"), current.get(key, "nothing")
@@ -201,9 +209,9 @@ def _changes(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str 
 def _retry(
     call: Callable[[], T], on_note: Callable[[str], None], reconnect: Callable[[], None] = lambda: None
 ) -> T:
-    """Make a call, again and again while the database is locked or unreachable, for up to WAIT_S.
+    """Make a call, and repeat it while the database is locked or unreachable, for up to WAIT_S.
 
-    `reconnect` comes before each attempt after the first. Raises UserError once the time is over.
+    Calls `reconnect` before each repetition. Raises UserError after WAIT_S.
     """
     deadline, noted = time.monotonic() + WAIT_S, False
     while True:
@@ -219,7 +227,7 @@ def _retry(
             if time.monotonic() > deadline:
                 raise UserError(
                     f"the database of studies has not answered for {WAIT_S:g} s ({reason}); what was stored "
-                    "is kept, and the same command goes on from there"
+                    "is kept, and the same command resumes from there"
                 ) from None
             if not noted:
                 on_note(f"the database of studies does not answer ({reason}); waiting for it")

@@ -28,9 +28,9 @@ from app.tuning.space import Space
 STOP_TIMEOUT_S = 60.0
 """Maximum time that a training may take to write its checkpoint and end."""
 NUM_LATENCY_RUNS = 100
-"""Number of predictions whose median is the latency."""
+"""Number of predictions whose median duration is the latency."""
 WORST_VALUE = 1e30
-"""Reported for a failed trial: schedulers need a number that they can sort."""
+"""Magnitude of the values of a failed trial: schedulers need a number that they can sort."""
 
 History = Sequence[Mapping[str, float]]
 """Metrics of each epoch of one training."""
@@ -39,16 +39,18 @@ History = Sequence[Mapping[str, float]]
 class Trial(tune.Trainable):
     """Trains the project of one point; `step` returns the results of the next epoch.
 
-    A result has `epochs` (done, of all folds), a value for each objective and `run` (the training's key). The
-    last one has `finished`, `history` (JSON, of all folds), `core_seconds` and `made` (the keys of the
-    trainings that were not cached) instead of `run`. A training that would fail again has `failed`, a
-    message.
+    A result has `epochs` (number of completed epochs, over all folds), a value for each objective and `run`
+    (the key of the training). The last result has `finished`, `history` (JSON, of all folds), `core_seconds`
+    and `made` (the keys of the trainings that were not cached) instead of `run`. A training that would fail
+    again has one result, with the error message as `failed`.
     """
 
     def setup(self, config: dict[str, Any], settings: dict[str, Any]) -> None:
-        """`config` is the point. `settings` has `home`, `project` (JSON, with its sweep), `prepared` (the
-        folder of each fold, empty unless all trials share them) and `in_process` (train the only worker in
-        this process)."""
+        """Tune calls this once in a new process. `config` is the point.
+
+        `settings` has `home`, `project` (JSON, with its sweep), `prepared` (the folder of each fold, empty
+        unless all trials share the data) and `in_process` (whether to train the only worker in this process).
+        """
         os.environ["RAYLWAY_HOME"] = settings["home"]
         self._project = Project.model_validate_json(settings["project"])
         self._in_process = settings["in_process"]
@@ -56,6 +58,7 @@ class Trial(tune.Trainable):
         self._begin(config)
 
     def _begin(self, config: Mapping[str, Any]) -> None:
+        """Set the state of a new trial; the training starts at the first `step`."""
         self._point = dict(config)
         self._results: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         self._stop = threading.Event()
@@ -86,7 +89,7 @@ class Trial(tune.Trainable):
             self._thread.join(STOP_TIMEOUT_S)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take another point in this process. Returns False if the previous training does not end."""
+        """Begin a trial of another point in this process. Returns False if the previous one does not end."""
         self.cleanup()
         if self._thread is not None and self._thread.is_alive():
             return False
@@ -108,16 +111,16 @@ class Trial(tune.Trainable):
         return Checkpoints(trainer.checkpoints_of(key), settings).latest(print)
 
     def _stored_history(self, key: str) -> list[Mapping[str, float]]:
-        """The epochs of an interrupted training."""
+        """Metrics of the completed epochs of an interrupted training."""
         latest = self._latest_checkpoint(key)
         return checkpoint.read_state(latest)["history"] if latest else []
 
     def _train(self) -> None:
-        """Put the last result, or the exception, into the queue."""
+        """Train all folds, and put the last result, or the exception, into the queue."""
         try:
             self._results.put(self._train_folds())
         except Interrupted:
-            pass  # `cleanup` has ended the training; nothing takes another result
+            pass  # `cleanup` has stopped the training; no one reads another result
         except BaseException as error:
             self._results.put(error)
 
@@ -155,7 +158,10 @@ class Trial(tune.Trainable):
     def _train_fold(
         self, project: Project, prepared: Prepared, task: Task, earlier: list[History]
     ) -> Trained:
-        """Train one fold after the `earlier` ones, and put a result for each epoch except the very last."""
+        """Train one fold, and put a result into the queue for each epoch except the last of the last fold.
+
+        `earlier` has the histories of the folds before it.
+        """
         assert self._project.sweep
         lineage = uuid.uuid4().hex if self._initial_checkpoints else ""
         key = trainer.key(project, prepared, lineage)
@@ -180,20 +186,20 @@ class Trial(tune.Trainable):
 
 
 def with_fold(project: Project, fold: int, num_folds: int) -> Project:
-    """The project with one of its folds as the validation part."""
+    """The project with fold number `fold`, from 0, as its validation part."""
     split = project.data.split.model_copy(update={"fold": (fold, num_folds)})
     return project.model_copy(update={"data": project.data.model_copy(update={"split": split})})
 
 
 def _mean_values(histories: Sequence[History], score: str) -> dict[str, float]:
-    """The validation metrics of the epoch whose parameters are kept (the best score), averaged over folds."""
+    """The validation metrics of the best epoch, whose parameters are kept, averaged over folds."""
     best = [max(history, key=lambda metrics: metrics[f"validation_{score}"]) for history in histories]
     names = [name for name in histories[0][0] if name.startswith("validation_")]
     return {name.removeprefix("validation_"): statistics.fmean(m[name] for m in best) for name in names}
 
 
 def _export_metrics(task: Task, trained: Trained) -> dict[str, float]:
-    """Size of the graph that would be served, and its median latency for one row on one core."""
+    """Size in MB of the graph that would be served, and its median latency in ms for one row on one core."""
     from safetensors.torch import load_file
 
     from app.bundle.bundle import Bundle

@@ -1,4 +1,4 @@
-"""A sweep, from its start or its last stored trial to its end. Ray Tune runs the trials."""
+"""Runs a sweep to its end, from its start or from its stored trials. Ray Tune runs the trials."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ TUNE_ENVIRONMENT = {
 }
 """Environment variables with which Tune runs."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-"""States of finished trials."""
+"""States of a finished trial."""
 
 
 def run(
@@ -50,12 +50,12 @@ def run(
     on_note: Callable[[str], None],
     on_trial: Callable[[FrozenTrial], None] = lambda _: None,
 ) -> Progress:
-    """Run a project's sweep to its end; the stored trials count. Needs Ray.
+    """Run a project's sweep until `sweep.trials` trials, including stored ones, are finished. Needs Ray.
 
     `watch` is called after each change, `on_note` with lines for the user, `on_trial` with each finished
-    trial, those of earlier calls first. Raises UserError for a space that contradicts itself, a study that
-    another sweep has or that began with other settings, and a database that stays unreachable; Interrupted on
-    SIGTERM or SIGINT, after everything is stored.
+    trial, those of earlier calls first. Raises UserError if the space contradicts itself, if another sweep
+    has the study, if the study was started with other settings, or if the database stays unreachable;
+    Interrupted on SIGTERM or SIGINT, after everything is stored.
     """
     space = Space(project)
     space.check()
@@ -73,10 +73,11 @@ def run(
         recorder = Recorder(sweep, study, progress, watch, on_trial)
         signals: list[int] = []
         if len(finished) < sweep.trials and not recorder.is_over():
-            planned = plan.planned(space, stored)
+            points = plan.planned_points(space, stored)
             if sweep.search == "grid":
-                progress.num_trials = min(sweep.trials, len(finished) + len(planned))
-            search = Search(space, study, planned, plan.informative(space, finished), recorder.may_start)
+                progress.num_trials = min(sweep.trials, len(finished) + len(points))
+            to_learn_from = plan.informative_trials(space, finished)
+            search = Search(space, study, points, to_learn_from, recorder.may_start)
             scheduler = scheduler_of(sweep)
             restore_rungs(scheduler, finished, sweep)
             signals = _run_tune(space, search, scheduler, recorder, progress, on_note)
@@ -114,7 +115,7 @@ def _run_tune(
 
     with _environment(progress.study), stopping_on_signal(recorder.stop.set) as signals:
         # In a daemon thread: Tune in the main thread would delay the handling of signals, and after a second
-        # signal the process must not wait for it.
+        # signal the process must not wait for Tune.
         thread = threading.Thread(target=run_tuner, name="tune", daemon=True)
         thread.start()
         noted = False
@@ -152,8 +153,8 @@ def _tuner(
             num_samples=progress.num_trials - progress.num_earlier,
             # A population starts as a whole; members for which there is no room take turns.
             max_concurrent_trials=sweep.trials if is_population else placement.max_concurrent,
-            # Starting a process takes seconds. But workers of Ray Train end with the process that started
-            # them.
+            # Starting a process takes seconds. But Ray Train's workers end only with the process that started
+            # them, so trials with such workers get a new process each.
             reuse_actors=placement.in_process,
         ),
         run_config=tune.RunConfig(
@@ -175,12 +176,15 @@ def _folder(study: str) -> Path:
 
 @contextmanager
 def _environment(study: str) -> Iterator[None]:
-    """Environment variables, log level and empty folder for Tune; undone at the end of the block."""
+    """Set environment variables and log level for Tune, and empty its folder.
+
+    At the end of the block, restores the variables and removes the folder.
+    """
     folder = _folder(study)
     shutil.rmtree(folder, ignore_errors=True)
     previous = {name: os.environ.get(name) for name in TUNE_ENVIRONMENT}
     os.environ.update(TUNE_ENVIRONMENT)
-    # It would warn that the files are missing which TUNE_ENVIRONMENT turns off.
+    # Tune would warn that files are missing; TUNE_ENVIRONMENT turns them off.
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     try:
         yield
@@ -194,7 +198,7 @@ def _environment(study: str) -> Iterator[None]:
 
 
 def _user_error(error: BaseException) -> UserError | None:
-    """The UserError that Tune has wrapped in its own error, if there is one."""
+    """The UserError that Tune has wrapped in an error of its own; None if it is another error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
@@ -224,8 +228,10 @@ def _remove(document: Any, path: Sequence[str]) -> None:
 
 def _shares_data(space: Space) -> bool:
     """Whether all trials train on the same prepared data."""
-    of_model = {"model", "model.kind", *(f"model.{name}" for name in space.base.model.data_settings)}
-    return not any(key in of_model or key.split(".")[0] in ("data", "features") for key in space.sweep.space)
+    model_keys = {"model", "model.kind", *(f"model.{name}" for name in space.base.model.data_settings)}
+    return not any(
+        key in model_keys or key.split(".")[0] in ("data", "features") for key in space.sweep.space
+    )
 
 
 def _prepare(space: Space) -> list[str]:

@@ -131,7 +131,7 @@ def test_a_study_of_another_space_or_project_is_refused(swept, raylway):
     ):
         done = raylway("sweep", *SHOWN, "--set", change)
         assert done.returncode == 2
-        assert "was begun with other settings" in done.stderr
+        assert "was started with other settings" in done.stderr
         assert change.partition("=")[0].split(".")[1] in done.stderr
         assert "sweep.study=" in done.stderr, "it says what to do"
 

@@ -78,8 +78,8 @@ def releasing_resources(worker_group: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Slot:
-    """A rank's place among all ranks, among those on its node (`local_`), and among those of all nodes with the
-    same local rank (`cross_`)."""
+    """A rank's place among all ranks, among those on its node (`local_`), and among those of all nodes with
+    the same local rank (`cross_`)."""
 
     hostname: str
     rank: int

@@ -118,7 +118,7 @@ def test_size(parameter, size):
 def test_a_large_space_is_not_counted_completely():
     numbers = {"type": "int", "low": 1, "high": 1000}
     of = space({"training.batch_size": numbers, "training.epochs": numbers, "seed": numbers})
-    assert of.described()[-1] == "size: more than 100,000 points"
+    assert of.describe()[-1] == "size: more than 100,000 points"
 
 
 def test_the_description_names_ranges_conditions_and_constraints():
@@ -129,7 +129,7 @@ def test_the_description_names_ranges_conditions_and_constraints():
         },
         constraints=["training.learning_rate < 0.05"],
     )
-    assert of.described() == [
+    assert of.describe() == [
         "training.learning_rate: float from 0.001 to 0.1, logarithmic",
         'model.dropout: float from 0 to 0.5, when model.kind is "mlp"',
         "where training.learning_rate < 0.05",
@@ -378,7 +378,7 @@ def test_a_point_that_is_accepted_is_tried_as_it_is():
             continue
         accepted += 1
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=1))
-        encoded = of.encoded(point)
+        encoded = of.encode(point)
         for number in range(3):
             study.enqueue_trial(dict(encoded))
             trial = study.ask()
@@ -393,4 +393,4 @@ def test_a_large_space_with_conditions_is_counted_quickly():
     numbers = {"type": "int", "low": 1, "high": 10**6}
     many = {"training.epochs": numbers, "training.batch_size": {**numbers, "when": {"model.dropout": 0.1}}}
     of = space({"model.dropout": {"type": "choice", "values": [0.0, 0.1]}, **many})
-    assert of.described()[-1] == "size: more than 100,000 points"
+    assert of.describe()[-1] == "size: more than 100,000 points"

@@ -16,7 +16,7 @@ from app.state.home import POSTGRESQL_TIMEOUTS
 from app.tuning import study as studies
 
 RATE = {"rate": FloatDistribution(0.0, 1.0)}
-FACTS = {"sweep": {"space": {"rate": [0, 1]}}, "project": {"training": {"epochs": 3}}}
+SETTINGS = {"sweep": {"space": {"rate": [0, 1]}}, "project": {"training": {"epochs": 3}}}
 
 
 @pytest.fixture(autouse=True)
@@ -26,8 +26,8 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(name: str = "s", facts: dict = FACTS, say=print):
-    return studies.opened(name, ["maximize"], facts, say)
+def opened(name: str = "s", settings: dict = SETTINGS, on_note=print):
+    return studies.opened(name, ["maximize"], settings, on_note)
 
 
 def stored() -> list:
@@ -80,7 +80,7 @@ def test_other_settings_are_refused_and_named():
     with opened():
         pass
     other = {"sweep": {"space": {"rate": [0, 2]}}, "project": {"training": {"epochs": 3, "seed": 1}}}
-    with pytest.raises(UserError) as error, opened(facts=other):
+    with pytest.raises(UserError) as error, opened(settings=other):
         pass
     assert "sweep.space.rate was [0, 1] and is [0, 2]" in str(error.value)
     assert 'project.training.seed was "nothing" and is 1' in str(error.value)
@@ -117,7 +117,7 @@ def test_a_call_waits_for_a_locked_database(home, monkeypatch):
     real = optuna.storages.RDBStorage
     short = {"connect_args": {"timeout": 0.1}}
     monkeypatch.setattr(studies, "RDBStorage", lambda url, engine_kwargs: real(url, engine_kwargs=short))
-    with opened(say=notes.append) as study:
+    with opened(on_note=notes.append) as study:
         study.resume(number)
         other = sqlite3.connect(home / "optuna.db", check_same_thread=False, isolation_level=None)
         other.execute("BEGIN EXCLUSIVE")
@@ -134,7 +134,7 @@ def test_a_call_waits_for_a_locked_database(home, monkeypatch):
 def test_an_unreachable_database_ends_the_sweep_with_advice(home, monkeypatch):
     monkeypatch.setattr(studies, "WAIT_S", 0.1)
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{home}/no/such/folder/x.db")
-    with pytest.raises(UserError, match="the same command goes on"), opened():
+    with pytest.raises(UserError, match="the same command resumes"), opened():
         pass
 
 

@@ -7,7 +7,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from app.tuning import progress, report, scheduler, tuner
-from app.tuning.plan import Planned, planned
+from app.tuning.plan import PlannedPoint, planned_points
 from app.tuning.search import Search, state_of
 from app.tuning.space import Space
 from tests.unit.tuning.test_space import HIDDEN, RATE, project
@@ -85,11 +85,11 @@ def test_interrupted_trials_come_first_then_listed_points_that_were_not_tried():
     waiting = trial(1, None, "RUNNING")
     waiting.state = TrialState.WAITING
     points = [{"training.learning_rate": 0.01}, {"training.learning_rate": 0.05}, {"model.hidden": [16, 16]}]
-    plan = planned(Space(project(SPACE, points=points)), [tried, waiting])
+    plan = planned_points(Space(project(SPACE, points=points)), [tried, waiting])
     assert plan == [
-        Planned(waiting.params, 1),
-        Planned({"training.learning_rate": 0.05}),
-        Planned({"model.hidden": "[16, 16]"}),
+        PlannedPoint(waiting.params, 1),
+        PlannedPoint({"training.learning_rate": 0.05}),
+        PlannedPoint({"model.hidden": "[16, 16]"}),
     ]
 
 
@@ -104,7 +104,7 @@ def test_a_grid_plans_the_points_that_were_not_tried():
             "training.batch_size": CategoricalDistribution([8, 16]),
         },
     )
-    assert [p.point for p in planned(space, [tried])] == [
+    assert [p.point for p in planned_points(space, [tried])] == [
         {"model.hidden": "[8]", "training.batch_size": 16},
         {"model.hidden": "[16, 16]", "training.batch_size": 8},
     ]
