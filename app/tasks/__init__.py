@@ -1,8 +1,9 @@
 """The families of models, one folder each: from prepared rows to a bundle.
 
-Training, tuning and the jobs know no family. They ask for the task, the packager or the baselines of a
-project. A folder has the modules `task` with a class `Task`, `packager` with a class `Packager`, and
-`baselines` with a function of that name. They are imported on first use: their libraries take seconds.
+Training, tuning and the jobs name no family. They get the task, the packager or the baselines of a project
+from the functions in this module. A family's folder has the modules `task` with a class `Task`, `packager`
+with a class `Packager`, and `baselines` with a function of that name. They are imported on first use, because
+their libraries take seconds.
 """
 
 import importlib

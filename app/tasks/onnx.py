@@ -1,4 +1,4 @@
-"""Exporting a network as an ONNX graph, and the largest difference allowed between the two."""
+"""Exports a network as an ONNX graph, and limits the difference between the two."""
 
 import logging
 import warnings
@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 MAX_DIFFERENCE = 1e-4
-"""Largest difference allowed between an output of the graph and of PyTorch."""
+"""Maximum difference between an output of the graph and that of PyTorch."""
 OPSET = 20
+"""Version of ONNX's operators."""
 
 
 def export_graph(
@@ -22,8 +23,8 @@ def export_graph(
     outputs: list[str],
     dynamic_shapes: dict[str, Any],
 ) -> onnx.ModelProto:
-    """Export a network. `inputs` and `outputs` name its tensors; `dynamic_shapes` are those of
-    `torch.export`: the axes whose length may differ from the example's."""
+    """Export a network. `inputs` and `outputs` are the names of its tensors. `dynamic_shapes` has the axes
+    whose length may differ from the example's, as `torch.export` takes them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -42,13 +43,14 @@ def export_graph(
 
 
 def write(graph: onnx.ModelProto, path: Path) -> None:
-    """Check a graph and write it."""
+    """Check a graph and write it. Raises `onnx.checker.ValidationError` if it is not valid."""
     onnx.checker.check_model(graph, full_check=True)
     path.write_bytes(graph.SerializeToString())
 
 
 def require_close(difference: float) -> float:
-    """Return a difference to PyTorch. Raises RuntimeError if it exceeds MAX_DIFFERENCE or is NaN."""
+    """Return `difference`, between a graph and PyTorch. Raises RuntimeError if it exceeds MAX_DIFFERENCE or
+    is NaN."""
     if not difference <= MAX_DIFFERENCE:
         raise RuntimeError(
             f"the exported graph differs from the trained model by {difference:.2g}; limit: {MAX_DIFFERENCE}"
@@ -57,5 +59,5 @@ def require_close(difference: float) -> float:
 
 
 def inner_prefix(columns: Iterable[str]) -> str:
-    """A prefix for the inner names of a graph that no column begins with: one slash more than any column."""
+    """A prefix for a graph's inner names, with which no column begins: one slash more than any column has."""
     return "/" * (1 + max(len(name) - len(name.lstrip("/")) for name in columns))

@@ -1,4 +1,4 @@
-"""What every family of models implements, from prepared rows to a bundle."""
+"""The protocols that every family of models implements: a task to train, a packager to make a bundle."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from app.bundle.schema import Schema
 
 Arrays = Mapping[str, Tensor]
-"""Rows of a part as training keeps them: tensors whose first axis is the rows."""
+"""Rows of a part in training: tensors by name, whose first axis is the rows."""
 
 
 class Task(Protocol):
-    """A project and its prepared data, as one family of models sees them: what training needs."""
+    """Everything that training needs from a family of models, for a project and its prepared data."""
 
     score: str
     """Validation metric that decides which epoch is best; higher is better."""
@@ -30,38 +30,45 @@ class Task(Protocol):
     def __init__(self, project: Project, prepared: Prepared): ...
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """Convert rows of a part to writable arrays with as many rows, once on each rank for its own rows."""
+        """Convert rows of a part to writable arrays by name, whose first axis is the rows.
+
+        Each rank calls this once for each part, with its own rows.
+        """
 
     def network(self) -> nn.Module:
-        """Make a network with random parameters from torch's global seed.
+        """Make a network, with random parameters from torch's global generator.
 
-        Its `forward` is what the graph computes; its `loss(*batch)` is the mean loss of a batch.
+        Its `forward` computes what the exported graph computes; its `loss(*batch)` is the mean loss of a
+        batch, float32 ().
         """
 
     def parameter_groups(self, network: nn.Module) -> list[dict[str, Any]]:
-        """Groups for the optimizer, with every trainable parameter in one of them. A group's `lr_scale`
-        multiplies the learning rate."""
+        """Parameter groups for the optimizer, with each trainable parameter in one of them. A group's
+        `lr_scale` multiplies the learning rate."""
 
     def arrange(self, arrays: Arrays, order: Tensor, batch_size: int) -> Tensor:
-        """Rearrange an epoch's random order of row numbers, for a family whose batches should hold similar
-        rows."""
+        """The order of the row numbers in an epoch, int64 (length,), from the random `order`.
+
+        For a family whose batches should have similar rows; others return `order`.
+        """
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
-        """The arguments of `network.loss` for these row numbers. Draws from torch's global generator."""
+        """The arguments of `network.loss` for the row numbers `rows`, int64 (batch,). Random draws are from
+        torch's global generator."""
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
-        """What `metrics` needs of a rank's validation rows, (rows, ...) each. The ranks' outputs are
-        concatenated."""
+        """The arguments of `metrics` for a rank's validation rows, (rows, ...) each. Training concatenates
+        those of all ranks."""
 
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
-        """Metrics of the validation part: `loss`, the score and others worth a curve. NaN if the outputs
-        are not finite."""
+        """Metrics of the validation part by name: `loss`, the score and others. NaN if the outputs are not
+        finite."""
 
 
 class Packager(Protocol):
-    """Makes a bundle of a task's trained network and evaluates it.
+    """Makes a bundle from a task's trained network, and evaluates bundles.
 
-    Training does not import this, so a change of a packager leaves trained networks valid.
+    Training does not import packagers, so a change of one leaves trained networks valid.
     """
 
     task: Task
@@ -81,5 +88,5 @@ class Packager(Protocol):
     def evaluate(self, bundle: "Bundle", rows: np.ndarray | None = None) -> dict[str, Any]:
         """Evaluate a bundle on the test part, or on its rows where the mask `rows` is true.
 
-        `model` holds the metrics by name; other keys are for the card.
+        Returns the metrics by name under `model`; other keys are for the card.
         """

@@ -1,1 +1,1 @@
-"""Recommenders: which items a user takes next."""
+"""The family of recommenders, which rank the items that a user may take next."""

@@ -1,7 +1,7 @@
-"""The baselines of a recommender: popularity, nearest items and EASE, none of them trained by gradients.
+"""The baselines of a recommender: popularity, nearest items and EASE, all without gradient descent.
 
-Each takes `interactions`, a sparse matrix (users, items) with 1 where the user had the item, and returns
-scores (users, items), float64.
+Each takes `interactions`, a sparse matrix (users, items) with 1 where the user has had the item, and returns
+scores, float64 (users, items).
 """
 
 import functools
@@ -17,13 +17,13 @@ from app.evaluation import ranking
 from app.tasks.recommender.task import Task
 
 EASE_PENALTIES = (50.0, 100.0, 200.0, 400.0, 800.0)
-"""Penalties of EASE; the best one on the validation part is used."""
+"""Penalties of EASE, from which the validation part chooses."""
 
 Baseline = Callable[[sparse.csr_matrix], np.ndarray]
 
 
 def baselines(task: Task) -> dict[str, dict[str, float]]:
-    """See `app.tasks.baselines_of`. They are fitted on the training and validation parts."""
+    """See `app.tasks.baselines_of`. Fits them on the training and validation parts."""
 
     def metrics(part: str, seen: Tensor, baseline: Baseline) -> dict[str, float]:
         frame = task.frame(part)
@@ -33,7 +33,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
     train, seen = task.seen_in("train"), task.seen_in("train", "validation")
     eases: list[Baseline] = [functools.partial(ease, penalty=penalty) for penalty in EASE_PENALTIES]
-    # BLAS's threads spin while they wait for each other, which on busy cores takes longer than the sums.
+    # BLAS's threads spin while they wait for each other: on busy cores that takes longer than the arithmetic.
     with threadpool_limits(1):
         fitted: dict[str, Baseline] = {
             "popularity": popularity,
@@ -44,14 +44,14 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
 
 def popularity(interactions: sparse.csr_matrix) -> np.ndarray:
-    """The number of users who had the item, the same scores for every user."""
+    """The number of users who have had the item: the same scores for every user."""
     counts = np.asarray(interactions.sum(axis=0), dtype=np.float64)
     return np.repeat(counts, interactions.shape[0], axis=0)
 
 
 def item_knn(interactions: sparse.csr_matrix, neighbours: int = 100) -> np.ndarray:
-    """The sum of the item's cosines to the user's items, for each item's nearest `neighbours` (Sarwar et al.,
-    2001)."""
+    """Item-based nearest neighbours (Sarwar et al., 2001): the sum of the item's cosine similarities to those
+    of the user's items that are among its nearest `neighbours`."""
     together = (interactions.T @ interactions).toarray().astype(np.float64)
     norm = np.sqrt(np.maximum(together.diagonal(), 1))
     cosine = together / np.outer(norm, norm)

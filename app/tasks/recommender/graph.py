@@ -1,4 +1,4 @@
-"""The ONNX graph of a recommender, from user ids to the best items that the users have not had."""
+"""The ONNX graph of a recommender, from user ids to the best items that each user has not had."""
 
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from app.data.interactions import Catalogue
 from app.tasks.onnx import export_graph, inner_prefix, require_close, write
 
 USERS_PER_BATCH = 64
+"""Number of users in a run of the graph and a forward pass, which are compared."""
 LOWEST = torch.finfo(torch.float32).min
-"""The score of an item that is not to be recommended."""
+"""Score of an item that is not recommended."""
 
 
 class _TopItems(nn.Module):
-    """The best items that a user has not had; for the unknown user, 0, the most popular ones."""
+    """A network for the best items that a user has not had; for unknown users, the most popular ones."""
 
     def __init__(self, network: nn.Module, catalogue: Catalogue, seen: Tensor):
         super().__init__()
@@ -30,7 +31,7 @@ class _TopItems(nn.Module):
         self.register_buffer("popularity", torch.tensor(catalogue.popularity, dtype=torch.float32))
 
     def scores(self, users: Tensor) -> Tensor:
-        """The scores of all items, (users, items): popularity for the unknown user."""
+        """The scores of all items, (users, items), for user indices (users,); popularity for user 0."""
         return torch.where(users[:, None] > 0, self.network(users), self.popularity)
 
     def forward(self, users: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -41,10 +42,11 @@ class _TopItems(nn.Module):
 
 
 def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, path: Path) -> None:
-    """Write the graph: the string input `user` (rows,) to ITEMS, SCORES (rows, n) and KNOWN (rows,).
+    """Write the graph, from the string input `user` (rows,) to ITEMS and SCORES (rows, n) and KNOWN (rows,).
 
-    `seen` bool (users, items) marks items that are not recommended. If a user has fewer than n items left,
-    the rest are empty strings with the score LOWEST.
+    n is MAX_ITEMS, or the size of a smaller catalogue. `seen` bool (users, items) marks items that are not
+    recommended. If fewer than n items are left for a user, the rest of the row is empty strings with the
+    score LOWEST.
     """
     top = _TopItems(network.cpu().eval(), catalogue, seen.cpu())
     shapes = {"users": {0: torch.export.Dim("rows", min=1)}}
@@ -97,12 +99,12 @@ def export(network: nn.Module, catalogue: Catalogue, seen: Tensor, user: str, pa
 def difference(
     network: nn.Module, catalogue: Catalogue, seen: Tensor, path: Path, users: np.ndarray
 ) -> float:
-    """The largest difference between the graph's scores and PyTorch's, for users (rows,) and an unknown one,
-    relative to the size of the scores.
+    """The largest difference between the graph's scores and PyTorch's, relative to those above 1.
 
-    Compares the scores in their order, and each item's score with the network's: items with equal scores may
-    change places. Raises RuntimeError if the difference exceeds MAX_DIFFERENCE, or the graph recommends an
-    item that a user has had.
+    `users` (rows,) are ids, to which an unknown one is added. Compares the sorted scores, and the score of
+    each recommended item, but not the order of the items: those with equal scores may change places. Raises
+    RuntimeError if the difference exceeds MAX_DIFFERENCE, or the graph recommends an item that a user has
+    had.
     """
     graph, top, largest = open_graph(path), _TopItems(network.cpu().eval(), catalogue, seen.cpu()), 0.0
     (column,) = (item.name for item in graph.get_inputs())
@@ -112,14 +114,14 @@ def difference(
         items, scores = graph.run([ITEMS, SCORES], {column: batch})
         indices = torch.from_numpy(catalogue.user_indices(batch))
         with torch.no_grad():
-            expected, _, _ = top(indices)
+            top_scores, _, _ = top(indices)
             all_scores = top.scores(indices).numpy()
         is_left = scores > LOWEST
         columns = np.where(is_left, catalogue.item_indices(items.ravel()).reshape(items.shape), 0)
-        own = np.where(is_left, np.take_along_axis(all_scores, columns, axis=1), LOWEST)
-        size = np.maximum(1, np.abs(own))
-        for other in (expected.numpy(), own):
-            largest = max(largest, float((np.abs(scores - other) / size).max()))
+        item_scores = np.where(is_left, np.take_along_axis(all_scores, columns, axis=1), LOWEST)
+        magnitude = np.maximum(1, np.abs(item_scores))
+        for expected_scores in (top_scores.numpy(), item_scores):
+            largest = max(largest, float((np.abs(scores - expected_scores) / magnitude).max()))
         if (is_left & np.take_along_axis(top.seen[indices].numpy(), columns, axis=1)).any():
             raise RuntimeError("the exported graph recommends an item that the user has had")
     return require_close(largest)

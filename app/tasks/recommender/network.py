@@ -1,6 +1,6 @@
-"""Networks that score every pair of a user and an item.
+"""Networks that score pairs of a user and an item.
 
-Users and items are indices in the catalogue. User 0 stands for unknown users: its vector is zero and is not
+Users and items are indices in the catalogue. User 0 stands for unknown users: its vector is zero and not
 trained.
 """
 
@@ -16,11 +16,11 @@ from torch.nn.functional import softplus
 from app.config.families import recommender as config
 
 INITIAL_DEVIATION = 0.05
-"""Standard deviation of the initial components of the vectors."""
+"""Standard deviation of the initial values of the vectors."""
 
 
 class Recommender(nn.Module):
-    """What the recommenders share: biases, the scores of all items and the loss.
+    """The base class of recommenders: biases, the scores of all items and the loss.
 
     A subclass computes `affinity`, the scores without biases.
     """
@@ -37,66 +37,69 @@ class Recommender(nn.Module):
 
     def forward(self, users: Tensor) -> Tensor:
         """The scores of all items, (users, items), for users (users,)."""
-        return self.of_all(users, torch.arange(self.num_items, device=users.device))
+        return self.score_all(users, torch.arange(self.num_items, device=users.device))
 
-    def of_all(self, users: Tensor, items: Tensor) -> Tensor:
+    def score_all(self, users: Tensor, items: Tensor) -> Tensor:
         """The scores (users, items) of all pairs of users (users,) and items (items,)."""
         return (
-            self.affinity(users, items, every=True)
+            self.affinity(users, items, all_pairs=True)
             + self.user_bias(users)
             + self.item_bias(items).T
             + self.mean
         )
 
-    def of_pairs(self, users: Tensor, items: Tensor) -> Tensor:
-        """The scores (pairs,) of each user (pairs,) with the item (pairs,) at the same index."""
+    def score_pairs(self, users: Tensor, items: Tensor) -> Tensor:
+        """The scores (pairs,) of users (pairs,), each with the item at the same index of items (pairs,)."""
         biases = (self.user_bias(users) + self.item_bias(items)).squeeze(1)
-        return self.affinity(users, items, every=False) + biases + self.mean
+        return self.affinity(users, items, all_pairs=False) + biases + self.mean
 
-    def affinity(self, users: Tensor, items: Tensor, every: bool) -> Tensor:
-        """The scores of `of_all` if `every`, else those of `of_pairs`, without biases."""
+    def affinity(self, users: Tensor, items: Tensor, all_pairs: bool) -> Tensor:
+        """The scores of `score_all` if `all_pairs`, else those of `score_pairs`, without biases."""
         raise NotImplementedError
 
     def loss(self, users: Tensor, items: Tensor, weight: Tensor, *more: Tensor) -> Tensor:
-        """The weighted mean loss of pairs of a user and an item; `users`, `items` and `weight` are (rows,).
+        """The weighted mean loss, float32 (), of pairs of a user and an item.
 
-        `more` is, for implicit feedback, the negatives (n,), items that all rows are compared with, and the
-        mask bool (rows, n) of those that count; for explicit feedback, the ratings (rows,).
+        `users`, `items` and `weight` are (rows,). For implicit feedback, `more` is the negatives (n,), items
+        that every row is compared with, and a mask, bool (rows, n), of the negatives that count for a row.
+        For explicit feedback, `more` is the ratings (rows,).
         """
-        scores = self.of_pairs(users, items)
+        scores = self.score_pairs(users, items)
         if self.loss_name == "squared_error":
             losses = (scores - more[0]).square()
         else:
             negatives, allowed = more
-            others = self.of_all(users, negatives)
+            negative_scores = self.score_all(users, negatives)
             losses = (softmax if self.loss_name == "softmax" else bpr)(
-                scores, others, allowed, self.num_items
+                scores, negative_scores, allowed, self.num_items
             )
         return (weight * losses).sum() / weight.sum()
 
 
-def softmax(scores: Tensor, others: Tensor, allowed: Tensor, num_items: int) -> Tensor:
+def softmax(scores: Tensor, negative_scores: Tensor, allowed: Tensor, num_items: int) -> Tensor:
     """Sampled softmax, (rows,): the negative log-likelihood of the items among all that are allowed.
 
-    `scores` (rows,) are those of the items, `others` (rows, n) those of the negatives. Each negative
-    represents `num_items / n` items, so that few and many negatives estimate the same sum
-    (Bengio and Senécal, 2008).
+    `scores` (rows,) are those of the items, `negative_scores` (rows, n) those of the negatives, of which
+    `allowed`, bool (rows, n), marks those that count. Each negative represents `num_items / n` items, so that
+    few and many negatives estimate the same sum (Bengio and Senécal, 2008).
     """
-    correction = math.log(num_items / others.shape[1])
-    others = (others + correction).masked_fill(~allowed, -torch.inf)
-    return torch.cat([scores[:, None], others], dim=1).logsumexp(dim=1) - scores
+    correction = math.log(num_items / negative_scores.shape[1])
+    negative_scores = (negative_scores + correction).masked_fill(~allowed, -torch.inf)
+    return torch.cat([scores[:, None], negative_scores], dim=1).logsumexp(dim=1) - scores
 
 
-def bpr(scores: Tensor, others: Tensor, allowed: Tensor, num_items: int) -> Tensor:
-    """Bayesian personalised ranking, (rows,) (Rendle et al., 2009): the item should score above each
-    negative. The arguments are those of `softmax`."""
-    pairs = softplus(others - scores[:, None]) * allowed
+def bpr(scores: Tensor, negative_scores: Tensor, allowed: Tensor, num_items: int) -> Tensor:
+    """Bayesian personalised ranking (Rendle et al., 2009), (rows,): the loss is small if the item scores
+    above each negative. The arguments are those of `softmax`."""
+    pairs = softplus(negative_scores - scores[:, None]) * allowed
     return pairs.sum(dim=1) / allowed.sum(dim=1).clamp(min=1)
 
 
 class MatrixFactorization(Recommender):
-    """The dot product of a user's and an item's vector, with biases (Koren et al., 2009); hard to beat if
-    well tuned (Rendle et al., 2020). Dropout applies to the user's vector."""
+    """The dot product of a user's and an item's vector, with biases (Koren et al., 2009).
+
+    Well tuned, it is hard to beat (Rendle et al., 2020). Dropout applies to the user's vector.
+    """
 
     def __init__(self, width: int, dropout: float, **shared: Any):
         super().__init__(**shared)
@@ -104,17 +107,16 @@ class MatrixFactorization(Recommender):
         self.item = _embedding(shared["num_items"], width)
         self.dropout = nn.Dropout(dropout)
 
-    def affinity(self, users: Tensor, items: Tensor, every: bool) -> Tensor:
+    def affinity(self, users: Tensor, items: Tensor, all_pairs: bool) -> Tensor:
         user, item = self.dropout(self.user(users)), self.item(items)
-        return user @ item.T if every else (user * item).sum(dim=1)
+        return user @ item.T if all_pairs else (user * item).sum(dim=1)
 
 
 class NeuralCollaborativeFiltering(Recommender):
-    """NeuMF (He et al., 2017): a generalised matrix factorization and a perceptron, each with vectors of its
-    own, under one output layer.
+    """NeuMF (He et al., 2017): the sum of a generalised matrix factorization and a perceptron.
 
-    The perceptron's first layer is the sum of a user's and an item's part, so that the parts are computed
-    once for all pairs. The factorization starts as a plain dot product.
+    Each has its own vectors. The perceptron's first layer is the sum of a user's and an item's part, so each
+    part is computed once for all pairs. The factorization starts as a plain dot product.
     """
 
     def __init__(self, width: int, hidden: list[int], dropout: float, **shared: Any):
@@ -129,12 +131,12 @@ class NeuralCollaborativeFiltering(Recommender):
         self.output = nn.Linear(hidden[-1], 1, bias=False)
         self.product = nn.Parameter(torch.ones(width))
 
-    def affinity(self, users: Tensor, items: Tensor, every: bool) -> Tensor:
+    def affinity(self, users: Tensor, items: Tensor, all_pairs: bool) -> Tensor:
         factors_user, inputs_user = self.dropout(self.user(users)).chunk(2, dim=1)
         factors_item, inputs_item = self.item(items).chunk(2, dim=1)
         factors_user = factors_user * self.product
         hidden_user, hidden_item = self.of_user(inputs_user), self.of_item(inputs_item)
-        if every:
+        if all_pairs:
             product = factors_user @ factors_item.T
             hidden = hidden_user[:, None] + hidden_item[None]
         else:
@@ -167,6 +169,6 @@ NETWORKS: dict[str, Callable[..., Recommender]] = {"mf": mf, "ncf": ncf}
 
 
 def recommender(settings: config.Recommender, num_users: int, num_items: int, mean: float) -> Recommender:
-    """Make the network of some settings; `num_users` includes user 0, `mean` is the mean rating."""
+    """Make the network for `settings`. `num_users` includes user 0; `mean` is the mean rating."""
     loss = settings.loss if settings.feedback == "implicit" else "squared_error"
     return NETWORKS[settings.kind](settings, num_users=num_users, num_items=num_items, loss=loss, mean=mean)

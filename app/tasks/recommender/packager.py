@@ -16,7 +16,7 @@ from app.data.interactions import ITEM, RATING, USER, Catalogue
 from app.evaluation import ranking
 from app.tasks.recommender import graph
 from app.tasks.recommender import network as networks
-from app.tasks.recommender.task import USERS_PER_BATCH, Task, ranked
+from app.tasks.recommender.task import USERS_PER_BATCH, Task, evaluate_held_out
 
 
 class Packager:
@@ -48,10 +48,10 @@ class Packager:
         )
 
     def evaluate(self, bundle: Bundle, rows: np.ndarray | None = None) -> dict[str, Any]:
-        """Evaluate the bundle's network, to which `export` has compared its graph, on the test part.
+        """Evaluate the bundle's network on the test part. `export` has compared it with the graph.
 
-        A bundle of other data ranks by its own catalogue: a user whom it does not know gets the most popular
-        items, and an item that it does not know ranks last.
+        A bundle that was trained on other data ranks by its own catalogue: a user who is not in it gets the
+        most popular items, and an item that is not in it ranks last.
         """
         network, catalogue = _load(bundle)
         test, seen = self.task.frame("test", rows), self.task.seen_in("train", "validation")
@@ -66,7 +66,7 @@ class Packager:
             scores[:, columns < 0] = torch.nan
             test_users = torch.from_numpy(self.task.catalogue.user_indices(batch[USER]))
             test_items = torch.from_numpy(self.task.catalogue.item_indices(batch[ITEM]))
-            batches.append(ranked(scores, seen[test_users], test_items))
+            batches.append(evaluate_held_out(scores, seen[test_users], test_items))
         ranks, _, scores = (torch.cat(part).numpy().astype(np.float64) for part in zip(*batches, strict=True))
         metrics = ranking.evaluate(ranks)
         if self.task.model.feedback == "explicit":
@@ -76,7 +76,7 @@ class Packager:
 
 
 def _load(bundle: Bundle) -> tuple[networks.Recommender, Catalogue]:
-    """The network of a bundle, for evaluation, and its catalogue."""
+    """The network of a bundle in evaluation mode, and its catalogue."""
     from safetensors.torch import load_file
 
     model = Project.model_validate_json((bundle.path / "project.json").read_text()).model

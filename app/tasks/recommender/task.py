@@ -1,4 +1,4 @@
-"""The task of recommenders: users, items, and one held-out item of each user."""
+"""The task of recommenders, which rank a held-out item of each user among all items."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ from app.tasks import Arrays
 from app.tasks.recommender import network as networks
 
 USERS_PER_BATCH = 64
-"""Users in a forward pass outside training, which scores all items for each."""
+"""Number of users in a forward pass outside training, which scores all items for each user."""
 
 
 class Task:
@@ -36,7 +36,8 @@ class Task:
         self.seen = self.seen_in("train")
 
     def seen_in(self, *parts: str) -> Tensor:
-        """The items that each user has in some parts, bool (users, items); the unknown user, 0, has none."""
+        """The items that each user has in some parts, bool (users, items). User 0 stands for unknown users
+        and has none."""
         seen = torch.zeros(len(self.catalogue.users) + 1, len(self.catalogue.items), dtype=torch.bool)
         for part in parts:
             frame = self.frame(part)
@@ -45,7 +46,7 @@ class Task:
         return seen
 
     def frame(self, part: str, rows: np.ndarray | None = None) -> pd.DataFrame:
-        """A part, or its rows where the mask `rows` is true, with the columns USER, ITEM, RATING and AGE."""
+        """A part with the columns USER, ITEM, RATING and AGE; with `rows`, only where this mask is true."""
         return self._renamed(self.prepared.frame(part, rows))
 
     def _renamed(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +76,7 @@ class Task:
         return order
 
     def batch(self, arrays: Arrays, rows: Tensor) -> tuple[Tensor, ...]:
-        """The arguments of `networks.Recommender.loss`; draws negatives without replacement."""
+        """The arguments of `networks.Recommender.loss`. Draws the batch's negatives without replacement."""
         users, items, weight = arrays["user"][rows], arrays["item"][rows], arrays["weight"][rows]
         if self.model.feedback == "explicit":
             return users, items, weight, arrays["rating"][rows]
@@ -84,10 +85,12 @@ class Task:
         return users, items, weight, negatives, ~self.seen[users][:, negatives]
 
     def outputs(self, network: nn.Module, arrays: Arrays) -> tuple[Tensor, ...]:
-        """Rank, log loss among all unseen items, score and rating of each held-out item, (rows,) each."""
+        """Rank, log loss, score and rating of each held-out item, (rows,) each. See `evaluate_held_out`."""
         held_out = (arrays[name].split(USERS_PER_BATCH) for name in ("user", "item"))
         batches = [
-            ranked(network(users).float().cpu(), self.seen[users.to(self.seen.device)].cpu(), items.cpu())
+            evaluate_held_out(
+                network(users).float().cpu(), self.seen[users.to(self.seen.device)].cpu(), items.cpu()
+            )
             for users, items in zip(*held_out, strict=True)
         ]
         device = arrays["user"].device
@@ -96,11 +99,11 @@ class Task:
     def metrics(self, *outputs: Tensor) -> dict[str, float]:
         """The loss, HR@10, NDCG@10 and MRR; with explicit feedback also RMSE and R2."""
         ranks, losses, scores, ratings = (output.numpy().astype(np.float64) for output in outputs)
-        of_ranks = ranking.evaluate(ranks)
+        ranking_metrics = ranking.evaluate(ranks)
         if self.model.feedback == "implicit":
-            return {"loss": float(losses.mean()), **of_ranks}
-        of_ratings = self.rating_metrics(scores, ratings)
-        return {"loss": of_ratings["rmse"] ** 2, **of_ranks, **of_ratings}
+            return {"loss": float(losses.mean()), **ranking_metrics}
+        rating_metrics = self.rating_metrics(scores, ratings)
+        return {"loss": rating_metrics["rmse"] ** 2, **ranking_metrics, **rating_metrics}
 
     def rating_metrics(self, scores: np.ndarray, ratings: np.ndarray) -> dict[str, float]:
         """RMSE, and R2 relative to the mean rating of the training part; both arguments are (rows,)."""
@@ -109,10 +112,11 @@ class Task:
         return {"rmse": math.sqrt(error), "r2": 1 - error / variance if variance else 0.0}
 
 
-def ranked(scores: Tensor, seen: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank, log loss among all unseen items, and score of each held-out item, (users,) each.
+def evaluate_held_out(scores: Tensor, seen: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank, log loss and score of each user's held-out item, (users,) each.
 
-    `scores` and `seen` are (users, items), `items` (users,).
+    Rank and log loss are among the items that the user has not had. `scores` float and `seen` bool are
+    (users, items); `items`, the indices of the held-out items, are (users,).
     """
     ranks = ranking.ranks(scores.numpy(), seen.numpy(), items.numpy())
     own = scores.gather(1, items[:, None]).squeeze(1)

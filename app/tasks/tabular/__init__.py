@@ -1,1 +1,1 @@
-"""Networks on rows of numbers and categories that predict a binary label."""
+"""The family of networks that predict a binary label from numbers and categories."""

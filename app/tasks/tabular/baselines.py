@@ -17,8 +17,8 @@ from app.tasks.tabular.task import Task
 def baselines(task: Task) -> dict[str, dict[str, float]]:
     """See `app.tasks.baselines_of`.
 
-    scikit-learn's models take the raw columns and preprocess them on their own, so that a loss of information
-    in our preprocessing shows.
+    scikit-learn's models take the raw columns and preprocess them on their own, so that they reveal a loss of
+    information in our preprocessing.
     """
     project, train, test = task.project, task.prepared.frame("train"), task.prepared.frame("test")
     y_train, y_test = train[LABEL].to_numpy(), test[LABEL].to_numpy()
@@ -33,7 +33,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
 
 def _columns(frame: pd.DataFrame, project: Project) -> pd.DataFrame:
-    """The inputs of a part, with MISSING for a missing category."""
+    """The columns of the features, with MISSING for a missing category."""
     categories = [name for name in project.features if project.data.columns[name].type == "category"]
     filled = {name: frame[name].fillna(MISSING) for name in categories}
     return frame[list(project.features)].assign(**filled)

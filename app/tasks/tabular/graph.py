@@ -28,13 +28,14 @@ class _Column(nn.Module):
 
 
 def export(network: nn.Module, preprocessor: Preprocessor, path: Path) -> None:
-    """Write the graph: an input (rows,) for each raw column, float64 or string, and one output (rows, 1)."""
+    """Write the graph: an input (rows,) for each raw column, float64 or string, and the output, float32
+    (rows, 1)."""
     example = torch.zeros(2, preprocessor.layout.width)
     rows = torch.export.Dim("rows", min=1)
     graph = export_graph(_Column(network.cpu().eval()), (example,), ["matrix"], [OUTPUT], {"x": {0: rows}})
     preprocessing = _preprocessing(preprocessor, graph.ir_version)
-    # A column may have an inner name of the exporter, such as "linear". The prefix keeps them apart; it has
-    # one slash more than that of the preprocessing.
+    # A column may have the same name as a value inside the exported network, such as "linear". The prefix
+    # makes them differ; it has one slash more than the prefix of the preprocessing.
     prefix = inner_prefix(c.column for c in preprocessor.columns)
     graph = onnx.compose.add_prefix(graph, f"{prefix}/", rename_outputs=False)
     joint = [(f"{prefix}encoded", f"{prefix}/matrix")]
@@ -55,14 +56,13 @@ def difference(network: nn.Module, preprocessor: Preprocessor, path: Path, frame
 def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelProto:
     """A graph with the arithmetic of `Preprocessor.transform` and the output `encoded`."""
     graph = _Graph(inner_prefix(c.column for c in preprocessor.columns))
-    named = graph.named
     scaled = [c for c in preprocessor.columns if isinstance(c, ScaledNumber)]
     binned = [c for c in preprocessor.columns if isinstance(c, BinnedNumber)]
     exact = [c for c in preprocessor.columns if isinstance(c, FrequentNumbers)]
     categories = [c for c in preprocessor.columns if isinstance(c, Categories)]
     graph.constant("axis", np.array([1]))
     for number in [*scaled, *binned]:
-        graph.add("Unsqueeze", [number.column, named("axis")], f"{number.column}/raw")
+        graph.add("Unsqueeze", [number.column, graph.full_name("axis")], f"{number.column}/raw")
     parts = [_scaled(graph, scaled)] if scaled else []
     parts += [_binned(graph, number) for number in binned]
     parts += [_exact(graph, number) for number in exact]
@@ -72,7 +72,7 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
     inputs = [(c.column, TensorProto.DOUBLE) for c in [*scaled, *binned]]
     inputs += [(c.column, TensorProto.STRING) for c in categories]
     output = helper.make_tensor_value_info(
-        named("encoded"), TensorProto.FLOAT, ["rows", preprocessor.layout.width]
+        graph.full_name("encoded"), TensorProto.FLOAT, ["rows", preprocessor.layout.width]
     )
     proto = helper.make_graph(
         graph.nodes,
@@ -86,26 +86,26 @@ def _preprocessing(preprocessor: Preprocessor, ir_version: int) -> onnx.ModelPro
 
 
 class _Graph:
-    """The nodes and constants of a graph. Inner names begin with `prefix`, which no column does."""
+    """The nodes and constants of a graph. Inner names begin with `prefix`, with which no column begins."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
-    def named(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
         """The full name of an inner value, such as `age/raw`."""
         return f"{self._prefix}{name}"
 
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add a constant; returns its full name."""
-        self.constants.append(numpy_helper.from_array(value, self.named(name)))
-        return self.named(name)
+        self.constants.append(numpy_helper.from_array(value, self.full_name(name)))
+        return self.full_name(name)
 
     def add(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
         """Add a node. `inputs` are full names, `output` is an inner name; returns the output's full name."""
-        self.nodes.append(helper.make_node(operator, inputs, [self.named(output)], **attributes))
-        return self.named(output)
+        self.nodes.append(helper.make_node(operator, inputs, [self.full_name(output)], **attributes))
+        return self.full_name(output)
 
 
 def _scaled(graph: _Graph, numbers: list[ScaledNumber]) -> str:
@@ -114,7 +114,7 @@ def _scaled(graph: _Graph, numbers: list[ScaledNumber]) -> str:
     span = graph.constant("span", np.array([c.maximum - c.minimum or np.inf for c in numbers]))
     fill = graph.constant("fill", np.array([c.fill for c in numbers]))
     zero, one = graph.constant("zero", np.array(0.0)), graph.constant("one", np.array(1.0))
-    raw = graph.add("Concat", [graph.named(f"{c.column}/raw") for c in numbers], "numbers", axis=1)
+    raw = graph.add("Concat", [graph.full_name(f"{c.column}/raw") for c in numbers], "numbers", axis=1)
     shifted = graph.add("Sub", [raw, low], "shifted")
     divided = graph.add("Div", [shifted, span], "divided")
     clipped = graph.add("Clip", [divided, zero, one], "clipped")
@@ -124,9 +124,9 @@ def _scaled(graph: _Graph, numbers: list[ScaledNumber]) -> str:
 
 
 def _binned(graph: _Graph, number: BinnedNumber) -> str:
-    """Encode one number by its bins: its share of each bin, or the weighted sum of the shares; in float64."""
+    """Encode one number by its share of each bin, or by the weighted sum of the shares; in float64."""
     name = number.column
-    raw = graph.named(f"{name}/raw")
+    raw = graph.full_name(f"{name}/raw")
     edges = graph.constant(f"{name}/edges", np.array(number.edges[:-1]))
     widths = graph.constant(f"{name}/widths", np.diff(number.edges))
     fill = graph.constant(f"{name}/fill", np.array(number.fill))
@@ -149,13 +149,13 @@ def _exact(graph: _Graph, number: FrequentNumbers) -> str:
     """Compare one number with its frequent values: an indicator for each."""
     name = number.column
     values = graph.constant(f"{name}/values", np.array(number.values, dtype=np.float64))
-    same = graph.add("Equal", [graph.named(f"{name}/raw"), values], f"{name}/same")
+    same = graph.add("Equal", [graph.full_name(f"{name}/raw"), values], f"{name}/same")
     return graph.add("Cast", [same], f"{name}/exact", to=TensorProto.FLOAT)
 
 
 def _encoded(graph: _Graph, column: Categories) -> str:
-    """Encode one category: its index from 1 among the known values, or 0 if unknown; one-hot, a row of
-    indicators instead."""
+    """Encode one category: as its index among the known values, from 1, or 0 if unknown; or one-hot, as an
+    indicator for each known value."""
     name = column.column
     index = graph.add(
         "LabelEncoder",
@@ -170,4 +170,4 @@ def _encoded(graph: _Graph, column: Categories) -> str:
         table = graph.constant(f"{name}/table", np.eye(len(column.values) + 1, dtype=np.float32)[:, 1:])
         return graph.add("Gather", [table, index], f"{name}/encoded", axis=0)
     number = graph.add("Cast", [index], f"{name}/number", to=TensorProto.FLOAT)
-    return graph.add("Unsqueeze", [number, graph.named("axis")], f"{name}/encoded")
+    return graph.add("Unsqueeze", [number, graph.full_name("axis")], f"{name}/encoded")

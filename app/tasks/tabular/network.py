@@ -1,4 +1,4 @@
-"""Networks on rows of numbers and categories that give the probability of a binary label."""
+"""Networks from numbers and categories to the probability of a binary label."""
 
 import math
 import warnings
@@ -15,17 +15,18 @@ from app.data.features import Layout
 
 
 class Columns(nn.Module):
-    """Replaces embedded numbers and categories in the matrix (rows, layout.width) by their vectors.
+    """Replaces embedded numbers and categories by their vectors: (rows, layout.width) -> (rows, width).
 
-    Index 0 of a category, a value that training never saw, has the zero vector and is not trained.
+    Index 0 of a category stands for values that do not occur in training: its vector is zero and not trained.
     """
 
     def __init__(self, layout: Layout, numbers: NumberEmbedding | None = None, width: int | None = None):
-        """`width` overrides the length of the categories' vectors."""
+        """`numbers` are the settings of embedded numbers. `width` overrides the length of the categories'
+        vectors."""
         super().__init__()
         self.dense = layout.dense
         self.embedded = 0
-        """Number of columns, the first ones, that belong to embedded numbers."""
+        """Number of columns of embedded numbers, which come first."""
         self.numbers: nn.Module | None = None
         sizes = [(count, width or length) for count, length in layout.embeddings]
         self.embeddings = nn.ModuleList(nn.Embedding(count, length, padding_idx=0) for count, length in sizes)
@@ -55,7 +56,7 @@ class LinearEmbeddings(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(num_columns, width) for num_columns in widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, sum of widths) -> (rows, numbers * width)."""
+        """float32 (rows, sum of widths) -> (rows, numbers * width)."""
         vectors = [layer(x[:, a:b]) for (a, b), layer in zip(self.spans, self.layers, strict=True)]
         return torch.relu(torch.cat(vectors, dim=1))
 
@@ -71,13 +72,13 @@ class PeriodicEmbeddings(nn.Module):
         self.linear = LinearEmbeddings((2 * num_waves,) * count, settings.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, numbers) -> (rows, numbers * width)."""
+        """float32 (rows, numbers) -> (rows, numbers * width)."""
         angles = 2 * math.pi * x[:, :, None] * self.frequencies
         return self.linear(torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1))
 
 
 class BinaryClassifier(nn.Module):
-    """The probability of the positive label. A subclass computes its logit."""
+    """A network for the probability of the positive label. A subclass computes the logit."""
 
     def logits(self, x: Tensor) -> Tensor:
         """float32 (rows, layout.width) -> (rows,), or (rows, members) for an ensemble."""
@@ -89,7 +90,10 @@ class BinaryClassifier(nn.Module):
         return probabilities if probabilities.ndim == 1 else probabilities.mean(dim=1)
 
     def loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Weighted mean log loss of labels 0 and 1; for an ensemble, the mean of its members' losses."""
+        """Weighted mean log loss, float32 (), of labels 0 and 1; `y` and `weight` are float32 (rows,).
+
+        For an ensemble, the mean of its members' losses.
+        """
         logits = self.logits(x)
         if logits.ndim == 2:
             y, weight = (t[:, None].expand_as(logits) for t in (y, weight))
@@ -142,8 +146,10 @@ class MultiLayerPerceptron(BinaryClassifier):
 
 
 class TabularEnsemble(BinaryClassifier):
-    """TabM (Gorishniy et al., 2024): perceptrons that share weights, with scales, biases and an output of
-    their own. Each member has its own loss; the prediction is the mean of their probabilities."""
+    """TabM (Gorishniy et al., 2024): perceptrons that share weights; each has its own scales and biases.
+
+    Each member has its own output and loss; the prediction is the mean of the members' probabilities.
+    """
 
     def __init__(
         self,
@@ -167,8 +173,11 @@ class TabularEnsemble(BinaryClassifier):
 
 
 class SharedLinear(nn.Module):
-    """A linear layer whose members share the weight, and each have a bias and scales of inputs and outputs
-    (BatchEnsemble, Wen et al., 2020). (rows, members or 1, width_in) -> (rows, members, width_out)."""
+    """A linear layer for all members of an ensemble (BatchEnsemble; Wen et al., 2020).
+
+    (rows, members or 1, width_in) -> (rows, members, width_out). The members share the weight; each has its
+    own bias and scales of inputs and outputs.
+    """
 
     def __init__(self, members: int, width_in: int, width_out: int):
         super().__init__()
@@ -206,7 +215,7 @@ def mlp(settings: Mlp, layout: Layout) -> nn.Module:
 
 
 def tabm(settings: TabM, layout: Layout) -> nn.Module:
-    """An ensemble of perceptrons in one."""
+    """An ensemble of perceptrons that share weights."""
     return TabularEnsemble(
         layout, list(settings.hidden), settings.dropout, settings.members, settings.numbers
     )

@@ -1,4 +1,4 @@
-"""The packager of networks on rows of numbers and categories."""
+"""The packager of networks that predict a binary label from numbers and categories."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The task of networks on rows of numbers and categories, with a binary label."""
+"""The task of networks that predict a binary label from numbers and categories."""
 
 import math
 from typing import Any
@@ -16,7 +16,7 @@ from app.tasks import Arrays
 from app.tasks.tabular.network import NETWORKS
 
 VALIDATION_BATCH_ROWS = 8192
-"""Rows in a forward pass of the validation."""
+"""Number of rows in a forward pass of the validation."""
 
 
 class Task:

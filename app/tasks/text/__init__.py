@@ -1,1 +1,1 @@
-"""Classifiers of texts on a pretrained encoder."""
+"""The family of text classifiers on a pretrained encoder."""

@@ -8,14 +8,14 @@ from app.evaluation import metrics
 from app.tasks.text.task import Task
 
 INVERSE_PENALTIES = (0.3, 1.0, 3.0, 10.0)
-"""Inverse penalties of the logistic regression; the best one on the validation part is used."""
+"""Inverse penalties of the logistic regression, from which the validation part chooses."""
 
 
 def baselines(task: Task) -> dict[str, dict[str, float]]:
     """See `app.tasks.baselines_of`.
 
-    The logistic regression takes the TF-IDF, with sublinear counts, of words and pairs of words that occur in
-    two texts or more.
+    The inputs of the logistic regression are the TF-IDF values, with sublinear counts, of words and pairs of
+    words that occur in at least two texts.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression

@@ -11,13 +11,15 @@ from app.data import tokens
 from app.tasks.onnx import export_graph, require_close, write
 
 TEXTS_PER_BATCH = 64
+"""Number of texts in a run of the graph and a forward pass, which are compared."""
 
 
 def export(network: nn.Module, path: Path) -> None:
-    """Write the graph: `ids` and `mask`, int64 (rows, length) both, to probabilities (rows, classes)."""
+    """Write the graph, from `ids` and `mask`, int64 (rows, length), to probabilities (rows, classes)."""
     rows, length = torch.export.Dim("rows", min=1), torch.export.Dim("length", min=2)
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.int64)
-    mask[0, -1] = 0  # the encoder ignores a mask that hides nothing, and the graph would ignore every mask
+    # The encoder skips a mask of ones, so the graph of such an example would ignore all masks.
+    mask[0, -1] = 0
     shapes = {name: {0: rows, 1: length} for name in ("ids", "mask")}
     write(export_graph(network.cpu().eval(), (ids, mask), ["ids", "mask"], [OUTPUT], shapes), path)
 

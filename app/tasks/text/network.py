@@ -1,4 +1,4 @@
-"""Classifiers on a pretrained BERT encoder."""
+"""Text classifiers on a pretrained BERT encoder."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers.models.bert.modeling_bert import BertModel
 from transformers.utils import logging
 
 NO_DECAY = re.compile(r"\bbias$|LayerNorm\.")
-"""Parameters without weight decay."""
+"""Pattern of the names of parameters without weight decay."""
 
 
 class TextClassifier(nn.Module):
@@ -33,15 +33,15 @@ class TextClassifier(nn.Module):
         return (states * weights).sum(dim=1) / weights.sum(dim=1)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The probability of each class, (rows, classes)."""
+        """The probability of each class, float32 (rows, classes). The arguments are those of `vectors`."""
         return self.probabilities(self.vectors(ids, mask))
 
     def probabilities(self, vectors: Tensor) -> Tensor:
-        """The probability of each class, (rows, classes), from mean vectors (rows, hidden)."""
+        """The probability of each class, float32 (rows, classes), from mean vectors (rows, hidden)."""
         return self.head(vectors).float().softmax(dim=1)
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The weighted mean log loss of a batch: ids, mask, labels int64 (rows,) and weights (rows,)."""
+        """The weighted mean log loss, float32 (), of ids, mask, labels int64 (rows,) and weights (rows,)."""
         ids, mask, y, weight = batch
         return self._log_loss(self.vectors(ids, mask), y, weight)
 
@@ -63,13 +63,13 @@ class FrozenTextClassifier(TextClassifier):
         return self
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The weighted mean log loss of a batch: mean vectors, labels and weights."""
+        """The weighted mean log loss, float32 (), of mean vectors, labels and weights."""
         return self._log_loss(*batch)
 
 
 def load_encoder(folder: Path) -> BertModel:
     """Load the encoder from `config.json` and `model.safetensors` in a folder, without any network access."""
-    logging.set_verbosity_error()  # otherwise it lists the weights of the pretraining heads that are not used
+    logging.set_verbosity_error()  # it would list the unused weights of the pretraining heads
     logging.disable_progress_bar()
     return BertModel.from_pretrained(
         folder, add_pooling_layer=False, local_files_only=True, use_safetensors=True, dtype=torch.float32
@@ -82,7 +82,7 @@ def new_encoder(config: dict[str, Any]) -> BertModel:
 
 
 def parameter_groups(network: TextClassifier, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups of all trainable parameters for AdamW, each with `lr_scale`, a factor of the learning rate.
+    """Parameter groups for AdamW, each with `lr_scale`, a factor of the learning rate.
 
     The linear layer has the factor 1, the top layer of the encoder `layer_decay`, the layer below its square,
     and so on down to the embeddings (Howard and Ruder, 2018; Clark et al., 2020). Biases and norms have no

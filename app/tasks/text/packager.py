@@ -1,4 +1,4 @@
-"""The packager of classifiers of a text."""
+"""The packager of text classifiers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from app.tasks.text import network as networks
 from app.tasks.text.task import Task
 
 NUM_CHECKED_TEXTS = 512
-"""Texts of the test part on which the exported graph is compared with PyTorch."""
+"""Maximum number of texts of the test part on which the exported graph is compared with PyTorch."""
 
 
 class Packager:

@@ -1,4 +1,4 @@
-"""The task of classifiers of a text, with a label of several classes."""
+"""The task of text classifiers, with a label of several classes."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from app.tasks import Arrays
 from app.tasks.text import network as networks
 
 TEXTS_PER_BATCH = 64
-"""Texts in a forward pass outside training."""
+"""Number of texts in a forward pass outside training."""
 
 
 class Task:
@@ -34,8 +34,11 @@ class Task:
         (self.column,) = project.features
 
     def arrays(self, frame: pd.DataFrame) -> dict[str, np.ndarray]:
-        """`ids` int32 (rows, longest) and `lengths`, or `vectors` float32 (rows, hidden) of a frozen encoder;
-        `y` int64 and `weight` float32 (rows,)."""
+        """Tokens and labels: `ids` int32 (rows, longest) and `lengths` int (rows,), `y` int64 and `weight`
+        float32, both (rows,).
+
+        A frozen encoder has `vectors` float32 (rows, hidden) instead of `ids` and `lengths`.
+        """
         y = np.array(frame[LABEL], dtype=np.int64)
         labels = {"y": y, "weight": self._class_weights()[y]}
         ids, lengths = tokens.encode(

@@ -18,7 +18,7 @@ def test_pairs_and_all_items_have_the_same_scores(kind):
         users, items = torch.tensor([1, 4, 0]), torch.tensor([6, 0, 2])
         every = network(users)
         assert every.shape == (3, 7)
-        torch.testing.assert_close(network.of_pairs(users, items), every.gather(1, items[:, None])[:, 0])
+        torch.testing.assert_close(network.score_pairs(users, items), every.gather(1, items[:, None])[:, 0])
 
 
 def test_matrix_factorization_by_hand():
