@@ -1,1 +1,1 @@
-"""Ray clusters: the local one of a state directory, one for a single command, or an existing one to join."""
+"""Ray clusters: the local one of `raylway up`, one for a single command, or an existing one to join."""

@@ -1,4 +1,4 @@
-"""CPUs of the cluster: how many are free, what holds the others, how many a command may claim. Needs Ray."""
+"""CPUs of the cluster: how many are free, in use, and available to a command. Needs Ray."""
 
 import math
 from collections import Counter
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from app.errors import UserError
 
 MIN_CPUS = 0.01
-"""Fewest CPUs that a worker can claim. Ray counts CPUs to four decimals; claims are rounded down to two."""
+"""Minimum number of CPUs that a worker claims. Ray counts CPUs to four decimals; claims are rounded down to
+two."""
 REPLICA_CLASS_PREFIX = "ServeReplica:"
 """Start of the actor class name of every Serve replica; the application and the deployment follow."""
 WORKERS_SEPARATOR = "@"
@@ -22,16 +23,16 @@ class Capacity:
     total: float
     free: float
     endpoints: Mapping[str, float]
-    """CPUs that the replicas of each endpoint hold. They become free only when the endpoint is undeployed."""
+    """CPUs of each endpoint's replicas. They become free only when the endpoint is undeployed."""
     autoscales: bool
     """Whether an autoscaler adds nodes when CPUs are short."""
 
     def left_by_endpoints(self, excluding: str = "") -> float:
-        """CPUs that no endpoint holds; those of the endpoint `excluding` count as free."""
+        """CPUs that no endpoint has; those of the endpoint `excluding` count as free."""
         return self.total - sum(cpus for name, cpus in self.endpoints.items() if name != excluding)
 
     def usage(self) -> str:
-        """Which endpoints and commands hold CPUs, as text."""
+        """The CPUs of each endpoint and of all other commands, as text."""
         parts = [f"endpoint {name} {cpus:g}" for name, cpus in sorted(self.endpoints.items())]
         others = self.total - self.free - sum(self.endpoints.values())
         if others > MIN_CPUS:
@@ -41,18 +42,18 @@ class Capacity:
     def wait_message(self, num_cpus: float, setting: str, excluding: str = "") -> str | None:
         """A message if fewer than `num_cpus` are free now, else None.
 
-        CPUs of the endpoint `excluding` count as free. Raises UserError, which names `setting` as the one to
+        CPUs of the endpoint `excluding` count as free. Raises UserError, which names the key `setting` to
         lower, if `num_cpus` can never become free.
         """
         if not self.autoscales and self.total < num_cpus:
             raise UserError(
-                f"{setting} asks for {num_cpus:g} CPUs, but the cluster has {self.total:g}; lower it with "
+                f"{setting} needs {num_cpus:g} CPUs, but the cluster has {self.total:g}; lower it with "
                 "--set, or use a larger cluster"
             )
         left = self.left_by_endpoints(excluding)
         if not self.autoscales and left < num_cpus:
             raise UserError(
-                f"{setting} asks for {num_cpus:g} CPUs, but endpoints leave {left:g} of the cluster's "
+                f"{setting} needs {num_cpus:g} CPUs, but endpoints leave {left:g} of the cluster's "
                 f"{self.total:g} ({self.usage()}); serve with a smaller serving.num_cpus, undeploy an "
                 "endpoint, or use a larger cluster"
             )
@@ -67,15 +68,15 @@ class Capacity:
     def cpus_per_worker(self, num_cpus: float, num_workers: int, setting: str) -> tuple[float, str | None]:
         """CPUs that each of `num_workers` claims, at most `num_cpus`, and a message for the user or None.
 
-        Each claims fewer than `num_cpus` if endpoints leave fewer: the workers then share cores. Raises
-        UserError if the whole cluster has too few CPUs, or endpoints leave none.
+        If endpoints leave fewer, each worker claims less than `num_cpus`, and the workers share cores. Raises
+        UserError, which names `setting`, if the whole cluster has too few CPUs, or endpoints leave none.
         """
         left = self.left_by_endpoints()
         if self.autoscales or left >= num_cpus * num_workers or self.total < num_cpus * num_workers:
             return num_cpus, self.wait_message(num_cpus * num_workers, setting)
         claim = math.floor(100 * left / num_workers) / 100
         if claim < MIN_CPUS:
-            self.wait_message(num_cpus * num_workers, setting)  # raises
+            self.wait_message(num_cpus * num_workers, setting)  # raises UserError
         note = (
             f"endpoints leave {left:g} of {self.total:g} CPUs ({self.usage()}): each of {num_workers} "
             f"workers claims {claim:g} instead of {num_cpus:g}, and is slower"
@@ -94,7 +95,7 @@ def current() -> Capacity:
 
 
 def _endpoint_cpus() -> dict[str, float]:
-    """CPUs that Serve replicas hold, by model; workers of a version count for their model."""
+    """CPUs of Serve's replicas, by model; workers of a version count for their model."""
     from ray._private.state import state
     from ray.core.generated.gcs_pb2 import ActorTableData
 

@@ -1,4 +1,4 @@
-"""Every environment variable that Ray's processes are started with, each with its reason."""
+"""The environment variables that Ray's processes are started with, each with its reason."""
 
 import hashlib
 import hmac
@@ -9,6 +9,7 @@ from pathlib import Path
 from app.state.home import GATEWAY_SECRET_VARIABLE, home
 
 SQLITE = "sqlite:///"
+"""Start of the URL of a SQLite file."""
 
 FLAGS = {
     # Ray runs its workers at nice 15, so anything else on the machine slows training and serving down.
@@ -75,10 +76,11 @@ LOCAL_FLAGS = {
 
 
 def environment() -> dict[str, str]:
-    """The environment for Ray's processes: this process's, completed by FLAGS.
+    """The environment for Ray's processes: that of this process, completed by FLAGS.
 
-    The user's values override FLAGS, with two exceptions. Authentication always uses the token file of the
-    state directory. Paths are made absolute, because Ray's processes have other working directories.
+    The user's values override FLAGS, but not the authentication, which always uses the token file of the
+    state directory, nor the paths of programs and modules. Paths are made absolute, because Ray's processes
+    have other working directories.
     """
     # RAY_AUTH_TOKEN would override the token file.
     user = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}

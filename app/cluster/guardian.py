@@ -43,8 +43,8 @@ class OwnedDirectory:
     lock: int
     """File descriptor of the lock. A process that inherits it owns the cluster too."""
     _pipe: int
-    """Write end of the guardian's standard input: one byte says that the owner has changed, its end that this
-    process has ended."""
+    """Write end of the guardian's standard input. A byte means that the owner has changed; the end of the
+    stream means that this process has ended."""
     _guardian: int
     """Process id of the guardian."""
 
@@ -117,7 +117,7 @@ def reap_orphans() -> None:
 
 
 def _create_locked() -> tuple[Path, int]:
-    """A new directory, and the descriptor of its locked lock file."""
+    """Create a directory and lock it; returns the descriptor of its lock file too."""
     while True:
         directory = Path(tempfile.mkdtemp(prefix=Path(PREFIX).name, dir=Path(PREFIX).parent))
         lock = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
@@ -128,7 +128,7 @@ def _create_locked() -> tuple[Path, int]:
 
 
 def _marked_processes(directory: Path) -> list[psutil.Process]:
-    """Processes with the mark of the cluster in `directory`, without this one."""
+    """Processes with the mark of the cluster in `directory`, except this one."""
     processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -24,16 +24,16 @@ from app.state import files
 from app.state.home import home, make_private
 
 START_TIMEOUT_S = 90.0
-"""Limit for a head to start; takes about 7 s on two idle cores."""
+"""Maximum time for a head to start. It takes about 7 s on two idle cores."""
 STOP_TIMEOUT_S = 15.0
-"""Time for a head to stop its processes before they are killed; takes about 4 s on an idle machine."""
+"""Time for a head to stop its processes before they are killed. It takes about 4 s on an idle machine."""
 ADDRESS_FILE = "ray_current_cluster"
 """File in Ray's directory that holds the head's address. Ray writes it when the head is up."""
 
 
 @dataclass(frozen=True)
 class UpResult:
-    """Result of `up`; `str()` of it tells the user how to reach the cluster."""
+    """Result of `up`. Its `str()` is the text for the user: how to reach the cluster."""
 
     cluster: Cluster
     started: bool

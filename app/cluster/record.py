@@ -20,8 +20,8 @@ class Cluster:
     pid: int
     """Process id of `ray start --block`, which owns the cluster."""
     created_s: float
-    """Start time of that process, in seconds since the epoch; tells it from a later process with the same
-    id."""
+    """Start time of that process, in seconds since the epoch. A later process with the same id has another
+    one."""
     token_path: str
     """File with the authentication token."""
     directory: str

@@ -1,7 +1,7 @@
-"""Starts and joins Ray: the cluster that is up, or one for a single command.
+"""Connects a command to Ray: to the cluster that is up, or to one that is started for this command only.
 
 `python -m app.cluster.session COMMAND...` runs a command, such as `ray start`, in the environment that every
-Ray process of Raylway has. The nodes of cluster.yaml start that way, so the flags are written down once.
+Ray process of Raylway has. The nodes of cluster.yaml start that way, so flags.py is the only list of flags.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from app.errors import UserError
 from app.state.home import GATEWAY_FOLDER_VARIABLE, GATEWAY_SECRET_VARIABLE, home, make_private
 
 NUM_REPLICA_PORTS = 500
-"""Ports for the replicas of one local cluster."""
+"""Number of ports for the replicas of one local cluster."""
 PROBE_INTERVAL_S = 3.0
 """Time between two checks that the cluster still answers."""
 MAX_FAILED_PROBES, MAX_FAILED_REMOTE_PROBES = 3, 15
@@ -126,7 +126,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         directory = None
         if address != "local":
-            # Somebody else's cluster: its authentication comes from the user's environment.
+            # Not a cluster of `raylway up`: its authentication comes from the user's environment.
             stack.enter_context(_environ(FLAGS | dict(os.environ) | {"RAYLWAY_HOME": str(home())}))
         elif cluster and cluster.alive():
             address = cluster.address
@@ -142,7 +142,7 @@ def session(*, log_to_driver: bool = True) -> Iterator[None]:
         stack.callback(_disconnect, lost)
         _connect(address, directory, log_to_driver)
         if directory:
-            # The mark is for Ray's processes only. What the command itself starts outlives the cluster.
+            # The mark is for Ray's processes only: other processes of the command may outlive the cluster.
             del os.environ[MARK]
         if "://" not in address:  # Ray's client watches the cluster itself
             stack.enter_context(_watching(_gcs_address(), lost))
@@ -216,7 +216,7 @@ def _watching(address: str, lost: threading.Event) -> Iterator[None]:
         if lost.is_set():
             raise UserError(
                 f"the Ray cluster at {address} must run until the command ends, but it no longer answers; "
-                "start it again (`raylway up`), and give the command again: what is done is kept"
+                "start it again (`raylway up`), and run the command again: completed work is kept"
             )
 
 
@@ -225,7 +225,7 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
     """Make `values` the environment of this process for the time of the block.
 
     Only variables that differ are set or deleted, and only those that still have the block's value are
-    restored: other threads, such as a notebook's, read the environment and change it meanwhile.
+    restored, because other threads, such as a notebook's, may read and change the environment meanwhile.
     """
     before = dict(os.environ)
     changes = {name: values.get(name) for name in {*before, *values} if values.get(name) != before.get(name)}
@@ -283,13 +283,13 @@ def _connect(address: str, directory: Path | None, log_to_driver: bool) -> None:
             ray._private.utils.write_ray_address(gcs_address, str(temp_dir(directory)))
     except (OSError, ValueError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
-            f"A Ray cluster must answer at {address} (RAY_ADDRESS, or the one that `up` started), "
+            f"A Ray cluster must answer at {address} (RAY_ADDRESS, or the one of `raylway up`), "
             f"but: {error}. Check the address and the token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH)."
         ) from error
 
 
 def main() -> None:
-    """Replace this process by the command in its arguments, in the environment of a node."""
+    """Replace this process by the command in its arguments, which runs in `node_environment()`."""
     try:
         require_tested_versions()
     except UserError as error:

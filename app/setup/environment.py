@@ -16,7 +16,7 @@ PACKAGES = Path("lib", f"python{sys.version_info[0]}.{sys.version_info[1]}", "si
 
 
 def python(*arguments: str) -> str:
-    """The standard output of the environment's Python. Raises UserError if it fails."""
+    """Run the environment's Python and return its standard output. Raises UserError if it fails."""
     return run([PYTHON, *arguments], cwd=ROOT)
 
 
@@ -27,6 +27,7 @@ def pip(command: str, *arguments: str) -> None:
 
 
 def pip_install(*arguments: str) -> None:
+    """Install packages. Raises UserError if it fails."""
     # Compiling all 26,000 modules would take longer than everything else. Python compiles a module at its
     # first import.
     pip("install", "--no-compile", *arguments)

@@ -27,11 +27,11 @@ from app.setup.processes import PROCESSES
 
 HOROVOD = "horovod==0.28.1"
 HOROVOD_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
-"""SHA-256 of the source archive. It is checked before pip asks for the metadata, which runs its code."""
+"""SHA-256 of the source archive, checked before pip builds the metadata, which runs the archive's code."""
 BUILD_TOOLS = ("setuptools", "wheel", "packaging", "cmake")
 CXX_FLAGS = "-std=c++20 -g0"
-"""Horovod 0.28.1 asks for C++14, which PyTorch's headers no longer compile as, and for debug information,
-which takes a fifth of the compiler's time and most of the wheel's size."""
+"""Options that override Horovod's own: C++14, with which PyTorch's headers no longer compile, and debug
+information, which takes a fifth of the compiler's time and most of the wheel's size."""
 
 
 class Target(NamedTuple):
@@ -44,7 +44,7 @@ class Target(NamedTuple):
     """Folder of the wheel in the cache."""
 
     def wheels(self) -> list[Path]:
-        """The wheel that was built, if there is one."""
+        """The wheel in the cache, in a list; empty if it has not been built."""
         return list(self.folder.glob("*.whl"))
 
 
@@ -73,7 +73,7 @@ def find_compiler() -> str:
 
 
 def build(target: Target, compiler: str) -> None:
-    """Build Horovod's wheel. It is moved into the cache when it is complete."""
+    """Build Horovod's wheel and move it into the cache. Raises UserError if the build fails."""
     cache = target.folder.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
@@ -83,7 +83,7 @@ def build(target: Target, compiler: str) -> None:
 
 
 def install_wheel(wheel: Path) -> None:
-    """Install a wheel, and replace one of the same version, which may have other patches.
+    """Install a wheel. Replaces an installed one of the same version, which may have other patches.
 
     Raises UserError if the wheel is damaged.
     """
@@ -139,7 +139,7 @@ def _build(scratch: Path, compiler: str, nccl: Path | None) -> Path:
                 print(f"    Horovod: {percent_shown} % after {time.monotonic() - started:.0f} s", flush=True)
     if process.returncode:
         kept_log = log.replace(scratch.parent / "horovod-build.log")
-        raise UserError(f"Horovod could not be built; the end of {kept_log} says why")
+        raise UserError(f"Horovod could not be built; see the end of {kept_log}")
     (wheel,) = (scratch / "wheel").glob("*.whl")
     return wheel
 
@@ -164,7 +164,7 @@ def _source(scratch: Path) -> Path:
     for name, old, new in PATCHES:
         before, matched, after = (source / name).read_text().rpartition(old)
         if not matched:
-            raise UserError(f"{HOROVOD}: {name} is not as expected; it must have `{old}`")
+            raise UserError(f"{HOROVOD}: {name} must contain `{old}`, but it does not")
         (source / name).write_text(before + new + after)
     return source
 

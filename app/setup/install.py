@@ -24,20 +24,23 @@ from app.setup.environment import PIP, ROOT, VENV, pip_install, python
 from app.setup.processes import PROCESSES, run_in_parallel
 
 STAMP = VENV / ".raylway-installed"
+"""File with the hash of everything that the installed environment depends on."""
 LOCK = VENV / ".raylway-lock"
+"""File that a running set-up locks."""
 PIP_VERSION = "pip==26.3"
-"""The one that Python 3.11 brings takes three times as long to resolve the dependencies."""
+"""Version of pip. That of Python 3.11 takes three times as long to resolve the dependencies."""
 TORCH = "torch==2.13.0"
 SOURCES = ("pyproject.toml", "constraints.txt", "app/setup/*.py", "app/data/sources/*.py")
 """Patterns of the files that the environment depends on."""
 BUILD_TIME = "about 3 minutes on two cores"
+"""Duration of Horovod's build, for the user."""
 
 
 def install() -> None:
     """Bring .venv up to date with `SOURCES`. Raises UserError if that fails."""
     if sys.version_info[:2] != (3, 11):
         raise UserError(
-            f"Python 3.11 is needed, but this is {platform.python_version()}; say make PYTHON=python3.11"
+            f"Python 3.11 is needed, but this is {platform.python_version()}; run make PYTHON=python3.11"
         )
     state = _state()
     if _is_installed(state):
@@ -45,7 +48,7 @@ def install() -> None:
     compiler = horovod.find_compiler()  # before the long downloads
     VENV.mkdir(exist_ok=True)
     with _locked(LOCK):
-        if _is_installed(state):  # by the set-up that held the lock
+        if _is_installed(state):  # by another set-up, for which this one has waited
             return
         try:
             _install(compiler)
@@ -95,7 +98,7 @@ def _state() -> str:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Hold a lock on a file; it ends with this process."""
+    """Lock a file for the time of the block, or until this process dies."""
     with file.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,6 +109,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _step(name: str, work: Callable[[], object]) -> None:
+    """Do work; prints its name before, and its duration after it."""
     started = time.monotonic()
     print(f"  {name} ...", end="", flush=True)
     work()
@@ -113,7 +117,7 @@ def _step(name: str, work: Callable[[], object]) -> None:
 
 
 def _timed(result: str, work: Callable[[], object]) -> None:
-    """Do work beside other work: one line, when it is done."""
+    """Do work in parallel with other work; prints one line, after it."""
     started = time.monotonic()
     work()
     print(f"    {result} after {time.monotonic() - started:.0f} s", flush=True)
@@ -121,11 +125,11 @@ def _timed(result: str, work: Callable[[], object]) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # past what ends the processes
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit stops PROCESSES
     try:
         install()
     except UserError as error:
         sys.exit(f"\nerror: {error}")
     except KeyboardInterrupt:
-        print("\nstopped; `make setup` goes on from what is installed", file=sys.stderr)
+        print("\nstopped; `make setup` continues from what is installed", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Processes that set-up starts, and that end with it."""
+"""The processes that set-up starts, and stops when it ends."""
 
 from __future__ import annotations  # an older Python must get as far as the message that it is too old
 
@@ -73,7 +73,7 @@ def run_in_parallel(*tasks: Callable[[], object]) -> None:
 
 
 def run(command: Sequence[str | Path], **options) -> str:
-    """The standard output of a command. Raises UserError with the end of its output if it fails."""
+    """Run a command and return its standard output. Raises UserError, with the output's end, if it fails."""
     process = PROCESSES.start(command, stderr=subprocess.PIPE, **options)
     output, errors = process.communicate()
     if process.returncode:

@@ -285,5 +285,5 @@ def test_too_many_workers_for_the_cluster_are_refused_at_once(ray_cluster):
     from app.cluster import capacity
     from app.errors import UserError
 
-    with pytest.raises(UserError, match=r"training.num_workers asks for 999 CPUs, but the cluster has \d+"):
+    with pytest.raises(UserError, match=r"training.num_workers needs 999 CPUs, but the cluster has \d+"):
         capacity.current().cpus_per_worker(1, 999, "training.num_workers")

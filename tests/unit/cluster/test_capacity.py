@@ -21,7 +21,7 @@ def test_the_message_names_the_cpus_and_what_holds_them():
 
 
 def test_cpus_that_can_never_become_free_are_refused():
-    with pytest.raises(UserError, match="x asks for 3 CPUs, but the cluster has 2; lower it"):
+    with pytest.raises(UserError, match="x needs 3 CPUs, but the cluster has 2; lower it"):
         capacity().wait_message(3, "x")
     with pytest.raises(UserError, match=r"endpoints leave 1.5 of the cluster's 2 \(endpoint income 0.5\)"):
         capacity(free=1.5, income=0.5).wait_message(2, "x")

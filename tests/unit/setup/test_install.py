@@ -135,7 +135,7 @@ def test_another_python_is_one_line_that_says_which(copy, programs, version):
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line == (
-        f"error: Python 3.11 is needed, but this is {'.'.join(map(str, version))}; say make PYTHON=python3.11"
+        f"error: Python 3.11 is needed, but this is {'.'.join(map(str, version))}; run make PYTHON=python3.11"
     )
     assert not (copy / ".venv").exists()
 
