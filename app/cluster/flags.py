@@ -47,7 +47,7 @@ FLAGS = {
     # cores.
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     # A replica that dies during a request closes the connection without an answer: retry on another replica.
-    # A request may then run twice, so whatever an endpoint writes must be idempotent. A request larger than
+    # A request may then run twice, so all that an endpoint writes must be idempotent. A request larger than
     # HAProxy's buffer (16 KB) is not retried: the client gets 502, or a closed connection if the request is
     # not the first on its connection.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",

@@ -227,14 +227,15 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
     Only variables that differ are set or deleted, and only those that still have the block's value are
     restored, because other threads, such as a notebook's, may read and change the environment meanwhile.
     """
-    before = dict(os.environ)
-    changes = {name: values.get(name) for name in {*before, *values} if values.get(name) != before.get(name)}
+    previous = dict(os.environ)
+    names = {*previous, *values}
+    changes = {name: values.get(name) for name in names if values.get(name) != previous.get(name)}
     _update_environ(changes)
     try:
         yield
     finally:
-        ours = [name for name, value in changes.items() if os.environ.get(name) == value]
-        _update_environ({name: before.get(name) for name in ours})
+        kept = [name for name, value in changes.items() if os.environ.get(name) == value]
+        _update_environ({name: previous.get(name) for name in kept})
 
 
 def _update_environ(changes: Mapping[str, str | None]) -> None:

@@ -180,7 +180,7 @@ def _download(requirement: str, sha256: str, folder: Path, *options: str) -> Pat
         if actual := re.search(r"Got\s+([0-9a-f]{64})", str(error)):
             raise UserError(
                 f"{requirement}: the source archive must have the SHA-256 {sha256}, but it has {actual[1]}; "
-                "none of its code was run. If it comes from a mirror, tell the mirror's operator"
+                "none of its code was run. If it comes from a mirror, report it to the mirror's operator"
             ) from None
         raise
     (archive,) = folder.glob("*.tar.gz")

@@ -36,8 +36,8 @@ def train(
     `run` is the folder of this training: it resumes from the last undamaged checkpoint there. Raises the
     exception of a checkpoint that could not be written.
 
-    All random choices follow from seed, epoch and rank, and a checkpoint has the rest of the state. So the
-    result of a training that was interrupted is bit for bit that of one that was not.
+    All random choices follow from seed, epoch and rank, and a checkpoint has the rest of the state. So an
+    interrupted training ends with the same bits as an uninterrupted one with as many ranks.
     """
     training = project.training
     devices.configure(training)
@@ -74,7 +74,7 @@ def train(
         watchdog.beat()  # the first beat starts the watch; loading the rows may take longer than its limit
         network.register_forward_hook(lambda *_: watchdog.beat())  # validation takes the time of many steps
         while outcome is None:
-            # At the start of an epoch, or of the rest of one after a resume: seed, and arrange the rows.
+            # At the start of an epoch, or when one is resumed: seed the generators, and arrange the rows.
             if epoch_rows is None:
                 started, first_step = time.perf_counter(), state.step
                 length = steps_per_epoch * batches_per_step * batch_size
@@ -120,7 +120,7 @@ def train(
                 epoch_rows = None
                 outcome = _outcome(training, task.score, state.history, observer) or outcome
 
-            # Once an epoch, on request, and every `save_every` steps: save.
+            # Once an epoch, on request, and every `save_every` steps: save, unless the training diverged.
             is_save_due = state.step == 0 or request or (save_every and state.step % save_every == 0)
             if is_save_due and outcome is not Outcome.DIVERGED:
                 state.save(checkpoints, ranks, task.score)

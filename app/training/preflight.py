@@ -24,9 +24,9 @@ class Machine:
     horovod: str | None
     """Version of Horovod, or None if it cannot be imported."""
     horovod_operations: tuple[str, ...]
-    """Those of gloo, nccl and mpi that Horovod was built with."""
+    """Operations that Horovod was built with: gloo, nccl, mpi."""
     torch_backends: tuple[str, ...]
-    """Those of gloo and nccl that torch.distributed has."""
+    """Backends that torch.distributed has: gloo, nccl."""
     cuda: str | None
     """Version of CUDA that PyTorch was built for, or None."""
     gpus: tuple[str, ...]

@@ -65,7 +65,8 @@ def item_knn(interactions: sparse.csr_matrix, neighbours: int = 100) -> np.ndarr
 def ease(interactions: sparse.csr_matrix, penalty: float) -> np.ndarray:
     """EASE (Steck, 2019): the ridge regression of every item on all others, in closed form.
 
-    `penalty` is that of the ridge regression. The time grows with the cube of the number of items.
+    `penalty` is the weight of the squared norm in the regression. The time grows with the cube of the number
+    of items.
     """
     gram = (interactions.T @ interactions).toarray().astype(np.float64)
     gram[np.diag_indices_from(gram)] += penalty

@@ -55,7 +55,7 @@ class FreeResources(ElasticScalingPolicy):
 
     @override("elastic controller")
     def _get_reserved_resources(self) -> dict[str, dict[str, float]] | None:
-        """Free resources and those of this group, by node; None if Ray does not answer."""
+        """Sum of the free resources and those of this group, by node; None if Ray does not answer."""
         state = ray._private.state.state
         try:
             free = state.available_resources_per_node()
