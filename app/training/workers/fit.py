@@ -120,7 +120,7 @@ def _fit_group(
             wait_for([future], timeout=0.2)
             if (signals or stop.is_set()) and listener.is_waiting():
                 number = signals[0] if signals else signal.SIGTERM
-                raise Interrupted("it waited for room on the cluster, and had trained nothing yet", number)
+                raise Interrupted("it waited for room on the cluster, and trained nothing meanwhile", number)
             if signals and not noted:
                 on_note("stopping after a checkpoint; the same signal again stops at once")
                 noted = True
