@@ -112,7 +112,7 @@ class Recorder(tune.Callback):
             attributes |= {"history": json.loads(result["history"]), "epochs": result["epochs"]}
             attributes["core_seconds"] = result["core_seconds"]
             attributes["made"] = result["made"]
-            if self._sweep.pruned_by.kind == "pbt":
+            if self._sweep.effective_scheduler.kind == "pbt":
                 attributes["point"] = dict(trial.config)
         elif state == TrialState.FAIL:
             attributes["error"] = result.get("failed", error)

@@ -128,7 +128,7 @@ def state_of(result: dict[str, Any] | None, error: bool) -> TrialState:
 
 def _sampler(sweep: Sweep, seed: int) -> optuna.samplers.BaseSampler:
     startup = sweep.startup_trials
-    if sweep.pruned_by.kind == "pbt":
+    if sweep.effective_scheduler.kind == "pbt":
         # A trial changes its settings, so its value does not rate the point that the search chose.
         return optuna.samplers.RandomSampler(seed=seed)
     with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):

@@ -112,7 +112,10 @@ CONSTANTS = {
 }
 """Value of each private constant."""
 
-SWITCHES = ("ray._private.auto_init_hook:enable_auto_connect", "ray._private.ray_constants:ENABLE_RAY_CLUSTER")
+SWITCHES = (
+    "ray._private.auto_init_hook:enable_auto_connect",
+    "ray._private.ray_constants:ENABLE_RAY_CLUSTER",
+)
 """Module variables that Raylway sets; their value depends on what ran in this process before."""
 
 CLASSES = (
