@@ -158,7 +158,7 @@ def test_predict(killed, raylway, tmp_path):
         assert not (tmp_path / "out" / str(number)).exists()
         again = raylway(*command(str(number)))
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
-        assert f"{len(rows):,} rows answered" in again.stdout
+        assert f"{len(rows):,} rows predicted" in again.stdout
         assert len(pd.read_parquet(tmp_path / "out" / str(number))) == len(rows)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")], "nothing is left"
 

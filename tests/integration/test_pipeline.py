@@ -160,7 +160,7 @@ def test_the_champion_is_evaluated_on_rows_that_it_was_not_trained_on(ray_cluste
 BAD_DATA = {
     "missing file": ("no.parquet", None, "no such file"),
     "empty file": ("empty.parquet", b"", "0 bytes"),
-    "no parquet": ("bad.parquet", b"garbage", "no readable parquet"),
+    "no parquet": ("bad.parquet", b"garbage", "must be a parquet file"),
 }
 
 
@@ -182,7 +182,7 @@ def frame() -> pd.DataFrame:
 BAD_FRAMES = {
     "no label": (lambda f: f.drop(columns="income"), "the label 'income' is missing"),
     "constant label": (lambda f: f.assign(income="<=50K"), "constant"),
-    "label never positive": (lambda f: f.assign(income=f.age.astype(str)), "'>50K' does not occur"),
+    "label never positive": (lambda f: f.assign(income=f.age.astype(str)), "'>50K' must occur"),
     "no rows": (lambda f: f.head(0), "no rows"),
     "column of another type": (lambda f: f.assign(age=f.age.astype(str)), "'age' must hold numbers"),
     "column missing": (lambda f: f.drop(columns="age"), "column 'age' is missing"),
@@ -293,7 +293,7 @@ def test_predict_gives_the_predictions_of_the_bundle(trained, raylway, home, tmp
         output = tmp_path / f"{name}-answers"
         done = raylway("predict", "smoke@champion", "--input", str(tmp_path / name), "--output", str(output))
         assert done.returncode == 0, done.stdout + done.stderr
-        assert f"{len(frame):,} rows answered" in done.stdout
+        assert f"{len(frame):,} rows predicted" in done.stdout
         assert "1 of them break the contract" in done.stdout
         answered = pd.read_parquet(output)
         assert answered.loc[1, "violation"].startswith("age: ")

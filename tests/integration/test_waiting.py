@@ -114,7 +114,7 @@ def test_capacity_names_the_endpoint_that_uses_cpus(endpoint):
 def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
     done = raylway("predict", str(bundle), "--input", str(table), "--output", str(tmp_path / "answers"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3,000 rows answered" in done.stdout
+    assert "3,000 rows predicted" in done.stdout
 
 
 def test_train_beside_an_endpoint(endpoint, raylway):
