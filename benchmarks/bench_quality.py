@@ -1,11 +1,11 @@
-"""How good the tabular models are, against LightGBM tuned with as many trials on the same rows.
+"""Quality of the tabular models, against LightGBM tuned with the same number of trials on the same rows.
 
     python benchmarks/bench_quality.py [configs/income.yaml] [--trials 20] [--seeds 3] [--only tabm,mlp,...]
 
-Every model is tuned by random search, each trial stopped at its best epoch or tree by the validation AUC, and
-the best trial chosen by it; the test part is looked at only then, with several seeds. All on one thread each.
-`lightgbm_exact` is LightGBM that also sees the columns whose features are `exact` as categories, as the
-networks do. The last line is JSON.
+Every model is tuned by random search. The validation AUC chooses each trial's best epoch or tree, and the
+best trial. Only the best trial is then scored on the test part, with several seeds. Each fit uses one thread.
+`lightgbm_exact` is LightGBM that also gets the `exact` features as categories, as the networks do. The last
+line is JSON.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("project", nargs="?", default="configs/income.yaml")
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", default="", help=f"of {', '.join(SPACES)}")
+    parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(SPACES)}")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -38,29 +38,30 @@ def main() -> None:
         os.environ["RAYLWAY_HOME"] = home
         prepared = prepare(arguments.project)
         models: dict[str, Any] = {}
-        fresh = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(arguments.processes, mp_context=fresh) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
             for kind in arguments.only.split(",") if arguments.only else SPACES:
                 random = np.random.default_rng(0)
                 settings = [SPACES[kind](random) for _ in range(arguments.trials)]
-                work = [(arguments.project, prepared, kind, chosen, 0) for chosen in settings]
+                work = [(arguments.project, prepared, kind, candidate, 0) for candidate in settings]
                 trials = list(pool.map(fit, *zip(*work, strict=True)))
                 best = max(range(len(trials)), key=lambda i: trials[i]["validation"])
                 work = [
-                    (arguments.project, prepared, kind, settings[best], i) for i in range(arguments.seeds)
+                    (arguments.project, prepared, kind, settings[best], seed)
+                    for seed in range(arguments.seeds)
                 ]
-                ends = list(pool.map(fit, *zip(*work, strict=True)))
-                tests = [end["test"] for end in ends]
+                refits = list(pool.map(fit, *zip(*work, strict=True)))
+                tests = [refit["test"] for refit in refits]
                 models[kind] = {
                     "test_auc": round(float(np.mean(tests)), 5),
                     "low": round(min(tests), 5),
                     "high": round(max(tests), 5),
                     "validation_auc": round(trials[best]["validation"], 5),
-                    "seconds_a_fit": round(float(np.mean([end["seconds"] for end in ends])), 1),
+                    "seconds_a_fit": round(float(np.mean([refit["seconds"] for refit in refits])), 1),
                     "chosen": settings[best],
                 }
                 print(f"{kind:16}" + "  ".join(f"{k} {v}" for k, v in models[kind].items()), flush=True)
-    print(f"\n{'':16}{'test AUC':>10}{'low':>10}{'high':>10}{'s a fit':>10}")
+    print(f"\n{'':16}{'test AUC':>10}{'low':>10}{'high':>10}{'s per fit':>10}")
     for kind, m in models.items():
         print(f"{kind:16}{m['test_auc']:10.4f}{m['low']:10.4f}{m['high']:10.4f}{m['seconds_a_fit']:10.1f}")
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
@@ -154,17 +155,17 @@ SPACES: dict[str, Callable[[np.random.Generator], dict[str, Any]]] = {
 
 
 def fit(project: str, prepared: Path, kind: str, settings: dict[str, Any], seed: int) -> dict[str, float]:
-    """Fit once: AUC on validation and test part at the best epoch or tree, and what it took."""
-    began = time.perf_counter()
+    """Fit once. Return validation and test AUC at the best epoch or tree, and the seconds the fit took."""
+    started = time.perf_counter()
     run = fit_lightgbm if kind.startswith("lightgbm") else fit_network
     validation, test = run(project, prepared, kind, settings, seed)
-    return {"validation": validation, "test": test, "seconds": time.perf_counter() - began}
+    return {"validation": validation, "test": test, "seconds": time.perf_counter() - started}
 
 
 def fit_network(
     project: str, prepared: Path, kind: str, settings: dict[str, Any], seed: int
 ) -> tuple[float, float]:
-    """As the training's loop does it, in one process."""
+    """Train as app/training/loop.py does, in one process."""
     import torch
     from pydantic import TypeAdapter
 
@@ -174,11 +175,11 @@ def fit_network(
     from app.training import schedule
 
     torch.set_num_threads(1)
-    fixed = projectfile.load(project)
+    base = projectfile.load(project)
     training = Training(num_workers=1, **{k: v for k, v in settings.items() if k != "model"})
     model = TypeAdapter(Model).validate_python(settings["model"])
     task = task_of(
-        fixed.model_copy(update={"model": model, "training": training}), Prepared(prepared, cached=True)
+        base.model_copy(update={"model": model, "training": training}), Prepared(prepared, cached=True)
     )
     parts = {
         part: {name: torch.as_tensor(a) for name, a in task.arrays(task.prepared.frame(part)).items()}
@@ -211,7 +212,7 @@ def fit_network(
 def fit_lightgbm(
     project: str, prepared: Path, kind: str, settings: dict[str, Any], seed: int
 ) -> tuple[float, float]:
-    """On the raw columns, with categories and missing values as LightGBM has them."""
+    """Fit on the raw columns; LightGBM itself handles categories and missing values."""
     import lightgbm
     import pandas as pd
 
@@ -219,19 +220,19 @@ def fit_lightgbm(
     from app.data.prepare import LABEL, Prepared
     from app.evaluation.metrics import auc
 
-    fixed = projectfile.load(project)
+    loaded = projectfile.load(project)
     frames = {part: Prepared(prepared, cached=True).frame(part) for part in ("train", "validation", "test")}
-    categories = {name: name for name in fixed.features if fixed.data.columns[name].type == "category"}
+    categories = {name: name for name in loaded.features if loaded.data.columns[name].type == "category"}
     if kind == "lightgbm_exact":
-        exact = [n for n, encoding in fixed.features.items() if getattr(encoding, "exact", None)]
+        exact = [n for n, encoding in loaded.features.items() if getattr(encoding, "exact", None)]
         categories |= {f"{name} as category": name for name in exact}
-    columns = list(dict.fromkeys([*fixed.features, *categories]))
-    known = {name: frames["train"][source].dropna().unique() for name, source in categories.items()}
+    columns = list(dict.fromkeys([*loaded.features, *categories]))
+    levels = {name: frames["train"][source].dropna().unique() for name, source in categories.items()}
     for part, frame in frames.items():
-        # A value that training never saw is missing.
-        codes = {n: pd.Index(known[n]).get_indexer(frame[source]) for n, source in categories.items()}
+        # A value that the training part lacks gets code -1, which is a missing value.
+        codes = {n: pd.Index(levels[n]).get_indexer(frame[source]) for n, source in categories.items()}
         frames[part] = frame.assign(
-            **{n: pd.Categorical.from_codes(code, categories=known[n]) for n, code in codes.items()}
+            **{n: pd.Categorical.from_codes(code, categories=levels[n]) for n, code in codes.items()}
         )
     model = lightgbm.LGBMClassifier(
         n_estimators=4000, n_jobs=1, verbose=-1, random_state=seed, subsample_freq=1, **settings

@@ -1,11 +1,13 @@
-"""How fast an endpoint answers, against what people would use instead.
+"""Throughput and latency of an endpoint, against FastAPI, BentoML, MLServer and MLflow.
 
-    python benchmarks/bench_serve.py [--rounds 5] [--only closed_loop,half_load,...]
+    python benchmarks/bench_serve.py [--rounds 5] [--only routing,half_load,...]
 
-The same graph, rows, machine and niceness on all sides; each server runs alone while it is asked, rounds take
-turns, ratios of medians; low and high are the smallest and largest ratio of a round. The last line is JSON.
+All servers run the same graph on the same rows, machine and niceness. One server runs at a time, and they
+alternate within each round. `value` is the ratio of the medians, `low` and `high` the smallest and largest
+ratio of one round. The last line is JSON.
 
-It needs wrk (Debian: apt-get install wrk). The peers get environments of their own in the user's cache.
+Needs wrk (Debian: apt-get install wrk). BentoML and MLServer are installed into virtual environments in the
+user's cache.
 """
 
 import argparse
@@ -46,12 +48,13 @@ QUICK = (
     "training.epochs=1",
     "gate={minimum: {auc: 0.5}, tolerance: 1}",
 )
-TEXTS = "configs/tweets.yaml"
-FEW_TEXTS = 600
-"""To train on: how fast the graph is does not depend on what it has learnt."""
-P99_S = 0.1
-"""Within which the text endpoint has to answer."""
-SECONDS = 6.0
+TEXT_PROJECT = "configs/tweets.yaml"
+NUM_TEXTS = 600
+"""Number of texts to train on. Few are enough: the speed of the graph does not depend on its weights."""
+MAX_P99_S = 0.1
+"""The 99th percentile of latency that the text endpoint must keep."""
+LOAD_S = 6.0
+"""Duration of one load."""
 GOALS = {
     "requests_per_s_vs_fastapi": (0.6, "higher"),
     "requests_per_s_vs_bentoml": (1.5, "higher"),
@@ -69,82 +72,84 @@ Rounds = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(MEASURES)}")
     arguments = parser.parse_args()
-    wanted = arguments.only.split(",") if arguments.only else list(MEASURES)
+    names = arguments.only.split(",") if arguments.only else list(MEASURES)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="raylway-bench-") as home:
         os.environ["RAYLWAY_HOME"] = home
-        if set(wanted) - {"texts"}:
+        if set(names) - {"texts"}:
             for seed in (0, 1):
                 _raylway("train", PROJECT, *_set(*QUICK, f"seed={seed}"))
         ratios: dict[str, Any] = {}
-        for name in wanted:
+        for name in names:
             ratios |= MEASURES[name](arguments.rounds)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
     print(json.dumps({"benchmark": "serve", "machine": machine, "ratios": ratios}))
 
 
-# What is measured
+# The measurements
 
 
 def requests_per_s(rounds: int) -> dict[str, Any]:
-    """An endpoint with an A/B test, against one model behind each of the peers."""
+    """Requests per second of an endpoint with an A/B test, against each peer with one model."""
     servers = {"ours": ours, "fastapi": fastapi, "bentoml": bentoml, "mlserver": mlserver, "mlflow": mlflow}
-    found = _closed(servers, rounds)
+    per_s = _closed_loops(servers, rounds)
     peers = [name for name in servers if name != "ours"]
-    ratios = [_ratio(f"requests_per_s_vs_{peer}", found["ours"], found[peer]) for peer in peers]
+    ratios = [_ratio(f"requests_per_s_vs_{peer}", per_s["ours"], per_s[peer]) for peer in peers]
     return {name: figures for ratio in ratios for name, figures in ratio.items()}
 
 
 def routing(rounds: int) -> dict[str, Any]:
-    """Two variants against one."""
-    found = _closed({"routed": ours, "unrouted": one_variant}, rounds)
-    return _ratio("routed_vs_unrouted", found["routed"], found["unrouted"])
+    """Requests per second of two variants, against one."""
+    per_s = _closed_loops({"routed": ours, "unrouted": one_variant}, rounds)
+    return _ratio("routed_vs_unrouted", per_s["routed"], per_s["unrouted"])
 
 
 def half_load(rounds: int) -> dict[str, Any]:
-    """The 99th percentile of the latency at half of what each takes at most."""
-    found: Rounds = {"ours": [], "fastapi": []}
+    """The 99th percentile of latency, each server at half of its own closed-loop rate."""
+    p99_s: Rounds = {"ours": [], "fastapi": []}
     for _ in range(rounds):
         for name, server in (("ours", ours), ("fastapi", fastapi)):
             with server() as target:
-                most = closed_loop(target, seconds=SECONDS).requests_per_s
-                given = open_loop(target, per_s=most / 2, seconds=SECONDS)
-            found[name].append(given.p99_s)
-            _say(f"{name} at {most / 2:,.0f}/s: p50 {given.p50_s * 1e3:.2f} p99 {given.p99_s * 1e3:.2f} ms")
-    return _ratio("p99_at_half_load_vs_fastapi", found["ours"], found["fastapi"])
+                per_s = closed_loop(target, seconds=LOAD_S).requests_per_s / 2
+                latency = open_loop(target, per_s=per_s, seconds=LOAD_S)
+            p99_s[name].append(latency.p99_s)
+            _print(
+                f"{name} at {per_s:,.0f}/s: p50 {latency.p50_s * 1e3:.2f} p99 {latency.p99_s * 1e3:.2f} ms"
+            )
+    return _ratio("p99_at_half_load_vs_fastapi", p99_s["ours"], p99_s["fastapi"])
 
 
 def authentication(rounds: int) -> dict[str, Any]:
-    """With tokens against without."""
-    found = _closed({"with tokens": authenticated, "without": ours}, rounds)
-    return _ratio("authenticated_vs_not", found["with tokens"], found["without"])
+    """Requests per second with tokens, against without."""
+    per_s = _closed_loops({"with tokens": authenticated, "without": ours}, rounds)
+    return _ratio("authenticated_vs_not", per_s["with tokens"], per_s["without"])
 
 
 def texts(rounds: int) -> dict[str, Any]:
-    """The highest rate of a Poisson process whose 99th percentile stays below P99_S: the int8 version of a
-    MiniLM classifier in workers of its own, against eager PyTorch behind FastAPI."""
+    """The highest rate of Poisson arrivals at which the 99th percentile of latency stays below MAX_P99_S: an
+    int8 MiniLM classifier in workers of its own, against eager PyTorch behind FastAPI."""
     _prepare_texts()
-    found: Rounds = {"ours": [], "fastapi": []}
+    per_s: Rounds = {"ours": [], "fastapi": []}
     for _ in range(rounds):
         for name, server in (("ours", our_texts), ("fastapi", fastapi_texts)):
             with server() as target:
-                found[name].append(_highest(target))
-            _say(f"{name}: {found[name][-1]:,.0f} texts/s")
-    return _ratio("texts_per_s_vs_fastapi_torch", found["ours"], found["fastapi"])
+                per_s[name].append(_highest_rate(target))
+            _print(f"{name}: {per_s[name][-1]:,.0f} texts/s")
+    return _ratio("texts_per_s_vs_fastapi_torch", per_s["ours"], per_s["fastapi"])
 
 
-def _highest(target: Target) -> float:
-    """By bisection, to 3 % of what a closed loop gets."""
-    low, high = 0.0, 1.1 * closed_loop(target, seconds=SECONDS).requests_per_s
+def _highest_rate(target: Target) -> float:
+    """The highest rate within MAX_P99_S, by bisection, to 3 % of the closed-loop rate."""
+    low, high = 0.0, 1.1 * closed_loop(target, seconds=LOAD_S).requests_per_s
     for _ in range(5):
         per_s = (low + high) / 2
         try:
-            carried = open_loop(target, per_s=per_s, seconds=SECONDS).p99_s <= P99_S
+            sustained = open_loop(target, per_s=per_s, seconds=LOAD_S).p99_s <= MAX_P99_S
         except NotAnswered:
-            carried = False
-        low, high = (per_s, high) if carried else (low, per_s)
+            sustained = False
+        low, high = (per_s, high) if sustained else (low, per_s)
     return low
 
 
@@ -160,7 +165,7 @@ def ours(*settings: str, headers: tuple[tuple[str, str], ...] = ()) -> Iterator[
     (port,) = free_ports(1)
     arguments = _set(*QUICK, f"serving.port={port}", "serving.autoscaling.max_replicas=1", *settings)
     url = f"http://127.0.0.1:{port}/v2/models/income/predict"
-    bodies = [_json({"rows": [row], "unit": f"u{i}"}) for row, i in _questions()]
+    bodies = [_json({"rows": [row], "unit": f"u{i}"}) for row, i in _numbered_rows()]
     with _running([BIN / "raylway", "serve", PROJECT, *arguments], Target(url, bodies, headers)) as target:
         yield target
 
@@ -178,7 +183,7 @@ def one_variant() -> contextlib.AbstractContextManager[Target]:
 def fastapi() -> Iterator[Target]:
     (port,) = free_ports(1)
     command = [BIN / "uvicorn", "fastapi_peer:app", "--port", port, "--log-level", "warning"]
-    bodies = [_json({"rows": [row]}) for row, _ in _questions()]
+    bodies = [_json({"rows": [row]}) for row, _ in _numbered_rows()]
     with _running(
         command, Target(f"http://127.0.0.1:{port}/predict", bodies), BUNDLE=str(_bundle())
     ) as target:
@@ -189,7 +194,7 @@ def fastapi() -> Iterator[Target]:
 def bentoml() -> Iterator[Target]:
     (port,) = free_ports(1)
     command = [_environment("bentoml") / "bentoml", "serve", "bentoml_peer:Income", "--port", port]
-    bodies = [_json({"rows": [row]}) for row, _ in _questions()]
+    bodies = [_json({"rows": [row]}) for row, _ in _numbered_rows()]
     with _running(
         command, Target(f"http://127.0.0.1:{port}/predict", bodies), BUNDLE=str(_bundle())
     ) as target:
@@ -205,7 +210,7 @@ def mlserver() -> Iterator[Target]:
         model = {"implementation": "mlserver_peer.Income", "parameters": {"uri": str(_bundle())}}
         (Path(folder) / "settings.json").write_text(json.dumps(settings))
         (Path(folder) / "model-settings.json").write_text(json.dumps({"name": "income", **model}))
-        bodies = [_json({"inputs": [_tensor(*item) for item in row.items()]}) for row, _ in _questions()]
+        bodies = [_json({"inputs": [_tensor(*item) for item in row.items()]}) for row, _ in _numbered_rows()]
         target = Target(f"http://127.0.0.1:{http}/v2/models/income/infer", bodies)
         with _running([_environment("mlserver") / "mlserver", "start", folder], target) as target:
             yield target
@@ -218,10 +223,10 @@ def mlflow() -> Iterator[Target]:
         *(BIN / "mlflow", "models", "serve", "--model-uri", _bundle()),
         *("--env-manager", "local", "--port", port, "--workers", "1"),
     ]
-    # Not as a table: MLflow would hand ONNX Runtime pandas' strings, which it does not take.
+    # Tensors, not a table: MLflow would pass pandas strings on to ONNX Runtime, which rejects them.
     bodies = [
         _json({"inputs": {name: ["" if value is None else value] for name, value in row.items()}})
-        for row, _ in _questions()
+        for row, _ in _numbered_rows()
     ]
     with _running(command, Target(f"http://127.0.0.1:{port}/invocations", bodies)) as target:
         yield target
@@ -237,7 +242,9 @@ def our_texts() -> Iterator[Target]:
         f"serving.variants={{champion: {{version: challenger, weight: 1, workers: {workers}}}}}",
     )
     url = f"http://127.0.0.1:{port}/v2/models/tweets/predict"
-    with _running([BIN / "raylway", "serve", TEXTS, *_set(*settings)], Target(url, _texts())) as target:
+    with _running(
+        [BIN / "raylway", "serve", TEXT_PROJECT, *_set(*settings)], Target(url, _text_bodies())
+    ) as target:
         yield target
 
 
@@ -246,33 +253,35 @@ def fastapi_texts() -> Iterator[Target]:
     (port,) = free_ports(1)
     command = [BIN / "uvicorn", "text_peer:app", "--port", port, "--log-level", "warning"]
     bundle = versions.resolve("tweets", versions.CHAMPION).path
-    given = Target(f"http://127.0.0.1:{port}/predict", _texts())
-    # PyTorch with a thread for each core, as it comes.
-    with _running(command, given, BUNDLE=str(bundle), OMP_NUM_THREADS=str(psutil.cpu_count())) as target:
+    text_target = Target(f"http://127.0.0.1:{port}/predict", _text_bodies())
+    # PyTorch's default: one thread per core.
+    with _running(
+        command, text_target, BUNDLE=str(bundle), OMP_NUM_THREADS=str(psutil.cpu_count())
+    ) as target:
         yield target
 
 
 def _prepare_texts() -> None:
-    """A registered version that learns a little, and its int8 version."""
-    tweets = pd.read_parquet(samples.path("tweets")).sample(FEW_TEXTS, random_state=0)
+    """Register a briefly trained version as champion, and its int8 version as challenger."""
+    tweets = pd.read_parquet(samples.path("tweets")).sample(NUM_TEXTS, random_state=0)
     file = Path(os.environ["RAYLWAY_HOME"]) / "tweets.parquet"
     tweets.to_parquet(file)
     source = f"data.source={{path: {file}}}"
-    # What it loses by int8 is no matter of speed.
-    eased = ("gate.minimum={}", "gate.beat=[]", "compression.max_loss=1")
-    _raylway("train", TEXTS, *_set(source, "model.freeze=true", *eased))
+    # Speed does not depend on quality: accept any.
+    any_quality = ("gate.minimum={}", "gate.beat=[]", "compression.max_loss=1")
+    _raylway("train", TEXT_PROJECT, *_set(source, "model.freeze=true", *any_quality))
     bundle = versions.resolve("tweets", versions.CHAMPION).path
     _raylway("compress", bundle, "--register")
 
 
-def _texts() -> list[bytes]:
+def _text_bodies() -> list[bytes]:
     frame = pd.read_parquet(Path(os.environ["RAYLWAY_HOME"]) / "tweets.parquet")
     return [_json({"rows": [{"text": text}]}) for text in frame["text"].head(256)]
 
 
 @contextlib.contextmanager
 def _running(command: list[Any], target: Target, **variables: str) -> Iterator[Target]:
-    """A server until the block ends; asked until it answers and then for a second, to warm it up."""
+    """Run a server until the block ends. Its target is yielded once the server answers and is warm."""
     path = os.pathsep.join([str(ROOT), str(PEERS), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, **variables}
     environment["PATH"] = f"{Path(command[0]).parent}{os.pathsep}{os.environ['PATH']}"
@@ -299,48 +308,49 @@ def _wait(server: subprocess.Popen, target: Target) -> None:
     headers = {"content-type": "application/json", **dict(target.headers)}
     deadline = time.monotonic() + 90
     while True:
-        said = "nothing"
+        answered = "nothing"
         with contextlib.suppress(httpx.TransportError):
             answer = httpx.post(
                 target.url, content=target.bodies[0], headers=headers, trust_env=False, timeout=10
             )
             if answer.status_code == 200:
                 return
-            said = f"{answer.status_code} {answer.text[:500]}"
+            answered = f"{answer.status_code} {answer.text[:500]}"
         if server.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"{target.url} does not answer; the last it said was {said}")
+            raise RuntimeError(f"{target.url} does not answer with 200; its last answer was {answered}")
         time.sleep(0.2)
 
 
 def _environment(peer: str) -> Path:
-    """The programs of a peer's own environment, made when it is first needed."""
+    """The bin folder of a peer's own virtual environment. The first call creates the environment."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raylway" / "peers"
     folder = cache / PACKAGES[peer][0]
-    if not (folder / "made").exists():
+    if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _say(f"installing {PACKAGES[peer][0]}")
+        _print(f"installing {PACKAGES[peer][0]}")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin" / "pip", "install", "-q", *PACKAGES[peer]], check=True)
-        (folder / "made").touch()
+        (folder / "complete").touch()
     return folder / "bin"
 
 
-# How
+# How they are measured
 
 
-def _closed(servers: dict[str, Callable[[], Any]], rounds: int) -> Rounds:
-    found: Rounds = {name: [] for name in servers}
+def _closed_loops(servers: dict[str, Callable[[], Any]], rounds: int) -> Rounds:
+    """Requests per second of each server, one value per round."""
+    per_s: Rounds = {name: [] for name in servers}
     for _ in range(rounds):
         for name, server in servers.items():
             with server() as target:
-                given = closed_loop(target, seconds=SECONDS)
-            found[name].append(given.requests_per_s)
-            _say(f"{name}: {given.requests_per_s:,.0f} requests/s, p99 {given.p99_s * 1e3:.1f} ms")
-    return found
+                result = closed_loop(target, seconds=LOAD_S)
+            per_s[name].append(result.requests_per_s)
+            _print(f"{name}: {result.requests_per_s:,.0f} requests/s, p99 {result.p99_s * 1e3:.1f} ms")
+    return per_s
 
 
-def _questions() -> Iterator[tuple[dict[str, Any], int]]:
-    """Rows of the bundle's example, each with a number, 256 in all."""
+def _numbered_rows() -> Iterator[tuple[dict[str, Any], int]]:
+    """256 rows from the bundle's example, repeated as needed, each with its index."""
     rows = json.loads((_bundle() / "example.json").read_text())["rows"]
     return zip(itertools.cycle(rows), range(256), strict=False)
 
@@ -359,10 +369,12 @@ def _json(document: Any) -> bytes:
 
 
 def _raylway(*arguments: Any) -> str:
-    done = subprocess.run([BIN / "raylway", *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"raylway {' '.join(map(str, arguments))}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return done.stdout
+    process = subprocess.run([BIN / "raylway", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(
+            f"raylway {' '.join(map(str, arguments))}:\n{process.stdout[-2000:]}{process.stderr[-2000:]}"
+        )
+    return process.stdout
 
 
 def _set(*settings: str) -> list[str]:
@@ -372,15 +384,15 @@ def _set(*settings: str) -> list[str]:
 def _ratio(name: str, ours: list[float], peers: list[float]) -> dict[str, Any]:
     goal, better = GOALS[name]
     value = statistics.median(ours) / statistics.median(peers)
-    each = [a / b for a, b in zip(ours, peers, strict=True)]
+    by_round = [a / b for a, b in zip(ours, peers, strict=True)]
     holds = value <= goal if better == "lower" else value >= goal
-    figures = {"value": value, "low": min(each), "high": max(each), "goal": goal}
+    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
     entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": holds}
-    _say(f"{name}: {entry}")
+    _print(f"{name}: {entry}")
     return {name: entry}
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

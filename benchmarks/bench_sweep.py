@@ -1,10 +1,12 @@
-"""What a sweep costs beside its trainings, and what its search is worth.
+"""The overhead of a sweep beside its trainings, and the epochs that its search saves.
 
     python benchmarks/bench_sweep.py [--rounds 3] [--seeds 5] [--only pool,trivial,search]
 
-pool: 64 trials of about 5 s against plain Optuna in two processes that do the same trainings. trivial: the
-wall time of a trial that trains a few rows. search: the epochs that TPE with ASHA takes to the best score
-of a random search whose trials all go to their end, as a share of that one's. The last line is JSON.
+pool: wall time of 64 trials of about 5 s, against plain Optuna in two processes that run the same trainings.
+trivial: wall time of a trial that trains on a few rows.
+search: epochs that TPE with ASHA needs to reach the best score of a random search without early stopping, as
+a share of the epochs of that random search.
+The last line is JSON.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", default="pool,trivial,search")
+    parser.add_argument("--only", default="pool,trivial,search", help="comma-separated")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     ratios: dict[str, Any] = {}
@@ -69,6 +71,7 @@ def main() -> None:
 
 
 def pool(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Wall time of the same number of trials, against plain Optuna in a pool of processes."""
     settings = {**ONE_WORKER, "training.epochs": 8, "data.source.limit": 30_000}
     ours, theirs = [], []
     for round_ in range(arguments.rounds):
@@ -77,40 +80,43 @@ def pool(arguments: argparse.Namespace) -> dict[str, Any]:
         ours.append(_timed(lambda: _sweep(project)))  # noqa: B023
         project = _project(f"theirs-{round_}", space, set=settings, seed=2 * round_ + 1, trials=TRIALS)
         theirs.append(_timed(lambda: _optuna(project)))  # noqa: B023
-        _say(f"{TRIALS} trials: ours {ours[-1]:.1f} s, Optuna in a pool {theirs[-1]:.1f} s")
+        _print(f"{TRIALS} trials: ours {ours[-1]:.1f} s, Optuna in a pool {theirs[-1]:.1f} s")
     value = statistics.median(ours) / statistics.median(theirs)
     return _entry("wall_time_vs_optuna_pool", value, [a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def trivial(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Wall time over trials, two at a time, with all that starting and ending a sweep takes."""
+    """Wall time of a whole sweep, start and end included, divided by its trials; two trials run at a time."""
     settings = {**ONE_WORKER, "training.epochs": 1, "data.source.limit": 1000, "model.hidden": [8]}
-    found = []
+    seconds = []
     for round_ in range(arguments.rounds):
         project = _project(f"trivial-{round_}", {"training.learning_rate": RATE}, set=settings, trials=TRIALS)
-        found.append(_timed(lambda: _sweep(project)) / TRIALS)  # noqa: B023
-        _say(f"a trivial trial: {found[-1]:.3f} s")
-    return _entry("seconds_per_trivial_trial", statistics.median(found), found)
+        seconds.append(_timed(lambda: _sweep(project)) / TRIALS)  # noqa: B023
+        _print(f"a trivial trial: {seconds[-1]:.3f} s")
+    return _entry("seconds_per_trivial_trial", statistics.median(seconds), seconds)
 
 
 def search(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Epochs that TPE with ASHA needs for the best score of a random search, divided by its epochs."""
     shares = []
     for seed in range(arguments.seeds):
         settings = {
             **{"training.num_workers": 1, "training.batch_size": 128, "training.epochs": 9},
             **{"data.source.limit": 10_000, "data.split.validation": 0.3, "data.split.seed": seed},
         }
-        plain = {"search": "random", "scheduler": {"kind": "none"}, "trials": RANDOM_TRIALS}
-        drawn = _sweep(_project(f"random-{seed}", SPACE, set=settings, seed=2 * seed, **plain))
-        best = drawn.best()[0].values[0]
-        # The same rows and first weights, other draws: with one seed, TPE would begin with the same points.
-        learning = {"trials": 6 * RANDOM_TRIALS, "target": best, "startup_trials": 8}
-        drawing = {"sweep_seed": 2 * seed + 1}
-        learnt = _sweep(_project(f"tpe-{seed}", SPACE, set=settings, seed=2 * seed, **drawing, **learning))
-        shares.append(_epochs(learnt) / _epochs(drawn))
-        _say(
-            f"seed {seed}: random {best:.4f} in {_epochs(drawn)} epochs; TPE with ASHA "
-            f"{learnt.best()[0].values[0]:.4f} in {_epochs(learnt)} ({len(learnt.trials)} trials)"
+        random_search = {"search": "random", "scheduler": {"kind": "none"}, "trials": RANDOM_TRIALS}
+        by_random = _sweep(_project(f"random-{seed}", SPACE, set=settings, seed=2 * seed, **random_search))
+        best = by_random.best()[0].values[0]
+        # Same rows and initial weights, but another seed for the sweep: with the same one, TPE would start
+        # with the points of the random search.
+        tpe = {"trials": 6 * RANDOM_TRIALS, "target": best, "startup_trials": 8}
+        by_tpe = _sweep(
+            _project(f"tpe-{seed}", SPACE, set=settings, seed=2 * seed, sweep_seed=2 * seed + 1, **tpe)
+        )
+        shares.append(_epochs(by_tpe) / _epochs(by_random))
+        _print(
+            f"seed {seed}: random {best:.4f} in {_epochs(by_random)} epochs; TPE with ASHA "
+            f"{by_tpe.best()[0].values[0]:.4f} in {_epochs(by_tpe)} ({len(by_tpe.trials)} trials)"
         )
     return _entry("epochs_to_the_best_of_random_search", statistics.median(shares), shares)
 
@@ -126,20 +132,20 @@ def _project(
     from app.config import Project, projectfile
 
     document = projectfile.load("configs/income.yaml").model_dump(mode="json", exclude_unset=True)
-    described = {"study": study, "seed": sweep_seed, "scheduler": {"kind": "none"}, **sweep, "space": space}
+    settings = {"study": study, "seed": sweep_seed, "scheduler": {"kind": "none"}, **sweep, "space": space}
     if "target" in sweep:
-        del described["scheduler"]  # ASHA
-    return Project.model_validate({**document, "seed": seed, "sweep": described})
+        del settings["scheduler"]  # the default is ASHA
+    return Project.model_validate({**document, "seed": seed, "sweep": settings})
 
 
 def _sweep(project: Any) -> Any:
     from app.tuning import tuner
 
-    return tuner.run(project, lambda _: None, _say)
+    return tuner.run(project, lambda _: None, _print)
 
 
 def _optuna(project: Any) -> None:
-    """What people would use instead: a study in SQLite, and processes that share the trials."""
+    """The peer: a study in SQLite, and a pool of processes that share its trials."""
     import optuna
 
     from app.state.home import home
@@ -154,13 +160,13 @@ def _optuna(project: Any) -> None:
 
         path = str(prepare(Space(project).base).path)
         arguments = (project.model_dump_json(exclude_unset=True), path, storage, TRIALS // PROCESSES)
-        done = [executor.submit(_optimize, *arguments, seed) for seed in range(PROCESSES)]
-        for future in done:
+        futures = [executor.submit(_optimize, *arguments, seed) for seed in range(PROCESSES)]
+        for future in futures:
             future.result()
     assert len(study.trials) == TRIALS
 
 
-def _optimize(described: str, prepared: str, storage: str, count: int, seed: int) -> None:
+def _optimize(document: str, prepared: str, storage: str, count: int, seed: int) -> None:
     import optuna
 
     from app.config import Project
@@ -168,7 +174,7 @@ def _optimize(described: str, prepared: str, storage: str, count: int, seed: int
     from app.tuning.space import Space
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    project = Project.model_validate_json(described)
+    project = Project.model_validate_json(document)
     space = Space(project)
     sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     study = optuna.load_study(storage=storage, study_name=project.sweep.study, sampler=sampler)
@@ -176,13 +182,17 @@ def _optimize(described: str, prepared: str, storage: str, count: int, seed: int
     def objective(trial: Any) -> float:
         from app.training import trainer
 
-        of_trial = space.project(space.suggest(trial))
+        trial_project = space.project(space.suggest(trial))
 
         def on_epoch(metrics: dict[str, float]) -> None:
             trial.report(metrics["validation_auc"], int(metrics["epoch"]))
 
         trained = trainer.train(
-            of_trial, Prepared(Path(prepared), cached=True), on_epoch, stop=threading.Event(), in_process=True
+            trial_project,
+            Prepared(Path(prepared), cached=True),
+            on_epoch,
+            stop=threading.Event(),
+            in_process=True,
         )
         return max(metrics["validation_auc"] for metrics in trained.history)
 
@@ -191,7 +201,7 @@ def _optimize(described: str, prepared: str, storage: str, count: int, seed: int
 
 
 def _epochs(progress: Any) -> int:
-    """Of all trials, also of those that were stopped."""
+    """Number of epochs of all trials, including those that were stopped early."""
     running = sum(r.epochs for r in progress.running.values())
     return sum(trial.user_attrs.get("epochs", 0) for trial in progress.trials) + running
 
@@ -202,15 +212,15 @@ def _timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _entry(name: str, value: float, each: list[float]) -> dict[str, Any]:
+def _entry(name: str, value: float, by_round: list[float]) -> dict[str, Any]:
     goal, better = GOALS[name]
-    figures = {"value": value, "low": min(each), "high": max(each), "goal": goal}
+    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
     entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": value <= goal}
-    _say(f"{name}: {entry}")
+    _print(f"{name}: {entry}")
     return {name: entry}
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

@@ -1,9 +1,10 @@
-"""How fast the training is, against what people would use instead.
+"""Speed of training, against PyTorch DDP under torchrun and plain Horovod loops under horovodrun.
 
     python benchmarks/bench_train.py [--rounds 5] [--only step_mlp,step_minilm,...]
 
-Two workers with one thread each, the same network, rows, batches and niceness on both sides, rounds that take
-turns, ratios of medians; low and high are the smallest and largest ratio of a round. The last line is JSON.
+Both sides run two workers with one thread each, with the same network, rows, batches and niceness, and
+alternate within each round. `value` is the ratio of the medians, `low` and `high` the smallest and largest
+ratio of one round. The last line is JSON.
 """
 
 import argparse
@@ -27,10 +28,11 @@ BIN = Path(sys.executable).parent
 PEER = Path(__file__).with_name("train_peer.py")
 PLAIN_MLP = ("model={kind: mlp, hidden: [128, 64]}", "training.batch_size=64")
 SMALL_MLP = ("model={kind: mlp, hidden: [128, 128, 128, 128, 128, 128, 128, 128]}", "training.batch_size=64")
-TURNS = 140
-"""Epochs of a round, every other one with report and checkpoint: single ones vary by a tenth and more."""
+NUM_EPOCHS = 140
+"""Epochs of one round of `checkpointing`; every other epoch reports and saves a checkpoint. Many are needed,
+because single epochs vary by 10 % and more."""
 FEW_TWEETS = ("data.split.validation=0.01", "data.split.test=0.965", "training.precision=fp32")
-"""About 950 rows to train on. A limit would take the first, which are all of one class."""
+"""Leaves about 950 rows to train on. `data.source.limit` would take the first ones, all of one class."""
 GOALS = {
     "step_time_vs_ddp_mlp": (1.2, "lower"),
     "step_time_vs_horovodrun_mlp": (1.02, "lower"),
@@ -49,9 +51,9 @@ Rounds = dict[str, list[float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(MEASURES)}")
     arguments = parser.parse_args()
-    wanted = arguments.only.split(",") if arguments.only else list(MEASURES)
+    names = arguments.only.split(",") if arguments.only else list(MEASURES)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="raylway-bench-") as home:
         os.environ["RAYLWAY_HOME"] = home
@@ -59,13 +61,13 @@ def main() -> None:
 
         with session(log_to_driver=False):
             ratios: dict[str, Any] = {}
-            for name in wanted:
+            for name in names:
                 ratios |= MEASURES[name](arguments.rounds)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": psutil.cpu_count()}
     print(json.dumps({"benchmark": "train", "machine": machine, "ratios": ratios}))
 
 
-# What is measured
+# The measurements
 
 
 def step_mlp(rounds: int) -> dict[str, Any]:
@@ -78,54 +80,56 @@ def step_minilm(rounds: int) -> dict[str, Any]:
 
 
 def checkpointing(rounds: int) -> dict[str, Any]:
-    """From the middle of an epoch to the middle of the next, by turns in one training: what the end of an
-    epoch costs, with what is then written behind."""
-    project, prepared = _prepared("configs/income.yaml", (*PLAIN_MLP, f"training.epochs={TURNS + 1}"))
-    found: Rounds = {"with": [], "without": []}
+    """Time of an epoch that reports and saves a checkpoint, against one that does neither, alternating in one
+    training. An epoch is measured from its middle to the middle of the next, so that the writing of the
+    checkpoint in the background is included.
+    """
+    project, prepared = _prepared("configs/income.yaml", (*PLAIN_MLP, f"training.epochs={NUM_EPOCHS + 1}"))
+    epoch_s: Rounds = {"with": [], "without": []}
     for _ in range(rounds):
-        between = _ours(project, prepared, take_turns=True)["between_s"]
-        for i, how in enumerate(found):
-            found[how].append(statistics.median(between[i + 2 :: 2]))  # the first ones are still warming up
-            _say(f"epoch {how} report and checkpoint: {found[how][-1] * 1e3:.0f} ms")
-    return _ratio("epoch_with_checkpoint_vs_without", found["with"], found["without"])
+        between = _ours(project, prepared, alternate=True)["between_s"]
+        for i, kind in enumerate(epoch_s):
+            epoch_s[kind].append(statistics.median(between[i + 2 :: 2]))  # the first two warm up
+            _print(f"epoch {kind} report and checkpoint: {epoch_s[kind][-1] * 1e3:.0f} ms")
+    return _ratio("epoch_with_checkpoint_vs_without", epoch_s["with"], epoch_s["without"])
 
 
 def blocking(rounds: int) -> dict[str, Any]:
-    """How long `Checkpoints.save` keeps a rank, against writing the same before going on."""
+    """Time for which `Checkpoints.save` blocks a rank, against writing the same checkpoint synchronously."""
     ratios = {}
     for name, file, settings in (
         ("mlp", "configs/income.yaml", SMALL_MLP),
         ("minilm", "configs/tweets.yaml", FEW_TWEETS),
     ):
-        found = _blocked(*_prepared(file, settings), rounds=max(rounds, 10))
+        seconds = _blocked(*_prepared(file, settings), rounds=max(rounds, 10))
         ratios |= _ratio(
-            f"blocked_by_checkpoint_vs_synchronous_{name}", found["behind"], found["synchronous"]
+            f"blocked_by_checkpoint_vs_synchronous_{name}", seconds["background"], seconds["synchronous"]
         )
     return ratios
 
 
 def scaling(rounds: int) -> dict[str, Any]:
-    """Rows per second of two workers against one, each with the same batch."""
-    found: Rounds = {"1": [], "2": []}
+    """Rows per second of two workers against one; the batch of each worker has the same size."""
+    rows_per_s: Rounds = {"1": [], "2": []}
     for _ in range(rounds):
-        for workers in found:
+        for workers in rows_per_s:
             settings = (f"training.num_workers={workers}", "training.batch_size=4096", "training.epochs=9")
             model = "model={kind: mlp, hidden: [512, 512]}"
             run = _ours(*_prepared("configs/income.yaml", (model, *settings)))
-            found[workers].append(statistics.median(run["rows_per_s"][1:]))
-            _say(f"{workers} workers: {found[workers][-1]:,.0f} rows/s")
-    return _ratio("two_workers_vs_one", found["2"], found["1"])
+            rows_per_s[workers].append(statistics.median(run["rows_per_s"][1:]))
+            _print(f"{workers} workers: {rows_per_s[workers][-1]:,.0f} rows/s")
+    return _ratio("two_workers_vs_one", rows_per_s["2"], rows_per_s["1"])
 
 
 def start(rounds: int) -> dict[str, Any]:
-    """From `fit()`, or from starting torchrun, to the end of the first step."""
+    """Time from calling `fit()`, or from starting torchrun, to the end of the first step."""
     project, prepared = _prepared("configs/income.yaml", (*SMALL_MLP, "training.epochs=1"))
-    found: Rounds = {"ours": [], "torchrun": []}
+    start_s: Rounds = {"ours": [], "torchrun": []}
     for _ in range(rounds):
-        found["ours"].append(_ours(project, prepared)["start_s"])
-        found["torchrun"].append(_peer("ddp", project, prepared)["start_s"])
-        _say(f"to the first step: ours {found['ours'][-1]:.1f} s, torchrun {found['torchrun'][-1]:.1f} s")
-    return _ratio("start_vs_torchrun", found["ours"], found["torchrun"])
+        start_s["ours"].append(_ours(project, prepared)["start_s"])
+        start_s["torchrun"].append(_peer("ddp", project, prepared)["start_s"])
+        _print(f"first step done: ours {start_s['ours'][-1]:.1f} s, torchrun {start_s['torchrun'][-1]:.1f} s")
+    return _ratio("start_vs_torchrun", start_s["ours"], start_s["torchrun"])
 
 
 MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -133,20 +137,20 @@ MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
     for function in (step_mlp, step_minilm, checkpointing, blocking, scaling, start)
 }
 
-# How
+# How they are measured
 
 
-def _step_times(name: str, file: str, settings: tuple[str, ...], rounds: int, bare: str) -> dict[str, Any]:
-    """`bare` is the plain Horovod loop to compare with: the better one for this size of network."""
+def _step_times(name: str, file: str, settings: tuple[str, ...], rounds: int, horovod: str) -> dict[str, Any]:
+    """Compare step times. `horovod` names the plain Horovod loop that is faster for this size of network."""
     project, prepared = _prepared(file, settings)
-    found: Rounds = {"ours": [], "ddp": [], bare: []}
+    step_s: Rounds = {"ours": [], "ddp": [], horovod: []}
     for _ in range(rounds):
-        found["ours"].append(statistics.median(_ours(project, prepared)["step_s"][1:]))
-        for peer in ("ddp", bare):
-            found[peer].append(statistics.median(_peer(peer, project, prepared)["step_s"][1:]))
-        _say(f"step of {name}: " + ", ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in found.items()))
-    return _ratio(f"step_time_vs_ddp_{name}", found["ours"], found["ddp"]) | _ratio(
-        f"step_time_vs_horovodrun_{name}", found["ours"], found[bare]
+        step_s["ours"].append(statistics.median(_ours(project, prepared)["step_s"][1:]))
+        for peer in ("ddp", horovod):
+            step_s[peer].append(statistics.median(_peer(peer, project, prepared)["step_s"][1:]))
+        _print(f"step of {name}: " + ", ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in step_s.items()))
+    return _ratio(f"step_time_vs_ddp_{name}", step_s["ours"], step_s["ddp"]) | _ratio(
+        f"step_time_vs_horovodrun_{name}", step_s["ours"], step_s[horovod]
     )
 
 
@@ -158,16 +162,17 @@ def _prepared(file: str, settings: tuple[str, ...]) -> tuple[Any, Any]:
     return project, prepare(project)
 
 
-def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str, Any]:
-    """A training as `raylway train` does it; with `take_turns`, every other epoch ends silently."""
+def _ours(project: Any, prepared: Any, *, alternate: bool = False) -> dict[str, Any]:
+    """Times of one training by `fit`. With `alternate`, every other epoch neither reports nor saves."""
     from app.state.home import home
     from app.training.workers.fit import fit
 
-    notes = home() / f"{time.time_ns()}.json"
-    run = home() / "runs" / notes.stem
-    begun = time.time()
-    fit(project, prepared, run, _ignore, _ignore, threading.Event(), _watched(str(notes), take_turns))
-    epochs = json.loads(notes.read_text())
+    step_times = home() / f"{time.time_ns()}.json"
+    run = home() / "runs" / step_times.stem
+    started = time.time()
+    wrap = _timing_observer(str(step_times), alternate)
+    fit(project, prepared, run, _ignore, _ignore, threading.Event(), wrap)
+    epochs = json.loads(step_times.read_text())
     step_s = [(steps[-1] - steps[0]) / (len(steps) - 1) for steps in epochs]
     rows = project.training.batch_size * project.training.max_workers
     return {
@@ -176,12 +181,12 @@ def _ours(project: Any, prepared: Any, *, take_turns: bool = False) -> dict[str,
             after[len(after) // 2] - before[len(before) // 2] for before, after in itertools.pairwise(epochs)
         ],
         "rows_per_s": [rows / seconds for seconds in step_s],
-        "start_s": epochs[0][0] - begun,
+        "start_s": epochs[0][0] - started,
     }
 
 
-def _watched(notes: str, take_turns: bool) -> Callable[[Any], Any]:
-    """For `fit`: an observer that also notes when each step was done, by epoch."""
+def _timing_observer(output: str, alternate: bool) -> Callable[[Any], Any]:
+    """A wrapper for the observer of `fit`. It writes the end times of steps, by epoch, to `output`."""
 
     def wrap(observer: Any) -> Any:
         import ray.train
@@ -189,9 +194,9 @@ def _watched(notes: str, take_turns: bool) -> Callable[[Any], Any]:
         from app.training.checkpoint import Checkpoints
 
         epochs: dict[int, list[float]] = {}
-        normal_save = Checkpoints.save
+        original_save = Checkpoints.save
 
-        class Noting:
+        class TimingObserver:
             def __getattr__(self, name: str) -> Any:
                 return getattr(observer, name)
 
@@ -199,21 +204,21 @@ def _watched(notes: str, take_turns: bool) -> Callable[[Any], Any]:
                 epochs.setdefault(epoch, []).append(time.time())
 
             def epoch(self, metrics: dict[str, float]) -> None:
-                if not take_turns or len(epochs) % 2 == 1:
+                if not alternate or len(epochs) % 2 == 1:
                     observer.epoch(metrics)
 
             def end(self, ending: Any) -> None:
                 if ray.train.get_context().get_world_rank() == 0:
-                    Path(notes).write_text(json.dumps(list(epochs.values())))
+                    Path(output).write_text(json.dumps(list(epochs.values())))
                 observer.end(ending)
 
         def save(self: Checkpoints, *arguments: Any) -> None:
             if len(epochs) % 2 == 1:
-                normal_save(self, *arguments)
+                original_save(self, *arguments)
 
-        if take_turns:
+        if alternate:
             Checkpoints.save = save  # type: ignore[method-assign]
-        return Noting()
+        return TimingObserver()
 
     return wrap
 
@@ -226,13 +231,13 @@ def _peer(backend: str, project: Any, prepared: Any) -> dict[str, Any]:
         settings, output = Path(folder) / "settings.json", Path(folder) / "output.json"
         content = {"project": project.model_dump(mode="json"), "prepared": str(prepared.path)}
         settings.write_text(json.dumps(content))
-        begun = time.time()
+        started = time.time()
         command = [str(BIN / launcher[0]), *launcher[1:], str(PEER), backend, str(settings), str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_peer_environment())
+        process = subprocess.run(command, capture_output=True, text=True, env=_peer_environment())
         if not output.exists():
-            sys.exit(f"{launcher[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        found = json.loads(output.read_text())
-    return {"step_s": found["step_s"], "start_s": found["first_step"] - begun}
+            sys.exit(f"{launcher[0]} failed:\n{process.stdout[-2000:]}\n{process.stderr[-2000:]}")
+        times = json.loads(output.read_text())
+    return {"step_s": times["step_s"], "start_s": times["first_step"] - started}
 
 
 def _peer_environment() -> dict[str, str]:
@@ -242,6 +247,7 @@ def _peer_environment() -> dict[str, str]:
 
 
 def _blocked(project: Any, prepared: Any, rounds: int) -> Rounds:
+    """Seconds for which a checkpoint blocks a rank, when written in the background and synchronously."""
     import torch
 
     from app.state.home import home
@@ -257,34 +263,37 @@ def _blocked(project: Any, prepared: Any, rounds: int) -> Rounds:
     optimizer.step()
     folder = home() / "blocked"
     checkpoints = checkpoint.Checkpoints(folder, project.training.checkpoints)
-    found: Rounds = {"behind": [], "synchronous": []}
+    blocked_s: Rounds = {"background": [], "synchronous": []}
     for round_ in range(rounds):
         groups = {"model": network.state_dict(), "optimizer": checkpoint.optimizer_tensors(optimizer)}
         state = {"epoch": round_, "step": 0, "score": None}
-        begun = time.perf_counter()
+        started = time.perf_counter()
         checkpoints.save(groups, state)
-        found["behind"].append(time.perf_counter() - begun)
+        blocked_s["background"].append(time.perf_counter() - started)
         checkpoints.wait()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         checkpoint.write(folder, checkpoint.Snapshot(groups, {**state, "step": 1}))
-        found["synchronous"].append(time.perf_counter() - begun)
-    medians = {how: statistics.median(seconds) for how, seconds in found.items()}
-    _say(f"blocked: {medians['behind'] * 1e3:.1f} ms, synchronous {medians['synchronous'] * 1e3:.1f} ms")
-    return found
+        blocked_s["synchronous"].append(time.perf_counter() - started)
+    medians = {kind: statistics.median(seconds) for kind, seconds in blocked_s.items()}
+    _print(
+        f"a checkpoint blocks for {medians['background'] * 1e3:.1f} ms, "
+        f"synchronously for {medians['synchronous'] * 1e3:.1f} ms"
+    )
+    return blocked_s
 
 
 def _ratio(name: str, ours: list[float], peers: list[float]) -> dict[str, Any]:
     goal, better = GOALS[name]
     value = statistics.median(ours) / statistics.median(peers)
-    each = [a / b for a, b in zip(ours, peers, strict=True)]
+    by_round = [a / b for a, b in zip(ours, peers, strict=True)]
     holds = value <= goal if better == "lower" else value >= goal
-    figures = {"value": value, "low": min(each), "high": max(each), "goal": goal}
+    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
     entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": holds}
-    _say(f"{name}: {entry}")
+    _print(f"{name}: {entry}")
     return {name: entry}
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

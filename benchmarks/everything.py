@@ -1,12 +1,12 @@
-"""An hour of everything at once, on one cluster, by way of the commands and HTTP alone.
+"""An hour of everything at once on one cluster, driven only by the commands and HTTP.
 
 Clients predict and give feedback while replicas and HAProxy are killed, slow and malformed requests arrive,
-load bursts to ten times, and operators train, promote, shift traffic, sign, compress, predict and deploy.
-Promised: no request is lost after one retry, or after a kill of HAProxy once another listens; commands end as
-documented; and nothing grows.
+load rises tenfold in bursts, and operators train, promote, shift traffic, sign, compress, predict and deploy.
+It holds if no request is lost after one retry (after a kill of HAProxy: after retries until its successor
+listens), if every command ends with a documented exit code, and if nothing grows.
 
-Growth is judged on processes that live through the last three quarters of the time: the median of the last
-quarter against the median of the second. The first quarter is warm-up.
+Growth compares the median of the last quarter of the time with the median of the second, for processes that
+were alive in both. The first quarter is warm-up.
 """
 
 import asyncio
@@ -45,20 +45,21 @@ BASE = f"/v2/models/{NAME}"
 HOUR_S = 3600.0
 RETRY_S = 1.0
 """A client waits this long before its one retry."""
-AWAY_S = 20.0
-"""How long nobody may listen after a kill of HAProxy."""
+MAX_AWAY_S = 20.0
+"""Maximum time after a kill of HAProxy until its successor must listen."""
 REQUESTS_PER_S = 20
 BURST_CONNECTIONS = 640
 SAMPLE_S = 10.0
 MAX_GROWTH = 0.10
-"""Largest growth of a process's memory, or of a count, that is not called growth."""
+"""Growth of a process's memory or of a count that is tolerated, relative to the second quarter."""
 MAX_GROWTH_MB = 30.0
+"""Growth of memory that is tolerated in any case."""
 TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass
 class Run:
-    """What the actors share, and what they found."""
+    """The state that the actors share, with the counts and faults that they record."""
 
     url: str
     token: str
@@ -66,15 +67,15 @@ class Run:
     settings: list[str]
     folder: Path
     services: Path
-    """Where Ray writes for Prometheus what to read."""
+    """Ray's service discovery file for Prometheus."""
     ended: threading.Event = field(default_factory=threading.Event)
     bursting: threading.Event = field(default_factory=threading.Event)
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     away_s: float = 0.0
     """Longest time until a client whose connection failed was answered."""
-    front_killed_s: float = float("-inf")
-    """When HAProxy was killed last, by the monotonic clock."""
+    haproxy_killed_s: float = float("-inf")
+    """Time of the last kill of HAProxy, by the monotonic clock."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -86,12 +87,12 @@ class Run:
 
 
 def everything(scale: float) -> dict[str, Any]:
-    """All actors at once for an hour times `scale`."""
+    """Run all actors at once for an hour times `scale`."""
     with tempfile.TemporaryDirectory(prefix="raylway-everything-") as folder:
         run = _start(Path(folder))
         mark = _environment(run.head)[session.MARK]
         try:
-            actors = [threading.Thread(target=_repeated, args=(run, actor, s)) for actor, s in ACTORS.items()]
+            actors = [threading.Thread(target=_repeat, args=(run, actor, s)) for actor, s in ACTORS.items()]
             growth = Growth(run)
             for thread in actors:
                 thread.start()
@@ -101,12 +102,12 @@ def everything(scale: float) -> dict[str, Any]:
                 thread.join()
             try:
                 _check_state(run)
-            except Exception as error:  # what was found in the hour is said in any case
-                run.fault(f"the state afterwards: {type(error).__name__}: {str(error)[-800:]}")
+            except Exception as error:  # report the results of the hour in any case
+                run.fault(f"state after the run: {type(error).__name__}: {str(error)[-800:]}")
         finally:
             run.ended.set()
             _raylway("down")
-        _check_remains(run, mark)
+        _check_no_process_left(run, mark)
     grown = growth.grown()
     return {
         "counts": dict(sorted(run.counts.items())),
@@ -119,7 +120,7 @@ def everything(scale: float) -> dict[str, Any]:
 
 
 def _start(folder: Path) -> Run:
-    """A cluster with a served champion and challenger."""
+    """Start a cluster that serves a champion and a challenger."""
     port = free_ports(1)[0]
     settings = [
         f"serving.port={port}", "serving.auth=local", "serving.follow=true", "serving.num_cpus=0.1",
@@ -144,45 +145,47 @@ def _start(folder: Path) -> Run:
 
 
 def _raylway(*arguments: str, allowed: tuple[int, ...] = (0,)) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "app", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
-    if done.returncode not in allowed or TRACEBACK in done.stdout + done.stderr:
-        end = (done.stdout + done.stderr).strip()[-600:]
-        raise RuntimeError(f"`raylway {' '.join(arguments)}` ended with {done.returncode}: {end}")
-    return done
+    output = process.stdout + process.stderr
+    if process.returncode not in allowed or TRACEBACK in output:
+        end = output.strip()[-600:]
+        raise RuntimeError(f"`raylway {' '.join(arguments)}` ended with {process.returncode}: {end}")
+    return process
 
 
-def _repeated(run: Run, actor: Callable[[Run, random.Random], None], pause_s: float) -> None:
-    chance = random.Random(actor.__name__)
-    while not run.ended.wait(pause_s * chance.uniform(0.5, 1.5)):
+def _repeat(run: Run, actor: Callable[[Run, random.Random], None], pause_s: float) -> None:
+    rng = random.Random(actor.__name__)
+    while not run.ended.wait(pause_s * rng.uniform(0.5, 1.5)):
         try:
-            actor(run, chance)
+            actor(run, rng)
         except Exception as error:
             run.fault(f"{actor.__name__}: {type(error).__name__}: {str(error)[-800:]}")
 
 
-# The actors: each is called again and again, with a pause between.
+# The actors: each is called repeatedly, with a pause between two calls.
 
 
-def clients(run: Run, chance: random.Random) -> None:
-    """Ten seconds of requests at a constant rate, a quarter of them followed by feedback."""
-    asyncio.run(_clients(run, chance, 10.0))
+def clients(run: Run, rng: random.Random) -> None:
+    """Send requests at a constant rate for ten seconds, a quarter of them followed by feedback."""
+    asyncio.run(_clients(run, rng, 10.0))
 
 
-async def _clients(run: Run, chance: random.Random, seconds: float) -> None:
+async def _clients(run: Run, rng: random.Random, seconds: float) -> None:
     limits = httpx.Limits(max_connections=None, keepalive_expiry=2)
     async with httpx.AsyncClient(
         base_url=run.url, headers=run.headers, trust_env=False, timeout=30, limits=limits
     ) as client:
         tasks = []
         for _ in range(round(seconds * REQUESTS_PER_S)):
-            tasks.append(asyncio.create_task(_ask(run, client, chance.random(), chance.randrange(10**12))))
+            tasks.append(asyncio.create_task(_send(run, client, rng.random(), rng.randrange(10**12))))
             await asyncio.sleep(1 / REQUESTS_PER_S)
         await asyncio.gather(*tasks)
 
 
-async def _ask(run: Run, client: httpx.AsyncClient, draw: float, number: int) -> None:
+async def _send(run: Run, client: httpx.AsyncClient, draw: float, number: int) -> None:
+    """Send a prediction request and, if `draw` is below 0.25, feedback for it."""
     headers = {"x-request-id": f"soak-{number}"}
     body = {"rows": [_row(number)], "unit": f"user-{number % 500}"}
     if not await _answered(run, client, "/predict", body, headers):
@@ -195,10 +198,9 @@ async def _ask(run: Run, client: httpx.AsyncClient, draw: float, number: int) ->
 async def _answered(
     run: Run, client: httpx.AsyncClient, action: str, body: Any, headers: dict[str, str]
 ) -> bool:
-    """Whether the request was answered with 2xx, on the first try or the second; while HAProxy is being
-    replaced, on a later one."""
-    burst, begun, tries, failed = run.bursting.is_set(), time.monotonic(), 0, False
-    while tries < 2 or time.monotonic() - run.front_killed_s < AWAY_S:
+    """Whether the first or second try is answered with 2xx. While HAProxy is being replaced, more follow."""
+    burst, started, tries, failed = run.bursting.is_set(), time.monotonic(), 0, False
+    while tries < 2 or time.monotonic() - run.haproxy_killed_s < MAX_AWAY_S:
         tries += 1
         run.counts[f"{action} tries"] += 1
         try:
@@ -210,7 +212,7 @@ async def _answered(
             run.counts[f"{action} {response.status_code}"] += 1
             if response.is_success:
                 if failed:
-                    run.away_s = max(run.away_s, time.monotonic() - begun)
+                    run.away_s = max(run.away_s, time.monotonic() - started)
                 return True
             if response.status_code not in (429, 503):
                 run.fault(f"{action}: {response.status_code} {response.text[:300]}")
@@ -227,19 +229,19 @@ def _row(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def stalls(run: Run, chance: random.Random) -> None:
-    """Strangers without a token that open connections, send part of a request, and fall silent."""
+def stalls(run: Run, rng: random.Random) -> None:
+    """Open connections without a token, send a part of a request on each, and then send nothing."""
     host, port = run.url.removeprefix("http://").split(":")
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as connections:
         for _ in range(40):
             try:
-                connection = opened.enter_context(contextlib.closing(_connect(host, int(port))))
+                connection = connections.enter_context(contextlib.closing(_connect(host, int(port))))
             except ConnectionRefusedError:
                 return  # HAProxy is being replaced
             head = f"POST {BASE}/predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            part = head + f"content-length: 900000\r\n\r\n{'x' * chance.randrange(40_000)}"
+            part = head + f"content-length: 900000\r\n\r\n{'x' * rng.randrange(40_000)}"
             with contextlib.suppress(OSError):
-                connection.sendall(part[: chance.randrange(20, len(part))].encode())
+                connection.sendall(part[: rng.randrange(20, len(part))].encode())
         run.counts["stalled connections"] += 40
         run.ended.wait(20)
 
@@ -250,20 +252,20 @@ def _connect(host: str, port: int) -> Any:
     return socket.create_connection((host, port), timeout=10)
 
 
-def malformed(run: Run, chance: random.Random) -> None:
-    """A request that nobody should send: it gets a 4xx, or the connection is closed."""
+def malformed(run: Run, rng: random.Random) -> None:
+    """Send a malformed request. It must get a 4xx, a 503 (no replica right now), or a closed connection."""
     bodies = [
         b"", b"\xff\xfe", b"null", b"[" * 50_000, b'{"rows": []}', b'{"rows": [{"age": 1e999}]}',
         b'{"rows": [{"gender": "\\ud800"}]}', b'{"unit": "' + b"x" * 200_000 + b'"}', b"0" * 2_000_000,
     ]  # fmt: skip
-    action = chance.choice(["/predict", "/infer", "/feedback", "/explain", "/nothing"])
+    action = rng.choice(["/predict", "/infer", "/feedback", "/explain", "/nothing"])
     headers = {**run.headers, "content-type": "application/json"}
-    if chance.random() < 0.3:
-        headers["authorization"] = chance.choice(["", "Bearer x", "Bearer " + "a.b.c" * 500])
+    if rng.random() < 0.3:
+        headers["authorization"] = rng.choice(["", "Bearer x", "Bearer " + "a.b.c" * 500])
     try:
         response = httpx.post(
             run.url + BASE + action,
-            content=chance.choice(bodies),
+            content=rng.choice(bodies),
             headers=headers,
             trust_env=False,
             timeout=30,
@@ -276,14 +278,14 @@ def malformed(run: Run, chance: random.Random) -> None:
         run.fault(f"malformed {action}: {response.status_code} {response.text[:300]}")
 
 
-def bursts(run: Run, chance: random.Random) -> None:
-    """Ten times overload for ten seconds: only 200 and 429."""
+def bursts(run: Run, rng: random.Random) -> None:
+    """Send ten times as many requests as the replicas can take, for ten seconds."""
     bodies = [json.dumps({"rows": [_row(n)]}).encode() for n in range(64)]
     target = Target(run.url + BASE + "/predict", bodies, tuple(run.headers.items()))
     run.bursting.set()
     try:
-        found = asyncio.run(hammer(target, connections=BURST_CONNECTIONS, seconds=10))
-        for status, count in found.statuses.items():
+        result = asyncio.run(hammer(target, connections=BURST_CONNECTIONS, seconds=10))
+        for status, count in result.statuses.items():
             run.counts[f"burst: {status}"] += count
     except (OSError, asyncio.IncompleteReadError) as error:
         run.counts[f"burst: {type(error).__name__}"] += 1  # a process was killed meanwhile
@@ -292,20 +294,20 @@ def bursts(run: Run, chance: random.Random) -> None:
         run.bursting.clear()
 
 
-def kills(run: Run, chance: random.Random) -> None:
-    """A replica, or now and then HAProxy."""
-    kind = "haproxy" if chance.random() < 0.1 else f"ServeReplica:{NAME}:"
-    found = [p for p in _processes(run) if kind in _title(p)]
-    if found:
+def kills(run: Run, rng: random.Random) -> None:
+    """Kill a replica or, one time in ten, HAProxy."""
+    kind = "haproxy" if rng.random() < 0.1 else f"ServeReplica:{NAME}:"
+    candidates = [p for p in _processes(run) if kind in _title(p)]
+    if candidates:
         with contextlib.suppress(psutil.Error):
             if kind == "haproxy":
-                run.front_killed_s = time.monotonic()
-            chance.choice(found).kill()
+                run.haproxy_killed_s = time.monotonic()
+            rng.choice(candidates).kill()
             run.counts[f"killed {kind}"] += 1
 
 
-def scrapes(run: Run, chance: random.Random) -> None:
-    """Prometheus, as it finds what to read. Ray's agent forgets what dead workers told when it is read."""
+def scrapes(run: Run, rng: random.Random) -> None:
+    """Scrape as Prometheus does: Ray's agent drops the metrics of dead workers only when it is scraped."""
     for service in json.loads(run.services.read_text()):
         for target in service["targets"]:
             with contextlib.suppress(httpx.TransportError):
@@ -313,78 +315,78 @@ def scrapes(run: Run, chance: random.Random) -> None:
                 run.counts["scrapes"] += 1
 
 
-def operators(run: Run, chance: random.Random) -> None:
-    """A command, as a person gives it; 2 is the answer to what cannot be done now, 3 that of the gate."""
-    command = chance.choice(list(COMMANDS))
-    arguments, allowed = COMMANDS[command](run, chance)
-    done = _raylway(command, *arguments, allowed=allowed)
-    run.counts[f"raylway {command}: {done.returncode}"] += 1
+def operators(run: Run, rng: random.Random) -> None:
+    """Run a command. Exit code 2: impossible in this state. Exit code 3: the gate refused the version."""
+    command = rng.choice(list(COMMANDS))
+    arguments, allowed = COMMANDS[command](run, rng)
+    process = _raylway(command, *arguments, allowed=allowed)
+    run.counts[f"raylway {command}: {process.returncode}"] += 1
 
 
-def _train(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
-    seed = f"seed={chance.randrange(20)}"
+def _train(run: Run, rng: random.Random) -> tuple[list[str], tuple[int, ...]]:
+    seed = f"seed={rng.randrange(20)}"
     return [PROJECT, *run.settings, "--set", seed], (0, 3)
 
 
-def _compress(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
+def _compress(run: Run, rng: random.Random) -> tuple[list[str], tuple[int, ...]]:
     return [str(versions.resolve(NAME, "champion").path), "--register"], (0, 2)
 
 
-def _sweep(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
-    study = f"sweep.study=soak-{chance.randrange(10**9)}"
+def _sweep(run: Run, rng: random.Random) -> tuple[list[str], tuple[int, ...]]:
+    study = f"sweep.study=soak-{rng.randrange(10**9)}"
     return [PROJECT, *run.settings, "--trials", "2", "--set", study], (0,)
 
 
-def _predict(run: Run, chance: random.Random) -> tuple[list[str], tuple[int, ...]]:
+def _predict(run: Run, rng: random.Random) -> tuple[list[str], tuple[int, ...]]:
     table = run.folder / "rows.parquet"
     if not table.exists():
         import pandas as pd
 
         pd.DataFrame([_row(n) for n in range(2_000)]).to_parquet(table)
-    output = str(run.folder / f"predicted-{chance.randrange(10**9)}")
+    output = str(run.folder / f"predicted-{rng.randrange(10**9)}")
     return [f"{NAME}@champion", "--input", str(table), "--output", output], (0,)
 
 
 COMMANDS: dict[str, Callable[[Run, random.Random], tuple[list[str], tuple[int, ...]]]] = {
     "train": _train,
-    "serve": lambda run, chance: ([PROJECT, *run.settings], (0,)),
-    "traffic": lambda run, chance: ([NAME, "--champion", str(chance.randrange(1, 100))], (0,)),
-    "promote": lambda run, chance: ([NAME, "challenger"], (0, 2)),
+    "serve": lambda run, rng: ([PROJECT, *run.settings], (0,)),
+    "traffic": lambda run, rng: ([NAME, "--champion", str(rng.randrange(1, 100))], (0,)),
+    "promote": lambda run, rng: ([NAME, "challenger"], (0, 2)),
     "compress": _compress,
     "predict": _predict,
     "sweep": _sweep,
-    "sign": lambda run, chance: ([f"{NAME}@champion"], (0,)),
-    "token": lambda run, chance: (["somebody"], (0,)),
-    "status": lambda run, chance: (["--json"], (0,)),
-    "audit": lambda run, chance: ([], (0,)),
-    "versions": lambda run, chance: ([NAME], (0,)),
+    "sign": lambda run, rng: ([f"{NAME}@champion"], (0,)),
+    "token": lambda run, rng: (["somebody"], (0,)),
+    "status": lambda run, rng: (["--json"], (0,)),
+    "audit": lambda run, rng: ([], (0,)),
+    "versions": lambda run, rng: ([NAME], (0,)),
 }
 
 ACTORS: dict[Callable[[Run, random.Random], None], float] = {
     clients: 0.1, stalls: 30.0, malformed: 0.5, bursts: 240.0, kills: 30.0, scrapes: 15.0, operators: 5.0,
 }  # fmt: skip
-"""With the mean pause between two calls, in seconds."""
+"""Mean pause between two calls of each actor, in seconds."""
 
 
-# What must hold at the end
+# The state after the run
 
 
 def _check_state(run: Run) -> None:
-    """The log is whole, every version verifies, nothing half-made is left."""
+    """The audit log and every version verify, and no temporary file is left in the state directory."""
     _raylway("audit")
     for version in versions.versions(NAME):
         verify(versions.resolve(NAME, str(version.version)).path)
     state = Path(os.environ["RAYLWAY_HOME"])
     linked = {path.resolve().parent for path in state.rglob("*") if path.is_symlink()}
-    drafts = sorted(str(path) for path in state.rglob(".*") if path not in linked)
-    if drafts:
-        run.fault(f"left behind in the state directory: {len(drafts)}, such as {drafts[:5]}")
-    counted = Counter(p.request_id for p in Records().predictions(NAME) if p.role == "served")
-    run.counts["recorded"] = len(counted)
+    temporary = sorted(str(path) for path in state.rglob(".*") if path not in linked)
+    if temporary:
+        run.fault(f"left behind in the state directory: {len(temporary)}, such as {temporary[:5]}")
+    recorded = Counter(p.request_id for p in Records().predictions(NAME) if p.role == "served")
+    run.counts["recorded"] = len(recorded)
 
 
-def _check_remains(run: Run, mark: str) -> None:
-    """After `down`, no process and no folder of the cluster is left."""
+def _check_no_process_left(run: Run, mark: str) -> None:
+    """After `down`, no process of the cluster is left."""
     time.sleep(5)
     left = [_title(p) for p in psutil.process_iter() if _environment(p).get(session.MARK) == mark]
     if left:
@@ -402,13 +404,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
 
 
 def _processes(run: Run) -> list[psutil.Process]:
-    """The cluster's: those below its head, and HAProxy, which may have been taken over by init."""
+    """The cluster's processes: the descendants of its head, and HAProxy, whose parent may be init by now."""
     mark = _environment(run.head).get(session.MARK)
-    found = {p.pid: p for p in run.head.children(recursive=True)}
+    processes = {p.pid: p for p in run.head.children(recursive=True)}
     for process in psutil.process_iter(["name"]):
         if process.info["name"] == "haproxy" and _environment(process).get(session.MARK) == mark:
-            found[process.pid] = process
-    return list(found.values())
+            processes[process.pid] = process
+    return list(processes.values())
 
 
 def _title(process: psutil.Process) -> str:
@@ -424,14 +426,14 @@ class Growth:
     def __init__(self, run: Run):
         self._run = run
         self._memory: dict[tuple[str, int, float], list[tuple[float, float]]] = defaultdict(list)
-        """By process: seconds since the start, megabytes."""
+        """Samples by process: seconds since the start, megabytes."""
         self._totals: dict[str, list[float]] = defaultdict(list)
         self._seconds = 0.0
 
     def watch(self, seconds: float) -> None:
         """Sample until the time is over."""
-        begun, self._seconds = time.monotonic(), seconds
-        while (at := time.monotonic() - begun) < seconds:
+        started, self._seconds = time.monotonic(), seconds
+        while (at := time.monotonic() - started) < seconds:
             self._sample(at)
             time.sleep(min(SAMPLE_S, seconds / 40))
 
@@ -452,32 +454,32 @@ class Growth:
             self._totals[name].append(value)
 
     def _quarters(self, samples: list[tuple[float, float]]) -> tuple[float, float] | None:
-        """Medians of the second and the last quarter; None for a process that was not there in both."""
+        """Medians of the second and the last quarter; None for a process without samples in both."""
         second = [v for at, v in samples if 0.25 <= at / self._seconds < 0.5]
         last = [v for at, v in samples if at / self._seconds >= 0.75]
         return (statistics.median(second), statistics.median(last)) if second and last else None
 
     def figures(self) -> dict[str, Any]:
-        """Of each total and of each process that lived through: second quarter, last quarter."""
-        found: dict[str, Any] = {}
+        """Medians of the second and the last quarter, of each total and of each process alive in both."""
+        medians: dict[str, Any] = {}
         for name, values in self._totals.items():
             quarter = max(1, len(values) // 4)
-            found[name] = [
+            medians[name] = [
                 statistics.median(values[quarter : 2 * quarter]),
                 statistics.median(values[-quarter:]),
             ]
         for (kind, pid, _), samples in self._memory.items():
             if quarters := self._quarters(samples):
-                found[f"{kind} {pid}"] = [round(value, 1) for value in quarters]
-        return found
+                medians[f"{kind} {pid}"] = [round(value, 1) for value in quarters]
+        return medians
 
     def grown(self) -> list[str]:
-        """What grew by more than MAX_GROWTH and MAX_GROWTH_MB."""
-        found = []
+        """The figures that grew by more than MAX_GROWTH and, for memory, MAX_GROWTH_MB, as text."""
+        grown = []
         for name, (before, after) in self.figures().items():
             slack = max(
                 MAX_GROWTH * before, 0 if name in ("processes", "threads", "files") else MAX_GROWTH_MB
             )
             if after - before > slack:
-                found.append(f"{name}: {before:g} -> {after:g}")
-        return found
+                grown.append(f"{name}: {before:g} -> {after:g}")
+        return grown

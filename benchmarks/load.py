@@ -1,4 +1,4 @@
-"""Load on an endpoint: wrk in a closed loop, MLPerf LoadGen's Server scenario (Poisson) in an open one."""
+"""Load on an endpoint: a closed loop by wrk, an open loop by MLPerf LoadGen (Server scenario: Poisson)."""
 
 import asyncio
 import math
@@ -35,15 +35,15 @@ end
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked, in turns."""
+    """A URL and the bodies that are posted to it in turn."""
 
     url: str
     bodies: Sequence[bytes]
-    """JSON, each on one line."""
+    """JSON documents, each on one line."""
     headers: tuple[tuple[str, str], ...] = ()
 
     def requests(self) -> list[bytes]:
-        """As they are sent, one for each body."""
+        """The HTTP requests as bytes, one for each body."""
         url = urlsplit(self.url)
         headers = "".join(f"{name}: {value}\r\n" for name, value in self.headers)
         return [
@@ -55,17 +55,17 @@ class Target:
 
 
 class NotAnswered(Exception):
-    """Some requests got no 2xx."""
+    """Some requests got no 2xx answer."""
 
 
 @dataclass(frozen=True)
-class Closed:
+class ClosedLoopResult:
     requests_per_s: float
     p99_s: float
 
 
-def closed_loop(target: Target, *, seconds: float, connections: int = 16) -> Closed:
-    """Each connection asks again as soon as it is answered. Raises NotAnswered."""
+def closed_loop(target: Target, *, seconds: float, connections: int = 16) -> ClosedLoopResult:
+    """Each connection sends its next request as soon as the last one is answered. Raises NotAnswered."""
     url = urlsplit(target.url)
     with tempfile.TemporaryDirectory() as folder:
         bodies, script = Path(folder) / "bodies", Path(folder) / "script.lua"
@@ -75,23 +75,23 @@ def closed_loop(target: Target, *, seconds: float, connections: int = 16) -> Clo
             SCRIPT % (bodies, url.path, ", ".join(f'["{name}"]="{value}"' for name, value in headers))
         )
         command = ["wrk", "-t1", f"-c{connections}", f"-d{round(seconds)}s", "-s", str(script), target.url]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    requests, duration_us, errors, p99_us = map(int, said.strip().splitlines()[-1].split())
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    requests, duration_us, errors, p99_us = map(int, output.strip().splitlines()[-1].split())
     if errors:
-        raise NotAnswered(f"{errors} of {requests} answers of {target.url} were none:\n{said}")
-    return Closed(requests / duration_us * 1e6, p99_us / 1e6)
+        raise NotAnswered(f"{errors} of {requests} requests to {target.url} got no 2xx answer:\n{output}")
+    return ClosedLoopResult(requests / duration_us * 1e6, p99_us / 1e6)
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenLoopResult:
     p50_s: float
     p99_s: float
 
 
-def open_loop(target: Target, *, per_s: float, seconds: float) -> Open:
-    """Requests come when they come, as of a Poisson process, whether earlier ones are answered or not.
+def open_loop(target: Target, *, per_s: float, seconds: float) -> OpenLoopResult:
+    """Requests arrive as a Poisson process, whether earlier ones are answered or not.
 
-    The latency counts from when a request was due. Raises NotAnswered.
+    The latency of a request counts from the time at which it was due. Raises NotAnswered.
     """
     import mlperf_loadgen as loadgen
 
@@ -109,7 +109,7 @@ def open_loop(target: Target, *, per_s: float, seconds: float) -> Open:
 
         def issue(samples: list) -> None:
             for sample in samples:
-                client.ask(sample.index, partial(_complete, loadgen, sample.id))
+                client.send(sample.index, partial(_complete, loadgen, sample.id))
 
         sut = loadgen.ConstructSUT(issue, lambda: None)
         count = len(target.bodies)
@@ -118,12 +118,12 @@ def open_loop(target: Target, *, per_s: float, seconds: float) -> Open:
         loadgen.DestroyQSL(library)
         loadgen.DestroySUT(sut)
         summary = (Path(folder) / "mlperf_log_summary.txt").read_text()
-    if client.refused:
-        raise NotAnswered(f"{client.refused} answers of {target.url} were none")
-    found = {
+    if client.failed:
+        raise NotAnswered(f"{client.failed} requests to {target.url} got no 2xx answer")
+    latencies = {
         p: re.search(rf"^{p}\.00 percentile latency \(ns\)\s*:\s*(\d+)", summary, re.M) for p in (50, 99)
     }
-    return Open(*(int(match[1]) / 1e9 for match in found.values()))
+    return OpenLoopResult(*(int(match[1]) / 1e9 for match in latencies.values()))
 
 
 def _complete(loadgen: Any, sample: int) -> None:
@@ -131,27 +131,27 @@ def _complete(loadgen: Any, sample: int) -> None:
 
 
 @dataclass(frozen=True)
-class Hammered:
-    """What many clients got."""
+class HammerResult:
+    """The answers that many clients got."""
 
     statuses: Counter[int]
     answered_per_s: float
-    """With 200."""
+    """Answers with status 200 per second."""
     p99_s: float
-    """Of those."""
+    """99th percentile of the latency of the answers with status 200."""
 
 
-async def hammer(target: Target, *, connections: int, seconds: float) -> Hammered:
-    """Each connection asks again as soon as it is answered; who is told 429 waits for a quarter of a second,
-    which is less than it was asked to."""
+async def hammer(target: Target, *, connections: int, seconds: float) -> HammerResult:
+    """Each connection sends its next request as soon as the last one is answered with 200. After any other
+    status it waits for 0.25 s, which is less than the Retry-After of a 429."""
     url, requests = urlsplit(target.url), target.requests()
     statuses: Counter[int] = Counter()
     latencies: list[float] = []
 
-    async def ask(number: int) -> None:
+    async def client(number: int) -> None:
         reader, writer = await asyncio.open_connection(url.hostname, url.port)
-        end = time.monotonic() + seconds  # to open thousands takes seconds, too
-        while (now := time.monotonic()) < end:
+        end = time.monotonic() + seconds  # after the connection is open: opening thousands takes seconds
+        while (sent := time.monotonic()) < end:
             number += 1
             writer.write(requests[number % len(requests)])
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
@@ -160,18 +160,18 @@ async def hammer(target: Target, *, connections: int, seconds: float) -> Hammere
             status = int(head.split(b" ", 2)[1])
             statuses[status] += 1
             if status == 200:
-                latencies.append(time.monotonic() - now)
+                latencies.append(time.monotonic() - sent)
             else:
                 await asyncio.sleep(0.25)
         writer.close()
 
-    await asyncio.gather(*(ask(number) for number in range(connections)))
+    await asyncio.gather(*(client(number) for number in range(connections)))
     ranked = sorted(latencies) or [math.nan]
-    return Hammered(statuses, len(latencies) / seconds, ranked[int(0.99 * (len(ranked) - 1))])
+    return HammerResult(statuses, len(latencies) / seconds, ranked[int(0.99 * (len(ranked) - 1))])
 
 
 class _Client:
-    """Requests over kept connections: as many as are needed, each used by one request at a time."""
+    """Sends requests over keep-alive connections: as many as needed, each for one request at a time."""
 
     def __init__(self, target: Target):
         url = urlsplit(target.url)
@@ -181,7 +181,7 @@ class _Client:
         self._tasks: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self.refused = 0
+        self.failed = 0
 
     def __enter__(self) -> "_Client":
         self._thread.start()
@@ -193,30 +193,30 @@ class _Client:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
-    def ask(self, index: int, done: Callable[[], None]) -> None:
-        """Send a body; `done` is called when its answer is there."""
-        self._loop.call_soon_threadsafe(self._begin, index, done)
+    def send(self, index: int, done: Callable[[], None]) -> None:
+        """Send a body; `done` is called when the answer has arrived or the request has failed."""
+        self._loop.call_soon_threadsafe(self._start, index, done)
 
-    def _begin(self, index: int, done: Callable[[], None]) -> None:
-        task = self._loop.create_task(self._ask(self._requests[index], done))
+    def _start(self, index: int, done: Callable[[], None]) -> None:
+        task = self._loop.create_task(self._exchange(self._requests[index], done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _ask(self, request: bytes, done: Callable[[], None]) -> None:
+    async def _exchange(self, request: bytes, done: Callable[[], None]) -> None:
         try:
             while self._idle and self._idle[-1][0].at_eof():
-                self._idle.pop()  # the server has closed it, after a time without a request
+                self._idle.pop()  # the server has closed this idle connection
             reader, writer = self._idle.pop() if self._idle else await asyncio.open_connection(*self._address)
             writer.write(request)
             head = (await reader.readuntil(b"\r\n\r\n")).lower()
             length = re.search(rb"content-length: *(\d+)", head)
             await reader.readexactly(int(length[1]) if length else 0)
-            self.refused += not head.startswith(b"http/1.1 2")
+            self.failed += not head.startswith(b"http/1.1 2")
             if b"\r\nconnection: close\r\n" in head:
                 writer.close()
             else:
                 self._idle.append((reader, writer))
-        except (OSError, EOFError):  # an EOF is a connection closed without an answer
-            self.refused += 1
+        except (OSError, EOFError):  # EOFError: the connection was closed without an answer
+            self.failed += 1
         finally:
             done()

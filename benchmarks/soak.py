@@ -1,9 +1,10 @@
-"""What an endpoint does when things go wrong: killed replicas, rollouts, overload, malformed requests.
+"""Proofs of what an endpoint promises under killed replicas, rollouts, overload and malformed requests.
 
     python benchmarks/soak.py [--only kills,rollouts,...] [--scale 1.0]
 
-Each proof has a cluster of its own, real processes and real HTTP. `--scale 0.1` makes all of them ten times
-as short; `everything` takes an hour. The last line is JSON; `holds` says whether the promises were kept.
+Each proof starts its own cluster and uses real processes and real HTTP. `--scale 0.1` makes each ten times
+shorter; at scale 1, `everything` takes an hour. The last line is JSON; `holds` is true if the promises were
+kept.
 """
 
 import argparse
@@ -49,14 +50,14 @@ NAME = "smoke"
 BASE = f"/v2/models/{NAME}"
 PLOT: Path | None = None
 RETRY_S = 1.0
-"""What a client waits before its one retry: on a broken connection, 429 and 503, as the README says."""
+"""Wait of a client before its one retry, which follows any failure: a broken connection, 429, 503."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help=f"of {', '.join(PROOFS)}")
+    parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(PROOFS)}")
     parser.add_argument("--scale", type=float, default=1.0)
-    parser.add_argument("--plot", type=Path, help="where the plot of the load step goes (PNG)")
+    parser.add_argument("--plot", type=Path, help="PNG file for the plot of load_step")
     arguments = parser.parse_args()
     global PLOT
     PLOT = arguments.plot
@@ -64,15 +65,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raylway-soak-") as home:
         os.environ["RAYLWAY_HOME"] = home
         train_versions()
-        found = {}
+        results = {}
         for name in names:
-            found[name] = PROOFS[name](arguments.scale)
-            print(f"{name}: {found[name]}", flush=True)
-    print(json.dumps({"benchmark": "soak", "scale": arguments.scale, "proofs": found}))
+            results[name] = PROOFS[name](arguments.scale)
+            print(f"{name}: {results[name]}", flush=True)
+    print(json.dumps({"benchmark": "soak", "scale": arguments.scale, "proofs": results}))
 
 
 def train_versions() -> None:
-    """Two registered ones."""
+    """Train and register two versions."""
     for seed in (0, 1):
         subprocess.run(
             [BIN / "raylway", "train", PROJECT, "--set", f"seed={seed}", "--set", "gate.tolerance=1"],
@@ -85,37 +86,37 @@ def train_versions() -> None:
 
 @dataclass
 class Served:
-    """An endpoint with what is done to it."""
+    """A running endpoint: deploys to it, and finds its processes."""
 
     serving: Serving
     url: str = ""
     head: psutil.Process = field(default_factory=psutil.Process)
 
     def replicas(self, application: str = NAME) -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     def memory_mb(self) -> float:
-        """Of the replicas and HAProxy."""
+        """Resident memory of the replicas and HAProxy."""
         proxies = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "haproxy"]
-        used = 0
+        resident_bytes = 0
         for process in self.replicas() + proxies:
             with contextlib.suppress(psutil.Error):
-                used += process.memory_info().rss
-        return used / 2**20
+                resident_bytes += process.memory_info().rss
+        return resident_bytes / 2**20
 
     def deploy(self, version: str = "1", **variants: Any) -> None:
         champion = {"version": version, "weight": 1}
-        found = {}
+        deployed = {}
         for name, settings in {"champion": champion, **variants}.items():
             path = versions.resolve(NAME, settings["version"]).path
-            found[name] = DeployedVariant.model_validate({"path": path, **settings})
-        wanted = Traffic(salt="soak", policy="weighted", variants=found)
-        self.url = deploy.deploy(self.serving, NAME, wanted)
+            deployed[name] = DeployedVariant.model_validate({"path": path, **settings})
+        traffic = Traffic(salt="soak", policy="weighted", variants=deployed)
+        self.url = deploy.deploy(self.serving, NAME, traffic)
 
 
 @contextlib.contextmanager
@@ -147,19 +148,20 @@ def target(endpoint: Served) -> Target:
 
 
 class Clients:
-    """Requests at a constant rate, whether earlier ones are answered or not; each with one retry."""
+    """Send requests at a constant rate, whether earlier ones are answered or not. Retry each failure once."""
 
     def __init__(self, endpoint: Served, per_s: float):
         self._endpoint = endpoint
         self._per_s = per_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-        self.asked = 0
+        self.sent = 0
         self.failed: Counter[str] = Counter()
-        """What first tries got that was no 200."""
+        """First tries without a 200, by status or type of error."""
         self.lost = 0
-        """Requests that their retry did not help."""
+        """Number of requests whose retry failed too."""
         self.versions: Counter[str] = Counter()
+        """Answers with 200, by version."""
 
     def __enter__(self) -> "Clients":
         self._thread.start()
@@ -174,18 +176,18 @@ class Clients:
         async with httpx.AsyncClient(
             base_url=self._endpoint.url, trust_env=False, timeout=30, limits=limits
         ) as client:
-            tasks, due, questions = set(), time.monotonic(), rows()
+            tasks, due, examples = set(), time.monotonic(), rows()
             while not self._ended.is_set():
                 due += 1 / self._per_s
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
-                self.asked += 1
-                body = {"rows": [questions[self.asked % len(questions)]], "unit": f"user-{self.asked % 100}"}
-                task = asyncio.create_task(self._ask(client, body))
+                self.sent += 1
+                body = {"rows": [examples[self.sent % len(examples)]], "unit": f"user-{self.sent % 100}"}
+                task = asyncio.create_task(self._send(client, body))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
             await asyncio.gather(*tasks)
 
-    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
+    async def _send(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
         if await self._answered(client, body, self.failed):
             return
         await asyncio.sleep(RETRY_S)
@@ -204,8 +206,8 @@ class Clients:
         return True
 
     def result(self) -> dict[str, Any]:
-        raw = sum(self.failed.values())
-        return {"asked": self.asked, "raw_loss": raw / max(1, self.asked), "lost": self.lost} | {
+        num_failed = sum(self.failed.values())
+        return {"asked": self.sent, "raw_loss": num_failed / max(1, self.sent), "lost": self.lost} | {
             "failed": dict(self.failed)
         }
 
@@ -214,21 +216,21 @@ class Clients:
 
 
 def kills(scale: float) -> dict[str, Any]:
-    """A random replica of three is killed every 5 s for 120 s, at 50 requests/s."""
-    chance = random.Random(0)
+    """One of three replicas, chosen at random, is killed every 5 s for 120 s, at 50 requests/s."""
+    rng = random.Random(0)
     with served(replicas=3) as endpoint, Clients(endpoint, 50) as clients:
         killed, end = 0, time.monotonic() + max(12, 120 * scale)
         while time.monotonic() < end:
             time.sleep(5)
             if running := endpoint.replicas():
-                chance.choice(running).kill()
+                rng.choice(running).kill()
                 killed += 1
     result = clients.result()
     return {**result, "killed": killed, "holds": result["raw_loss"] <= 0.001 and result["lost"] == 0}
 
 
 def rollouts(scale: float) -> dict[str, Any]:
-    """Ten rolling updates at 50 requests/s, every other one with new replicas; and one that cannot be."""
+    """Ten rolling updates at 50 requests/s, every other one with new replicas; then a broken bundle."""
     with served() as endpoint, Clients(endpoint, 50) as clients:
         for number in range(max(2, round(10 * scale))):
             if number % 2:
@@ -236,14 +238,13 @@ def rollouts(scale: float) -> dict[str, Any]:
                 endpoint.serving = endpoint.serving.model_copy(update={"limits": limits})
             endpoint.deploy(str(1 + number % 2))
             time.sleep(1)
-        refused = _refused(endpoint)
+        refused = _refuses_broken_bundle(endpoint)
     result = clients.result()
-    kept = not result["failed"] and set(clients.versions) == {"1", "2"} and refused
-    return {**result, "versions": dict(clients.versions), "broken_refused": refused, "holds": kept}
+    holds = not result["failed"] and set(clients.versions) == {"1", "2"} and refused
+    return {**result, "versions": dict(clients.versions), "broken_refused": refused, "holds": holds}
 
 
-def _refused(endpoint: Served) -> bool:
-    """Whether a broken bundle is refused."""
+def _refuses_broken_bundle(endpoint: Served) -> bool:
     good = versions.resolve(NAME, "1").path
     with tempfile.TemporaryDirectory() as folder:
         broken = Path(folder) / "bundle"
@@ -258,72 +259,72 @@ def _refused(endpoint: Served) -> bool:
 
 
 def overload(scale: float) -> dict[str, Any]:
-    """Ten times as many clients as a replica has places, against just as many: they wait for at most
-    DEFAULT_MAX_WAIT_S, and then get 429."""
+    """Ten times as many clients as a replica admits at once, against exactly as many. Excess requests wait
+    for at most DEFAULT_MAX_WAIT_S and then get 429."""
     seconds = max(4, 20 * scale)
     with served(replicas=1) as endpoint:
-        asked = target(endpoint)
-        closed_loop(asked, seconds=2)
-        before = endpoint.memory_mb()
-        usual = asyncio.run(hammer(asked, connections=MAX_CONCURRENT_REQUESTS, seconds=seconds))
-        much = asyncio.run(hammer(asked, connections=10 * MAX_CONCURRENT_REQUESTS, seconds=seconds))
-        after = endpoint.memory_mb()
+        predict = target(endpoint)
+        closed_loop(predict, seconds=2)
+        before_mb = endpoint.memory_mb()
+        full = asyncio.run(hammer(predict, connections=MAX_CONCURRENT_REQUESTS, seconds=seconds))
+        overloaded = asyncio.run(hammer(predict, connections=10 * MAX_CONCURRENT_REQUESTS, seconds=seconds))
+        after_mb = endpoint.memory_mb()
     return {
-        "requests_per_s": round(usual.answered_per_s),
-        "admitted_per_s": round(much.answered_per_s),
-        "statuses": dict(much.statuses),
-        "p99_ms": [round(usual.p99_s * 1e3, 1), round(much.p99_s * 1e3, 1)],
-        "memory_growth_mb": round(after - before, 1),
-        "holds": set(much.statuses) <= {200, 429}
-        and much.p99_s <= DEFAULT_MAX_WAIT_S + 2 * usual.p99_s
-        and after - before < 50,
+        "requests_per_s": round(full.answered_per_s),
+        "admitted_per_s": round(overloaded.answered_per_s),
+        "statuses": dict(overloaded.statuses),
+        "p99_ms": [round(full.p99_s * 1e3, 1), round(overloaded.p99_s * 1e3, 1)],
+        "memory_growth_mb": round(after_mb - before_mb, 1),
+        "holds": set(overloaded.statuses) <= {200, 429}
+        and overloaded.p99_s <= DEFAULT_MAX_WAIT_S + 2 * full.p99_s
+        and after_mb - before_mb < 50,
     }
 
 
 def half_load(scale: float) -> dict[str, Any]:
-    """Ten minutes of Poisson arrivals at half of what a replica answers: nobody is refused."""
+    """Ten minutes of Poisson arrivals at half of a replica's closed-loop rate: every request gets 2xx."""
     seconds = 600 * scale
     with served(replicas=1) as endpoint:
-        asked = target(endpoint)
-        per_s = closed_loop(asked, seconds=max(4, 10 * scale)).requests_per_s / 2
-        found = {"per_s": round(per_s), "requests": round(per_s * seconds)}
+        predict = target(endpoint)
+        per_s = closed_loop(predict, seconds=max(4, 10 * scale)).requests_per_s / 2
+        load = {"per_s": round(per_s), "requests": round(per_s * seconds)}
         try:
-            given = open_loop(asked, per_s=per_s, seconds=seconds)
+            latency = open_loop(predict, per_s=per_s, seconds=seconds)
         except NotAnswered as error:
-            return {**found, "refused": str(error), "holds": False}
-    return {**found, "p50_ms": given.p50_s * 1e3, "p99_ms": given.p99_s * 1e3, "holds": True}
+            return {**load, "refused": str(error), "holds": False}
+    return {**load, "p50_ms": latency.p50_s * 1e3, "p99_ms": latency.p99_s * 1e3, "holds": True}
 
 
 def malformed(scale: float) -> dict[str, Any]:
-    """10,000 requests that nobody should send: by the endpoint's own description, and bytes as they are."""
-    wanted = max(600, round(10_000 * scale))
+    """10,000 malformed requests: half generated from the endpoint's OpenAPI document, half raw bytes."""
+    num_requests = max(600, round(10_000 * scale))
     with served(replicas=1) as endpoint:
         closed_loop(target(endpoint), seconds=2)
-        before = endpoint.memory_mb()
+        before_mb = endpoint.memory_mb()
         statuses: Counter[str] = Counter()
-        _by_description(endpoint, wanted // 2, statuses)
-        _raw(endpoint, wanted - statuses.total(), statuses)
-        after = endpoint.memory_mb()
-        works = httpx.post(f"{endpoint.url}{BASE}/predict", json={"rows": rows()[:1]}, trust_env=False)
-    worked = works.status_code == 200
+        _send_by_schema(endpoint, num_requests // 2, statuses)
+        _send_raw(endpoint, num_requests - statuses.total(), statuses)
+        after_mb = endpoint.memory_mb()
+        response = httpx.post(f"{endpoint.url}{BASE}/predict", json={"rows": rows()[:1]}, trust_env=False)
+    still_answers = response.status_code == 200
     return {
         "requests": statuses.total(),
         "statuses": dict(statuses),
-        "memory_growth_mb": round(after - before, 1),
-        "holds": worked and not any(s.startswith("5") for s in statuses) and after - before < 50,
+        "memory_growth_mb": round(after_mb - before_mb, 1),
+        "holds": still_answers and not any(s.startswith("5") for s in statuses) and after_mb - before_mb < 50,
     }
 
 
-def _by_description(endpoint: Served, count: int, statuses: Counter[str]) -> None:
-    """What schemathesis makes of the OpenAPI document, mutated too."""
+def _send_by_schema(endpoint: Served, count: int, statuses: Counter[str]) -> None:
+    """Send invalid requests that schemathesis generates from the OpenAPI document."""
     import hypothesis
     import schemathesis
     from schemathesis import GenerationMode
 
     document = httpx.get(f"{endpoint.url}{BASE}/openapi.json", trust_env=False).json()
-    found = schemathesis.openapi.from_dict(document)
+    schema = schemathesis.openapi.from_dict(document)
     with httpx.Client(base_url=endpoint.url, trust_env=False, timeout=30) as client:
-        for operation in (each.ok() for each in found.get_all_operations()):
+        for operation in (result.ok() for result in schema.get_all_operations()):
             strategy = operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
 
             @hypothesis.settings(
@@ -331,10 +332,12 @@ def _by_description(endpoint: Served, count: int, statuses: Counter[str]) -> Non
                 suppress_health_check=list(hypothesis.HealthCheck), phases=[hypothesis.Phase.generate],
             )  # fmt: skip
             @hypothesis.given(case=strategy)
-            def ask(case: Any) -> None:
-                sent = case.as_transport_kwargs(base_url=endpoint.url)
+            def send(case: Any) -> None:
+                arguments = case.as_transport_kwargs(base_url=endpoint.url)
                 request = {
-                    k: sent[k] for k in ("method", "url", "headers", "json", "data", "params") if k in sent
+                    key: arguments[key]
+                    for key in ("method", "url", "headers", "json", "data", "params")
+                    if key in arguments
                 }
                 try:
                     response = client.request(**request)
@@ -344,11 +347,12 @@ def _by_description(endpoint: Served, count: int, statuses: Counter[str]) -> Non
                 statuses[str(response.status_code)] += 1
 
             with contextlib.suppress(hypothesis.errors.Unsatisfiable):
-                ask()
+                send()
 
 
-def _raw(endpoint: Served, count: int, statuses: Counter[str]) -> None:
-    chance = random.Random(0)
+def _send_raw(endpoint: Served, count: int, statuses: Counter[str]) -> None:
+    """Send random combinations of broken request lines, headers, bodies and lengths."""
+    rng = random.Random(0)
     row = json.dumps(rows()[0])
     good = f'{{"rows": [{row}]}}'.encode()
     name = next(k for k, v in rows()[0].items() if isinstance(v, (int, float))).encode()
@@ -379,14 +383,14 @@ def _raw(endpoint: Served, count: int, statuses: Counter[str]) -> None:
     ]  # fmt: skip
     host, port = endpoint.url.removeprefix("http://").split(":")
     for number in range(count):
-        line = chance.choice(lines) % BASE.encode()
+        line = rng.choice(lines) % BASE.encode()
         if number % 500 == 7:  # 50 MB in chunks
             statuses[_send(host, int(port), _chunked(line))] += 1
             continue
-        body = chance.choice(bodies)
-        length = len(body) if chance.random() < 0.8 else chance.choice([0, 1, 10**12, -1, 10**30])
-        head = [line, b"Host: x", b"Connection: close", chance.choice(heads), b"Content-Length: %d" % length]
-        if chance.random() < 0.7:
+        body = rng.choice(bodies)
+        length = len(body) if rng.random() < 0.8 else rng.choice([0, 1, 10**12, -1, 10**30])
+        head = [line, b"Host: x", b"Connection: close", rng.choice(heads), b"Content-Length: %d" % length]
+        if rng.random() < 0.7:
             head.insert(3, b"content-type: application/json")
         statuses[_send(host, int(port), [b"\r\n".join(head) + b"\r\n\r\n" + body])] += 1
 
@@ -399,45 +403,45 @@ def _chunked(line: bytes) -> Iterator[bytes]:
 
 
 def _send(host: str, port: int, parts: Any) -> str:
-    """The status that bytes get; `closed` if the connection ends without."""
-    said = b""
+    """Send the bytes: the status of the answer, or `closed` if the connection ends without one."""
+    answer = b""
     with socket.create_connection((host, port), timeout=20) as connection:
         with contextlib.suppress(OSError):
             for part in parts:
                 connection.sendall(part)
             connection.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
-            said = connection.recv(64)
-    return said.split(b" ")[1].decode("latin-1") if said.startswith(b"HTTP/") else "closed"
+            answer = connection.recv(64)
+    return answer.split(b" ")[1].decode("latin-1") if answer.startswith(b"HTTP/") else "closed"
 
 
 def feedback(scale: float) -> dict[str, Any]:
-    """Replicas are killed at 200 random points while clients send feedback: all acknowledged is there."""
-    chance, acknowledged, ended = random.Random(0), [], threading.Event()
+    """Replicas are killed at 200 random points. Acknowledged feedback is neither lost nor stored twice."""
+    rng, acknowledged, ended = random.Random(0), [], threading.Event()
 
-    def tell(part: int) -> None:
+    def send_feedback(part: int) -> None:
         number = 0
         with httpx.Client(trust_env=False, timeout=30) as client:
             while not ended.is_set():
                 number += 1
-                said = {"request_id": f"f-{part}-{number}", "reward": (number % 11) / 10}
+                body = {"request_id": f"f-{part}-{number}", "reward": (number % 11) / 10}
                 with contextlib.suppress(httpx.TransportError):
-                    answer = client.post(f"{endpoint.url}{BASE}/feedback", json=said)
-                    if answer.status_code == 202:  # nothing was predicted: stored apart, but durable
-                        acknowledged.append((said["request_id"], said["reward"]))
+                    response = client.post(f"{endpoint.url}{BASE}/feedback", json=body)
+                    if response.status_code == 202:  # no prediction has this id: quarantined, but durable
+                        acknowledged.append((body["request_id"], body["reward"]))
 
     with served(replicas=3, limits={"feedback_per_hour": 10**9}) as endpoint:
-        threads = [threading.Thread(target=tell, args=(part,)) for part in range(4)]
+        threads = [threading.Thread(target=send_feedback, args=(part,)) for part in range(4)]
         for thread in threads:
             thread.start()
-        killed = told = 0
+        killed = acknowledged_at_kill = 0
         while killed < max(6, round(200 * scale)):
-            if len(acknowledged) < told + 8:
-                time.sleep(0.05)  # nobody is asked before somebody answers again
+            if len(acknowledged) < acknowledged_at_kill + 8:
+                time.sleep(0.05)  # wait until a replica answers again
                 continue
-            time.sleep(chance.uniform(0, 0.5))
-            told = len(acknowledged)
-            chance.choice(endpoint.replicas()).kill()
+            time.sleep(rng.uniform(0, 0.5))
+            acknowledged_at_kill = len(acknowledged)
+            rng.choice(endpoint.replicas()).kill()
             killed += 1
         ended.set()
         for thread in threads:
@@ -452,66 +456,64 @@ def feedback(scale: float) -> dict[str, Any]:
 
 
 def shadow(scale: float) -> dict[str, Any]:
-    """A shadow that hangs, against none: the same answers, as fast."""
+    """A shadow that hangs changes no answer and adds at most 5 % to the p99 latency."""
     rounds, seconds = max(2, round(10 * scale)), max(3, 15 * scale)
     p99: dict[bool, list[float]] = {True: [], False: []}
     with served(replicas=1) as endpoint:
-        question = {"rows": rows(), "unit": "user-1"}
+        body = {"rows": rows(), "unit": "user-1"}
         answers = set()
         for hanging in (False, True) * rounds:
             application = f"{NAME}@2"
-            dark = {"dark": {"version": "2", "weight": 0, "shadow": True, "workers": application}}
-            endpoint.deploy("1", **(dark if hanging else {}))
+            shadow_variant = {"dark": {"version": "2", "weight": 0, "shadow": True, "workers": application}}
+            endpoint.deploy("1", **(shadow_variant if hanging else {}))
             for process in endpoint.replicas(application):
                 process.suspend()
             headers = {"x-request-id": "the-same"}
-            answer = httpx.post(
-                f"{endpoint.url}{BASE}/predict", json=question, headers=headers, trust_env=False
-            )
+            answer = httpx.post(f"{endpoint.url}{BASE}/predict", json=body, headers=headers, trust_env=False)
             answers.add(answer.content)
             open_loop(target(endpoint), per_s=200, seconds=1)
             p99[hanging].append(open_loop(target(endpoint), per_s=200, seconds=seconds).p99_s)
             for process in endpoint.replicas(application):
                 process.kill()
     ratio = statistics.median(p99[True]) / statistics.median(p99[False])
-    each = sorted(a / b for a, b in zip(p99[True], p99[False], strict=True))
-    figures = {"p99_ratio": round(ratio, 3), "low": round(each[0], 3), "high": round(each[-1], 3)}
+    by_round = sorted(a / b for a, b in zip(p99[True], p99[False], strict=True))
+    figures = {"p99_ratio": round(ratio, 3), "low": round(by_round[0], 3), "high": round(by_round[-1], 3)}
     return {**figures, "answers": len(answers), "holds": len(answers) == 1 and ratio <= 1.05}
 
 
 @dataclass
-class Step:
-    """A load that comes at once, and what it meets."""
+class LoadStep:
+    """Samples taken while the load rises in one step; `seconds` counts from the step."""
 
     seconds: list[float] = field(default_factory=list)
     replicas: list[int] = field(default_factory=list)
     per_s: list[float] = field(default_factory=list)
     p99_ms: list[float] = field(default_factory=list)
     second_s: float = float("inf")
-    """When the second replica answered."""
+    """Seconds from the step to the second replica's first answer."""
 
 
 def load_step(scale: float) -> dict[str, Any]:
-    """From a load that one replica cannot carry to the second one answering, against Serve's defaults."""
-    calm, seconds = max(5.0, 10 * scale), max(30.0, 90 * scale)
-    # Many rows a request: the replica is to have enough to do, and not the clients.
+    """Seconds from an overload of one replica until a second one answers, against Serve's defaults."""
+    calm_s, seconds = max(5.0, 10 * scale), max(30.0, 90 * scale)
+    # Many rows per request, so that the replica is the bottleneck and not the clients.
     bodies = [json.dumps({"rows": rows() * 32}).encode()]
     autoscaling = {"min_replicas": 1, "max_replicas": 2}
     with served(autoscaling=autoscaling) as endpoint:
-        asked = Target(f"{endpoint.url}{BASE}/predict", bodies)
+        predict = Target(f"{endpoint.url}{BASE}/predict", bodies)
         with _handle() as handle:
-            ours = _step(asked, lambda _: _answering(handle), calm, seconds)
+            ours = _step(predict, lambda _: _num_answering(handle), calm_s, seconds)
     (port,) = free_ports(1)
-    with _defaults(port):
+    with _serve_defaults(port):
         seen: set[int] = set()
 
-        def pids(answers: list[bytes]) -> int:
+        def num_pids(answers: list[bytes]) -> int:
             seen.update(json.loads(answer)["replica"] for answer in answers)
             return len(seen)
 
-        theirs = _step(Target(f"http://127.0.0.1:{port}/predict", bodies), pids, calm, seconds)
+        theirs = _step(Target(f"http://127.0.0.1:{port}/predict", bodies), num_pids, calm_s, seconds)
     if PLOT:
-        _plot(ours, theirs, calm)
+        _plot(ours, theirs)
     ratio = ours.second_s / theirs.second_s
     return {
         "second_replica_s": [round(ours.second_s, 1), round(theirs.second_s, 1)],
@@ -522,7 +524,7 @@ def load_step(scale: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _handle() -> Iterator[Any]:
-    """To the endpoint's replicas."""
+    """A handle to the endpoint's replicas."""
     from ray.serve.handle import DeploymentHandle
 
     handle: Any = DeploymentHandle(NAME, NAME)
@@ -533,47 +535,50 @@ def _handle() -> Iterator[Any]:
         handle.shutdown()
 
 
-def _answering(handle: Any) -> int:
-    """Replicas of ours that have answered something in the last minute."""
+def _num_answering(handle: Any) -> int:
+    """Number of Raylway's replicas that have answered a request in the last minute."""
     return sum(bool(state.recent) for state in handle.broadcast("state").results())
 
 
-def _step(asked: Target, replicas: Callable[[list[bytes]], int], calm: float, seconds: float) -> Step:
-    """One client at first, then 24 at once; both ask on and on."""
-    step, ended = Step(), threading.Event()
+def _step(
+    target: Target, num_replicas: Callable[[list[bytes]], int], calm_s: float, seconds: float
+) -> LoadStep:
+    """One client from the start, 24 more at once after `calm_s`. `num_replicas` counts those that answer."""
+    step, ended = LoadStep(), threading.Event()
     answers: list[tuple[float, float, bytes]] = []
-    begun = time.monotonic()
+    started = time.monotonic()
 
-    def ask(delay: float) -> None:
+    def client(delay: float) -> None:
         time.sleep(delay)
-        with httpx.Client(trust_env=False, timeout=60) as client:
+        with httpx.Client(trust_env=False, timeout=60) as http:
             headers, number = {"content-type": "application/json"}, 0
             while not ended.is_set():
                 number += 1
-                at = time.monotonic()
-                body = asked.bodies[number % len(asked.bodies)]
-                answer = client.post(asked.url, content=body, headers=headers)
-                if answer.status_code == 200:
-                    answers.append((time.monotonic(), time.monotonic() - at, answer.content))
+                sent = time.monotonic()
+                body = target.bodies[number % len(target.bodies)]
+                response = http.post(target.url, content=body, headers=headers)
+                if response.status_code == 200:
+                    answers.append((time.monotonic(), time.monotonic() - sent, response.content))
                 else:
                     time.sleep(0.1)
                 time.sleep(0.05 if not delay else 0)
 
-    threads = [threading.Thread(target=ask, args=(0.0 if not n else calm,)) for n in range(25)]
+    threads = [threading.Thread(target=client, args=(0.0 if not n else calm_s,)) for n in range(25)]
     for thread in threads:
         thread.start()
-    while (now := time.monotonic()) < begun + calm + seconds:
+    while (now := time.monotonic()) < started + calm_s + seconds:
         time.sleep(0.5)
-        recent = [(took, content) for at, took, content in answers[-20_000:] if at > now - 1]
-        count = replicas([content for _, content in recent])
-        step.seconds.append(now - begun - calm)
+        since_step = now - started - calm_s
+        recent = [(latency, content) for at, latency, content in answers[-20_000:] if at > now - 1]
+        count = num_replicas([content for _, content in recent])
+        step.seconds.append(since_step)
         step.replicas.append(count)
         step.per_s.append(len(recent))
-        took = sorted(took for took, _ in recent)
-        step.p99_ms.append(1e3 * took[int(0.99 * (len(took) - 1))] if took else float("nan"))
+        latencies = sorted(latency for latency, _ in recent)
+        step.p99_ms.append(1e3 * latencies[int(0.99 * (len(latencies) - 1))] if latencies else float("nan"))
         if count > 1 and step.second_s == float("inf"):
-            step.second_s = now - begun - calm
-        if count > 1 and now - begun - calm > step.second_s + 10:
+            step.second_s = since_step
+        if count > 1 and since_step > step.second_s + 10:
             break
     ended.set()
     for thread in threads:
@@ -582,7 +587,7 @@ def _step(asked: Target, replicas: Callable[[list[bytes]], int], calm: float, se
 
 
 @contextlib.contextmanager
-def _defaults(port: int) -> Iterator[None]:
+def _serve_defaults(port: int) -> Iterator[None]:
     bundle = versions.resolve(NAME, "1").path
     environment = {**os.environ, "BUNDLE": str(bundle)}
     program = ROOT / "benchmarks" / "serve_peers" / "serve_defaults.py"
@@ -606,7 +611,7 @@ def _defaults(port: int) -> Iterator[None]:
         server.wait(timeout=60)
 
 
-def _plot(ours: Step, theirs: Step, calm: float) -> None:
+def _plot(ours: LoadStep, theirs: LoadStep) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -623,8 +628,8 @@ def _plot(ours: Step, theirs: Step, calm: float) -> None:
         axis.grid(alpha=0.3)
     axes[2].set_yscale("log")
     axes[0].legend()
-    axes[2].set_xlabel("seconds after the load came")
-    figure.suptitle("24 clients come at once")
+    axes[2].set_xlabel("seconds after the load step")
+    figure.suptitle("24 clients start at once")
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
 

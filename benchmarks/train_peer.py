@@ -1,8 +1,8 @@
-"""What people would use instead: a plain loop over the same network, rows and batches.
+"""The peer of bench_train.py: a plain training loop over the same network, rows and batches.
 
 Started by bench_train.py under `torchrun` (`ddp`: DistributedDataParallel) or `horovodrun` (`horovod`:
 DistributedOptimizer; `flat`: one allreduce of all gradients, which suits small networks better).
-Rank 0 writes the seconds of each epoch's steps, and when the first step was done, as JSON.
+Rank 0 writes JSON: the mean seconds per step of each epoch, and the time at which the first step ended.
 """
 
 import json
@@ -12,19 +12,17 @@ import time
 from functools import partial
 from pathlib import Path
 
-started = time.time()  # before the imports: they are part of the way to the first step
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from app.config import Project  # noqa: E402
-from app.data.prepare import Prepared  # noqa: E402
-from app.tasks import task_of  # noqa: E402
-from app.training import shards  # noqa: E402
+from app.config import Project
+from app.data.prepare import Prepared
+from app.tasks import task_of
+from app.training import shards
 
 
 class Loss(nn.Module):
-    """The loss as a forward pass, as DistributedDataParallel wants it."""
+    """The loss as a forward pass: DistributedDataParallel averages gradients only after its own `forward`."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -77,7 +75,7 @@ def main(backend: str, settings: dict, output: Path) -> None:
         torch.manual_seed(epoch)
         order = task.arrange(rows, torch.randperm(len(frame)), training.batch_size)
         network.train()
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for step in range(num_steps):
             chosen = order[step * training.batch_size : (step + 1) * training.batch_size]
             clear()
@@ -87,10 +85,10 @@ def main(backend: str, settings: dict, output: Path) -> None:
                 average()
             optimizer.step()
             first_step = first_step or time.time()
-        seconds.append((time.perf_counter() - begun) / num_steps)
+        seconds.append((time.perf_counter() - started) / num_steps)
     if rank == 0:
         output.write_text(json.dumps({"step_s": seconds, "first_step": first_step}))
-    # Gloo's threads are still there: leaving in order aborts now and then.
+    # Gloo's threads still run: a normal interpreter exit sometimes aborts.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""A BentoML service with the bundle's graph.
+"""A BentoML service that runs the bundle's ONNX graph.
 
 BUNDLE=... bentoml serve bentoml_peer:Income --port ...
 """

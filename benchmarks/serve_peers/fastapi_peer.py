@@ -1,4 +1,4 @@
-"""A home-made server: FastAPI, one uvicorn worker, the bundle's graph.
+"""A hand-written server: FastAPI with one uvicorn worker runs the bundle's ONNX graph.
 
 BUNDLE=... uvicorn fastapi_peer:app --port ...
 """
@@ -34,7 +34,7 @@ def _row() -> type[BaseModel]:
     return create_model("Row", **fields)
 
 
-class Question(BaseModel):
+class Request(BaseModel):
     rows: list[_row()]  # type: ignore[misc]
 
 
@@ -43,7 +43,7 @@ class Prediction(BaseModel):
     positive: bool
 
 
-class Answer(BaseModel):
+class Response(BaseModel):
     predictions: list[Prediction]
 
 
@@ -52,13 +52,13 @@ session = _session()
 
 
 @app.post("/predict")
-async def predict(question: Question) -> Answer:
+async def predict(request: Request) -> Response:
     feed = {}
     for number, item in enumerate(SCHEMA["inputs"]):
-        values = [getattr(row, f"f{number}") for row in question.rows]
+        values = [getattr(row, f"f{number}") for row in request.rows]
         if item["contract"]["type"] == "number":
             feed[item["name"]] = np.array(values, dtype=np.float64)
         else:
             feed[item["name"]] = np.array([v or "" for v in values], dtype=object)
-    given = session.run(["probability"], feed)[0][:, 0].tolist()
-    return Answer(predictions=[Prediction(probability=p, positive=p >= 0.5) for p in given])
+    probabilities = session.run(["probability"], feed)[0][:, 0].tolist()
+    return Response(predictions=[Prediction(probability=p, positive=p >= 0.5) for p in probabilities])

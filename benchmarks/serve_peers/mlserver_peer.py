@@ -1,4 +1,4 @@
-"""An MLServer runtime with the bundle's graph.
+"""An MLServer runtime that runs the bundle's ONNX graph.
 
 mlserver start FOLDER, where FOLDER/model-settings.json names this class and the bundle as its uri.
 """
@@ -25,12 +25,12 @@ class Income(MLModel):
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
         feed = {}
-        for each in payload.inputs:
-            if each.name in self.numbers:
-                feed[each.name] = NumpyCodec.decode_input(each).ravel()
+        for tensor in payload.inputs:
+            if tensor.name in self.numbers:
+                feed[tensor.name] = NumpyCodec.decode_input(tensor).ravel()
             else:
-                feed[each.name] = np.array(StringCodec.decode_input(each), dtype=object)
-        given = self.session.run(["probability"], feed)[0]
+                feed[tensor.name] = np.array(StringCodec.decode_input(tensor), dtype=object)
+        probabilities = self.session.run(["probability"], feed)[0]
         return InferenceResponse(
-            model_name=self.name, outputs=[NumpyCodec.encode_output("probability", given)]
+            model_name=self.name, outputs=[NumpyCodec.encode_output("probability", probabilities)]
         )

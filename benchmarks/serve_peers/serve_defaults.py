@@ -1,4 +1,4 @@
-"""Ray Serve as it comes: the same model behind a FastAPI ingress, with Serve's default autoscaling.
+"""Ray Serve with its defaults: the same model behind a FastAPI ingress, with Serve's default autoscaling.
 
 BUNDLE=... python serve_defaults.py PORT
 """

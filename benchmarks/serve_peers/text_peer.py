@@ -1,4 +1,4 @@
-"""A home-made server of a text model: FastAPI, one uvicorn worker, the bundle's network in eager PyTorch.
+"""A hand-written server of a text model: FastAPI with one uvicorn worker runs the network in eager PyTorch.
 
 BUNDLE=... uvicorn text_peer:app --port ...
 """
@@ -29,7 +29,7 @@ class Row(BaseModel):
     text: str
 
 
-class Question(BaseModel):
+class Request(BaseModel):
     rows: list[Row]
 
 
@@ -38,7 +38,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, float]
 
 
-class Answer(BaseModel):
+class Response(BaseModel):
     predictions: list[Prediction]
 
 
@@ -48,12 +48,12 @@ tokenizer = tokens.load(BUNDLE / tokens.TOKENIZER_FILE)
 
 
 @app.post("/predict")
-def predict(question: Question) -> Answer:
-    ids, mask = tokens.pad(*tokens.encode(tokenizer, [row.text for row in question.rows]))
+def predict(request: Request) -> Response:
+    ids, mask = tokens.pad(*tokens.encode(tokenizer, [row.text for row in request.rows]))
     with torch.inference_mode():
-        given = network(torch.from_numpy(ids), torch.from_numpy(mask)).tolist()
-    said = []
-    for probabilities in given:
+        outputs = network(torch.from_numpy(ids), torch.from_numpy(mask)).tolist()
+    predictions = []
+    for probabilities in outputs:
         by_class = dict(zip(CLASSES, probabilities, strict=True))
-        said.append(Prediction(label=max(by_class, key=by_class.__getitem__), probabilities=by_class))
-    return Answer(predictions=said)
+        predictions.append(Prediction(label=max(by_class, key=by_class.__getitem__), probabilities=by_class))
+    return Response(predictions=predictions)
