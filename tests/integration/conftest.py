@@ -35,8 +35,8 @@ def server():
     programs = postgres.programs()
     if programs is None:
         pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    with postgres.started(programs) as started:
-        yield started
+    with postgres.started(programs) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -86,18 +86,18 @@ def replicas(reach):
     """The live replica processes of an application of Ray Serve."""
 
     def of(application: str) -> list[psutil.Process]:
-        found = []
+        processes = []
         for process in psutil.Process(reach.cluster.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):  # it has ended in the meantime
                 if f"ServeReplica:{application}:" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+                    processes.append(process)
+        return processes
 
     return of
 
 
 class Ranks:
-    """What the ranks of a training note, as files in a folder."""
+    """Notes that the ranks of a training write to files in a folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -108,10 +108,11 @@ class Ranks:
         on_begin: Callable[[int, int, int], None] = lambda rank, epoch, step: None,
         on_step: Callable[[int, int], None] = lambda rank, num_steps: None,
     ) -> Callable:
-        """For `trainer.train`: slows each rank's observer down and has it note process, steps and parameters.
+        """The argument `wrap` of `trainer.train`: the observer of a rank sleeps after each step, and notes
+        the process, the steps and the parameters of its rank.
 
-        A rank calls `on_begin` with its rank and position, and `on_step` after each step with its rank and
-        the number of steps that its process has made.
+        It calls `on_begin` with rank, epoch and step, and `on_step` after each step with the rank and the
+        number of steps that its process has made.
         """
         folder = self.folder
 
@@ -124,7 +125,7 @@ class Ranks:
 
             rank = ray.train.get_context().get_world_rank()
 
-            class Noting:
+            class NotingObserver:
                 def __init__(self):
                     self._num_steps = 0
                     self._steps = (folder / f"steps-{rank}").open("ab", buffering=0)
@@ -150,18 +151,18 @@ class Ranks:
                     self._steps.close()
                     observer.end(ending)
 
-            return Noting()
+            return NotingObserver()
 
         return wrap
 
     def pids(self) -> dict[int, int]:
-        """The process of each rank, of the group that started last."""
+        """The process id of each rank, in the group that started last."""
         return {
             int(file.name.removeprefix("pid-")): int(file.read_text()) for file in self.folder.glob("pid-*")
         }
 
     def num_steps(self) -> int:
-        """Steps of all processes that have been the same rank, of the rank that made most."""
+        """Number of steps of the rank that made most, summed over all processes that had this rank."""
         return max(file.stat().st_size for file in self.folder.glob("steps-*"))
 
     def parameters(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Raylway from Python, as a notebook uses it."""
+"""The Python API, as a notebook uses it."""
 
 import os
 
@@ -34,7 +34,7 @@ def rows() -> pd.DataFrame:
 
 
 @pytest.mark.timeout(400)
-def test_the_notebook_runs(home, reach):
+def test_the_tour_notebook_runs(home, reach):
     notebook = nbformat.read(ROOT / "configs" / "tour.ipynb", as_version=4)
     folder = {"metadata": {"path": str(ROOT / "configs")}}
     NotebookClient(notebook, timeout=180, kernel_name="python3", resources=folder).execute(
@@ -47,12 +47,12 @@ def test_the_notebook_runs(home, reach):
     assert "training.learning_rate" in table
 
 
-def test_predictions_are_the_bundles_and_keep_the_index(outcome, rows):
-    answers = api.predict(outcome, rows)
-    assert list(answers.index) == ["a", "b", "c"]
-    assert answers["probability"].between(0, 1).all()
+def test_predictions_keep_the_index_and_ignore_other_columns(outcome, rows):
+    predictions = api.predict(outcome, rows)
+    assert list(predictions.index) == ["a", "b", "c"]
+    assert predictions["probability"].between(0, 1).all()
     again = api.predict(outcome.bundle, rows.iloc[1:2].assign(unused=1))
-    assert again.loc["b", "probability"] == pytest.approx(answers.loc["b", "probability"], abs=1e-6)
+    assert again.loc["b", "probability"] == pytest.approx(predictions.loc["b", "probability"], abs=1e-6)
 
 
 def test_a_registered_version_is_named_by_alias_or_number(outcome, rows):
@@ -75,7 +75,7 @@ def test_a_missing_column_is_named(outcome, rows):
         api.predict(outcome, rows.drop(columns="gender"))
 
 
-def test_what_is_wrong_with_a_project_is_a_user_error():
+def test_a_mistake_in_a_project_or_argument_is_a_user_error():
     with pytest.raises(UserError, match="no such project file"):
         api.load("configs/none.yaml")
     project = api.load(ROOT / "configs" / "smoke.yaml")

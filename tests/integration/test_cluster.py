@@ -48,7 +48,7 @@ def running(tmp_path_factory):
 
 
 def shell_environment(result: UpResult) -> dict[str, str]:
-    """The environment of a shell after the printed exports; RAYLWAY_HOME is not among them."""
+    """The environment of a shell after the exports that `up` prints; they do not include RAYLWAY_HOME."""
     exports = "\n".join(line for line in str(result).splitlines() if line.startswith(("export", "unset")))
     printed = subprocess.run(["bash", "-c", f"{exports}\nenv -0"], capture_output=True, text=True, check=True)
     return dict(line.split("=", 1) for line in printed.stdout.split("\0") if line)
@@ -96,10 +96,10 @@ def test_a_job_runs_with_this_python_and_home_and_joins_its_cluster(running, tmp
         "    seen = ray.remote(lambda: (os.environ['RAYLWAY_HOME'], os.nice(0)))\n"
         "    print('worker', ray.get(seen.remote()))\n"
     )
-    ran = submit(result, tmp_path, "python", "job.py")
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert f"{result.cluster.address} {sys.executable}" in ran.stdout
-    assert f"worker ({str(home)!r}, 0)" in ran.stdout
+    process = submit(result, tmp_path, "python", "job.py")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"{result.cluster.address} {sys.executable}" in process.stdout
+    assert f"worker ({str(home)!r}, 0)" in process.stdout
 
 
 def test_the_jobs_api_refuses_requests_without_the_token(running):
@@ -123,7 +123,7 @@ def test_a_second_up_returns_the_running_cluster(running):
     assert again.cluster == result.cluster
 
 
-def test_session_joins_the_running_cluster_and_leaves_it_running(running):
+def test_a_session_joins_the_running_cluster_and_leaves_it_running(running):
     home, result = running
 
     def join():
@@ -138,7 +138,7 @@ def test_session_joins_the_running_cluster_and_leaves_it_running(running):
     assert dict(os.environ) == before
 
 
-def test_session_starts_a_cluster_if_none_is_up_and_stops_it(running, tmp_path, monkeypatch):
+def test_a_session_without_a_running_cluster_starts_one_and_stops_it(running, tmp_path, monkeypatch):
     _, result = running
     create, owned = session_module.create_directory, []
     monkeypatch.setattr(session_module, "create_directory", lambda: owned.append(create()) or owned[0])
@@ -156,7 +156,7 @@ def test_session_starts_a_cluster_if_none_is_up_and_stops_it(running, tmp_path, 
     assert all(gone(child) for child in set(psutil.Process().children(recursive=True)) - children)
 
 
-def test_session_refuses_a_cluster_that_does_not_answer(monkeypatch):
+def test_a_session_refuses_a_cluster_that_does_not_answer(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_ports(1)[0]}")
     with pytest.raises(UserError, match="RAY_ADDRESS"), session():
         pass
@@ -211,7 +211,7 @@ def test_up_replaces_a_head_that_was_killed(tmp_path):
     os.kill(first.cluster.pid, signal.SIGKILL)
     psutil.wait_procs(processes[:1], timeout=30)
     assert not first.cluster.alive()
-    # The guardian removes it.
+    # The guardian removes the rest of the cluster.
     wait_until(lambda: not Path(first.cluster.directory).exists() and all(map(gone, processes)))
     second = at(tmp_path, up)
     try:
@@ -237,8 +237,8 @@ def marked(directory: str) -> list[psutil.Process]:
     return processes
 
 
-def test_an_endpoint_ends_with_its_killed_command_and_its_replicas_answer_haproxy_only(tmp_path):
-    """From the moment at which the port listens until seconds after the command was killed."""
+def test_replicas_answer_haproxy_only_and_the_endpoint_ends_when_its_command_is_killed(tmp_path):
+    """Covers the time from the first answer of the port until the cluster is gone."""
     (port,) = free_ports(1)
     variants = {"champion": {"version": "1", "weight": 1}}
     serving = {"host": "::1", "port": port, "num_cpus": 0.1, "variants": variants}

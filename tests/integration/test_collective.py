@@ -45,19 +45,19 @@ def numbers(rank: int, length: int, dtype: torch.dtype, *width: int) -> Tensor:
 
 
 def exchange_on_rank(training: Training) -> dict:
-    ours = collective.join(training, Path(os.devnull))
-    overwritten = [numbers(ours.rank, 4, torch.int64), torch.full((2, 2), float(ours.rank))]
-    ours.broadcast(overwritten)
-    mean = torch.tensor([1.0, 10.0]) * (ours.rank + 1)
-    ours.average(mean)
+    group = collective.join(training, Path(os.devnull))
+    overwritten = [numbers(group.rank, 4, torch.int64), torch.full((2, 2), float(group.rank))]
+    group.broadcast(overwritten)
+    mean = torch.tensor([1.0, 10.0]) * (group.rank + 1)
+    group.average(mean)
     lengths = {"same": (3, 3), "different": (5, 2), "none on one": (0, 4), "none at all": (0, 0)}
     gathered = {
-        (case, dtype): ours.gather(numbers(ours.rank, lengths[case][ours.rank], dtype, 3))
+        (case, dtype): group.gather(numbers(group.rank, lengths[case][group.rank], dtype, 3))
         for case in lengths
         for dtype in NUMBERS
     }
     return {
-        "place": (ours.rank, ours.size),
+        "rank and size": (group.rank, group.size),
         "broadcast": overwritten,
         "average": mean,
         "gather": gathered,
@@ -70,11 +70,11 @@ def exchanged(backend, ranks):
     return ranks(exchange_on_rank, settings(backend))
 
 
-def test_each_rank_knows_its_place(exchanged):
-    assert [answer["place"] for answer in exchanged] == [(0, 2), (1, 2)]
+def test_each_rank_has_its_rank_and_the_size_of_the_group(exchanged):
+    assert [answer["rank and size"] for answer in exchanged] == [(0, 2), (1, 2)]
 
 
-def test_broadcast_overwrites_with_the_tensors_of_rank_0(exchanged):
+def test_broadcast_overwrites_tensors_with_those_of_rank_0(exchanged):
     for answer in exchanged:
         assert torch.equal(answer["broadcast"][0], numbers(0, 4, torch.int64))
         assert torch.equal(answer["broadcast"][1], torch.zeros(2, 2))
@@ -91,9 +91,9 @@ def test_gather_joins_rows_in_the_order_of_the_ranks(exchanged, case, dtype):
     lengths = exchanged[0]["lengths"][case]
     whole = torch.cat([numbers(rank, length, dtype, 3) for rank, length in enumerate(lengths)])
     for answer in exchanged:
-        ours = answer["gather"][case, dtype]
-        assert ours.dtype == dtype
-        assert torch.equal(ours, whole)
+        gathered = answer["gather"][case, dtype]
+        assert gathered.dtype == dtype
+        assert torch.equal(gathered, whole)
 
 
 # Gradients
@@ -102,7 +102,7 @@ BATCH, RATE, STEPS = 4, 0.05, 3
 
 
 class Network(nn.Module):
-    """A small network with an embedding of which a batch uses only some rows."""
+    """A small network with an embedding; a batch uses only some of its rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,30 +110,30 @@ class Network(nn.Module):
         self.table = nn.Embedding(7, 3)
         self.layers = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1))
 
-    def loss(self, x: Tensor, place: Tensor, y: Tensor) -> Tensor:
-        inputs = torch.cat([x, self.table(place)], dim=1)
+    def loss(self, x: Tensor, index: Tensor, y: Tensor) -> Tensor:
+        inputs = torch.cat([x, self.table(index)], dim=1)
         return (self.layers(inputs).squeeze(1) - y).square().mean()
 
 
 def batch(rank: int, step: int, passes: int = 1) -> list[tuple[Tensor, ...]]:
-    """A rank's batches of a step."""
+    """The batches of a rank in one step, one per backward pass."""
     generator = torch.Generator().manual_seed(100 * rank + step)
     x = torch.randn(passes * BATCH, 2, generator=generator)
-    place = torch.randint(0, 7, (passes * BATCH,), generator=generator)
+    index = torch.randint(0, 7, (passes * BATCH,), generator=generator)
     y = torch.randn(passes * BATCH, generator=generator)
-    return list(zip(x.split(BATCH), place.split(BATCH), y.split(BATCH), strict=True))
+    return list(zip(x.split(BATCH), index.split(BATCH), y.split(BATCH), strict=True))
 
 
 def train_on_rank(training: Training) -> list[Tensor]:
     """Steps as the loop takes them; returns the gradients of each step, and the parameters at the end."""
-    ours = collective.join(training, Path(os.devnull))
+    group = collective.join(training, Path(os.devnull))
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
-    gradients = ours.gradients(network)
+    gradients = group.gradients(network)
     passes, gradients_by_step = training.backward_passes_per_step, []
     for step in range(STEPS):
         gradients.zero()
-        for i, one in enumerate(batch(ours.rank, step, passes)):
+        for i, one in enumerate(batch(group.rank, step, passes)):
             with gradients.accumulating(last=i == passes - 1):
                 (gradients.loss(*one) / passes).backward()
         gradients.reduce()
@@ -142,8 +142,8 @@ def train_on_rank(training: Training) -> list[Tensor]:
     return [*gradients_by_step, flat(p.detach() for p in network.parameters())]
 
 
-def library_on_rank(training: Training) -> list[Tensor]:
-    """The same steps with the optimizer or wrapper of the library itself."""
+def train_with_library_on_rank(training: Training) -> list[Tensor]:
+    """The same steps with the optimizer or wrapper of Horovod or PyTorch itself."""
     rank = collective.join(training, Path(os.devnull)).rank
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
@@ -174,7 +174,7 @@ def flat(tensors) -> Tensor:
     return torch.cat([tensor.flatten().clone() for tensor in tensors])
 
 
-def alone(passes: int = 1) -> list[Tensor]:
+def train_in_one_process(passes: int = 1) -> list[Tensor]:
     """The same steps in one process with the rows of both ranks in one batch."""
     network = Network()
     optimizer = torch.optim.AdamW(network.parameters(), lr=RATE)
@@ -196,40 +196,40 @@ def check_equal(answers: list[list[Tensor]], expected: list[Tensor], tolerance: 
 
 
 @pytest.mark.parametrize("passes", [1, 3])
-@pytest.mark.parametrize("way", ["flat", "overlapped"])
-def test_gradients_are_those_of_one_process_with_all_the_rows(backend, ranks, way, passes):
-    training = settings(backend, gradients=way, backward_passes_per_step=passes)
-    check_equal(ranks(train_on_rank, training), alone(passes))
+@pytest.mark.parametrize("gradients", ["flat", "overlapped"])
+def test_gradients_are_those_of_one_process_with_all_the_rows(backend, ranks, gradients, passes):
+    training = settings(backend, gradients=gradients, backward_passes_per_step=passes)
+    check_equal(ranks(train_on_rank, training), train_in_one_process(passes))
 
 
 @HOROVOD_ALONE
 @pytest.mark.parametrize("megabytes", [0, 1e-4])
 def test_small_buckets_give_the_same_gradients(ranks, megabytes):
-    """With a bucket for each gradient, and with buckets of a hundred bytes."""
+    """Buckets of 0 bytes (one for each gradient) and of a hundred bytes."""
     training = settings("horovod", gradients="overlapped", horovod={"fusion_threshold_mb": megabytes})
-    check_equal(ranks(train_on_rank, training), alone())
+    check_equal(ranks(train_on_rank, training), train_in_one_process())
 
 
 @HOROVOD_ALONE
 def test_autotune_gives_the_same_gradients(ranks):
     training = settings("horovod", gradients="overlapped", horovod={"autotune": True})
-    check_equal(ranks(train_on_rank, training), alone())
+    check_equal(ranks(train_on_rank, training), train_in_one_process())
 
 
-@pytest.mark.parametrize("way", ["flat", "overlapped"])
-def test_gradients_are_those_of_the_librarys_own_optimizer(backend, ranks, way):
-    theirs, _ = ranks(library_on_rank, settings(backend))
-    check_equal(ranks(train_on_rank, settings(backend, gradients=way)), theirs)
+@pytest.mark.parametrize("gradients", ["flat", "overlapped"])
+def test_gradients_are_those_of_the_librarys_own_optimizer(backend, ranks, gradients):
+    theirs, _ = ranks(train_with_library_on_rank, settings(backend))
+    check_equal(ranks(train_on_rank, settings(backend, gradients=gradients)), theirs)
 
 
-@pytest.mark.parametrize("way", ["flat", "overlapped"])
-@pytest.mark.parametrize(("compression", "digits"), [("fp16", 2**-10), ("bf16", 2**-7)])
-def test_compressed_gradients_are_close_but_not_the_same(backend, ranks, way, compression, digits):
-    answers = ranks(train_on_rank, settings(backend, gradients=way, compression=compression))
+@pytest.mark.parametrize("gradients", ["flat", "overlapped"])
+@pytest.mark.parametrize(("compression", "precision"), [("fp16", 2**-10), ("bf16", 2**-7)])
+def test_compressed_gradients_are_close_but_not_the_same(backend, ranks, gradients, compression, precision):
+    answers = ranks(train_on_rank, settings(backend, gradients=gradients, compression=compression))
     assert torch.equal(answers[0][-1], answers[1][-1])
-    exact, ours = alone()[0], answers[0][0]
+    exact, ours = train_in_one_process()[0], answers[0][0]
     assert not torch.equal(ours, exact), "nothing was compressed"
-    torch.testing.assert_close(ours, exact, rtol=0, atol=digits * exact.abs().max().item())
+    torch.testing.assert_close(ours, exact, rtol=0, atol=precision * exact.abs().max().item())
 
 
 def test_adasum_is_refused_without_mpi_and_nccl():

@@ -28,10 +28,10 @@ def scores(output: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"│ ([\w :]+?) +│ (0\.\d{4})", output)}
 
 
-def test_demo(tmp_path):
-    done = demo(tmp_path)
-    output = done.stdout
-    assert done.returncode == 0, output + done.stderr
+def test_the_demo_trains_two_models_serves_them_and_leaves_no_process(tmp_path):
+    process = demo(tmp_path)
+    output = process.stdout
+    assert process.returncode == 0, output + process.stderr
     assert len(output.splitlines()) < 80
     auc = scores(output)
     assert auc["challenger: mlp"] >= 0.905
@@ -55,8 +55,8 @@ def belongs(process: psutil.Process, home: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_a_second_demo_trains_the_same_models(tmp_path):
-    """A second run in the same state directory trains again, to the same scores."""
+def test_a_second_demo_trains_to_the_same_scores(tmp_path):
+    """The second run has the same state directory and does not reuse the trained models."""
     first, second = demo(tmp_path), demo(tmp_path)
     assert first.returncode == second.returncode == 0
     epochs = projectfile.load("configs/income.yaml").training.epochs

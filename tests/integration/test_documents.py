@@ -1,8 +1,8 @@
-"""Every command of the README and the manual is run, by one shell on one cluster.
+"""Run every command of the README and the manual, in one shell on one cluster.
 
-The pages that train come first: an endpoint takes CPUs from a training. A training that two pages show is run
-once. What one machine cannot run, or what takes long, is marked in the document and only parsed, by
-tests/unit/test_documents.py.
+The pages that train come first, because an endpoint takes CPUs from a training. A training that two pages
+show is run once. Commands that need several machines or a long time are marked in the document;
+tests/unit/test_documents.py parses them, and no test runs them.
 """
 
 import os
@@ -29,7 +29,7 @@ ONCE = re.compile(r"raylway (?:up|train|sweep)\b|ray job submit")
 
 
 def commands() -> Iterator[str]:
-    """The commands of all documents; `make` has tests of its own (test_demo.py), or runs this one."""
+    """The commands of all documents, without `make`: its targets have their own tests, or run this one."""
     seen = set()
     for name in ORDER:
         for block in documents.blocks(ROOT / name, "sh"):
@@ -49,7 +49,7 @@ def test_no_document_with_commands_is_left_out():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout in which nothing was run, with this one's environment."""
+    """A copy of the checkout without ignored files, with a link to the virtual environment."""
     top = tmp_path / "checkout"
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -58,25 +58,25 @@ def checkout(tmp_path):
     for file in files:
         (top / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, top / file)
-    # The user's own rows.
+    # The documents predict for a user's file rows.parquet.
     pd.read_parquet(samples.path("adult")).head(500).to_parquet(top / "rows.parquet")
     (top / ".venv").mkdir()
     (top / ".venv" / "bin").symlink_to(ROOT / ".venv" / "bin")
-    # A refusal ends the script, with its body in the output.
+    # An HTTP error ends the script, and curl prints the body.
     (top / ".curlrc").write_text("fail-with-body\n")
     return top
 
 
 @pytest.mark.timeout(1500)  # it trains nine times
 def test_every_command_of_the_documents_works(checkout, tmp_path):
-    ours = ("RAY", "MLFLOW")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    prefixes = ("RAY", "MLFLOW")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     environment["CURL_HOME"] = str(checkout)
     # Each line of the log begins with the seconds since the start.
     script = "\n".join(
         ["PS4='+ $SECONDS s: '", "set -euxo pipefail", "trap '.venv/bin/raylway down' EXIT", *commands()]
     )
-    # Not in the checkout: Ray packs that twice for a job, and it has to be the same both times.
+    # Not in the checkout, which must not change while Ray packs it twice for a job.
     log = tmp_path / "log"
     with log.open("w") as file:
         done = subprocess.run(

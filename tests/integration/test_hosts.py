@@ -1,5 +1,5 @@
-"""Training and serving on two hosts: network namespaces with their own addresses and names, connected by a
-virtual cable."""
+"""Training and serving on two hosts: network namespaces with their own addresses and host names, connected by
+virtual cables."""
 
 import json
 import os
@@ -34,11 +34,11 @@ class Machine(Host):
     """Address in a network that the cluster must not use."""
 
     def run(self, *command: str) -> str:
-        ran = subprocess.run([*self.enter, *command], check=True, capture_output=True, text=True)
-        return ran.stdout
+        process = subprocess.run([*self.enter, *command], check=True, capture_output=True, text=True)
+        return process.stdout
 
-    def sent(self, interface: str) -> int:
-        """Bytes sent so far."""
+    def sent_bytes(self, interface: str) -> int:
+        """Number of bytes sent over a network interface so far."""
         (link,) = json.loads(self.run("ip", "-json", "-stats", "link", "show", interface))
         return link["stats64"]["tx"]["bytes"]
 
@@ -61,7 +61,7 @@ def hosts(tmp_path_factory):
             try:
                 ip("netns", "add", name)
             except subprocess.CalledProcessError as error:
-                pytest.skip(f"no namespaces here: {error.stderr.decode().strip()}")
+                pytest.skip(f"cannot create network namespaces: {error.stderr.decode().strip()}")
             ip("-n", name, "link", "set", "lo", "up")
         for network, link in enumerate((CLUSTER, OTHER), start=1):
             ip("link", "add", link, "netns", names[0], "type", "veth", "peer", link, "netns", names[1])
@@ -93,10 +93,10 @@ def cluster(home, hosts):
 
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
-def test_four_ranks_on_two_hosts(cluster, hosts, tmp_path, backend):
+def test_four_ranks_train_on_two_hosts_over_the_cluster_network_only(cluster, hosts, tmp_path, backend):
     wide = (f"training.backend={backend}", "training.num_workers=4", "model.hidden=[256, 256]")
     first, second = hosts
-    before = [(host.sent(CLUSTER), host.sent(OTHER)) for host in hosts]
+    before = [(host.sent_bytes(CLUSTER), host.sent_bytes(OTHER)) for host in hosts]
     training = cluster.train(tmp_path / "run", *SMALL, *wide, seconds_per_step=0.1)
     training.wait_for_ranks(4, timeout=180)
     training.wait_for("epoch", timeout=120)
@@ -122,12 +122,12 @@ def test_four_ranks_on_two_hosts(cluster, hosts, tmp_path, backend):
     # In a ring, every cable carries all gradients one and a half times.
     min_bytes = ranks[0]["steps"] * ranks[0]["bytes"]
     for host, (cluster_bytes, other_bytes) in zip(hosts, before, strict=True):
-        assert host.sent(CLUSTER) - cluster_bytes > min_bytes
-        assert host.sent(OTHER) - other_bytes < min_bytes / 100
+        assert host.sent_bytes(CLUSTER) - cluster_bytes > min_bytes
+        assert host.sent_bytes(OTHER) - other_bytes < min_bytes / 100
 
 
-def test_an_endpoint_on_two_hosts(home, hosts, server, monkeypatch):
-    """One replica on each host. Both hosts answer requests with a token; replicas answer HAProxy only."""
+def test_an_endpoint_answers_on_two_hosts(home, hosts, server, monkeypatch):
+    """Each host has one replica. Both hosts answer requests with a token; replicas answer HAProxy only."""
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", server.url())
     with nodes(hosts[0]) as cluster:
         for host in hosts:
@@ -173,10 +173,10 @@ for address in {addresses}:
             print(address, httpx.get(f"http://{{address}}:{{replica}}/v2", trust_env=False).status_code)
 """
         for host in hosts:
-            seen = host.run(sys.executable, "-c", probe).splitlines()
+            lines = host.run(sys.executable, "-c", probe).splitlines()
             for address in addresses:
                 with_token, without, *replicas = [
-                    line.split()[1] for line in seen if line.startswith(address)
+                    line.split()[1] for line in lines if line.startswith(address)
                 ]
                 assert (with_token, without) == ("200", "401")
                 assert replicas, "each host has a replica"
@@ -201,8 +201,8 @@ def test_a_training_survives_an_unplugged_cable(home, hosts, tmp_path):
             training.wait_for("epoch", timeout=60)
         assert training.ranks(2) == ranks
         second.run("ip", "link", "set", CLUSTER, "down")
-        left = next(rank for rank in ranks if rank["hostname"] == first.name)
-        psutil.Process(left["pid"]).wait(timeout=60)
+        remaining = next(rank for rank in ranks if rank["hostname"] == first.name)
+        psutil.Process(remaining["pid"]).wait(timeout=60)
         cluster.join(1, first)
         training.wait_for("note", "resuming from epoch", timeout=120)
         assert {rank["hostname"] for rank in training.ranks(2)[2:]} == {first.name}

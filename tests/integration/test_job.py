@@ -30,7 +30,7 @@ def test_a_job_trains_and_registers(reach, home):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "job version 1 (champion)" in done.stdout
     assert "epoch 2/2" in done.stdout
-    # It is in the state directory of the cluster, not in the job's working directory.
+    # The bundle is in the state directory of the cluster, not in the job's working directory.
     from app.registry import versions
 
     assert versions.resolve("job", "champion").path.is_relative_to(home)

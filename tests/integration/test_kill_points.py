@@ -1,7 +1,7 @@
-"""Whole commands on the cluster, killed before their writes in turn and given again: everything is whole.
+"""Kill commands on the cluster before each of their writes in turn, and run them again.
 
-Every rename and every start of a file, and a sample of the commits, which MLflow and Optuna make many of;
-tests/unit/state/test_kill_points.py takes all of them of what registers, promotes and signs.
+The writes are every rename and creation of a file, and a sample of the SQL commits, of which MLflow and
+Optuna make many. tests/unit/state/test_kill_points.py tries all writes of `register`, `promote` and `sign`.
 """
 
 import functools
@@ -25,20 +25,21 @@ from app.registry import connection, sweep_runs, versions
 from app.state.audit import Audit
 from app.tuning import study as studies
 from tests import killer
-from tests.integration import whole
+from tests.integration import consistency
 from tests.integration.conftest import ROOT
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(3600)]
 SMOKE = "configs/smoke.yaml"
 NUM_COMMITS = 8
-"""Commits of one command that are tried, spread over all of them."""
+"""Number of commits of one command before which it is killed, spread evenly."""
 
 
 @pytest.fixture
 def writes(reach, home, tmp_path):
-    """Runs a command that is killed before the write of this number, or never if it is 0.
+    """Run a command that is killed before its write `number` (from 1), or never if `number` is 0.
 
-    Returns its writes; the last is the one it was killed before. None if it ended before.
+    Returns its writes; the last one is the write before which it was killed. Returns None if the command
+    ended before that write.
     """
 
     def run(number: int, *command: str) -> list[tuple[str, str]] | None:
@@ -61,27 +62,29 @@ def writes(reach, home, tmp_path):
 
 @pytest.fixture
 def killed(writes):
-    """Kills a command, which may depend on the number, before each of its writes in turn, or before
-    those whose numbers are in `at`; yields the number and the write.
+    """Kill `command(number)` before each of its writes in turn, or before those with the numbers `at`; yields
+    the number and the write.
 
-    It ends when the command does: that has a few writes more or fewer from one time to the next.
+    Stops at the first run that ends by itself, because the number of writes varies a little between runs.
     """
 
-    def each(command: Callable[[int], Sequence[str]], at: Sequence[int] = ()) -> Iterator[tuple[int, str]]:
-        killed = 0
+    def kill_at_each_write(
+        command: Callable[[int], Sequence[str]], at: Sequence[int] = ()
+    ) -> Iterator[tuple[int, str]]:
+        num_killed = 0
         for number in at or itertools.count(1):
-            made = writes(number, *command(number))
-            if made is None:
+            writes_of_command = writes(number, *command(number))
+            if writes_of_command is None:
                 break
-            killed += 1
-            yield number, " ".join(made[-1])
-        assert killed > max(2, 0.75 * len(at))
+            num_killed += 1
+            yield number, " ".join(writes_of_command[-1])
+        assert num_killed > max(2, 0.75 * len(at))
 
-    return each
+    return kill_at_each_write
 
 
-def points(writes: list[tuple[str, str]]) -> list[int]:
-    """The numbers of the writes to be killed before."""
+def kill_points(writes: list[tuple[str, str]]) -> list[int]:
+    """The numbers of the writes before which the command is killed: all but most commits."""
     commits = [number for number, (event, _) in enumerate(writes, 1) if event == "commit"]
     step = max(1, len(commits) // NUM_COMMITS)
     others = [number for number, (event, _) in enumerate(writes, 1) if event != "commit"]
@@ -89,7 +92,7 @@ def points(writes: list[tuple[str, str]]) -> list[int]:
 
 
 def check_registered(name: str, count: int) -> None:
-    """Each version once, whole, with one entry in the audit log; one of them is the champion."""
+    """Each version is registered once, verifies and is in the audit log; one is the champion."""
     registered_versions = [versions.resolve(name, str(entry.version)) for entry in versions.versions(name)]
     assert len(registered_versions) == len({version.identity for version in registered_versions}) == count
     for version in registered_versions:
@@ -103,14 +106,14 @@ def check_registered(name: str, count: int) -> None:
     assert sorted(registered) == sorted(version.number for version in registered_versions)
 
 
-def test_train(writes, killed, raylway):
-    """The network is there; what is killed is everything after it."""
+def test_a_killed_train_completes_when_it_is_run_again(writes, killed, raylway):
+    """The trained network is reused, so that each run makes only the writes after the training."""
 
     def command(name: str) -> tuple[str, ...]:
         return ("train", SMOKE, "--set", f"name={name}")
 
     assert raylway(*command("whole")).returncode == 0
-    at = points(writes(0, *command("listed")))
+    at = kill_points(writes(0, *command("listed")))
     for number, write in killed(lambda number: command(f"killed-{number}"), at):
         again = raylway(*command(f"killed-{number}"))
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
@@ -120,7 +123,7 @@ def test_train(writes, killed, raylway):
         assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED"}
 
 
-def test_compress(writes, killed, raylway):
+def test_a_killed_compress_completes_when_it_is_run_again(writes, killed, raylway):
     @functools.cache
     def trained(name: str) -> str:
         settings = ("--set", f"name={name}", "--set", "compression.max_loss=1")
@@ -131,7 +134,7 @@ def test_compress(writes, killed, raylway):
     def command(name: str) -> tuple[str, ...]:
         return ("compress", trained(name), "--register")
 
-    at = points(writes(0, *command("small")))
+    at = kill_points(writes(0, *command("small")))
     check_registered("small", 2)
     for number, write in killed(lambda number: command(f"small-{number}"), at):
         again = raylway(*command(f"small-{number}"))
@@ -139,7 +142,7 @@ def test_compress(writes, killed, raylway):
         check_registered(f"small-{number}", 2)
 
 
-def test_predict(killed, raylway, tmp_path):
+def test_a_killed_predict_leaves_no_output_and_completes_when_it_is_run_again(killed, raylway, tmp_path):
     raylway("train", SMOKE)
     rows = pd.read_parquet(versions.resolve("smoke", versions.CHAMPION).path / "reference.parquet").head(3000)
     rows.to_parquet(tmp_path / "rows.parquet")
@@ -160,15 +163,17 @@ def test_predict(killed, raylway, tmp_path):
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
         assert f"{len(rows):,} rows predicted" in again.stdout
         assert len(pd.read_parquet(tmp_path / "out" / str(number))) == len(rows)
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")], "nothing is left"
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")], (
+        "no draft is left"
+    )
 
 
-def test_sweep(writes, killed, raylway, home):
+def test_a_killed_sweep_completes_when_it_is_run_again(writes, killed, raylway, home):
     def command(name: str) -> tuple[str, ...]:
         return ("sweep", SMOKE, "--trials", "2", "--set", f"sweep.study={name}")
 
-    assert raylway(*command("first")).returncode == 0  # it makes tables
-    at = points(writes(0, *command("swept")))
+    assert raylway(*command("first")).returncode == 0  # creates the tables
+    at = kill_points(writes(0, *command("swept")))
     for number, write in killed(lambda number: command(f"swept-{number}"), at):
         name = f"swept-{number}"
         again = raylway(*command(name), timeout=600)
@@ -181,8 +186,8 @@ def test_sweep(writes, killed, raylway, home):
         assert len(client.search_runs(smoke, f"tags.`{sweep_runs.STUDY_TAG}` = '{name}'")) == 1
 
 
-def test_token(killed, raylway, home):
-    """A token is good under the published keys, whatever was killed before."""
+def test_tokens_verify_after_a_killed_token_command(killed, raylway, home):
+    """Each new token verifies with the published keys."""
     from joserfc import jwt
     from joserfc.jwk import KeySet
 
@@ -197,7 +202,7 @@ def test_token(killed, raylway, home):
 
 @pytest.fixture(scope="module")
 def project(ray_cluster, home):
-    """Settings of an endpoint with a champion and a challenger; nothing is served at the end."""
+    """Arguments of a project with a champion and a challenger. Its endpoint is undeployed at the end."""
     from app.serving.control.undeploy import undeploy_all
 
     settings = [
@@ -212,7 +217,7 @@ def project(ray_cluster, home):
     undeploy_all()
 
 
-def test_a_first_serve(killed, raylway, project):
+def test_a_killed_first_serve_completes_when_it_is_run_again(killed, raylway, project):
     def command(number: int) -> list[str]:
         raylway("undeploy", "served")
         return ["serve", *project]
@@ -220,24 +225,24 @@ def test_a_first_serve(killed, raylway, project):
     for number, write in killed(command):
         again = raylway("serve", *project)
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served"), (number, write)
+        assert consistency.check_endpoint("served"), (number, write)
 
 
-def test_a_serve_that_replaces(killed, raylway, project):
-    """With other settings, with which the replicas start anew, and a variant in workers of its own."""
+def test_a_killed_update_by_serve_completes_when_it_is_run_again(killed, raylway, project):
+    """Each update changes limits, which restarts replicas, and moves a variant to its own workers or back."""
     assert raylway("serve", *project).returncode == 0
 
     def command(number: int) -> list[str]:
-        apart = "serving.variants.champion.workers=" + ("{num_cpus: 0.1}" if number % 2 else "null")
-        return ["serve", *project, "--set", f"serving.limits.max_rows={100 + number}", "--set", apart]
+        workers = "serving.variants.champion.workers=" + ("{num_cpus: 0.1}" if number % 2 else "null")
+        return ["serve", *project, "--set", f"serving.limits.max_rows={100 + number}", "--set", workers]
 
     for number, write in killed(command):
         again = raylway(*command(number))
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served").serving.limits.max_rows == 100 + number, write
+        assert consistency.check_endpoint("served").serving.limits.max_rows == 100 + number, write
 
 
-def test_traffic(killed, raylway, project):
+def test_a_killed_traffic_completes_when_it_is_run_again(killed, raylway, project):
     assert raylway("serve", *project).returncode == 0
 
     def command(number: int) -> tuple[str, ...]:
@@ -246,10 +251,10 @@ def test_traffic(killed, raylway, project):
     for number, write in killed(command):
         again = raylway(*command(number))
         assert again.returncode == 0, f"{write}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served").traffic.variants["champion"].weight == number, write
+        assert consistency.check_endpoint("served").traffic.variants["champion"].weight == number, write
 
 
-def test_undeploy(killed, raylway, project):
+def test_a_killed_undeploy_completes_when_it_is_run_again(killed, raylway, project):
     def command(number: int) -> tuple[str, ...]:
         assert raylway("serve", *project).returncode == 0
         return ("undeploy", "served")
@@ -257,4 +262,4 @@ def test_undeploy(killed, raylway, project):
     for _, write in killed(command):
         again = raylway("undeploy", "served")
         assert again.returncode in (0, 2), f"{write}: {again.stdout}{again.stderr}"
-        assert whole.check_endpoint("served") is None
+        assert consistency.check_endpoint("served") is None

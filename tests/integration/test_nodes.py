@@ -14,7 +14,7 @@ SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=4"
 
 @pytest.fixture
 def cluster(home):
-    """A cluster besides the shared one, with a head without CPUs."""
+    """A cluster of its own, besides the shared one. Its head has no CPUs."""
     with nodes() as cluster:
         yield cluster
 
@@ -25,7 +25,7 @@ def listens(address: str, port: str) -> bool:
 
 
 @pytest.mark.slow
-def test_four_ranks_on_two_nodes(cluster, tmp_path):
+def test_four_ranks_train_on_two_nodes(cluster, tmp_path):
     node_ids = {cluster.join(num_cpus=2).id, cluster.join(num_cpus=2).id}
     training = cluster.train(tmp_path / "run", *SMALL, "training.num_workers=4", seconds_per_step=0.05)
     rendezvous = training.wait_for_ranks(4, timeout=180)[0]["environment"]
@@ -36,8 +36,10 @@ def test_four_ranks_on_two_nodes(cluster, tmp_path):
     ranks = sorted(training.ranks(), key=lambda rank: rank["rank"])
     assert [rank["node"] for rank in ranks[::2]] == [rank["node"] for rank in ranks[1::2]]
     assert {rank["node"] for rank in ranks} == node_ids
-    places = [[rank["environment"][f"HOROVOD_{k}_RANK"] for k in ("LOCAL", "CROSS")] for rank in ranks]
-    assert places == [["0", "0"], ["1", "0"], ["0", "1"], ["1", "1"]]
+    local_and_cross_ranks = [
+        [rank["environment"][f"HOROVOD_{k}_RANK"] for k in ("LOCAL", "CROSS")] for rank in ranks
+    ]
+    assert local_and_cross_ranks == [["0", "0"], ["1", "0"], ["0", "1"], ["1", "1"]]
     assert len({rank["parameters"] for rank in ranks}) == 1
     for rank in ranks:
         rank["listens"].remove("::")  # Ray's own port
@@ -45,19 +47,19 @@ def test_four_ranks_on_two_nodes(cluster, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_move_on_from_a_node_that_is_preempted(cluster, tmp_path):
+def test_ranks_move_from_a_preempted_node_to_another(cluster, tmp_path):
     for _ in range(2):
         cluster.join(num_cpus=2)
     plain = cluster.train(tmp_path / "plain", *SMALL).wait_for("end", timeout=120)["history"]
     training = cluster.train(tmp_path / "moved", *SMALL, seconds_per_step=0.05)
-    (old,) = {rank["node"] for rank in training.wait_for_ranks(2, timeout=120)}
+    (preempted,) = {rank["node"] for rank in training.wait_for_ranks(2, timeout=120)}
     training.wait_for("epoch", timeout=60)
     time.sleep(1)  # in the middle of the second epoch
-    cluster.drain(old, seconds=60)
+    cluster.drain(preempted, seconds=60)
     training.wait_for("note", "a node is going away", timeout=15)
     training.wait_for("note", "resuming from epoch 2, step ", timeout=60)
     moved = training.wait_for("end", timeout=60)["history"]
-    assert old not in {rank["node"] for rank in training.ranks()[2:]}
+    assert preempted not in {rank["node"] for rank in training.ranks()[2:]}
     for name in ("train_loss", "validation_loss"):
         assert [e[name] for e in moved] == pytest.approx([e[name] for e in plain], abs=1e-6)
 

@@ -1,5 +1,5 @@
-"""Each pair of the commands that write, at once, as processes of their own: whatever each says, the state is
-whole afterwards. RAYLWAY_PAIRS=2 has each pair run twice."""
+"""Run each pair of commands that write at the same time, in two processes. Whether a command succeeds or is
+refused, the state is consistent afterwards. RAYLWAY_PAIRS=2 runs each pair twice."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from app.config import projectfile
 from app.data.sources import samples
 from app.registry import versions
 from app.serving.gateway import issuer
-from tests.integration import whole
+from tests.integration import consistency
 from tests.integration.conftest import ROOT
 
 pytestmark = [
@@ -32,11 +32,11 @@ pytestmark = [
 
 NAME = "pairs"
 REPEATS = int(os.environ.get("RAYLWAY_PAIRS", "1"))
-DONE, USER, GATE = 0, 2, 3
-"""How a command may end: a mistake is told in one line, and a candidate may not pass."""
+DONE, USER_ERROR, GATE_REFUSED = 0, 2, 3
+"""Exit codes that a command may have; a user error is one line."""
 
-# What the watch does every few seconds, at this moment and in a process of its own.
-LOOK = f"""
+# What the watch does every few seconds, here at the same time as another command and in its own process.
+WATCH = f"""
 from app.cluster.session import session
 from app.state.audit import Audit
 from app.state.records import Records
@@ -45,15 +45,15 @@ with session(log_to_driver=False):
     from app.serving.traffic import traffic
     from app.monitoring.follow import Follower
     audit = Audit()
-    held = traffic.read_current(audit, {NAME!r})
-    if held is not None:
+    current = traffic.read_current(audit, {NAME!r})
+    if current is not None:
         {{}}
 """
 SCRIPTS = {
-    "follow": LOOK.format(f"Follower().follow(audit, {NAME!r}, held)"),
-    "bandit": LOOK.format(
+    "follow": WATCH.format(f"Follower().follow(audit, {NAME!r}, current)"),
+    "bandit": WATCH.format(
         f"bandit.rebalance(audit, Records(), {NAME!r}, "
-        'held._replace(traffic=held.traffic.model_copy(update={"policy": "bandit"})))'
+        'current._replace(traffic=current.traffic.model_copy(update={"policy": "bandit"})))'
     ),
 }
 
@@ -70,7 +70,7 @@ class Pairs:
         self.rows = folder / "rows.parquet"
         pd.read_parquet(samples.path("adult")).head(300).to_parquet(self.rows)
         self.bundle: Path | None = None
-        """Of the first version."""
+        """Bundle of the first version."""
         self.count, self.trials = itertools.count(1), itertools.count(1)
 
     def _project(self) -> dict:
@@ -114,17 +114,17 @@ class Pairs:
             [sys.executable, *program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
         )
 
-    def must(self, command: str) -> subprocess.CompletedProcess:
+    def run_successfully(self, command: str) -> subprocess.CompletedProcess:
         done = self.run(command)
         assert done.returncode == DONE, f"{command}: {done.stdout}{done.stderr}"
         return done
 
     def reset(self) -> None:
-        """A champion, a challenger, and an endpoint that serves both."""
+        """Ensure a champion, a challenger, and an endpoint that serves both."""
         while versions.find(NAME, versions.CHALLENGER) is None:
-            self.must("train")
+            self.run_successfully("train")
             self.bundle = versions.resolve(NAME, "1").path
-        self.must("serve")
+        self.run_successfully("serve")
 
 
 COMMANDS = (
@@ -135,11 +135,11 @@ COMMANDS = (
 
 @pytest.fixture(scope="module")
 def pairs(ray_cluster, home, tmp_path_factory):
-    made = Pairs(home, tmp_path_factory.mktemp("pairs"))
-    projectfile.load(made.file, [])
-    made.reset()
-    yield made
-    made.run("undeploy")
+    pairs = Pairs(home, tmp_path_factory.mktemp("pairs"))
+    projectfile.load(pairs.file, [])
+    pairs.reset()
+    yield pairs
+    pairs.run("undeploy")
 
 
 @pytest.mark.timeout(3600)
@@ -147,23 +147,23 @@ def pairs(ray_cluster, home, tmp_path_factory):
     ("one", "other"),
     [pytest.param(*pair, id="-".join(pair)) for pair in itertools.combinations_with_replacement(COMMANDS, 2)],
 )
-def test_two_commands_at_once_leave_everything_whole(pairs, one, other):
+def test_two_commands_at_once_leave_a_consistent_state(pairs, one, other):
     for _ in range(REPEATS):
         pairs.reset()
-        with ThreadPoolExecutor(2) as both:
-            ended = dict(enumerate(both.map(pairs.run, (one, other))))
-        for command, done in zip((one, other), ended.values(), strict=True):
-            said = f"{command} beside {(one, other)}: {done.returncode}\n{done.stdout}{done.stderr}"
-            assert done.returncode in (DONE, USER, GATE), said
-            assert "Traceback" not in done.stderr, said
-            if done.returncode == USER:
-                assert done.stderr.strip().splitlines()[-1].startswith("error: "), said
-        whole.check_log_and_registry(NAME)
-        whole.check_endpoint(NAME)
-        for command, done in zip((one, other), ended.values(), strict=True):
+        with ThreadPoolExecutor(2) as pool:
+            processes = list(pool.map(pairs.run, (one, other)))
+        for command, done in zip((one, other), processes, strict=True):
+            output = f"{command} of {(one, other)}: {done.returncode}\n{done.stdout}{done.stderr}"
+            assert done.returncode in (DONE, USER_ERROR, GATE_REFUSED), output
+            assert "Traceback" not in done.stderr, output
+            if done.returncode == USER_ERROR:
+                assert done.stderr.strip().splitlines()[-1].startswith("error: "), output
+        consistency.check_log_and_registry(NAME)
+        consistency.check_endpoint(NAME)
+        for command, done in zip((one, other), processes, strict=True):
             if command == "token":
-                public = KeySet.import_key_set(json.loads(issuer.jwks().read_text()))
-                jwt.decode(done.stdout.strip(), public)
+                keys = KeySet.import_key_set(json.loads(issuer.jwks().read_text()))
+                jwt.decode(done.stdout.strip(), keys)
             elif command == "predict" and done.returncode == DONE:
                 newest = max(pairs.folder.glob("out-*"), key=lambda path: path.stat().st_mtime)
                 assert len(pd.read_parquet(newest)) == 300

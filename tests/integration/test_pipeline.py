@@ -1,4 +1,4 @@
-"""Commands from training to promotion and predictions, and what they refuse."""
+"""Commands from training to promotion and predictions, and the inputs that they refuse."""
 
 import io
 import json
@@ -30,7 +30,7 @@ LINEAR = ("--set", "model={kind: linear}")
 
 @pytest.fixture(scope="module")
 def trained(raylway):
-    """Both candidates of the smoke project, trained by the command: the linear one first."""
+    """Output of `raylway train` for both candidates of the smoke project: the linear one, then the MLP."""
     return [raylway("train", "configs/smoke.yaml", *overrides, timeout=300) for overrides in (LINEAR, ())]
 
 
@@ -84,7 +84,7 @@ def test_a_candidate_that_fails_the_gate_is_not_registered(trained, raylway):
 
 
 def test_a_killed_command_resumes_its_mlflow_run(raylway, started, ray_cluster):
-    """SIGKILL during training; the same command completes the same run."""
+    """The command gets SIGKILL during training; the same command then completes the run."""
     command = ["train", "configs/smoke.yaml", "--set", "name=killed", "--set", "training.epochs=6"]
     with started(*command) as process:
         for line in process.stdout:
@@ -105,7 +105,7 @@ def test_a_killed_command_resumes_its_mlflow_run(raylway, started, ray_cluster):
 def test_serve_keeps_an_endpoint_up_until_it_is_stopped(trained, tmp_path, home):
     """Without a cluster of `up`, `raylway serve` starts its own, and ends it at SIGINT."""
     port = free_ports(1)[0]
-    # The same registry, but no record of the shared cluster.
+    # A state directory with the same registry, but without the record of the shared cluster.
     alone = tmp_path / "home"
     alone.mkdir()
     for name in ("mlflow.db", "artifacts"):
@@ -146,14 +146,14 @@ def test_the_champion_is_evaluated_on_rows_that_it_was_not_trained_on(ray_cluste
     from app.console import Console
     from app.jobs import pipeline
 
-    def trained(*overrides: str) -> pipeline.Outcome:
+    def train(*overrides: str) -> pipeline.Outcome:
         small = ["name=judged", "model={kind: linear}", "training.num_workers=1", "training.epochs=1"]
         project = projectfile.load("configs/smoke.yaml", [*small, "gate={tolerance: 1}", *overrides])
         return pipeline.run(project, Console(io.StringIO()))
 
-    first = trained()
+    first = train()
     assert first.decision.reason.endswith("no champion yet)")
-    another = trained("seed=1", "data.columns.race={type: category}", "features.race={encode: one_hot}")
+    another = train("seed=1", "data.columns.race={type: category}", "features.race={encode: one_hot}")
     assert another.decision.reason.endswith(f"champion {first.evaluation['model']['auc']:.4f})")
 
 
@@ -198,15 +198,15 @@ def source(path):
 
 
 @contextmanager
-def nothing_left(home):
-    """The block leaves no new folder of a stage."""
+def no_new_stage(home):
+    """Check that the block leaves no new folder of the prepare stage."""
     before = sorted((home / "stages" / "prepare").glob("*"))
     yield
     assert sorted((home / "stages" / "prepare").glob("*")) == before
 
 
 def check_refused(raylway, home, path, message):
-    with nothing_left(home):
+    with no_new_stage(home):
         refused = raylway("train", "configs/smoke.yaml", "--set", source(path))
     assert refused.returncode == 2, refused.stdout + refused.stderr
     assert refused.stderr.startswith("error: ")
@@ -215,7 +215,7 @@ def check_refused(raylway, home, path, message):
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_file(case, raylway, home, tmp_path):
+def test_an_unusable_file_is_refused(case, raylway, home, tmp_path):
     name, content, message = BAD_DATA[case]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -223,18 +223,18 @@ def test_bad_file(case, raylway, home, tmp_path):
 
 
 @pytest.mark.parametrize("case", BAD_FRAMES)
-def test_bad_data(case, ray_cluster, home, tmp_path):
-    """In this process; `test_bad_file` checks what a command prints."""
+def test_unusable_rows_are_refused(case, ray_cluster, home, tmp_path):
+    """Stages run in this process; `test_an_unusable_file_is_refused` checks the output of the command."""
     from app.data.prepare import prepare
 
     change, message = BAD_FRAMES[case]
     change(frame()).to_parquet(path := tmp_path / "data.parquet")
     project = projectfile.load("configs/smoke.yaml", [source(path)])
-    with nothing_left(home), pytest.raises(UserError, match=re.escape(message)):
+    with no_new_stage(home), pytest.raises(UserError, match=re.escape(message)):
         prepare(project)
 
 
-def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
+def test_text_in_a_number_column_of_a_csv_file_is_refused(raylway, home, tmp_path):
     bad = frame().astype({"age": object})
     bad.loc[[3, 5], "age"] = "forty"
     bad.to_csv(tmp_path / "data.csv", index=False)
@@ -243,7 +243,7 @@ def test_csv_with_text_in_a_number_column(raylway, home, tmp_path):
     )
 
 
-def test_csv_and_parquet_are_prepared_alike(ray_cluster, tmp_path):
+def test_csv_and_parquet_are_prepared_to_the_same_parts(ray_cluster, tmp_path):
     from app.data.prepare import prepare
 
     frame().to_parquet(tmp_path / "data.parquet")
@@ -277,13 +277,13 @@ def test_serve_refuses_a_model_without_versions(raylway):
     assert "train one first" in refused.stderr
 
 
-def test_predict_gives_the_predictions_of_the_bundle(trained, raylway, home, tmp_path):
+def test_predict_writes_the_predictions_of_the_bundle_beside_the_rows(trained, raylway, home, tmp_path):
     from app.bundle.bundle import Bundle
     from app.bundle.schema import columns_of
     from app.registry import versions
 
-    opened = Bundle(versions.resolve("smoke", "champion").path)
-    rows = json.loads((opened.path / "example.json").read_text())["rows"]
+    bundle = Bundle(versions.resolve("smoke", "champion").path)
+    rows = json.loads((bundle.path / "example.json").read_text())["rows"]
     frame = pd.DataFrame(rows * 300)
     frame.loc[1, "age"] = -5
     frame["id"] = [f"{number:05d}" for number in range(len(frame))]
@@ -298,9 +298,9 @@ def test_predict_gives_the_predictions_of_the_bundle(trained, raylway, home, tmp
         answered = pd.read_parquet(output)
         assert answered.loc[1, "violation"].startswith("age: ")
         assert answered[["id", "note"]].equals(frame[["id", "note"]])
-        kept = answered["violation"].isna()
-        expected = opened.predict(columns_of(opened.schema, rows * 300))
-        np.testing.assert_allclose(answered.loc[kept, "probability"], expected[kept], rtol=1e-6)
+        valid = answered["violation"].isna()
+        expected = bundle.predict(columns_of(bundle.schema, rows * 300))
+        np.testing.assert_allclose(answered.loc[valid, "probability"], expected[valid], rtol=1e-6)
     twice = tmp_path / "twice"
     done = raylway("predict", "smoke", "--input", str(output), "--output", str(twice))
     assert "the answers end in _2" in done.stdout
@@ -315,5 +315,5 @@ def test_predict_gives_the_predictions_of_the_bundle(trained, raylway, home, tmp
     )
     again = raylway("predict", "smoke", "--input", str(tmp_path / "rows.csv"), "--output", str(output))
     assert (again.returncode, "must not exist" in again.stderr) == (2, True)
-    gone = raylway("predict", "smoke", "--input", "gone.csv", "--output", str(tmp_path / "new"))
-    assert (gone.returncode, "--input: gone.csv: no such file" in gone.stderr) == (2, True)
+    missing = raylway("predict", "smoke", "--input", "gone.csv", "--output", str(tmp_path / "new"))
+    assert (missing.returncode, "--input: gone.csv: no such file" in missing.stderr) == (2, True)

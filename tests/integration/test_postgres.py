@@ -45,7 +45,7 @@ def database(server, ray_cluster, monkeypatch):
     return url
 
 
-def test_the_command_keeps_the_study_and_mlflow_in_one_database(database, raylway):
+def test_the_command_stores_the_study_and_mlflow_in_one_database(database, raylway):
     done = raylway("sweep", SMOKE, "--trials", "3", "--set", "sweep.study=pg", RAYLWAY_DATABASE_URL=database)
     assert done.returncode == 0, done.stdout + done.stderr
     study = studies.load("pg")
@@ -54,7 +54,7 @@ def test_the_command_keeps_the_study_and_mlflow_in_one_database(database, raylwa
     assert len(runs) == 3
 
 
-def test_a_server_that_crashes_and_comes_back_loses_nothing(database, server):
+def test_a_sweep_survives_a_crash_of_the_server(database, server):
     swept = project("crash", trials=6, scheduler=NO_SCHEDULER)
     crashed = threading.Event()
 
@@ -74,11 +74,11 @@ def test_a_server_that_crashes_and_comes_back_loses_nothing(database, server):
 
 
 def test_two_sweeps_of_one_study_cannot_run_at_once(database, raylway):
-    swept = project("held")
-    with studies.opened("held", ["maximize"], tuner.shared_settings(Space(swept)), print):
+    swept = project("locked")
+    with studies.opened("locked", ["maximize"], tuner.shared_settings(Space(swept)), print):
         with pytest.raises(UserError, match="is being swept"):
             run(swept)
-        done = raylway("sweep", SMOKE, "--set", "sweep.study=held", RAYLWAY_DATABASE_URL=database)
+        done = raylway("sweep", SMOKE, "--set", "sweep.study=locked", RAYLWAY_DATABASE_URL=database)
         assert done.returncode == 2
         assert "is being swept" in done.stderr
     assert len(run(swept).trials) == 3
@@ -92,21 +92,21 @@ def at_once(function, times=4):
         thread.join()
 
 
-def test_predictions_and_feedback_are_stored_once(database):
-    verdicts = []
+def test_predictions_and_feedback_sent_by_four_writers_are_stored_once(database):
+    statuses = []
 
-    def say():
-        mine = Records()
-        add(mine, *(prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)))
-        verdicts.extend(mine.add_feedback([feedback(f"p{n}") for n in range(20)], 1000))
-        mine.close()
+    def store():
+        own = Records()
+        add(own, *(prediction(f"p{n}", model="pg", at=float(n)) for n in range(50)))
+        statuses.extend(own.add_feedback([feedback(f"p{n}") for n in range(20)], 1000))
+        own.close()
 
-    at_once(say)
-    assert sorted(v.value for v in verdicts) == ["stored"] * 20 + ["stored before"] * 60
+    at_once(store)
+    assert sorted(status.value for status in statuses) == ["stored"] * 20 + ["stored before"] * 60
     records = Records()
-    kept = records.predictions("pg")
-    assert [p.request_id for p in kept] == [f"p{n}" for n in range(50)]
-    assert (kept[0].rows, kept[0].answer) == ([{"age": 39, "workclass": None}], [{"probability": 0.1}])
+    stored = records.predictions("pg")
+    assert [p.request_id for p in stored] == [f"p{n}" for n in range(50)]
+    assert (stored[0].rows, stored[0].answer) == ([{"age": 39, "workclass": None}], [{"probability": 0.1}])
     assert records.add_feedback([feedback("p0", {"reward": 0.0}), feedback("p99")], 20) == [
         FeedbackStatus.CONFLICT, FeedbackStatus.QUARANTINED,
     ]  # fmt: skip
@@ -115,20 +115,20 @@ def test_predictions_and_feedback_are_stored_once(database):
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_a_request_of_any_text_is_stored_unchanged(database, text):
+def test_awkward_texts_are_read_as_they_were_stored(database, text):
     records = Records()
-    asked = awkward(text)
-    add(records, asked)
-    assert records.predictions("income", [asked.request_id]) == [asked]
+    original = awkward(text)
+    add(records, original)
+    assert records.predictions("income", [original.request_id]) == [original]
     records.close()
 
 
-def test_concurrent_writers_make_one_chain_of_the_audit_log(database):
+def test_concurrent_writers_extend_one_chain_of_the_audit_log(database):
     def write():
-        mine = Audit()
+        own = Audit()
         for _ in range(10):
-            mine.add("traffic", "pg", {"salt": "ü"})
-        mine.close()
+            own.add("traffic", "pg", {"salt": "ü"})
+        own.close()
 
     at_once(write)
     audit = Audit()
@@ -142,7 +142,7 @@ def test_concurrent_writers_make_one_chain_of_the_audit_log(database):
     audit.close()
 
 
-def test_a_lock_of_the_database_is_exclusive(database):
+def test_a_lock_in_the_database_is_exclusive(database):
     order = []
 
     def count():
@@ -162,7 +162,7 @@ def test_a_lock_of_the_database_is_exclusive(database):
 def test_predictions_wait_for_a_crashed_server_and_feedback_must_be_sent_again(database, server):
     recorder = Recorder(Records(), 1000)
 
-    async def tell(request_id):
+    async def send_feedback(request_id):
         try:
             return await recorder.add_feedback(feedback(request_id))
         except NotStored:
@@ -170,16 +170,16 @@ def test_predictions_wait_for_a_crashed_server_and_feedback_must_be_sent_again(d
 
     try:
         recorder.add(prediction("before", model="crash"))
-        recorder.add(prediction("nul", model="crash", unit="\0"))  # which PostgreSQL rejects
-        assert asyncio.run(tell("c1")) == FeedbackStatus.STORED
+        recorder.add(prediction("nul", model="crash", unit="\0"))  # PostgreSQL rejects NUL
+        assert asyncio.run(send_feedback("c1")) == FeedbackStatus.STORED
         server.stop()
         try:
             recorder.add(prediction("meanwhile", model="crash"))
-            assert asyncio.run(tell("c2")) is None
+            assert asyncio.run(send_feedback("c2")) is None
         finally:
             server.start()
-        assert asyncio.run(tell("c2")) == FeedbackStatus.STORED
-        assert asyncio.run(tell("c1")) == FeedbackStatus.DUPLICATE
+        assert asyncio.run(send_feedback("c2")) == FeedbackStatus.STORED
+        assert asyncio.run(send_feedback("c1")) == FeedbackStatus.DUPLICATE
     finally:
         recorder.close()
     records = Records()
@@ -202,32 +202,32 @@ def test_the_tables_of_an_older_raylway_are_upgraded(server, monkeypatch):
     records = Records()
 
     def read():
-        mine = Records()
-        assert len(mine.predictions("income")) == 3
-        mine.close()
+        own = Records()
+        assert len(own.predictions("income")) == 3
+        own.close()
 
     at_once(read)
     check_migrated(records)
     records.close()
 
 
-def test_a_server_that_does_not_answer_ends_in_an_error(server, database, monkeypatch):
-    """Its processes are stopped, but the kernel still accepts connections for them."""
+def test_a_server_that_does_not_answer_is_an_error(server, database, monkeypatch):
+    """The server's processes are suspended, but the kernel still accepts connections for them."""
     monkeypatch.setattr("app.state.engine.STATEMENT_TIMEOUT_S", 1.0)
     records = Records()
     add(records, prediction("hangs", model="hang"))
     recorder = Recorder(records, 10)
-    versions, storage = connection.client(), studies._storage()
-    versions.search_registered_models()
+    registry, storage = connection.client(), studies._storage()
+    registry.search_registered_models()
     with server.frozen():
         # MLflow and Optuna have their own engines.
         with pytest.raises(MlflowException, match=r"timeout expired|does not answer"):
-            versions.search_registered_models()
+            registry.search_registered_models()
         with pytest.raises(StorageInternalError):
             storage.get_all_studies()
-        with pytest.raises(sqlalchemy.exc.OperationalError):  # on a connection that is open
+        with pytest.raises(sqlalchemy.exc.OperationalError):  # on an open connection
             records.predictions("hang")
-        with pytest.raises(sqlalchemy.exc.OperationalError):  # on a new one
+        with pytest.raises(sqlalchemy.exc.OperationalError):  # on a new connection
             Records().predictions("hang")
         recorder.add(prediction("waits", model="hang"))
         with pytest.raises(NotStored):
@@ -239,7 +239,7 @@ def test_a_server_that_does_not_answer_ends_in_an_error(server, database, monkey
     records.close()
 
 
-def test_a_server_that_is_down_is_an_error(database, server, monkeypatch):
+def test_a_sweep_on_a_server_that_is_down_is_refused(database, server, monkeypatch):
     monkeypatch.setattr(studies, "WAIT_S", 2.0)
     server.stop()
     try:

@@ -40,12 +40,12 @@ serving:
 
 @pytest.fixture(scope="module")
 def rows():
-    """Users of two kinds, each with 12 of the 20 items of their kind, at times that often tie."""
+    """Interactions of users of two kinds, each with 12 of the 20 items of that kind; times often tie."""
     random = np.random.default_rng(0)
     return [
-        (f"u{user}", f"i{item + user % 2 * NUM_ITEMS // 2}", place // 2)
+        (f"u{user}", f"i{item + user % 2 * NUM_ITEMS // 2}", position // 2)
         for user in range(NUM_USERS)
-        for place, item in enumerate(random.permutation(NUM_ITEMS // 2)[:12])
+        for position, item in enumerate(random.permutation(NUM_ITEMS // 2)[:12])
     ]
 
 
@@ -61,45 +61,45 @@ def file(tmp_path, rows):
     return file
 
 
-def test_from_interactions_to_recommendations(raylway, ray_cluster, file, rows):
+def test_a_recommender_is_trained_registered_and_served(raylway, ray_cluster, file, rows):
     done = raylway("train", str(file), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "600 train, 60 validation, 60 test rows" in done.stdout
     assert "films version 1 (champion)" in done.stdout
 
     project = projectfile.load(file)
-    wanted, _ = registered.registered_traffic(project.name, project.serving)
-    card = (wanted.variants["champion"].path / "card.md").read_text()
+    traffic, _ = registered.registered_traffic(project.name, project.serving)
+    card = (traffic.variants["champion"].path / "card.md").read_text()
     assert "which `what` a `who` takes next" in card
     assert "| ease |" in card
-    test = json.loads((wanted.variants["champion"].path / "metrics.json").read_text())
+    test = json.loads((traffic.variants["champion"].path / "metrics.json").read_text())
     assert test["model"]["hr@10"] > test["baselines"]["popularity"]["hr@10"]
 
-    url = deploy.deploy(project.serving, project.name, wanted)
+    url = deploy.deploy(project.serving, project.name, traffic)
     try:
         with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
-            _ask(client, rows)
+            check_answers(client, rows)
     finally:
         undeploy_all()
 
 
-def _ask(client: httpx.Client, rows: list[tuple[str, str, int]]) -> None:
+def check_answers(client: httpx.Client, rows: list[tuple[str, str, int]]) -> None:
     predict = "/v2/models/films/predict"
     answer = client.post(predict, json={"rows": [{"who": "u3"}, {"who": "nobody"}], "k": 5}).json()
-    known, new = answer["predictions"]
-    assert (known["known"], new["known"]) == (True, False)
-    assert len(known["items"]) == len(new["items"]) == 5
+    known_user, new_user = answer["predictions"]
+    assert (known_user["known"], new_user["known"]) == (True, False)
+    assert len(known_user["items"]) == len(new_user["items"]) == 5
     of_kind = [f"i{item + NUM_ITEMS // 2}" for item in range(NUM_ITEMS // 2)]
-    assert set(known["items"]) <= set(of_kind), "items of the other kind"
-    had = [what for who, what, when in rows if who == "u3" and when < 5]
-    assert not set(known["items"]) & set(had), "items that the user has had"
+    assert set(known_user["items"]) <= set(of_kind), "items of the other kind"
+    interacted = [what for who, what, when in rows if who == "u3" and when < 5]
+    assert not set(known_user["items"]) & set(interacted), "items from the user's training interactions"
 
     request = {
         "inputs": [{"name": "who", "datatype": "BYTES", "shape": [1, 1], "data": ["u3"]}],
         "parameters": {"k": 5},
     }
     items = client.post("/v2/models/films/infer", json=request).json()["outputs"][0]
-    assert (items["name"], items["data"]) == ("items", known["items"])
+    assert (items["name"], items["data"]) == ("items", known_user["items"])
 
     for body, path in (
         ({"rows": [{"who": "u3"}], "k": 0}, "k"),

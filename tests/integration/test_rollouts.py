@@ -1,4 +1,4 @@
-"""Changes of an endpoint under requests: weights, versions, shadows, workers."""
+"""Changes of an endpoint while clients send requests: weights, versions, shadows, workers."""
 
 import json
 import os
@@ -46,8 +46,8 @@ def bundles(tmp_path_factory):
     return {str(number): build(folder / str(number), seed=number) for number in (1, 2, 3)}
 
 
-def of(bundles, **variants) -> Traffic:
-    """A traffic of variants: `champion=("1", 75)` is version and weight; a third item has further fields."""
+def traffic_of(bundles, **variants) -> Traffic:
+    """A traffic of variants: `champion=("1", 75)` is version and weight; a third item is further fields."""
     return Traffic(
         salt="test",
         policy="weighted",
@@ -72,7 +72,8 @@ def serving():
 
 @pytest.fixture(scope="module")
 def both(bundles):
-    return of(bundles, champion=("1", 50), challenger=("2", 50))
+    """Champion and challenger with equal weights."""
+    return traffic_of(bundles, champion=("1", 50), challenger=("2", 50))
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +84,17 @@ def url(ray_cluster, serving, both):
 
 @pytest.fixture
 def served(url, serving, both):
-    """The endpoint with the variants of `both`, as deployed at first."""
+    """The URL of the endpoint, reset to the variants of `both`."""
     deploy.deploy(serving, NAME, both)
     return url
 
 
 @contextmanager
-def asking(url, per_s=50):
-    """A client that sends requests during the block; yields a growing list of (unit, status, document)."""
+def sending_requests(url, per_s=50):
+    """Send requests during the block; yields a growing list of their (unit, status, document)."""
     answers, ended = [], threading.Event()
 
-    def ask():
+    def send():
         with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
             number = 0
             while not ended.is_set():
@@ -103,7 +104,7 @@ def asking(url, per_s=50):
                 answers.append((unit, response.status_code, response.json()))
                 ended.wait(1 / per_s)
 
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=send)
     thread.start()
     try:
         yield answers
@@ -112,14 +113,14 @@ def asking(url, per_s=50):
         thread.join()
 
 
-def test_weights_change_under_requests(served, both, raylway, replicas):
+def test_a_change_of_weights_takes_effect_without_an_error_or_a_restart(served, both, raylway, replicas):
     before = {p.pid for p in replicas(NAME)}
     assert len(before) == 2
-    with asking(served) as answers:
+    with sending_requests(served) as answers:
         time.sleep(0.5)
         done = raylway("traffic", NAME, "--champion", "90", "--challenger=10")
         assert done.returncode == 0, done.stderr
-        changed = len(answers)
+        num_before = len(answers)
         time.sleep(0.5)
     assert "challenger: version 2, weight 10" in done.stdout
     assert {status for _, status, _ in answers} == {200}
@@ -128,28 +129,31 @@ def test_weights_change_under_requests(served, both, raylway, replicas):
         (document["variant"], routing.choose(unit, "test", old), routing.choose(unit, "test", new))
         for unit, _, document in answers
     ]
-    assert all(variant == after for variant, _, after in chosen[changed + 1 :])
+    # The request in flight during the change may have either variant.
+    assert all(variant == after for variant, _, after in chosen[num_before + 1 :])
     assert all(variant in (first, after) for variant, first, after in chosen)
-    assert any(first != after for _, first, after in chosen[changed + 1 :])
-    assert {p.pid for p in replicas(NAME)} == before, "no replica was started anew"
+    assert any(first != after for _, first, after in chosen[num_before + 1 :])
+    assert {p.pid for p in replicas(NAME)} == before, "no replica was restarted"
     refused = raylway("traffic", NAME, "--nobody", "1")
     assert (refused.returncode, "there is no variant 'nobody'" in refused.stderr) == (2, True)
 
 
-def test_two_concurrent_changes_are_both_applied(served, raylway):
-    done = []
+def test_two_concurrent_changes_of_weights_are_both_applied(served, raylway):
+    processes = []
     threads = [
-        threading.Thread(target=lambda change=change: done.append(raylway("traffic", NAME, *change)))
+        threading.Thread(target=lambda change=change: processes.append(raylway("traffic", NAME, *change)))
         for change in (("--champion", "7"), ("--challenger", "3"))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
-    held = traffic.read_current(Audit(), NAME)
-    assert held.traffic.weights == {"champion": 7, "challenger": 3}
-    assert [state.weights for state in replicas.broadcast(NAME, NAME, "state")] == [held.traffic.weights] * 2
+    assert [p.returncode for p in processes] == [0, 0], [p.stderr for p in processes]
+    current = traffic.read_current(Audit(), NAME)
+    assert current.traffic.weights == {"champion": 7, "challenger": 3}
+    assert [state.weights for state in replicas.broadcast(NAME, NAME, "state")] == [
+        current.traffic.weights
+    ] * 2
 
 
 def test_undeploying_an_endpoint_leaves_the_others(served, serving, bundles, raylway, replicas):
@@ -158,7 +162,7 @@ def test_undeploying_an_endpoint_leaves_the_others(served, serving, bundles, ray
         update={"autoscaling": serving.autoscaling.model_copy(update={"min_replicas": 1})}
     )
     url = deploy.deploy(
-        small, "other", of(bundles, champion=("1", 1), dark=("2", 0, {"workers": application}))
+        small, "other", traffic_of(bundles, champion=("1", 1), dark=("2", 0, {"workers": application}))
     )
     with httpx.Client(base_url=url, trust_env=False, timeout=20) as client:
         assert client.get("/v2/models/other").status_code == 200
@@ -177,17 +181,19 @@ def test_undeploying_an_endpoint_leaves_the_others(served, serving, bundles, ray
     assert (changed.returncode, "other is not served now" in changed.stderr) == (2, True)
 
 
-def test_a_version_is_replaced_under_requests_and_stays_after_a_restart(served, serving, bundles, replicas):
+def test_a_version_is_replaced_without_an_error_and_restarted_replicas_serve_the_new_one(
+    served, serving, bundles, replicas
+):
     before = {p.pid for p in replicas(NAME)}
     expected = Bundle(bundles["3"])
     probabilities = expected.predict(columns_of(expected.schema, ROWS))
-    with asking(served) as answers:
+    with sending_requests(served) as answers:
         time.sleep(0.5)
-        deploy.deploy(serving, NAME, of(bundles, champion=("3", 1)))
-        changed = len(answers)
+        deploy.deploy(serving, NAME, traffic_of(bundles, champion=("3", 1)))
+        num_before = len(answers)
         time.sleep(0.5)
     assert {status for _, status, _ in answers} == {200}
-    after = [document for _, _, document in answers[changed + 1 :]]
+    after = [document for _, _, document in answers[num_before + 1 :]]
     assert after
     for document in after:
         assert document["version"] == "3"
@@ -213,10 +219,10 @@ def test_a_version_is_replaced_under_requests_and_stays_after_a_restart(served, 
 
 
 def test_a_shadow_that_works_hangs_or_is_dead_changes_no_answer(served, serving, both, bundles, replicas):
-    def ask(times):
+    def answers_to(num_requests):
         answers = []
         with httpx.Client(base_url=served, trust_env=False, timeout=20) as client:
-            for number in range(times):
+            for number in range(num_requests):
                 headers = {"x-request-id": f"r-{number}-{time.time_ns()}"}
                 body = {"rows": ROWS, "unit": f"user-{number}"}
                 response = client.post(PREDICT, json=body, headers=headers)
@@ -226,30 +232,32 @@ def test_a_shadow_that_works_hangs_or_is_dead_changes_no_answer(served, serving,
                 answers.append(document)
         return answers
 
-    alone = ask(40)
+    alone = answers_to(40)
     application = f"{NAME}@3"
     dark = ("3", 0, {"shadow": True, "workers": application})
-    shadowed = of(bundles, champion=("1", 50), challenger=("2", 50), dark=dark)
+    shadowed = traffic_of(bundles, champion=("1", 50), challenger=("2", 50), dark=dark)
     deploy.deploy(serving, NAME, shadowed)
-    assert ask(40) == alone
+    assert answers_to(40) == alone
     records, deadline = Records(), time.monotonic() + 20
-    seen = []
-    while len(seen) < 40 and time.monotonic() < deadline:
+    shadow_predictions = []
+    while len(shadow_predictions) < 40 and time.monotonic() < deadline:
         time.sleep(0.5)
-        seen = [p for p in records.predictions(NAME) if p.role == "shadow"]
+        shadow_predictions = [p for p in records.predictions(NAME) if p.role == "shadow"]
     expected = Bundle(bundles["3"])
     probabilities = expected.predict(columns_of(expected.schema, ROWS))
-    assert len(seen) >= 40
-    np.testing.assert_allclose([row["probability"] for row in seen[0].answer], probabilities, rtol=1e-5)
+    assert len(shadow_predictions) >= 40
+    np.testing.assert_allclose(
+        [row["probability"] for row in shadow_predictions[0].answer], probabilities, rtol=1e-5
+    )
 
     (process,) = replicas(application)
     process.suspend()
-    assert ask(40) == alone, "it hangs"
+    assert answers_to(40) == alone, "the shadow hangs"
     process.resume()
     process.kill()
-    assert ask(40) == alone, "it is dead"
+    assert answers_to(40) == alone, "the shadow is dead"
     deploy.deploy(serving, NAME, both)
-    assert ask(40) == alone
+    assert answers_to(40) == alone
     assert not replicas(application)
 
 
@@ -268,7 +276,7 @@ def test_workers_of_a_variant_batch_rows_and_end_when_idle(served, serving, bund
             "autoscaling": {"min_replicas": 2, "max_replicas": 2, "downscale_delay_s": 1},
         }
     )
-    deploy.deploy(heavy, NAME, of(bundles, champion=("2", 1, {"workers": application})))
+    deploy.deploy(heavy, NAME, traffic_of(bundles, champion=("2", 1, {"workers": application})))
     bundle = Bundle(bundles["2"])
     expected = bundle.predict(columns_of(bundle.schema, ROWS))
     with httpx.Client(base_url=served, trust_env=False, timeout=60) as client:
@@ -277,19 +285,19 @@ def test_workers_of_a_variant_batch_rows_and_end_when_idle(served, serving, bund
             got = [p["probability"] for p in document["predictions"]]
             np.testing.assert_allclose(got, expected[:rows], rtol=1e-5)
         large = client.post(PREDICT, json={"rows": ROWS * 5})
-        assert large.status_code == 200, "more rows in one request than are computed at once"
+        assert large.status_code == 200, "a request may have more rows than max_batch_rows"
         explained = client.post(f"/v2/models/{NAME}/explain", json={"rows": ROWS[:1]}).json()
         assert set(explained["explanations"][0]["attributions"]) == set(ROWS[0])
         assert replicas(application)
         deadline = time.monotonic() + 60
         while replicas(application) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert not replicas(application), "nobody asks"
+        assert not replicas(application), "idle workers end"
         assert client.post(PREDICT, json=BODY).status_code == 200
 
 
 def test_status_reports_the_current_traffic(served, raylway):
-    with asking(served, per_s=100):
+    with sending_requests(served, per_s=100):
         time.sleep(2.5)
         done = raylway("status", "--json")
     assert done.returncode == 0, done.stderr
@@ -302,30 +310,32 @@ def test_status_reports_the_current_traffic(served, raylway):
     assert champion["requests_per_s"] > 0
     assert 0 < champion["p50_s"] <= champion["p99_s"] < 5
     assert champion["error_rate"] == 0
-    for_people = raylway("status").stdout
-    assert "credit: RUNNING, 2 of 2 replicas" in for_people
-    assert "challenger" in for_people
+    text = raylway("status").stdout
+    assert "credit: RUNNING, 2 of 2 replicas" in text
+    assert "challenger" in text
 
 
-def _latency(metrics: str, of: str, tag: str = "") -> float:
-    """The sum of a metric over the endpoint's predictions."""
-    lines = [line for line in metrics.splitlines() if line.startswith(f"ray_raylway_request_seconds{of}{{")]
+def _latency(metrics: str, suffix: str, tag: str = "") -> float:
+    """The sum, over the endpoint's predict requests, of the latency metric with this suffix."""
+    lines = [
+        line for line in metrics.splitlines() if line.startswith(f"ray_raylway_request_seconds{suffix}{{")
+    ]
     tags = (f'model="{NAME}"', 'action="predict"', tag)
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(each in line for each in tags))
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(part in line for part in tags))
 
 
 def test_the_dashboard_queries_metrics_that_are_exported(served):
     import ray
 
-    wanted = set(re.findall(r"\bray_\w+", (ROOT / "configs" / "grafana.json").read_text()))
-    assert "ray_raylway_requests_total" in wanted
+    queried = set(re.findall(r"\bray_\w+", (ROOT / "configs" / "grafana.json").read_text()))
+    assert "ray_raylway_requests_total" in queried
     (node,) = ray.nodes()
-    missing, deadline = wanted, time.monotonic() + 60
-    with asking(served), httpx.Client(trust_env=False, timeout=20) as prometheus:
+    missing, deadline = queried, time.monotonic() + 60
+    with sending_requests(served), httpx.Client(trust_env=False, timeout=20) as prometheus:
         while missing and time.monotonic() < deadline:
             time.sleep(1)
             text = prometheus.get(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics").text
-            missing = wanted - set(re.findall(r"^(\w+)\{", text, re.MULTILINE))
+            missing = queried - set(re.findall(r"^(\w+)\{", text, re.MULTILINE))
     assert not missing
     assert _latency(text, "_bucket_total", 'le="+Inf"') == _latency(text, "_count_total") > 0
     assert _latency(text, "_bucket_total", 'le="0.001"') < _latency(text, "_count_total")
@@ -339,7 +349,7 @@ def test_the_dashboard_queries_metrics_that_are_exported(served):
 def test_traffic_shows_the_variants_of_a_past_time(served, serving, both, bundles, raylway):
     before = time.time()
     time.sleep(1.1)
-    deploy.deploy(serving, NAME, of(bundles, champion=("3", 1)))
+    deploy.deploy(serving, NAME, traffic_of(bundles, champion=("3", 1)))
     at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(before))
     then, now = raylway("traffic", NAME, "--at", at), raylway("traffic", NAME)
     assert "champion: version 1, weight 50" in then.stdout
@@ -351,7 +361,7 @@ def test_traffic_shows_the_variants_of_a_past_time(served, serving, both, bundle
     assert entries[-1].details["variants"]["champion"]["version"] == "3"
 
 
-def test_an_endpoint_that_follows_serves_the_promoted_version(served, serving, raylway, tmp_path):
+def test_an_endpoint_with_follow_serves_the_promoted_version(served, serving, raylway, tmp_path):
     from app.monitoring import follow
     from app.registry import versions
     from tests.versions import registered
@@ -367,7 +377,7 @@ def test_an_endpoint_that_follows_serves_the_promoted_version(served, serving, r
         }
     )
     deploy.deploy(following, NAME, registered_traffic(NAME, following)[0], start_monitoring=deployment.start)
-    with asking(served) as answers:
+    with sending_requests(served) as answers:
         done = raylway("promote", NAME, versions.CHALLENGER)
         assert done.returncode == 0, done.stderr
         deadline = time.monotonic() + 30

@@ -93,15 +93,15 @@ _NUMBERS = itertools.count()
 @pytest.fixture
 def client(url, certificate):
     """Makes a client for a new principal, with a token of these scopes, or without a token."""
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as clients:
 
         def make(*scopes: str) -> httpx.Client:
             headers = {}
             if scopes:
                 headers["authorization"] = f"Bearer {issuer.issue(f'user-{next(_NUMBERS)}', scopes, 1)}"
             trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
-            made = httpx.Client(base_url=url, verify=trusted, headers=headers, timeout=20, trust_env=False)
-            return opened.enter_context(made)
+            new = httpx.Client(base_url=url, verify=trusted, headers=headers, timeout=20, trust_env=False)
+            return clients.enter_context(new)
 
         yield make
 
@@ -125,12 +125,12 @@ def test_requests_without_a_token_are_refused(client, method, path, body):
     assert set(response.json()) == {"error", "violations"}
 
 
-def test_without_a_token_no_model_is_named(client):
+def test_responses_without_a_token_do_not_name_the_model(client):
     for path in ("/", "/v2/models/incomes", "/v2/health/ready", "/v2", "/-/routes"):
         assert NAME not in client().get(path).text
 
 
-def test_a_token_of_the_command_allows_its_scopes(client, raylway):
+def test_a_token_issued_by_the_command_allows_its_scopes_only(client, raylway):
     done = raylway("token", "ann", "--scopes", f"predict:{NAME},feedback", "--hours", "1")
     assert done.returncode == 0, done.stderr
     ann = client()
@@ -139,8 +139,8 @@ def test_a_token_of_the_command_allows_its_scopes(client, raylway):
     assert response.status_code == 200
     assert ann.post(f"{BASE}/explain", json={"rows": ROWS}).status_code == 403
     wait_until_recorded(response.json()["request_id"])
-    fed = ann.post(f"{BASE}/feedback", json={"request_id": response.json()["request_id"], "reward": 1.0})
-    assert (fed.status_code, fed.json()["status"]) == (201, "stored")
+    feedback = ann.post(f"{BASE}/feedback", json={"request_id": response.json()["request_id"], "reward": 1.0})
+    assert (feedback.status_code, feedback.json()["status"]) == (201, "stored")
 
 
 @pytest.mark.parametrize(
@@ -153,13 +153,13 @@ def test_a_token_of_the_command_allows_its_scopes(client, raylway):
         (("predict", "admin"), {"/predict", "/versions/2/predict"}),
     ],
 )
-def test_scopes(client, scopes, allowed):
-    somebody, answers = client(*scopes), {}
+def test_a_token_allows_the_actions_of_its_scopes_only(client, scopes, allowed):
+    user, statuses = client(*scopes), {}
     for path in ("/predict", "/explain", "/feedback", "/versions/2/predict"):
         body = {"request_id": f"r-{next(_NUMBERS)}", "reward": 1.0} if path == "/feedback" else {"rows": ROWS}
-        answers[path] = somebody.post(BASE + path, json=body).status_code
-    assert {path for path, status in answers.items() if status < 300} == allowed
-    assert all(status == 403 for path, status in answers.items() if path not in allowed)
+        statuses[path] = user.post(BASE + path, json=body).status_code
+    assert {path for path, status in statuses.items() if status < 300} == allowed
+    assert all(status == 403 for path, status in statuses.items() if path not in allowed)
 
 
 def test_the_scope_admin_may_choose_the_variant(client):
@@ -168,8 +168,8 @@ def test_the_scope_admin_may_choose_the_variant(client):
     response = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers=header)
     assert (response.json()["variant"], response.json()["version"]) == ("other", "2")
     assert client("predict").post(f"{BASE}/predict", json={"rows": ROWS}, headers=header).status_code == 403
-    nobody = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-raylway-variant": "nobody"})
-    assert nobody.status_code == 422
+    unknown = admin.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-raylway-variant": "nobody"})
+    assert unknown.status_code == 422
 
 
 @pytest.mark.parametrize(
@@ -188,35 +188,37 @@ def test_an_invalid_token_is_refused(client, token):
 
 
 def test_a_principals_rate_limit_covers_all_replicas(client):
-    somebody, other = client("predict"), client("predict")
-    begun = time.monotonic()
+    user, other = client("predict"), client("predict")
+    started = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
-        ask = lambda _: somebody.post(f"{BASE}/predict", json={"rows": ROWS[:1]})  # noqa: E731
-        answers = list(pool.map(ask, range(150)))
-    seconds = time.monotonic() - begun
-    statuses = [answer.status_code for answer in answers]
+        send = lambda _: user.post(f"{BASE}/predict", json={"rows": ROWS[:1]})  # noqa: E731
+        responses = list(pool.map(send, range(150)))
+    seconds = time.monotonic() - started
+    statuses = [response.status_code for response in responses]
     assert set(statuses) == {200, 429}
     # A burst of one second's requests, then PER_S per second.
     assert statuses.count(200) <= PER_S * (seconds + 1) + 2
-    refused = next(answer for answer in answers if answer.status_code == 429)
+    refused = next(response for response in responses if response.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
-    assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, "a limit for each"
+    assert other.post(f"{BASE}/predict", json={"rows": ROWS}).status_code == 200, (
+        "each principal has its own limit"
+    )
 
 
-def test_bodies_that_never_arrive_take_no_places(url, client, certificate):
-    """More connections than both replicas have places; none of them has sent a token."""
+def test_requests_without_a_token_whose_bodies_never_arrive_occupy_no_replica(url, client, certificate):
+    """There are more such connections than both replicas admit requests at once."""
     host, port = url.removeprefix("https://").split(":")
     trusted = ssl.create_default_context(cafile=certificate / "cert.pem")
     head = f"POST {BASE}/predict HTTP/1.1\r\nhost: x\r\ncontent-length: 40000\r\n\r\n".encode()
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as connections:
         silent = []
         for _ in range(2 * MAX_CONCURRENT_REQUESTS + 12):
-            plain = opened.enter_context(socket.create_connection((host, int(port)), timeout=30))
-            silent.append(opened.enter_context(trusted.wrap_socket(plain, server_hostname=host)))
+            plain = connections.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            silent.append(connections.enter_context(trusted.wrap_socket(plain, server_hostname=host)))
             silent[-1].sendall(head + b" " * 30_000)
-        somebody = client("predict")
-        answers = [somebody.post(f"{BASE}/predict", json={"rows": ROWS}).status_code for _ in range(5)]
-        assert answers == [200] * 5
+        user = client("predict")
+        statuses = [user.post(f"{BASE}/predict", json={"rows": ROWS}).status_code for _ in range(5)]
+        assert statuses == [200] * 5
         assert {connection.recv(12) for connection in silent} == {b"HTTP/1.1 401"}
 
 
@@ -228,25 +230,25 @@ def wait_until_recorded(*request_ids):
     records.close()
 
 
-def test_feedback_needs_the_own_prediction_and_is_limited_per_hour(client):
-    somebody, other = client("predict", "feedback"), client("predict", "feedback")
+def test_feedback_is_for_own_predictions_only_and_limited_per_hour(client):
+    user, other = client("predict", "feedback"), client("predict", "feedback")
     ids = [f"shared-{number}" for number in range(6)]
     for request_id in ids:
-        response = somebody.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-request-id": request_id})
+        response = user.post(f"{BASE}/predict", json={"rows": ROWS}, headers={"x-request-id": request_id})
         assert response.status_code == 200
     wait_until_recorded(*ids)
 
-    def say(who, request_id, **content):
-        response = who.post(f"{BASE}/feedback", json={"request_id": request_id, **content})
+    def send_feedback(sender, request_id, **content):
+        response = sender.post(f"{BASE}/feedback", json={"request_id": request_id, **content})
         return response.status_code, response.json().get("status")
 
-    assert say(other, ids[0], reward=0.0) == (202, "unknown request"), "the prediction of another principal"
-    assert say(somebody, ids[0], reward=1.0) == (201, "stored")
-    assert say(somebody, ids[0], reward=1.0) == (200, "stored before")
-    assert say(somebody, ids[0], reward=0.5)[0] == 409
+    assert send_feedback(other, ids[0], reward=0.0) == (202, "unknown request"), "another's prediction"
+    assert send_feedback(user, ids[0], reward=1.0) == (201, "stored")
+    assert send_feedback(user, ids[0], reward=1.0) == (200, "stored before")
+    assert send_feedback(user, ids[0], reward=0.5)[0] == 409
     for request_id in ids[1:5]:
-        assert say(somebody, request_id, reward=0.5) == (201, "stored")
-    assert [say(somebody, ids[5], reward=0.5) for _ in range(2)] == [(202, "quarantined")] * 2
+        assert send_feedback(user, request_id, reward=0.5) == (201, "stored")
+    assert [send_feedback(user, ids[5], reward=0.5) for _ in range(2)] == [(202, "quarantined")] * 2
     records = Records()
     assert {f.request_id for f in records.feedback(NAME)} >= set(ids[:5])
     assert [f.content["reward"] for f in records.feedback(NAME) if f.request_id == ids[0]] == [1.0]
@@ -258,12 +260,12 @@ def test_plain_http_and_old_tls_are_refused(url, certificate):
     with pytest.raises(httpx.TransportError), httpx.Client(trust_env=False, timeout=5) as http:
         http.get(f"{plain}/v2/health/live").raise_for_status()
     host, port = url.removeprefix("https://").split(":")
-    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     with pytest.warns(DeprecationWarning, match="TLSv1_1"):
-        old.maximum_version = ssl.TLSVersion.TLSv1_1
-    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+        old_tls.maximum_version = ssl.TLSVersion.TLSv1_1
+    old_tls.check_hostname, old_tls.verify_mode = False, ssl.CERT_NONE
     with pytest.raises(OSError), socket.create_connection((host, int(port)), timeout=5) as raw:  # noqa: PT011
-        old.wrap_socket(raw)
+        old_tls.wrap_socket(raw)
 
 
 def test_grpc_requires_a_token(url, serving, certificate):
@@ -295,13 +297,19 @@ def test_a_renewed_certificate_is_served_after_the_next_deployment(url, serving,
 READABLE = {"/v2/health/live", "/v2/health/ready", f"{BASE}/ready", "/-/healthz", "/metrics"}
 READABLE |= {"/api/gcs_healthz", "/api/local_raylet_healthz"}
 """Paths that answer without a token: health, and on loopback Ray's metrics for Prometheus. (So do the
-server's version and the page that shows descriptions, which themselves need a token.)"""
-TRIED = [
+server's version and the page of the API's documentation; the documentation itself needs a token.)"""
+READ_PATHS = [
     "/", "/metrics", "/stats", *READABLE, "/-/routes", "/api/version", "/api/jobs/", "/nodes",
     "/api/serve/applications/", "/logs", "/api/v0/logs", BASE, f"{BASE}/predict", "/api/cluster_status",
     "/api/v0/actors", "/events", "/static/", "/api/gcs_healthz", "/api/local_raylet_healthz",
 ]  # fmt: skip
-WRITTEN = ["/predict", "/api/jobs/", "/api/serve/applications/", "/api/data/datasets/x", BASE + "/feedback"]
+WRITE_PATHS = [
+    "/predict",
+    "/api/jobs/",
+    "/api/serve/applications/",
+    "/api/data/datasets/x",
+    BASE + "/feedback",
+]
 
 
 def harmless(path: str, text: str) -> bool:
@@ -309,7 +317,7 @@ def harmless(path: str, text: str) -> bool:
     return path in READABLE or text.startswith("# HELP") or "<title>Ray Dashboard</title>" in text
 
 
-class Written:
+class FileOnUnpickling:
     """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, file):
@@ -320,8 +328,8 @@ class Written:
 
 
 def test_no_port_of_the_cluster_is_open_without_a_token(url, reach, certificate, tmp_path):
-    """Each port on which a process of the cluster listens gets requests to read and to write, over HTTP and
-    TLS, and a pickle over gRPC, as Ray's replicas send one another."""
+    """Send requests to every port on which a process of the cluster listens: reads and writes over HTTP and
+    TLS, and a pickle over gRPC, as Ray's replicas exchange them."""
     from ray.serve.generated.serve_pb2 import ASGIRequest
 
     listening = {}
@@ -334,32 +342,34 @@ def test_no_port_of_the_cluster_is_open_without_a_token(url, reach, certificate,
                     listening[connection.laddr.port] = (ip, " ".join(process.cmdline()))
     assert len(listening) > 8
     # Replicas of Ray Serve listen on all interfaces, for each other's gRPC calls with Ray's token.
-    beyond = {name for ip, name in listening.values() if ip not in ("127.0.0.1", "::1")}
-    assert all("ServeReplica" in name for name in beyond)
-    open_ = []
-    pickled = pickle.dumps(Written(tmp_path / "written"))
+    on_other_interfaces = {name for ip, name in listening.values() if ip not in ("127.0.0.1", "::1")}
+    assert all("ServeReplica" in name for name in on_other_interfaces)
+    answered = []
+    pickled = pickle.dumps(FileOnUnpickling(tmp_path / "written"))
     request = ASGIRequest(pickled_request_metadata=pickled, request_args=pickled, request_kwargs=pickled)
-    refused = set()
+    grpc_errors = set()
     for port, (_, name) in sorted(listening.items()):
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
             try:
                 call(request.SerializeToString(), timeout=3)
-                open_.append((port, name, "gRPC"))
+                answered.append((port, name, "gRPC"))
             except grpc.RpcError as error:
-                refused.add(error.code())
+                grpc_errors.add(error.code())
         for scheme in ("http", "https"):
             base = f"{scheme}://127.0.0.1:{port}"
-            with httpx.Client(base_url=base, verify=False, trust_env=False, timeout=3) as somebody:
-                requests = [("GET", path) for path in TRIED] + [("POST", path) for path in WRITTEN]
-                requests += [("PUT", path) for path in WRITTEN] + [("DELETE", path) for path in WRITTEN]
+            with httpx.Client(base_url=base, verify=False, trust_env=False, timeout=3) as stranger:
+                requests = [("GET", path) for path in READ_PATHS] + [("POST", path) for path in WRITE_PATHS]
+                requests += [("PUT", path) for path in WRITE_PATHS] + [
+                    ("DELETE", path) for path in WRITE_PATHS
+                ]
                 for method, path in requests:
                     try:
-                        response = somebody.request(method, path)
+                        response = stranger.request(method, path)
                     except (httpx.TransportError, httpx.InvalidURL):
-                        break  # it does not speak this
+                        break  # the port does not speak HTTP or TLS
                     if response.status_code < 400 and not (method == "GET" and harmless(path, response.text)):
-                        open_.append((port, name, method, path, response.text[:80]))
-    assert not open_
+                        answered.append((port, name, method, path, response.text[:80]))
+    assert not answered
     assert not (tmp_path / "written").exists()
-    assert grpc.StatusCode.UNAUTHENTICATED in refused
+    assert grpc.StatusCode.UNAUTHENTICATED in grpc_errors

@@ -79,7 +79,7 @@ def url(ray_cluster, variants, settings):
 
 @pytest.fixture(scope="module")
 def client(url):
-    # Every response has its length: a client cannot tell half of a chunked one from a whole one.
+    # Every response needs a content-length: without one, a client takes half a response for a whole one.
     def check(response: httpx.Response) -> None:
         assert "content-length" in response.headers
         assert response.status_code != 500, response.read()
@@ -134,7 +134,7 @@ def test_a_first_deployment_that_fails_leaves_nothing_open(
     ray_cluster, variants, settings, tmp_path, monkeypatch
 ):
     bundles = open_bundles(variants)
-    # This process can open the bundle, and a replica cannot.
+    # This process can open the bundle, but a replica cannot.
     monkeypatch.setattr(deploy, "open_bundles", lambda *_: bundles)
     gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match="is not a bundle"):
@@ -149,7 +149,7 @@ def listens(port: int, host: str = "127.0.0.1") -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def test_predictions_are_those_of_the_bundle(client, expected):
+def test_a_prediction_has_the_values_of_the_bundle_and_names_the_variant(client, expected):
     response = client.post(PREDICT, json={"rows": ROWS, "unit": "user-17"}, headers={"x-request-id": "r-1"})
     assert response.status_code == 200
     answer = response.json()
@@ -188,8 +188,8 @@ def test_a_version_can_be_requested(client, expected):
     for number, variant in (("1", "champion"), ("2", "challenger")):
         answer = client.post(f"/v2/models/income/versions/{number}/predict", json={"rows": ROWS}).json()
         assert (answer["version"], answer["variant"]) == (number, variant)
-        got = [p["probability"] for p in answer["predictions"]]
-        np.testing.assert_allclose(got, expected[variant], rtol=1e-6)
+        probabilities = [p["probability"] for p in answer["predictions"]]
+        np.testing.assert_allclose(probabilities, expected[variant], rtol=1e-6)
     assert client.get("/v2/models/income/versions/9/ready").status_code == 404
 
 
@@ -252,9 +252,9 @@ def test_the_grpc_client_works_unchanged(grpc, expected):
         for column in metadata.inputs:
             missing = np.nan if column.datatype == "FP64" else ""
             values = [missing if row[column.name] is None else row[column.name] for row in rows]
-            kind = np.float64 if column.datatype == "FP64" else np.object_
+            dtype = np.float64 if column.datatype == "FP64" else np.object_
             inputs.append(InferInput(column.name, [len(rows), 1], column.datatype))
-            inputs[-1].set_data_from_numpy(np.array(values, dtype=kind)[:, None])
+            inputs[-1].set_data_from_numpy(np.array(values, dtype=dtype)[:, None])
         return grpc.infer("income", inputs, **options)
 
     answered = infer(ROWS, request_id="mine", parameters={"unit": "user-17"})
@@ -280,14 +280,14 @@ def test_attributions_sum_to_the_prediction(client, expected):
     assert client.post("/v2/models/income/explain", json={"rows": ROWS * 6}).status_code == 413
 
 
-def test_the_description_has_an_example_that_works(client):
+def test_the_example_in_the_openapi_document_works(client):
     document = client.get("/v2/models/income/openapi.json").json()
     predict = document["paths"][PREDICT]["post"]
     example = predict["requestBody"]["content"]["application/json"]["example"]
     answered = client.post(PREDICT, json=example)
     assert answered.status_code == 200
-    shown = predict["responses"]["200"]["content"]["application/json"]["example"]
-    assert set(answered.json()) == set(shown)
+    documented = predict["responses"]["200"]["content"]["application/json"]["example"]
+    assert set(answered.json()) == set(documented)
     page = client.get("/v2/docs?model=income")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     for line in page.text.splitlines():
@@ -319,7 +319,7 @@ ROW = b'{"age": 39, "education": "Bachelors", "gender": "Male"}'
         (413, b" " * (MAX_BODY_BYTES + 1)),
     ],
 )
-def test_each_body_gets_its_status(client, status, body):
+def test_a_body_gets_its_status(client, status, body):
     response = client.post(PREDICT, content=body, headers={"content-type": "application/json"})
     assert response.status_code == status
     assert status == 200 or isinstance(response.json()["error"], str)
@@ -343,19 +343,19 @@ def test_each_body_gets_its_status(client, status, body):
         (422, "POST", INFER, {}),
     ],
 )
-def test_each_request_line_gets_its_status(client, status, method, path, headers):
+def test_a_request_line_and_headers_get_their_status(client, status, method, path, headers):
     content = b'{"rows": [' + ROW + b"]}" if path == PREDICT else b"{}"
     response = client.request(method, path, content=content if method == "POST" else None, headers=headers)
     assert response.status_code == status
     assert isinstance(response.json()["error"], str)
 
 
-READ = ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/docs", "/v2/models/income"]
-READ += ["/v2/models/income/ready", "/v2/models/income/versions/1", "/v2/models/income/openapi.json"]
+READ_PATHS = ["/v2", "/v2/health/live", "/v2/health/ready", "/v2/docs", "/v2/models/income"]
+READ_PATHS += ["/v2/models/income/ready", "/v2/models/income/versions/1", "/v2/models/income/openapi.json"]
 
 
-@pytest.mark.parametrize("path", READ)
-def test_head_is_answered_as_get_is(client, path):
+@pytest.mark.parametrize("path", READ_PATHS)
+def test_head_has_the_status_and_length_of_get(client, path):
     get, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers["content-length"] == get.headers["content-length"]
@@ -378,18 +378,18 @@ def test_header_bytes_that_are_not_utf8_get_400(url, header):
 
 
 def test_headers_that_control_serve_have_no_effect(client):
-    steering = {
+    control_headers = {
         "x-request-timeout-seconds": "0",
         "x-session-id": "s",
         "serve_multiplexed_model_id": "m",
         "x-request-disconnect-disabled": "?1",
     }
-    for headers in ({}, steering, {"x-request-timeout-seconds": "0.000001"}):
+    for headers in ({}, control_headers, {"x-request-timeout-seconds": "0.000001"}):
         response = client.post(PREDICT, json={"rows": ROWS, "unit": "u"}, headers=headers)
         assert response.status_code == 200
 
 
-def test_a_large_body_is_refused_also_in_chunks_and_before_it_arrives(client, url):
+def test_a_too_large_body_is_refused_even_if_it_is_chunked_or_has_not_arrived(client, url):
     def chunks():
         for _ in range(20):
             yield b" " * 10_000
@@ -405,18 +405,18 @@ def test_a_replica_that_was_killed_is_replaced(client, replicas):
     os.kill(before.pid, signal.SIGKILL)
     deadline = time.monotonic() + 40
     answered = False
-    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as patient:
+    with httpx.Client(base_url=client.base_url, trust_env=False, timeout=20) as retrying:
         while not answered and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):  # the one that the replica had in hand
-                health = patient.get("/v2/models/income/ready")
+            with contextlib.suppress(httpx.TransportError):  # the request that the killed replica had
+                health = retrying.get("/v2/models/income/ready")
                 assert (health.status_code, health.json().get("ready")) in ((200, True), (503, None))
-                answered = patient.post(PREDICT, json={"rows": ROWS}).status_code == 200
+                answered = retrying.post(PREDICT, json={"rows": ROWS}).status_code == 200
             time.sleep(0.1)
     assert answered
-    assert [each.pid for each in replicas("income")] != [before.pid]
+    assert [process.pid for process in replicas("income")] != [before.pid]
 
 
-def test_a_deployment_that_is_refused_changes_nothing(client, variants, settings, tmp_path):
+def test_a_refused_deployment_changes_nothing(client, variants, settings, tmp_path):
     broken = build(tmp_path / "broken", seed=3)
     (broken / "model.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"model\.onnx was changed"):
@@ -432,7 +432,7 @@ def test_a_version_that_no_replica_can_open_leaves_the_previous_ones_serving(
     client, variants, settings, tmp_path, monkeypatch
 ):
     bundles = open_bundles(variants)
-    # This process can open the bundle, and a replica cannot.
+    # This process can open the bundle, but a replica cannot.
     monkeypatch.setattr(deploy, "open_bundles", lambda *_: bundles)
     gone = {"champion": DeployedVariant(version="3", weight=1, path=tmp_path / "gone")}
     with pytest.raises(UserError, match=r"gone: is not a bundle.*keep serving"):
@@ -440,7 +440,7 @@ def test_a_version_that_no_replica_can_open_leaves_the_previous_ones_serving(
     assert client.post(PREDICT, json={"rows": ROWS}).json()["version"] in ("1", "2")
     assert client.get("/v2/health/ready").status_code == 200
     current = read_current_traffic(Audit(), "income").traffic
-    assert current.variants["champion"].version == "1", "new replicas load it"
+    assert current.variants["champion"].version == "1", "replicas that start later load the previous version"
 
 
 LEAVING = """
@@ -451,11 +451,11 @@ with session(log_to_driver=False):
     from app.serving.control.replicas import broadcast
     from ray.serve._private.long_poll import LongPollClient
     assert broadcast("income", "income", "state")
-    asking = [each for each in gc.get_objects() if isinstance(each, LongPollClient)]
-    assert asking
-for each in asking:  # an answer of the controller's has come meanwhile
-    each.is_running = True
-    each.event_loop.call_soon_threadsafe(each._poll_next)
+    clients = [value for value in gc.get_objects() if isinstance(value, LongPollClient)]
+    assert clients
+for client in clients:  # as if an answer of the controller had arrived in the meantime
+    client.is_running = True
+    client.event_loop.call_soon_threadsafe(client._poll_next)
 time.sleep(3)
 assert not ray.is_initialized()
 with session(log_to_driver=False):
@@ -463,13 +463,13 @@ with session(log_to_driver=False):
 """
 
 
-def test_a_process_that_left_the_cluster_starts_none_and_can_join_again(url):
+def test_a_process_that_left_the_cluster_starts_no_new_one_and_can_join_again(url):
     """A thread of Serve in that process keeps polling the controller."""
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", LEAVING], cwd=ROOT, capture_output=True, text=True, timeout=180
     )
-    assert ran.returncode == 0, ran.stderr
-    assert "Traceback" not in ran.stderr
+    assert process.returncode == 0, process.stderr
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_a_process_that_left_the_cluster_starts_none_and_can_join_again(url):
         {"auth": "local", "host": "0.0.0.0"},
     ],
 )
-def test_a_second_project_does_not_change_the_frontend_of_the_first(client, variants, settings, changed):
+def test_a_second_project_cannot_change_the_frontend_of_the_first(client, variants, settings, changed):
     other = Serving.model_validate({**settings.model_dump(), "auth": "local", **changed})
     with pytest.raises(UserError, match=r"guarded must .* income.* serving\.(host|port|grpc_port) is"):
         deploy.deploy(other, "guarded", traffic(variants))
@@ -507,8 +507,8 @@ def test_a_change_of_the_grpc_port_that_fails_changes_nothing(client, grpc, vari
     assert listens(settings.grpc_port)
 
 
-def test_beside_an_endpoint_with_tokens_no_model_is_named(client, variants, settings):
-    """This test is the last one: its endpoint stays until the end of the module."""
+def test_models_are_not_listed_if_any_endpoint_requires_tokens(client, variants, settings):
+    """This test must be the last one: its endpoint stays until the end of the module."""
     guarded = settings.model_copy(update={"auth": "local"})
     deploy.deploy(guarded, "guarded", traffic({"champion": variants["champion"]}))
     assert client.post(PREDICT, json={"rows": ROWS}).status_code == 200
@@ -517,4 +517,4 @@ def test_beside_an_endpoint_with_tokens_no_model_is_named(client, variants, sett
         assert "income" not in client.get(path).text
         assert "guarded" not in client.get(path).text
     deploy.deploy(settings, "income", traffic(variants))
-    assert "guarded" not in client.get("/").text, "whoever is deployed last"
+    assert "guarded" not in client.get("/").text, "also if the endpoint without tokens is deployed last"

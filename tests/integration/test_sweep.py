@@ -29,7 +29,7 @@ SMOKE = "configs/smoke.yaml"
 RATE = {"training.learning_rate": {"type": "float", "low": 0.002, "high": 0.1, "log": True}}
 SMALL = {"training.num_workers": 1, "training.epochs": 2, "training.batch_size": 128}
 NO_SCHEDULER = {"kind": "none"}
-# Has its own name and a tolerant gate, so that its candidates pass whatever was registered before.
+# A name of its own and a tolerant gate let its candidates pass, whatever other tests registered.
 SHOWN = (SMOKE, "--set", "name=shown", "--set", "gate.tolerance=1")
 
 
@@ -83,7 +83,7 @@ def test_the_best_project_is_a_file_that_trains_to_the_same_result(swept, home, 
     assert max(metric.value for metric in curve) == study.best_value
 
 
-def test_each_trial_is_a_run_below_the_studys_with_parameters_and_curves(swept, home):
+def test_each_trial_is_a_child_run_of_the_study_with_parameters_and_curves(swept, home):
     client = MlflowClient(connection.uri())
     (parent,) = client.search_runs(experiment(client), "tags.`raylway.study` = 'shown'")
     assert parent.info.status == "FINISHED"
@@ -115,8 +115,8 @@ def test_more_trials_extend_a_finished_sweep(swept, raylway):
     done = raylway("sweep", *SHOWN, "--trials", "5", "--train-best")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 trials" in done.stdout
-    assert "trial 0 (" not in done.stdout, "what was done is not done again"
-    assert "shown version" in done.stdout, "the best one went through the gate"
+    assert "trial 0 (" not in done.stdout, "finished trials do not run again"
+    assert "shown version" in done.stdout, "the best project was trained and registered"
     after = {
         trial.number: (trial.state, trial.values, trial.params) for trial in studies.load("shown").trials
     }
@@ -133,7 +133,7 @@ def test_a_study_of_another_space_or_project_is_refused(swept, raylway):
         assert done.returncode == 2
         assert "was started with other settings" in done.stderr
         assert change.partition("=")[0].split(".")[1] in done.stderr
-        assert "sweep.study=" in done.stderr, "it says what to do"
+        assert "sweep.study=" in done.stderr, "the message names the key to change"
 
 
 def test_optuna_dashboard_shows_the_study(swept):
@@ -157,7 +157,7 @@ def test_optuna_dashboard_shows_the_study(swept):
     assert "shown" in names
 
 
-# What a trial can be
+# Kinds of trials and searches
 
 
 def test_trials_can_have_several_horovod_workers(ray_cluster):
@@ -168,19 +168,19 @@ def test_trials_can_have_several_horovod_workers(ray_cluster):
     assert all(len(trial.user_attrs["history"][0]) == 2 for trial in progress.trials)
 
 
-def test_trials_that_take_half_a_core_train_four_at_a_time(ray_cluster):
-    most = 0
+def test_four_trials_of_half_a_cpu_train_at_once_on_two_cpus(ray_cluster):
+    max_running = 0
 
     def watch(progress: Progress) -> None:
-        nonlocal most
-        most = max(most, len(progress.running))
+        nonlocal max_running
+        max_running = max(max_running, len(progress.running))
 
     halves = {**SMALL, "training.num_cpus": 0.5, "training.epochs": 400}
     assert len(run(project("halves", set=halves, trials=5), watch=watch).trials) == 5
-    assert most == 4
+    assert max_running == 4
 
 
-def test_features_can_be_swept_and_each_preparation_is_made_once(ray_cluster, home):
+def test_features_can_be_swept_and_each_preparation_runs_once(ray_cluster, home):
     before = set((home / "stages" / "prepare").glob("[!.]*"))
     encoding = {"features.age.encode": {"type": "choice", "values": ["min_max", "quantile"]}}
     progress = run(
@@ -211,7 +211,7 @@ def test_several_objectives_give_a_pareto_front(ray_cluster):
     assert best == {trial.number for trial in studies.load("front").best_trials}
 
 
-def test_a_grid_has_every_admitted_point_once(ray_cluster):
+def test_a_grid_tries_every_allowed_point_once(ray_cluster):
     grid = {
         "model.hidden": {"type": "choice", "values": [[4], [8]]},
         "training.batch_size": {"type": "int", "low": 64, "high": 192, "step": 64},
@@ -224,7 +224,7 @@ def test_a_grid_has_every_admitted_point_once(ray_cluster):
 
 
 @pytest.mark.parametrize("search", ["gp", "cmaes", "random"])
-def test_other_searches(ray_cluster, search):
+def test_other_searches_complete_all_trials(ray_cluster, search):
     space = {**RATE, "training.weight_decay": {"type": "float", "low": 0.0, "high": 0.1}}
     progress = run(project(search, space, search=search, startup_trials=2, trials=4, scheduler=NO_SCHEDULER))
     assert states(progress) == ["COMPLETE"] * 4
@@ -247,13 +247,13 @@ def test_successive_halving_stores_stopped_trials_as_pruned(ray_cluster):
 
 
 @pytest.mark.parametrize("scheduler", ["median", "hyperband"])
-def test_other_schedulers(ray_cluster, scheduler):
+def test_other_schedulers_complete_or_prune_all_trials(ray_cluster, scheduler):
     progress = run(project(scheduler, scheduler={"kind": scheduler}, trials=4))
     assert set(states(progress)) <= {"COMPLETE", "PRUNED"}
     assert len(progress.trials) == 4
 
 
-def test_population_based_training_gives_bad_trials_the_network_of_good_ones(ray_cluster):
+def test_population_based_training_replaces_the_networks_of_bad_trials(ray_cluster):
     rates = {"training.learning_rate": {"type": "float", "low": 1e-6, "high": 0.1, "log": True}}
     points = [{"training.learning_rate": rate} for rate in (0.05, 0.03, 1e-6, 2e-6)]
     settings = {**SMALL, "training.epochs": 6, "training.schedule": "constant"}
@@ -261,18 +261,18 @@ def test_population_based_training_gives_bad_trials_the_network_of_good_ones(ray
         project("population", rates, points=points, trials=4, set=settings, scheduler={"kind": "pbt"})
     )
     assert states(progress) == ["COMPLETE"] * 4
-    moved = [t for t in progress.trials if t.user_attrs["point"] != t.params]
-    assert moved, "at least one of two bad trials must take over another network"
+    replaced = [t for t in progress.trials if t.user_attrs["point"] != t.params]
+    assert replaced, "at least one of two bad trials must get the network of a better one"
     values = sorted(trial.value for trial in progress.trials)
     assert values[1] > 0.7, values
 
 
-def test_a_warm_start_learns_from_an_earlier_study_and_points_come_first(ray_cluster):
+def test_a_warm_start_reads_an_earlier_study_and_given_points_come_first(ray_cluster):
     run(project("earlier", trials=4, scheduler=NO_SCHEDULER))
     point = {"training.learning_rate": 0.0123}
     progress = run(project("later", warm_start=["earlier"], points=[point], trials=2, startup_trials=2))
     assert progress.trials[0].params == point or progress.trials[1].params == point
-    assert len(studies.load("later").trials) == 2, "the earlier ones are not stored again"
+    assert len(studies.load("later").trials) == 2, "trials of the earlier study are not copied"
     with pytest.raises(UserError, match="no trial of the study 'earlier'"):
         run(
             project(
@@ -281,7 +281,7 @@ def test_a_warm_start_learns_from_an_earlier_study_and_points_come_first(ray_clu
         )
 
 
-# What goes wrong
+# Failures and limits
 
 
 def test_a_trial_that_diverges_is_stored_as_failed_and_the_sweep_continues(ray_cluster):
@@ -296,7 +296,7 @@ def test_a_trial_that_diverges_is_stored_as_failed_and_the_sweep_continues(ray_c
     assert progress.best()[0].params["training.learning_rate"] == 0.01
 
 
-def test_a_killed_trial_is_tried_again_and_then_stored_as_failed(ray_cluster):
+def test_a_killed_trial_runs_again_and_is_stored_as_failed_after_the_second_kill(ray_cluster):
     slow = {**SMALL, "training.epochs": 400}
     killed: list[int] = []
 
@@ -335,17 +335,17 @@ def test_core_hours_and_wall_time_end_a_sweep_that_can_be_resumed(ray_cluster):
 
 
 def test_two_sweeps_of_one_study_cannot_run_at_once(ray_cluster, raylway):
-    swept = project("held")
-    with studies.opened("held", ["maximize"], tuner.shared_settings(Space(swept)), print):
+    swept = project("locked")
+    with studies.opened("locked", ["maximize"], tuner.shared_settings(Space(swept)), print):
         with pytest.raises(UserError, match="is being swept by process"):
             run(swept)
-        done = raylway("sweep", SMOKE, "--set", "sweep.study=held")
+        done = raylway("sweep", SMOKE, "--set", "sweep.study=locked")
         assert done.returncode == 2
         assert "is being swept by" in done.stderr
     assert len(run(swept).trials) == 3
 
 
-# Who is killed
+# Killed and stopped sweeps
 
 
 @pytest.fixture
@@ -364,24 +364,24 @@ def finished(study: optuna.Study) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "how",
+    "number",
     [
         signal.SIGKILL,
-        *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGTERM, signal.SIGINT)),
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGINT)),
     ],
 )
-def test_a_stopped_sweep_resumes_with_the_same_trials(sweeping, how):
-    name = f"stopped-{how.name.lower()}"
+def test_a_stopped_sweep_resumes_with_the_same_trials(sweeping, number):
+    name = f"stopped-{number.name.lower()}"
     overrides = [f"sweep.study={name}", "sweep.trials=4", "training.epochs=30"]
     with sweeping(*overrides) as process:
         for line in process.stdout:
             if "trial " in line and "(2/4)" in line:
                 break
-        process.send_signal(how)
+        process.send_signal(number)
         rest = process.stdout.read()
         code = process.wait(60)
-    if how != signal.SIGKILL:
-        assert code == 128 + how
+    if number != signal.SIGKILL:
+        assert code == 128 + number
         assert "run the command again to continue" in rest
     before = {t.number: (t.state, t.values) for t in studies.load(name).trials if t.state.is_finished()}
     assert 2 <= len(before) < 4
@@ -424,10 +424,10 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(sweeping):
-    """SIGKILL at seeded moments; what is stored in the end are forty trials, each finished once."""
+    """SIGKILL hits the driver at random times. In the end, forty trials are stored, each finished once."""
     import random
 
-    chance = random.Random(4)
+    rng = random.Random(4)
     overrides = ["sweep.study=forty", "sweep.trials=40", "training.epochs=25"]
     ends: dict[int, tuple] = {}
     for kill in range(4):
@@ -436,7 +436,7 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(sweepin
                 for line in process.stdout:
                     if "trial " in line:
                         break
-                time.sleep(chance.uniform(0.0, 6.0))
+                time.sleep(rng.uniform(0.0, 6.0))
                 process.kill()
                 process.wait()
             else:
@@ -445,14 +445,15 @@ def test_a_driver_killed_three_times_at_random_finishes_every_trial_once(sweepin
         now = {t.number: (t.state, t.values, t.datetime_complete) for t in studies.load("forty").trials
                if t.state.is_finished()}  # fmt: skip
         print(
-            f"after {kill + 1} runs: {len(now)} finished, {studies.load('forty').trials[-1].number + 1} begun"
+            f"after {kill + 1} runs: {len(now)} finished, "
+            f"{studies.load('forty').trials[-1].number + 1} started"
         )
-        assert ends.items() <= now.items(), "nothing that was finished is done again"
+        assert ends.items() <= now.items(), "a finished trial does not run again"
         ends = now
     study = studies.load("forty")
     assert finished(study) == list(range(40))
     assert len(study.trials) == 40
-    assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no point twice"
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 40, "no point is tried twice"
     client = MlflowClient(connection.uri())
     names = [client.get_experiment_by_name("smoke").experiment_id]
     runs = client.search_runs(names, "tags.`raylway.study` = 'forty'")

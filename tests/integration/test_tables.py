@@ -1,4 +1,4 @@
-"""Tables in many formats: trained on, then asked through every interface."""
+"""Train on tables in many formats, then predict for their rows through every interface."""
 
 import httpx
 import numpy as np
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 SERVED = ["question marks", "booleans for numbers", "awkward names"]
 UNWRITABLE = "latin-1 in a column that nobody asks for"
-"""`predict` writes all columns of its input, and cannot write this one, which is not UTF-8."""
+"""A table for which `predict` is refused: it writes all columns of its input, and one is not UTF-8."""
 
 
 def project(name: str, folder) -> Project:
@@ -41,7 +41,7 @@ def project(name: str, folder) -> Project:
     number, category = data["columns"]
     return Project.model_validate(
         {
-            "name": f"table-{[*TRAINED].index(name)}",  # none is another's champion
+            "name": f"table-{[*TRAINED].index(name)}",  # each table has its own champion
             "data": data,
             "features": {number: {"encode": "min_max"}, category: {"encode": "one_hot"}},
             "model": {"kind": "linear"},
@@ -72,20 +72,21 @@ def test_predictions_for_a_table_use_its_values_as_training_read_them(name, reac
     answers = pd.read_parquet(tmp_path / "answers")
     np.testing.assert_allclose(answers[f"probability{answered.suffix}"], expected, atol=1e-6)
 
-    asked = tables.requested(data, rows)
-    question = json_rows.parse(orjson.dumps({"rows": as_rows(asked)}), Contract(bundle.schema, len(frame)))
-    np.testing.assert_allclose(bundle.predict(question.columns), expected, atol=1e-6)
-    given = api.predict(outcome, pd.DataFrame(asked, dtype=object))
-    np.testing.assert_allclose(given["probability"], expected, atol=1e-6)
+    columns = tables.requested(data, rows)
+    body = orjson.dumps({"rows": as_rows(columns)})
+    request = json_rows.parse(body, Contract(bundle.schema, len(frame)))
+    np.testing.assert_allclose(bundle.predict(request.columns), expected, atol=1e-6)
+    predictions = api.predict(outcome, pd.DataFrame(columns, dtype=object))
+    np.testing.assert_allclose(predictions["probability"], expected, atol=1e-6)
     if name in SERVED:
-        serve_and_ask(outcome.bundle, asked, expected)
+        check_endpoint(outcome.bundle, columns, expected)
 
 
-def as_rows(asked: dict[str, list]) -> list[dict]:
-    return [dict(zip(asked, row, strict=True)) for row in zip(*asked.values(), strict=True)]
+def as_rows(columns: dict[str, list]) -> list[dict]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
+def check_endpoint(path, columns: dict[str, list], expected: np.ndarray) -> None:
     ports = free_ports(2)
     settings = Serving.model_validate(
         {
@@ -98,21 +99,21 @@ def serve_and_ask(path, asked: dict[str, list], expected: np.ndarray) -> None:
     with session(log_to_driver=False):
         url = deploy.deploy(settings, "table", Traffic(salt="1", policy="weighted", variants=variants))
         try:
-            for answers in (by_predict(url, asked), *by_tensors(url, ports[1], asked)):
+            for answers in (by_predict(url, columns), *by_tensors(url, ports[1], columns)):
                 np.testing.assert_allclose(answers, expected, atol=1e-6)
         finally:
             undeploy_all()
 
 
-def by_predict(url: str, asked: dict[str, list]) -> list[float]:
+def by_predict(url: str, columns: dict[str, list]) -> list[float]:
     response = httpx.post(
-        f"{url}/v2/models/table/predict", json={"rows": as_rows(asked)}, trust_env=False, timeout=20
+        f"{url}/v2/models/table/predict", json={"rows": as_rows(columns)}, trust_env=False, timeout=20
     )
     assert response.status_code == 200, response.text
-    return [each["probability"] for each in response.json()["predictions"]]
+    return [prediction["probability"] for prediction in response.json()["predictions"]]
 
 
-def by_tensors(url: str, grpc_port: int, asked: dict[str, list]) -> list[np.ndarray]:
+def by_tensors(url: str, grpc_port: int, columns: dict[str, list]) -> list[np.ndarray]:
     """Predictions over HTTP and over gRPC, from Triton's clients."""
     import tritonclient.grpc
     import tritonclient.http
@@ -124,9 +125,9 @@ def by_tensors(url: str, grpc_port: int, asked: dict[str, list]) -> list[np.ndar
     ):
         with kind.InferenceServerClient(address) as client:
             inputs = []
-            number, category = asked
-            numbers = [v if isinstance(v, float | bool) else np.nan for v in asked[number]]
-            strings = ["" if v is None else v for v in asked[category]]
+            number, category = columns
+            numbers = [v if isinstance(v, float | bool) else np.nan for v in columns[number]]
+            strings = ["" if v is None else v for v in columns[category]]
             for name, datatype, values in (
                 (number, "FP64", np.array(numbers, dtype=np.float64)),
                 (category, "BYTES", np.array(strings, dtype=np.object_)),

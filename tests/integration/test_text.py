@@ -16,7 +16,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """A project file, with its rows in a file beside it."""
+    """A project file; its rows are in a file in the same folder."""
     folder = tmp_path_factory.mktemp("moods")
     project = texts.project(encoders.build(folder / "encoder"))
     rows = texts.rows(1500).drop(columns="__label__").drop_duplicates("text")

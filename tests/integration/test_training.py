@@ -1,4 +1,4 @@
-"""Training on Ray: real ranks, killed and stopped for real."""
+"""Training on Ray with real ranks, some of which are killed or stopped."""
 
 import json
 import math
@@ -18,7 +18,7 @@ pytestmark = [
 
 SMALL = ("data.source.limit=3000", "training.batch_size=16", "training.epochs=4")
 STEPS = 65
-"""Of an epoch of these rows, by two ranks."""
+"""Number of steps of one epoch on these rows, by two ranks."""
 
 
 def small(*overrides: str):
@@ -38,20 +38,20 @@ def train(project, prepared, on_epoch=lambda epoch: None, on_note=print, **optio
     return trainer.train(project, prepared, on_epoch, on_note, fresh=True, **options)
 
 
-def timeless(history):
+def without_times(history):
     return [{k: v for k, v in epoch.items() if k != "rows_per_s"} for epoch in history]
 
 
 def check_same(history, other, tolerance=1e-6):
-    """The same epochs with the same metrics."""
+    """Check that two histories have the same epochs with the same metrics."""
     assert len(history) == len(other)
-    for one, two in zip(timeless(history), timeless(other), strict=True):
+    for one, two in zip(without_times(history), without_times(other), strict=True):
         assert one == pytest.approx(two, rel=0, abs=tolerance)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared, tmp_path_factory):
-    """A plain training: its history, the epochs reported meanwhile, and what the ranks noted."""
+    """A training without interruption: its history, the reported epochs, and the notes of its ranks."""
     ranks, epochs = Ranks(tmp_path_factory.mktemp("ranks")), []
     trained = train(small(), prepared, epochs.append, wrap=ranks.wrap())
     return trained.history, epochs, ranks
@@ -72,7 +72,7 @@ def test_an_override_that_ray_does_not_call_is_reported(prepared, monkeypatch):
     from app.state import hooks
     from app.training.workers import launch, overrides
 
-    assert list(hooks.reported()) == [], "Ray has called all of them in the trainings before"
+    assert list(hooks.reported()) == [], "earlier trainings of this process called all overrides"
     monkeypatch.setattr(overrides, "_called", set())
     monkeypatch.delattr(launch.Trainer, "_create_default_callbacks")
     notes = []
@@ -84,17 +84,17 @@ def test_an_override_that_ray_does_not_call_is_reported(prepared, monkeypatch):
     assert list(hooks.reported()) == []
 
 
-def test_the_same_seed_gives_the_same_history_and_so_does_deterministic(prepared, uninterrupted):
+def test_a_deterministic_training_with_the_same_seed_has_the_same_history(prepared, uninterrupted):
     again = train(small("training.deterministic=true"), prepared).history
-    assert timeless(again) == timeless(uninterrupted[0])
+    assert without_times(again) == without_times(uninterrupted[0])
 
 
-def test_ddp_gives_the_history_that_horovod_gives(prepared, uninterrupted):
+def test_ddp_has_the_history_of_horovod(prepared, uninterrupted):
     check_same(train(small("training.backend=ddp"), prepared).history, uninterrupted[0], 1e-5)
 
 
-def die_once(marker, victim: int, step: int, first=lambda: None):
-    """An `on_step` with which a rank kills itself after that many steps, once; before, it calls `first`."""
+def die_once(marker, victim: int, step: int, before=lambda: None):
+    """An `on_step`: the rank `victim` calls `before` and kills itself after `step` steps, but only once."""
 
     def on_step(rank, num_steps):
         import os
@@ -102,7 +102,7 @@ def die_once(marker, victim: int, step: int, first=lambda: None):
 
         if rank == victim and num_steps == step and not marker.exists():
             marker.touch()
-            first()
+            before()
             os.kill(os.getpid(), signal.SIGKILL)
 
     return on_step
@@ -127,7 +127,9 @@ def test_a_rank_killed_within_an_epoch_costs_the_steps_since_the_last_checkpoint
     assert ranks.parameters() == uninterrupted[2].parameters()
 
 
-def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(prepared, ranks, uninterrupted, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(
+    prepared, ranks, uninterrupted, tmp_path
+):
     from app.state.home import home
 
     runs = home() / "runs"
@@ -135,7 +137,7 @@ def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(prepared, rank
     def damage():
         import time
 
-        time.sleep(1)  # until it is written
+        time.sleep(1)  # the checkpoint is written in the background
         last = max(runs.glob("*/checkpoints/[0-9]*"), key=lambda folder: folder.stat().st_mtime_ns)
         (last / "model.safetensors").write_bytes(b"no tensors")
 
@@ -144,14 +146,14 @@ def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(prepared, rank
     project = small("training.checkpoints.every_steps=20")
     trained = train(project, prepared, on_note=notes.append, wrap=wrap)
     check_same(trained.history, uninterrupted[0])
-    damaged, resuming = notes
+    damaged, resumed = notes
     assert damaged.startswith("the checkpoint 000002-000000020 is damaged (model.safetensors changed)")
-    assert resuming == "resuming from epoch 3, 2 workers"
-    assert 30 <= ranks.num_steps() - 4 * STEPS <= 31, "two intervals"
+    assert resumed == "resuming from epoch 3, 2 workers"
+    assert 30 <= ranks.num_steps() - 4 * STEPS <= 31, "steps of two checkpoint intervals are repeated"
 
 
-def test_many_settings_at_once_and_a_timeline(prepared, ranks, uninterrupted):
-    """Each changes something; together they still train, and stop early."""
+def test_many_settings_work_together_and_write_a_timeline(prepared, ranks, uninterrupted):
+    """Each setting changes the training. With all of them it still learns, and stops early."""
     project = small(
         "training.epochs=8",
         "training.learning_rate=0.05",
@@ -178,13 +180,13 @@ def test_many_settings_at_once_and_a_timeline(prepared, ranks, uninterrupted):
     assert max(scores) > 0.75
     assert ranks.num_steps() == len(history) * math.ceil(STEPS / 3)
     assert len(set(ranks.parameters())) == 1
-    # A warm-up to 0.05 * sqrt(2) in the middle of the second epoch, then a line.
+    # The rate rises to 0.05 * sqrt(2) in the middle of the second epoch, then falls linearly.
     rates = [epoch["learning_rate"] for epoch in history]
     assert rates[0] < rates[1] < 0.05 * 2**0.5
     # The weights are those of the best epoch.
     assert trained.weights.exists()
 
-    # What Chrome opens: an array of events, whose end may be missing.
+    # The trace format of Chrome: a JSON array of events, whose closing bracket may be missing.
     text = (trained.path / "timeline.json").read_text().rstrip().rstrip(",").removesuffix("]")
     events = json.loads(text + "]")
     assert {event["ph"] for event in events} >= {"B", "E", "M"}
@@ -210,12 +212,12 @@ def training(started):
 
 
 @pytest.mark.slow
-def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(training, ray_cluster):
+def test_after_sigterm_or_sigint_the_same_command_resumes_from_the_last_step(training, ray_cluster):
     from app.data.prepare import prepare
     from app.training import trainer
 
     project = projectfile.load("configs/smoke.yaml", [*LONG, "name=stopped"])
-    places = []
+    positions = []
     for number in (signal.SIGTERM, signal.SIGINT):
         with training(*LONG, "name=stopped") as process:
             output = []
@@ -233,13 +235,13 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(train
             stopped,
         )
         assert match, stopped
-        places.append(tuple(map(int, match.groups())))
+        positions.append(tuple(map(int, match.groups())))
         if number == signal.SIGINT:
-            epoch, step = places[0]
-            # A checkpoint after the last step of an epoch is resumed at the start of the next one.
+            epoch, step = positions[0]
+            # From a checkpoint after the last step of an epoch, training resumes with the next epoch.
             notes = (f"resuming from epoch {epoch}, step {step} of", f"resuming from epoch {epoch + 1}, 2")
             assert any(note in line for line in output for note in notes), output
-    assert (1, 0) < places[0] < places[1] < (60, 200)
+    assert (1, 0) < positions[0] < positions[1] < (60, 200)
     with training(*LONG, "name=stopped") as process:
         output = process.stdout.readlines()
         assert process.wait(120) in (0, 3), "".join(output)
@@ -249,8 +251,8 @@ def test_sigterm_and_sigint_keep_a_checkpoint_and_the_same_command_goes_on(train
     check_same(history, train(project, prepared).history)
 
 
-def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(training, prepared):
-    """No rank ever starts: an actor holds all CPUs but one, and preparing data takes that one."""
+def test_a_training_that_waits_for_cpus_prints_it_and_the_first_signal_ends_it(training, prepared):
+    """No rank ever starts: an actor uses all CPUs but one, and preparing data needs that one."""
     import ray
 
     @ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 1)
@@ -275,8 +277,8 @@ def test_a_command_that_waits_for_room_says_so_and_the_first_signal_ends_it(trai
 
 
 @pytest.mark.slow
-def test_two_workers_learn_what_one_learns(prepared, uninterrupted):
-    """Two ranks with batches of 16 take the steps of one rank with 32, on other batches."""
+def test_two_workers_reach_the_score_of_one(prepared, uninterrupted):
+    """Two ranks with batches of 16 make as many steps as one rank with 32, but on other batches."""
     history = train(small("training.num_workers=1", "training.batch_size=32"), prepared).history
     assert history[-1]["validation_auc"] == pytest.approx(uninterrupted[0][-1]["validation_auc"], abs=0.02)
 

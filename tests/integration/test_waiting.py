@@ -32,19 +32,19 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster, bundle):
-    """An endpoint that uses all CPUs but one; their number."""
-    left = ray.cluster_resources()["CPU"] - 1
+    """An endpoint that uses all CPUs but one. Yields the number of CPUs that it uses."""
+    num_cpus = ray.cluster_resources()["CPU"] - 1
     serving = Serving.model_validate(
         {
             "port": free_ports(1)[0],
-            "num_cpus": left,
+            "num_cpus": num_cpus,
             "variants": {"champion": {"version": "1", "weight": 1}},
             "autoscaling": {"min_replicas": 1, "max_replicas": 1},
         }
     )
     variants = {"champion": DeployedVariant(version="1", weight=1, path=bundle)}
     deploy.deploy(serving, NAME, Traffic(salt="1", policy="weighted", variants=variants))
-    yield left
+    yield num_cpus
     undeploy_all()
 
 
@@ -69,7 +69,7 @@ def table(tmp_path):
     return tmp_path / "rows.parquet"
 
 
-# These tests come first: `greedy` needs all CPUs, and `endpoint` keeps some.
+# The tests with `greedy` come first: it needs all CPUs, and `endpoint` keeps some until the module ends.
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -81,7 +81,7 @@ def test_predict_prints_what_it_waits_for_and_one_signal_ends_it(
         for line in process.stdout:
             if "waiting for 1 CPUs" in line:
                 break
-        time.sleep(2)  # until Ray Data itself waits
+        time.sleep(2)  # Ray Data itself now waits
         process.send_signal(number)
         assert process.wait(60) == 128 + number
     assert "other commands" in line
@@ -111,19 +111,19 @@ def test_capacity_names_the_endpoint_that_uses_cpus(endpoint):
     assert capacity.current().endpoints == {NAME: endpoint}
 
 
-def test_predict_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
+def test_predict_runs_beside_an_endpoint(endpoint, bundle, table, tmp_path, raylway):
     done = raylway("predict", str(bundle), "--input", str(table), "--output", str(tmp_path / "answers"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3,000 rows predicted" in done.stdout
 
 
-def test_train_beside_an_endpoint(endpoint, raylway):
+def test_train_claims_less_cpu_beside_an_endpoint(endpoint, raylway):
     done = raylway("train", "configs/smoke.yaml", "--set", "name=beside", *SMALL, timeout=400)
     assert done.returncode in (0, 3), done.stdout + done.stderr  # the gate may reject it
     assert f"endpoint {NAME} {endpoint:g}): each of 2 workers claims 0.5 instead of 1" in done.stdout
 
 
 @pytest.mark.slow
-def test_sweep_beside_an_endpoint(endpoint, raylway):
+def test_sweep_runs_beside_an_endpoint(endpoint, raylway):
     done = raylway("sweep", "configs/smoke.yaml", "--trials", "2", "--set", "name=beside", timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
