@@ -1,4 +1,4 @@
-"""A copy of the application whose code a test may change, for the keys of stages."""
+"""Copy the application, so that a test can change its code: the keys of stages depend on it."""
 
 import shutil
 from pathlib import Path
@@ -13,6 +13,6 @@ def copy_application(folder: Path) -> Path:
 
 
 def forget_code() -> None:
-    """Have fingerprints read the code again, which they otherwise do once in a process."""
+    """Clear the caches of fingerprints, which otherwise read the code once per process."""
     for cached in (fingerprint._source, fingerprint._code, fingerprint._imports):
         cached.cache_clear()

@@ -62,12 +62,12 @@ def preprocessor(education: list[str]) -> Preprocessor:
 
 
 def schema(education: list[str] = EDUCATION) -> Schema:
-    """What the bundle takes; `education` is what training saw of that column."""
+    """The schema of the bundle; `education` are the values of that column that training saw."""
     return label_schema(Project.model_validate(PROJECT), preprocessor(education))
 
 
 def build(folder: Path, seed: int) -> Path:
-    """A sealed bundle in `folder`, which it makes; each seed gives another model."""
+    """Create a sealed bundle in `folder`; each seed gives another model."""
     folder.mkdir()
     fitted = preprocessor(EDUCATION)
     with torch.random.fork_rng():

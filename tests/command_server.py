@@ -1,8 +1,8 @@
-"""Commands of Raylway in processes that do not import anything any more.
+"""Runs commands of Raylway in forks of one process that has imported everything.
 
-Importing Ray, PyTorch and MLflow takes a command four seconds. Here one process imports them, in the
-environment that a command gives itself, and forks for each command. Tests that start `python -m app`
-themselves show that a command also runs without it.
+Importing Ray, PyTorch and MLflow takes a command four seconds. Here one process imports them, with the same
+environment variables as a command, and forks for each command. Other tests start `python -m app` themselves,
+which shows that a command also runs without this server.
 """
 
 import json
@@ -24,7 +24,7 @@ START_TIMEOUT_S = 120.0
 
 
 class Process:
-    """A command under way; like subprocess.Popen, but it is killed at the end of a `with` block."""
+    """A running command; like subprocess.Popen, but the end of a `with` block kills it."""
 
     def __init__(self, arguments: Sequence[str], connection: socket.socket, stdout: IO[str] | None = None):
         self._arguments = list(arguments)
@@ -65,7 +65,7 @@ class Process:
 
 
 class CommandServer:
-    """A process that forks for each command. It ends with `close`, or with the process that made it."""
+    """A process that forks for each command. It ends with `close`, or with the process that created it."""
 
     def __init__(self, env: Mapping[str, str], folder: Path):
         self._path = str(folder / "server.sock")
@@ -78,7 +78,7 @@ class CommandServer:
             )  # fmt: skip
 
     def start(self, arguments: Sequence[str], env: Mapping[str, str]) -> Process:
-        """Start a command whose output and errors are the lines of `stdout`."""
+        """Start a command; its output and errors both go to `stdout`."""
         reader, writer = os.pipe()
         connection = self._request(arguments, env, writer, writer)
         os.close(writer)
@@ -104,7 +104,7 @@ class CommandServer:
     def _request(
         self, arguments: Sequence[str], env: Mapping[str, str], output: int, errors: int
     ) -> socket.socket:
-        """Have a command started that writes to these files; the answers come over the socket."""
+        """Send a command that writes to these files. Returns the socket over which pid and exit code come."""
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(START_TIMEOUT_S)
         connection.connect(self._path)
@@ -140,9 +140,9 @@ def _receive(connection: socket.socket) -> tuple[list[str], dict[str, str], list
 
 
 def _serve(listener: socket.socket) -> list[str]:
-    """Fork for each command, and return its arguments in the process that is to run it.
+    """Fork for each command. Returns, in the forked process only, the arguments of its command.
 
-    This process itself exits when its standard input ends, which is when the test run has ended.
+    The server process itself exits when its standard input closes, that is, when the test run has ended.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that ended children leave no zombies
     while True:

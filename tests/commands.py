@@ -1,4 +1,4 @@
-"""The commands as a user runs them: in a process of their own."""
+"""Run commands as a user does, each in its own process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""For all tests: the process that ran them ends as they did, whatever Ray's threads do meanwhile."""
+"""For all tests: the process exits with the status of the tests, even if a thread of Ray aborts at exit."""
 
 from app.cli.finish import Finish
 

@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md, SECURITY.md and docs/ contain: blocks, commands, links and code spans."""
+"""Parse README.md, CONTRIBUTING.md, SECURITY.md and docs/: blocks, commands, links and code spans."""
 
 import re
 import shlex
@@ -45,12 +45,12 @@ class Block:
 
     @property
     def mark(self) -> str | None:
-        """What its commands need or take; None if a test can run them."""
-        marked = MARK.fullmatch(self.text.partition("\n")[0])
-        return marked[1] if marked else None
+        """What the commands of the block need or take; None if a test can run them."""
+        match = MARK.fullmatch(self.text.partition("\n")[0])
+        return match[1] if match else None
 
     def commands(self) -> Iterator[str]:
-        """Its commands, each with the lines that it goes on in. Comments are left out."""
+        """The commands of the block, each with its continuation lines. Comments are left out."""
         command = ""
         for line in self.text.splitlines():
             if not command and (not line.strip() or line.startswith("#")):
@@ -73,11 +73,11 @@ def _is_closed(command: str) -> bool:
 def blocks(document: Path, language: str = "") -> list[Block]:
     """The fenced blocks of a document; with `language`, those of that language."""
     text = document.read_text()
-    found = []
+    all_blocks = []
     for match in re.finditer(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
         line = text[: match.start()].count("\n") + 1
-        found.append(Block(document, line, match[1], textwrap.dedent(match[2])))
-    return [block for block in found if language in ("", block.language)]
+        all_blocks.append(Block(document, line, match[1], textwrap.dedent(match[2])))
+    return [block for block in all_blocks if language in ("", block.language)]
 
 
 def prose(document: Path) -> str:

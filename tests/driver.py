@@ -1,7 +1,7 @@
-"""Trains on the cluster at RAY_ADDRESS and prints what happens, a JSON object a line.
+"""Trains on the cluster at RAY_ADDRESS and prints its events, one JSON object per line.
 
-`python -m tests.driver FOLDER SECONDS_PER_STEP KEY=VALUE...`: each rank notes in FOLDER where it is when it
-starts, and its parameters when it ends; KEY=VALUE are overrides of configs/smoke.yaml.
+`python -m tests.driver FOLDER SECONDS_PER_STEP KEY=VALUE...`: KEY=VALUE are overrides of configs/smoke.yaml.
+Each rank writes a file to FOLDER: its node and environment when it starts, and its parameters when it ends.
 """
 
 import json
@@ -14,12 +14,12 @@ from app.config import projectfile
 from app.state import hooks
 
 
-def say(kind: str, **facts) -> None:
+def print_event(kind: str, **facts) -> None:
     print(json.dumps({"kind": kind, "at": time.time(), **facts}), flush=True)
 
 
-def noting(folder: str, seconds_per_step: float):
-    """For `trainer.train`: slows each rank's observer down and has it write notes to a file in the folder."""
+def note_ranks(folder: str, seconds_per_step: float):
+    """The argument `wrap` of `trainer.train`: observers sleep after each step, and write notes."""
 
     def wrap(observer):
         import hashlib
@@ -33,7 +33,7 @@ def noting(folder: str, seconds_per_step: float):
 
         context = ray.train.get_context()
 
-        class Noting:
+        class NotingObserver:
             def __init__(self):
                 self._note = {
                     "pid": os.getpid(),
@@ -70,7 +70,7 @@ def noting(folder: str, seconds_per_step: float):
                 self._file.write_text(json.dumps(self._note))
                 observer.end(ending)
 
-        return Noting()
+        return NotingObserver()
 
     return wrap
 
@@ -82,19 +82,19 @@ def main(folder: str, seconds_per_step: float, overrides: list[str]) -> None:
         from app.training import trainer
 
         prepared = prepare(project)
-        say("prepared")
+        print_event("prepared")
         try:
             trained = trainer.train(
                 project,
                 prepared,
-                lambda epoch: say("epoch", **epoch),
-                lambda note: say("note", text=note),
+                lambda epoch: print_event("epoch", **epoch),
+                lambda note: print_event("note", text=note),
                 fresh=True,
-                wrap=noting(folder, seconds_per_step),
+                wrap=note_ranks(folder, seconds_per_step),
             )
-            say("end", history=trained.history, without_effect=list(hooks.reported()))
+            print_event("end", history=trained.history, without_effect=list(hooks.reported()))
         except Exception as error:
-            say("error", type=type(error).__name__, text=str(error))
+            print_event("error", type=type(error).__name__, text=str(error))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A BERT encoder with random weights and a handful of words, in the files of a real one."""
+"""A BERT encoder with random weights and a small vocabulary, in the files of a real one."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ WORDS = [
 
 
 def build(folder: Path, seed: int = 0) -> Path:
-    """The encoder in `folder`, which it makes."""
+    """Create the encoder in `folder`."""
     folder.mkdir()
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -33,7 +33,7 @@ def build(folder: Path, seed: int = 0) -> Path:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer.enable_padding(length=32)  # as sentence encoders come: training must not take it over
+    tokenizer.enable_padding(length=32)  # sentence encoders have this setting; training must not use it
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {**CONFIG, "vocab_size": len(vocabulary)}
     (folder / "config.json").write_text(json.dumps(config))

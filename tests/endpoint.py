@@ -1,6 +1,6 @@
-"""Serves one bundle on a cluster of its own until it is killed: `python -m tests.endpoint BUNDLE SERVING`.
+"""Serves one bundle on its own cluster until it is killed: `python -m tests.endpoint BUNDLE SERVING`.
 
-SERVING is the project file's section in JSON. Prints the server's URL when it answers.
+SERVING is the section `serving` of a project file, as JSON. Prints the URL once the endpoint answers.
 """
 
 import json

@@ -16,9 +16,9 @@ FAULTS = [
 
 
 class FakeRecords:
-    """In the place of `Records`: keeps what is written, or raises `fault`.
+    """Replaces `Records`: keeps what is written, or raises `fault` if it is set.
 
-    It never accepts the request ids "never" and "odd".
+    It always rejects the request ids "never" and "odd".
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""A model of each family, from its settings to its bundle, each stage by its own code, in one process."""
+"""Build a model of each family, from its settings to its bundle: the code of all stages in one process."""
 
 import importlib
 from dataclasses import dataclass

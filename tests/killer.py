@@ -1,11 +1,11 @@
-"""Ends a command before one of its writes, as a loss of power would: for tests that give it again afterwards.
+"""Kills a command before one of its writes, as a loss of power would; tests then run the command again.
 
-A write is whatever changes what others can see: a file opened for writing, renamed, linked or removed below
-the watched folders, a folder made there, and a commit of SQL. To be killed before each of them in turn is to
-be killed after each of them. What has a private name (see `app.state.files`) nobody sees.
+A write is a change that other processes can see: opening a file for writing, renaming, linking or removing
+it, and creating a folder, all below the watched folders; and a commit of SQL. A kill after a write is a kill
+before the next one. Other processes ignore private names (see `app.state.files`), so these do not count.
 
-`python -m tests.killer NUMBER LOG FOLDERS COMMAND...` does it to a command of Raylway; NUMBER 0 only notes
-the writes in LOG. FOLDERS are separated by colons.
+`python -m tests.killer NUMBER LOG FOLDERS COMMAND...` kills a command of Raylway before its write NUMBER;
+with 0, the command runs to its end. LOG gets the writes. FOLDERS are separated by colons.
 """
 
 import json
@@ -19,13 +19,13 @@ from typing import IO, Any
 
 WRITES = {"open", "os.rename", "os.link", "os.symlink", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 NOISE = (".lock", ".log", "-journal", "-wal", "-shm")
-"""Endings of files whose writes are nothing to be finished: locks, logs, and what SQLite keeps for itself."""
+"""Endings of files whose writes do not count: locks, logs, and SQLite's own files."""
 
 
 class Watcher:
-    """Counts the writes of this process; kills it before the one with a number (from 1).
+    """Counts the writes of this process, and kills it before write number `kill_before` (from 1; 0: never).
 
-    `private` counts what has a private name too.
+    With `private`, writes of files with private names count too.
     """
 
     def __init__(
@@ -40,15 +40,15 @@ class Watcher:
         self._changes: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Begin to watch; it cannot be ended."""
+        """Start to watch. It cannot be stopped."""
         import sqlalchemy
 
         if self._log is not None:
             self._lines = self._log.open("a", buffering=1)
-        sys.addaudithook(self._hear)
-        sqlalchemy.event.listen(sqlalchemy.Engine, "commit", self._commit)
+        sys.addaudithook(self._on_audit_event)
+        sqlalchemy.event.listen(sqlalchemy.Engine, "commit", self._on_commit)
 
-    def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+    def _on_audit_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in WRITES:
             return
         if event == "open" and not (
@@ -58,11 +58,12 @@ class Watcher:
         for argument in arguments[:2]:
             if isinstance(argument, bytes | str | os.PathLike):
                 path = Path(os.fsdecode(argument)).absolute()
-                if self._is_seen(path) and not (event == "os.mkdir" and path.is_dir()):
+                if self._counts(path) and not (event == "os.mkdir" and path.is_dir()):
                     self._write(event, str(path))
                     return
 
-    def _is_seen(self, path: Path) -> bool:
+    def _counts(self, path: Path) -> bool:
+        """Whether a write of this path counts."""
         folder = next((folder for folder in self._folders if path.is_relative_to(folder)), None)
         if folder is None or path.name.endswith(NOISE):
             return False
@@ -70,9 +71,9 @@ class Watcher:
         is_private = any(part.startswith(".") for part in parts)
         return parts[:1] not in (("logs",), ("ray",)) and (self._private or not is_private)
 
-    def _commit(self, connection: Any) -> None:
+    def _on_commit(self, connection: Any) -> None:
         database = connection.connection.dbapi_connection
-        changes = getattr(database, "total_changes", None)  # of SQLite: what only reads is committed too
+        changes = getattr(database, "total_changes", None)  # SQLite also commits transactions that only read
         if changes is None or changes != self._changes.get(id(database), 0):
             self._changes[id(database)] = changes
             self._write("commit", str(connection.engine.url))
@@ -86,21 +87,21 @@ class Watcher:
 
 
 def fork(call: Callable[[], Any], watcher: Watcher | None = None) -> Any:
-    """What a call returns (a JSON value) in a process of its own; None if the watcher killed it.
+    """Run a call in a forked process. Returns its result (a JSON value), or None if the watcher killed it.
 
-    Raises AssertionError with its traceback if the call raises.
+    Raises AssertionError with the traceback if the call raises.
     """
-    return _end(*_begin(call, watcher), watcher)
+    return _wait(*_start(call, watcher), watcher)
 
 
 def fork_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """Like `fork` for several calls at once."""
-    begun = [_begin(call, None) for call in calls]
-    return [_end(*each, None) for each in begun]
+    started = [_start(call, None) for call in calls]
+    return [_wait(pid, reader, None) for pid, reader in started]
 
 
-def _begin(call: Callable[[], Any], watcher: Watcher | None) -> tuple[int, int]:
-    """Returns the process, and what it writes its answer to."""
+def _start(call: Callable[[], Any], watcher: Watcher | None) -> tuple[int, int]:
+    """Fork a process for the call. Returns its id, and the file descriptor from which to read its result."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -118,20 +119,20 @@ def _begin(call: Callable[[], Any], watcher: Watcher | None) -> tuple[int, int]:
         os._exit(status)
 
 
-def _end(pid: int, reader: int, watcher: Watcher | None) -> Any:
+def _wait(pid: int, reader: int, watcher: Watcher | None) -> Any:
     with os.fdopen(reader, "rb") as stream:
-        said = stream.read().decode()
+        output = stream.read().decode()
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
         assert watcher is not None
         return None
-    assert os.WEXITSTATUS(status) == 0, said
-    return json.loads(said)
+    assert os.WEXITSTATUS(status) == 0, output
+    return json.loads(output)
 
 
 def writes(log: Path) -> list[tuple[str, str]]:
-    """The writes in a log: what was done, and to which file."""
+    """The writes in a log, each as event and file."""
     return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
 

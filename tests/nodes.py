@@ -25,7 +25,7 @@ START_TIMEOUT_S = 90
 
 @dataclass(frozen=True)
 class Host:
-    """A place for nodes: this machine, or one of its network namespaces, which acts as another machine."""
+    """Where nodes run: this machine, or one of its network namespaces, which acts as another machine."""
 
     address: str
     enter: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ THIS_HOST = Host(ray.util.get_node_ip_address())
 
 
 class Nodes:
-    """A cluster: a head without CPUs, so that it gets no rank, and the nodes that `join` it."""
+    """A cluster: a head without CPUs, which therefore gets no rank, and the nodes that `join` it."""
 
     def __init__(self, host: Host = THIS_HOST):
         self.host = host
@@ -63,7 +63,7 @@ class Nodes:
         self.environment = local_environment(self._directory) | {"OMP_NUM_THREADS": "1"}
         """Environment of the nodes, and of the commands that join the cluster."""
         del self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]  # "0" forbids a second node
-        (port, client_port) = free_ports(2)
+        port, client_port = free_ports(2)
         self.address = f"{host.address}:{port}"
         options = (f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false")
         self.head = self._start(host, "--head", *options, f"--temp-dir={self._directory}/ray")
@@ -183,7 +183,7 @@ class Training:
 
 @contextlib.contextmanager
 def nodes(host: Host = THIS_HOST) -> Iterator[Nodes]:
-    """A cluster for the time of the block, with this process's state directory."""
+    """A cluster that runs until the block ends, with the state directory of this process."""
     cluster = Nodes(host)
     try:
         yield cluster

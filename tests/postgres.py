@@ -37,12 +37,12 @@ class Server:
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-w", "-o", options, "-l", "/dev/null", "start")
 
     def stop(self) -> None:
-        """As a crash does."""
+        """Stop the server at once, as a crash does."""
         self._run("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "stop")
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """All of its processes stand still until the end of the block."""
+        """Suspend all processes of the server until the block ends."""
         postmaster = psutil.Process(int((self.folder / "data" / "postmaster.pid").read_text().split()[0]))
         processes = [postmaster, *postmaster.children(recursive=True)]
         for process in processes:
@@ -60,14 +60,14 @@ class Server:
 
 def programs() -> Path | None:
     """The folder of PostgreSQL's programs; None if it is not installed."""
-    found = [Path(p).parent for p in [shutil.which("initdb")] if p]
-    found += sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    return found[0].resolve() if found else None
+    initdb = shutil.which("initdb")
+    folders = [Path(initdb).parent] if initdb else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    return folders[0].resolve() if folders else None
 
 
 @contextlib.contextmanager
 def started(folder: Path) -> Iterator[Server]:
-    """A server of the programs in a folder, for the time of the block."""
+    """A server, run with the programs in `folder` until the block ends."""
     with tempfile.TemporaryDirectory(prefix="raylway-", dir="/tmp") as name:  # sockets have short paths
         server = Server(folder, Path(name))
         try:

@@ -1,4 +1,4 @@
-"""Promotions that are killed before or after one of their writes."""
+"""Kill a promotion before or after one of its writes."""
 
 from mlflow.tracking import MlflowClient
 
@@ -7,7 +7,7 @@ from app.state.audit import Audit
 
 
 class Killed(BaseException):
-    """Raised in place of a kill."""
+    """Raised instead of killing the process."""
 
 
 def kill_at(monkeypatch, write, when):

@@ -12,7 +12,7 @@ TIMEOUT_S = 60
 
 
 class Pair:
-    """Runs a function of a module on both ranks; returns the result of each."""
+    """Runs a function on both ranks and returns both results. The function must be importable."""
 
     def __init__(self, pipes: list[Any]):
         self._pipes = pipes
@@ -31,7 +31,7 @@ class Pair:
 
 @contextmanager
 def pair(backend: str, folder: Path) -> Iterator[Pair]:
-    """Two ranks over `horovod` or `ddp`, which find each other through files in `folder`."""
+    """Two ranks over `horovod` or `ddp`. `folder` holds the file through which `ddp` connects them."""
     spawn = multiprocessing.get_context("spawn")
     pipes, processes, server = [], [], None
     if backend == "horovod":
@@ -51,13 +51,13 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
         environments = [{"GLOO_SOCKET_IFNAME": "lo"}] * 2
     try:
         for rank, environment in enumerate(environments):
-            ours, theirs = spawn.Pipe()
+            parent_end, child_end = spawn.Pipe()
             process = spawn.Process(
-                target=_serve_one, args=(theirs, backend, rank, str(folder / "store"), environment)
+                target=_serve_one, args=(child_end, backend, rank, str(folder / "store"), environment)
             )
             process.start()
-            theirs.close()
-            pipes.append(ours)
+            child_end.close()
+            pipes.append(parent_end)
             processes.append(process)
         yield Pair(pipes)
     finally:
@@ -70,7 +70,7 @@ def pair(backend: str, folder: Path) -> Iterator[Pair]:
 
 
 def _serve_one(pipe: Any, backend: str, rank: int, store: str, environment: dict[str, str]) -> None:
-    """Join, then call the functions that come through the pipe, until this rank is killed."""
+    """Join the group, then run the functions received through the pipe until this rank is killed."""
     os.environ.update(environment)
     import torch
 

@@ -21,6 +21,7 @@ AWKWARD = ["ü😀", "'\"\\", "%(batch)s :batch ?", "a\0b", "\u2028", "null", "[
 
 
 def awkward(text):
+    """A prediction with the text as unit, feature name and value."""
     row = {text: text, "large": 2**53 + 1, "small": 1e-300, "exact": 0.1 + 0.2, "none": None, "yes": True}
     request_id = f"id{AWKWARD.index(text)}"
     return prediction(
@@ -34,7 +35,7 @@ def feedback(request_id, content=None, principal="bob", at=None, **changes):
 
 
 def add(records, *predictions):
-    return records.add([encode(one) for one in predictions])
+    return records.add([encode(prediction) for prediction in predictions])
 
 
 VERSION_1 = """
@@ -62,13 +63,13 @@ INSERT INTO feedback VALUES
     ('income', 'b', '{{"reward": 0.5}}', 0.5, 'ann', 9, true),
     ('income', 'c', '{{"reward": 0.0}}', 0.0, 'eve', 9, false);
 """
-"""The tables as Raylway created them before they had versions."""
+"""The tables of the first release, which stored no version number."""
 
 
 def check_migrated(records):
-    """The migrated VERSION_1 has its rows, and accepts new ones."""
-    kept = [(p.request_id, p.principal, p.shadow, p.version) for p in records.predictions("income")]
-    assert sorted(kept) == [("a", "bob", "", "1"), ("a", "bob", "new", "3"), ("b", "ann", "", "1")]
+    """Check that the migrated tables of VERSION_1 have their rows, and accept new ones."""
+    stored = [(p.request_id, p.principal, p.shadow, p.version) for p in records.predictions("income")]
+    assert sorted(stored) == [("a", "bob", "", "1"), ("a", "bob", "new", "3"), ("b", "ann", "", "1")]
     assert records.predictions("income")[0].rows == [{"age": 1}]
     assert [(f.request_id, f.principal, f.sender) for f in records.feedback("income")] == [
         ("a", "bob", "labels"),

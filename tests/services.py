@@ -19,7 +19,7 @@ REQUEST_ID = "r-1"
 
 
 class FixedBody:
-    """A body that has arrived; notes whether it was read."""
+    """A body that has arrived; `is_read` is true once it was read."""
 
     def __init__(self, content: bytes):
         self._content = content
@@ -31,7 +31,7 @@ class FixedBody:
 
 
 class Meters:
-    """Keeps the requests that were counted."""
+    """Keeps the observed requests."""
 
     def __init__(self) -> None:
         self.requests: list[Any] = []
@@ -42,7 +42,7 @@ class Meters:
 
 @dataclass
 class Recorder:
-    """Keeps the predictions that were recorded."""
+    """Keeps the recorded predictions."""
 
     predictions: list[Any] = field(default_factory=list)
 
@@ -53,7 +53,7 @@ class Recorder:
 
 @dataclass
 class Shadows:
-    """Keeps the copies that were offered."""
+    """Keeps the offered copies."""
 
     copies: list[Any] = field(default_factory=list)
 
@@ -62,7 +62,7 @@ class Shadows:
 
 
 def loaded(folder: Path, **variants: float) -> Loaded:
-    """Variants with these weights, each a model of its own; their versions count from 1."""
+    """Variants with these weights, each with another model; their versions are 1, 2, ..."""
     names = variants or {"champion": 1.0}
     deployed = {
         name: DeployedVariant(version=str(number), weight=weight, path=build(folder / name, seed=number))
@@ -72,7 +72,7 @@ def loaded(folder: Path, **variants: float) -> Loaded:
 
 
 def services(variants: Loaded, **parts: Any) -> Services:
-    """The services of an endpoint that keeps no records, unless `parts` says otherwise."""
+    """The services of an endpoint without a recorder; `parts` replaces or adds services."""
     defaults: dict[str, Any] = {
         "model": MODEL,
         "limits": Limits(max_rows=8),
@@ -84,7 +84,7 @@ def services(variants: Loaded, **parts: Any) -> Services:
 
 
 def request(action: str = "/predict", body: bytes = b"", method: str = "POST", **headers: str) -> Request:
-    """A request below the model; a header's name has - for _."""
+    """A request to an action of the model. In the names of headers, _ stands for -."""
     return Request(
         method=method,
         path=f"/v2/models/{MODEL}{action}",

@@ -1,7 +1,8 @@
-"""Small tables as users have them, by a description: their content, and the refusal if there is one.
+"""Small tables as users have them: TRAINED can be trained on, REFUSED have the text of the refusal.
 
-The contract of all is AGE, a number that may be missing, TOWN, a category that may be missing, and the label
-BOUGHT, which is yes or no. `python -m tests.tables FOLDER` writes them all.
+The keys of these dicts describe the tables. All tables have the same contract: AGE, a number that may be
+missing, TOWN, a category that may be missing, and the label BOUGHT, which is yes or no.
+`python -m tests.tables FOLDER` writes all of them.
 """
 
 import gzip
@@ -44,8 +45,8 @@ def columns(**changed: list[Any]) -> dict[str, list[Any]]:
     return {AGE: ages(), TOWN: towns(), BOUGHT: bought(), **changed}
 
 
-def some(values: list[Any], *others: Any) -> list[Any]:
-    """The values, with every seventh replaced by one of `others` in turn."""
+def replace_some(values: list[Any], *others: Any) -> list[Any]:
+    """Replace every seventh of the values by one of `others`, in turn."""
     return [others[n // 7 % len(others)] if n % 7 == 3 else value for n, value in enumerate(values)]
 
 
@@ -56,8 +57,8 @@ def csv(
 
     def cell(value: Any) -> str:
         text = "" if value is None else str(value)
-        needs = quote and any(mark in text for mark in (separator, '"', "\n"))
-        return '"' + text.replace('"', '""') + '"' if needs else text
+        is_quoted = quote and any(mark in text for mark in (separator, '"', "\n"))
+        return '"' + text.replace('"', '""') + '"' if is_quoted else text
 
     table = columns() if table is None else table
     lines = [list(table), *zip(*table.values(), strict=True)]
@@ -73,21 +74,21 @@ def parquet(**changed: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Table:
-    """A file, or a folder of them."""
+    """A table in one or several files."""
 
     files: dict[str, bytes]
-    """By name."""
+    """Contents of the files by their names."""
     refusal: str = ""
     """Text of the refusal; empty if the table can be trained on."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Keys of `data` that differ: `missing`, `label`, and `columns`, the names of these two."""
+    """Keys of `data` that differ from the default: `missing`, `label`, `columns` (both names)."""
 
     @property
     def format(self) -> str:
         return "parquet" if next(iter(self.files)).endswith(".parquet") else "csv"
 
     def write(self, folder: Path) -> Path:
-        """The file, or the folder if there are several."""
+        """Write the files. Returns the file, or the folder if there are several."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
@@ -111,11 +112,11 @@ def text(name: str, content: str, refusal: str = "", encoding: str = "utf-8", **
     return Table({name: content.encode(encoding)}, refusal, settings)
 
 
-def arrow(refusal: str = "", *, settings: dict[str, Any] | None = None, **changed: Any) -> Table:
+def parquet_file(refusal: str = "", *, settings: dict[str, Any] | None = None, **changed: Any) -> Table:
     return Table({"rows.parquet": parquet(**changed)}, refusal, settings or {})
 
 
-def two(first: dict[str, Any], second: dict[str, Any], refusal: str = "") -> Table:
+def two_parquet_files(first: dict[str, Any], second: dict[str, Any], refusal: str = "") -> Table:
     return Table({"a.parquet": parquet(**first), "b.parquet": parquet(**second)}, refusal)
 
 
@@ -131,34 +132,38 @@ def _trained() -> dict[str, Table]:
         "bars": text("rows.csv", csv(separator="|")),
         "tabs": text("rows.tsv", csv(separator="\t")),
         "capitals": text("ROWS.CSV", csv()),
-        "packed": Table({"rows.csv.gz": gzip.compress(csv().encode())}),
+        "gzip": Table({"rows.csv.gz": gzip.compress(csv().encode())}),
         "blank lines": text("rows.csv", csv().replace("\n", "\n\n")),
         "trailing separators": text("rows.csv", csv(end=",\n")),
         "no newline at the end": text("rows.csv", csv().rstrip("\n")),
-        "newlines in quotes": text("rows.csv", csv(columns(town=some(towns(), "Bad\nEms")))),
+        "newlines in quotes": text("rows.csv", csv(columns(town=replace_some(towns(), "Bad\nEms")))),
         "inches": text(
             "rows.csv",
             csv(columns(pipe=['5" pipe'] * NUM_ROWS), quote=False).replace("Aachen, Stadt", "Aachen"),
         ),
         "index of pandas": text("rows.csv", csv({"": list(range(NUM_ROWS)), **columns()})),
-        "NA of R": text("rows.csv", csv(columns(age=some(ages(), "NA")))),
-        "NaN of pandas": text("rows.csv", csv(columns(age=some(ages(), "NaN", None, "nan")))),
+        "NA of R": text("rows.csv", csv(columns(age=replace_some(ages(), "NA")))),
+        "NaN of pandas": text("rows.csv", csv(columns(age=replace_some(ages(), "NaN", None, "nan")))),
         "towns called NA and null": text(
-            "rows.csv", csv(columns(town=some(towns(), "NA", "nan", "null", "None")))
+            "rows.csv", csv(columns(town=replace_some(towns(), "NA", "nan", "null", "None")))
         ),
         "question marks": text(
-            "rows.csv", csv(columns(age=some(ages(), "?"), town=some(towns(), "?"))), missing=["?"]
+            "rows.csv",
+            csv(columns(age=replace_some(ages(), "?"), town=replace_some(towns(), "?"))),
+            missing=["?"],
         ),
         "a number that stands for missing": text(
-            "rows.csv", csv(columns(age=some(ages(), -9, "-9.0"))), missing=["-9"]
+            "rows.csv", csv(columns(age=replace_some(ages(), -9, "-9.0"))), missing=["-9"]
         ),
-        "the same in Parquet": arrow(age=some(ages(), -9.0), settings={"missing": ["-9"]}),
-        "leading zeros": text("rows.csv", csv(columns(town=some(towns(), "007", "7", "01234")))),
+        "a number that stands for missing, in Parquet": parquet_file(
+            age=replace_some(ages(), -9.0), settings={"missing": ["-9"]}
+        ),
+        "leading zeros": text("rows.csv", csv(columns(town=replace_some(towns(), "007", "7", "01234")))),
         "spaces around numbers": text("rows.csv", csv(columns(age=[f" {age} " for age in ages()]))),
         "numbers as programs write them": text(
-            "rows.csv", csv(columns(age=some(ages(), "+5", ".5", "5.", "1e1", "1E+02")))
+            "rows.csv", csv(columns(age=replace_some(ages(), "+5", ".5", "5.", "1e1", "1E+02")))
         ),
-        "latin-1 in a column that nobody asks for": text(
+        "latin-1 in an unused column": text(
             "rows.csv", csv(columns(note=["café"] * NUM_ROWS)).replace("Köln", "Koeln"), encoding="latin-1"
         ),
         "files with separators and an order of their own": Table(
@@ -170,27 +175,30 @@ def _trained() -> dict[str, Table]:
         "answers of another model": text(
             "rows.csv", csv(columns(probability=[0.5] * NUM_ROWS, violation=[None] * NUM_ROWS))
         ),
-        "whole numbers": arrow(age=integers, town=pa.array(towns()).dictionary_encode()),
-        "booleans for numbers": arrow(age=[n % 5 > 1 for n in range(NUM_ROWS)]),
-        "decimals": arrow(age=[Decimal(age) / 4 for age in ages()]),
-        "nothing but nulls": arrow(town=pa.nulls(NUM_ROWS)),
-        "NaN and null": arrow(
-            age=some([float(age) for age in ages()], float("nan"), None), town=some(towns(), "", None)
+        "whole numbers": parquet_file(age=integers, town=pa.array(towns()).dictionary_encode()),
+        "booleans for numbers": parquet_file(age=[n % 5 > 1 for n in range(NUM_ROWS)]),
+        "decimals": parquet_file(age=[Decimal(age) / 4 for age in ages()]),
+        "nothing but nulls": parquet_file(town=pa.nulls(NUM_ROWS)),
+        "NaN and null": parquet_file(
+            age=replace_some([float(age) for age in ages()], float("nan"), None),
+            town=replace_some(towns(), "", None),
         ),
-        "a label of integers": arrow(
+        "a label of integers": parquet_file(
             bought=[n % 3 // 2 for n in range(NUM_ROWS)],
             settings={"label": {"column": BOUGHT, "positive": "1"}},
         ),
         "awkward names": text("rows.csv", csv(names), columns=("/low", "größe.cm\n(1)")),
-        "a dictionary here, strings there": two(
+        "dictionary in one file, strings in the other": two_parquet_files(
             {"town": pa.array(towns()).dictionary_encode()}, {"town": pa.array(towns(), pa.large_string())}
         ),
-        "integers here, floats there": two({"age": integers}, {"age": halves}),
-        "booleans here, integers there": two(
+        "integers in one file, floats in the other": two_parquet_files({"age": integers}, {"age": halves}),
+        "booleans in one file, integers in the other": two_parquet_files(
             {"age": [n % 2 == 0 for n in range(NUM_ROWS)]}, {"age": integers}
         ),
-        "another column of other types": two({"id": integers}, {"id": [str(n) for n in range(NUM_ROWS)]}),
-        "nothing here, towns there": two({"town": pa.nulls(NUM_ROWS)}, {}),
+        "another column of other types": two_parquet_files(
+            {"id": integers}, {"id": [str(n) for n in range(NUM_ROWS)]}
+        ),
+        "only nulls in one file, towns in the other": two_parquet_files({"town": pa.nulls(NUM_ROWS)}, {}),
     }
 
 
@@ -239,33 +247,39 @@ def _refused() -> dict[str, Table]:
             f"{number}120 of 120 rows, such as '18,5'",
         ),
         "underscores": text(
-            "rows.csv", csv(columns(age=some(ages(), "18_0"))), f"{number}17 of 120 rows, such as '18_0'"
+            "rows.csv",
+            csv(columns(age=replace_some(ages(), "18_0"))),
+            f"{number}17 of 120 rows, such as '18_0'",
         ),
         "NULL of SQL": text(
-            "rows.csv", csv(columns(age=some(ages(), "NULL"))), f"{number}17 of 120 rows, such as 'NULL'"
+            "rows.csv",
+            csv(columns(age=replace_some(ages(), "NULL"))),
+            f"{number}17 of 120 rows, such as 'NULL'",
         ),
         "beyond every number": text(
             "rows.csv",
-            csv(columns(age=some(ages(), "1.797e308"))),
+            csv(columns(age=replace_some(ages(), "1.797e308"))),
             "age: must be between -1e+100 and 1e+100: 17",
         ),
-        "infinite": arrow(
+        "infinite": parquet_file(
             "age: must be finite: 17 of 120 rows, such as inf",
-            age=some([float(age) for age in ages()], float("inf")),
+            age=replace_some([float(age) for age in ages()], float("inf")),
         ),
-        "numbers as text": arrow(
+        "numbers as text": parquet_file(
             "column 'age' must hold numbers, but its type is string", age=[str(age) for age in ages()]
         ),
-        "lists": arrow("column 'age' must hold numbers, but its type is list", age=[[age] for age in ages()]),
-        "towns as numbers": arrow(
+        "lists": parquet_file(
+            "column 'age' must hold numbers, but its type is list", age=[[age] for age in ages()]
+        ),
+        "towns as numbers": parquet_file(
             "column 'town' must hold strings, but its type is int64", town=list(range(NUM_ROWS))
         ),
-        "a label of several types": two(
+        "a label of several types": two_parquet_files(
             {"bought": [n % 2 for n in range(NUM_ROWS)]},
             {"bought": [n % 2 == 0 for n in range(NUM_ROWS)]},
             "must have one type in all files",
         ),
-        "cut off": Table({"rows.parquet": whole[:-40]}, "must be a parquet file, but it"),
+        "truncated": Table({"rows.parquet": whole[:-40]}, "must be a parquet file, but it"),
         "CSV under another name": Table({"rows.parquet": csv().encode()}, "must be a parquet file, but it"),
     }
 

@@ -41,7 +41,7 @@ def project(**training: Any) -> Project:
 
 
 def rows(number: int, seed: int) -> pd.DataFrame:
-    """Points of three numbers; the label says whether their sum, with some noise, is above 0."""
+    """Points of three numbers; the label is 1 if their sum plus some noise is above 0."""
     random = np.random.default_rng(seed)
     frame = pd.DataFrame(random.normal(size=(number, len(COLUMNS))), columns=list(COLUMNS))
     noise = random.normal(scale=0.5, size=number)
@@ -49,7 +49,7 @@ def rows(number: int, seed: int) -> pd.DataFrame:
 
 
 def prepared(folder: Path, parts: dict[str, int] = PARTS) -> Prepared:
-    """The folder, which it makes, as the first stage would leave it."""
+    """Create `folder` with the output of the prepare stage."""
     encodings = project().features
     folder.mkdir(parents=True)
     summary: dict[str, Any] = {

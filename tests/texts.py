@@ -46,7 +46,7 @@ def project(encoder: Path, **model: Any) -> dict[str, Any]:
 
 
 def rows(number: int, seed: int = 0) -> pd.DataFrame:
-    """Texts in which one word says the mood; `about` is missing in some."""
+    """Texts with their mood, which one word of the text decides; `about` is missing in some rows."""
     random = np.random.default_rng(seed)
     moods = random.integers(0, 3, number)
     words = [["bad", "awful"], ["fine", "not"], ["good", "great"]]
@@ -60,7 +60,7 @@ def rows(number: int, seed: int = 0) -> pd.DataFrame:
 
 
 def prepared(folder: Path, encoder: Path) -> Prepared:
-    """The folder, which it makes, as the first stage would leave it."""
+    """Create `folder` with the output of the prepare stage."""
     folder.mkdir(parents=True)
     summary: dict[str, Any] = {"data_version": "0" * 64, "rows": sum(PARTS.values()), "parts": {}}
     for seed, (part, number) in enumerate(PARTS.items()):
@@ -75,11 +75,11 @@ def prepared(folder: Path, encoder: Path) -> Prepared:
     return Prepared(folder, cached=True)
 
 
-def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
-    """A sealed bundle in `folder`, which it makes."""
+def build(folder: Path, document: dict[str, Any], prepared: Prepared) -> Path:
+    """Create a sealed bundle in `folder`, of the project in `document`."""
     folder.mkdir()
-    settings = Project.model_validate(whole)
-    task = Task(settings, made)
+    settings = Project.model_validate(document)
+    task = Task(settings, prepared)
     packager = Packager(task)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -88,11 +88,11 @@ def build(folder: Path, whole: dict[str, Any], made: Prepared) -> Path:
     difference = packager.export(network, folder)
     (folder / "schema.json").write_text(packager.schema().model_dump_json())
     (folder / "project.json").write_text(settings.model_dump_json())
-    opened = Bundle(folder, sealed=False)
-    bundle.write_example(opened, made.frame("test"))
-    evaluation = {**packager.evaluate(opened), "baselines": {}, "onnx_difference": difference}
+    unsealed = Bundle(folder, sealed=False)
+    bundle.write_example(unsealed, prepared.frame("test"))
+    evaluation = {**packager.evaluate(unsealed), "baselines": {}, "onnx_difference": difference}
     (folder / "metrics.json").write_text(json.dumps(evaluation))
-    (folder / "card.md").write_text(card.render(settings, made.summary, evaluation))
-    facts = {"data_version": "0" * 64, "prepared": made.key, "seed": 0, "decision": PASSED}
+    (folder / "card.md").write_text(card.render(settings, prepared.summary, evaluation))
+    facts = {"data_version": "0" * 64, "prepared": prepared.key, "seed": 0, "decision": PASSED}
     seal(folder, facts)
     return folder

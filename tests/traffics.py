@@ -1,4 +1,4 @@
-"""Traffic entries in the audit log, as deployments write them."""
+"""Write traffic entries to the audit log, as deployments do."""
 
 from app.config import Serving
 from app.serving.traffic import traffic as traffics
@@ -7,6 +7,6 @@ from app.state.audit import Audit
 
 
 def place(audit: Audit, model: str, traffic: Traffic, serving: Serving | None = None) -> int:
-    """Make a traffic the current one of a model; returns the number of its entry."""
+    """Set the current traffic of a model; returns the number of its entry."""
     with traffics.set_with_rollback(audit, model, traffic, serving) as number:
         return number

@@ -1,4 +1,4 @@
-"""Registered versions of hand-made bundles."""
+"""Register versions of hand-made bundles."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ def project(name: str) -> Project:
 
 
 def registered(name: str, path: Path, key: str = "key") -> versions.Version:
-    """A version of a hand-made bundle that has passed the gate, as training registers it."""
+    """Register a hand-made bundle that has passed the gate, as training does; returns its version."""
     candidate = identity_of(path)
     existing = registration.registered_candidate(name, candidate)
     champion = versions.find(name, versions.CHAMPION)
-    compared = champion and {"identity": champion.identity}
-    facts = {"candidate": candidate, "decision": {**PASSED, "champion": compared}}
+    champion_facts = champion and {"identity": champion.identity}
+    facts = {"candidate": candidate, "decision": {**PASSED, "champion": champion_facts}}
     sealed = existing.path if existing else copies.keep(path, facts)
     with runs.run(project(name), key) as run:
         return registration.register(name, run.id, sealed, run.log_bundle(sealed))

@@ -1,4 +1,4 @@
-"""The first stage without Ray: its own code, on a table in memory."""
+"""Run the prepare stage without Ray: its own code, on a table in memory."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from app.data.sources import files
 
 
 class Rows:
-    """The part of a Ray Dataset that the stage uses, as one block."""
+    """A stand-in for a Ray Dataset with one block: the methods that the stage uses."""
 
     def __init__(self, table: pa.Table):
         self.table = table

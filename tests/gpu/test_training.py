@@ -1,4 +1,4 @@
-"""Training on one GPU, by one rank and without Ray."""
+"""Training on one GPU with one rank and without Ray."""
 
 import multiprocessing
 import os
@@ -28,24 +28,28 @@ def prepared(tmp_path_factory):
 
 
 class StopAfter(Observer):
+    """Requests a stop after a number of steps."""
+
     poll_interval_s = 0.0
 
     def __init__(self, num_steps: int):
-        self._left = num_steps
+        self._remaining = num_steps
 
     def step(self, epoch, step):
-        self._left -= 1
+        self._remaining -= 1
 
     def request(self):
-        return Request.STOP if self._left == 0 else Request.NONE
+        return Request.STOP if self._remaining == 0 else Request.NONE
 
 
-def train(prepared, run: Path, where: torch.device, *, ranks=None, observer=None, dropout=0.2, **training):
+def train(
+    prepared, run: Path, torch_device: torch.device, *, ranks=None, observer=None, dropout=0.2, **training
+):
     """The parameters at the end, and the history without times."""
     project = tabular.project(**training)
     model = project.model.model_copy(update={"dropout": dropout})
     project = project.model_copy(update={"model": model})
-    network = loop.train(project, prepared, run, ranks or Alone(), observer or Observer(), where)
+    network = loop.train(project, prepared, run, ranks or Alone(), observer or Observer(), torch_device)
     latest = Checkpoints(run / "checkpoints", project.training.checkpoints).latest(pytest.fail)
     history = checkpoint.read_state(latest)["history"]
     parameters = torch.cat([p.detach().flatten().cpu() for p in network.parameters()])
@@ -62,7 +66,7 @@ def test_the_random_states_of_cpu_and_gpu_are_restored():
     assert torch.equal(torch.rand(3, device=GPU), drawn[1])
 
 
-def test_fp32_on_the_gpu_learns_what_the_cpu_learns(prepared, tmp_path):
+def test_fp32_on_the_gpu_has_the_history_of_the_cpu(prepared, tmp_path):
     _, on_cpu = train(prepared, tmp_path / "cpu", CPU, dropout=0.0, precision="fp32")
     _, on_gpu = train(prepared, tmp_path / "gpu", GPU, dropout=0.0, precision="fp32")
     for one, other in zip(on_cpu, on_gpu, strict=True):
@@ -70,7 +74,7 @@ def test_fp32_on_the_gpu_learns_what_the_cpu_learns(prepared, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bits_learn_too(prepared, tmp_path, precision):
+def test_16_bit_precisions_learn(prepared, tmp_path, precision):
     _, history = train(prepared, tmp_path, GPU, precision=precision)
     assert history[-1]["train_loss"] < history[0]["train_loss"]
     assert history[-1]["validation_auc"] > 0.8
@@ -87,12 +91,12 @@ def test_an_interrupted_training_resumes_to_the_same_bits(prepared, tmp_path, pr
     assert resumed_history == history
 
 
-# One rank over NCCL, which does not let two ranks share a GPU. A process joins only once, so each test has
-# its own.
+# One rank over NCCL, which does not let two ranks share a GPU. A process can join a group only once, so each
+# test starts its own.
 
 
-def in_new_process(function, *arguments):
-    """Run a function of this module in a new process; returns its result. Skips if it returns a string."""
+def run_in_new_process(function, *arguments):
+    """Run a function of this module in a new process. If it returns a string, skip with that reason."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         result = executor.submit(function, *arguments).result()
     if isinstance(result, str):
@@ -134,7 +138,7 @@ def exchange_on_rank(backend: str, folder: Path):
 
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
 def test_collective_operations_over_nccl(tmp_path, backend):
-    rank, size, pairs, mean = in_new_process(exchange_on_rank, backend, tmp_path)
+    rank, size, pairs, mean = run_in_new_process(exchange_on_rank, backend, tmp_path)
     assert (rank, size) == (0, 1)
     for result, expected in pairs:
         assert result.dtype == expected.dtype
@@ -143,7 +147,7 @@ def test_collective_operations_over_nccl(tmp_path, backend):
 
 
 def train_on_rank(prepared: Path, folder: Path, backend: str, settings: dict):
-    """The history of a training."""
+    """Train over NCCL; returns the history."""
     if (ranks := join(backend, folder, **settings)) is None:
         return NO_NCCL
     project = {"backend": backend, **settings}
@@ -153,11 +157,11 @@ def train_on_rank(prepared: Path, folder: Path, backend: str, settings: dict):
 @pytest.mark.parametrize("backend", ["horovod", "ddp"])
 @pytest.mark.parametrize("gradients", ["flat", "overlapped"])
 @pytest.mark.parametrize(("compression", "tolerance"), [("none", 1e-5), ("fp16", 0.02), ("bf16", 0.05)])
-def test_one_rank_over_nccl_learns_what_one_alone_learns(
+def test_one_rank_over_nccl_has_the_history_of_a_training_without_a_group(
     prepared, tmp_path, backend, gradients, compression, tolerance
 ):
     settings = {"precision": "fp32", "deterministic": True, "epochs": 1}
     _, (alone,) = train(prepared, tmp_path / "alone", GPU, **settings)
     settings |= {"gradients": gradients, "compression": compression}
-    (history,) = in_new_process(train_on_rank, prepared.path, tmp_path, backend, settings)
+    (history,) = run_in_new_process(train_on_rank, prepared.path, tmp_path, backend, settings)
     assert history == pytest.approx(alone, rel=0, abs=tolerance)

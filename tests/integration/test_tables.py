@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The `metrics_interval_s` field:DeprecationWarning"),
 ]
 SERVED = ["question marks", "booleans for numbers", "awkward names"]
-UNWRITABLE = "latin-1 in a column that nobody asks for"
+UNWRITABLE = "latin-1 in an unused column"
 """A table for which `predict` is refused: it writes all columns of its input, and one is not UTF-8."""
 
 
