@@ -1,4 +1,4 @@
-"""Unit tests start no Ray, and write no state except their own."""
+"""Unit tests do not start Ray, and write to their own state directory only."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="package")
 def no_cluster():
-    """Remove the environment of a cluster that other tests of this run have joined."""
+    """Remove the environment variables of a cluster that other tests of this run have joined."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith(("RAY_", "RAYLWAY_")):
@@ -26,6 +26,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
+    """Make `ray.init` raise an error."""
     import ray
 
     def refuse(*_, **__):

@@ -1,4 +1,4 @@
-"""The documents agree with the program: commands parse, links lead somewhere, keys exist."""
+"""The documents agree with the program: commands parse; links, names and keys exist."""
 
 import json
 import pkgutil
@@ -17,26 +17,26 @@ from tests import documents
 from tests.documents import DOCUMENTS, README, ROOT, Block
 
 MAX_README_LINES = 200
-OURS = re.compile(
+RAYLWAY_COMMAND = re.compile(
     r"""(?:\.venv/bin/raylway|python\ -m\ app)(?![\w-])((?:\ +(?:'[^']*'|"[^"]*"|[^\s|&;()<>'"]+)+)*)""",
     re.VERBOSE,
 )
-"""A command line of Raylway, its words as a shell reads them."""
-RAY = re.compile(r"(?:^|[\s/])ray ([^\n|&;()<>]+)")
+"""Captures the words of a command line of Raylway, as a shell would split them."""
+RAY_COMMAND = re.compile(r"(?:^|[\s/])ray ([^\n|&;()<>]+)")
 BASES = {"texts": "tweets", "recommendations": "movies"}
-"""The shipped project that a page's fragments of YAML change; for other pages it is income."""
+"""The shipped project that the YAML fragments of a page change. For other pages it is income."""
 FOLDERS = ("app/", "benchmarks/", "configs/", "docs/", "tests/")
 SUFFIXES = (".onnx", ".safetensors", ".json")
-"""Endings of files of a bundle, which are no keys."""
+"""Endings of files in a bundle: such a code span is not a key."""
 PARSER = typer.main.get_command(command_line())
-EVERY = [block for document in DOCUMENTS for block in documents.blocks(document)]
-SHELL = [block for block in EVERY if block.language == "sh"]
+BLOCKS = [block for document in DOCUMENTS for block in documents.blocks(document)]
+SHELL_BLOCKS = [block for block in BLOCKS if block.language == "sh"]
 KEYS = {key.path for group in reference.groups() for key in group.keys}
 SECTIONS = {group.path for group in reference.groups() if group.path}
 
 
 def parse(words: list[str]) -> None:
-    """Parse a command line. Raises typer.TyperException if it cannot be."""
+    """Parse a command line. Raises typer.TyperException if it is invalid."""
     command: Any = PARSER
     context = command.make_context("raylway", [*words])
     while hasattr(command, "commands"):
@@ -44,46 +44,45 @@ def parse(words: list[str]) -> None:
         context = command.make_context(name, rest, parent=context)
 
 
-def ours(text: str) -> list[list[str]]:
-    """The words of each command line of Raylway in a text."""
+def raylway_commands(text: str) -> list[list[str]]:
+    """The words of each command of Raylway in a text, without `raylway` itself."""
     text = re.sub(r"\s# .*$", "", text.replace("\\\n", " "), flags=re.MULTILINE)
-    return [shlex.split(words) for words in OURS.findall(text)]
+    return [shlex.split(words) for words in RAYLWAY_COMMAND.findall(text)]
 
 
-def parametrized(blocks: list[Block]) -> Any:
+def for_each(blocks: list[Block]) -> Any:
     return pytest.mark.parametrize("block", blocks, ids=str)
 
 
-def on_documents(function: Any) -> Any:
+def for_each_document(function: Any) -> Any:
     return pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)(function)
 
 
-def test_command_lines_are_found():
+def test_commands_are_found_in_a_text_and_invalid_ones_are_refused():
     text = "eval \"$(.venv/bin/raylway up | grep x)\" # y\nray job -- python -m app train a --set 'b={c: 1}'"
-    assert ours(text) == [["up"], ["train", "a", "--set", "b={c: 1}"]]
-    assert ours("raylway-haproxy and .venv/bin/raylway-haproxy -f x") == []
+    assert raylway_commands(text) == [["up"], ["train", "a", "--set", "b={c: 1}"]]
+    assert raylway_commands("raylway-haproxy and .venv/bin/raylway-haproxy -f x") == []
     with pytest.raises(typer.TyperException):
         parse(["train", "a", "--nonsense"])
     with pytest.raises(typer.TyperException):
         parse(["sweep", "report"])
 
 
-@parametrized(SHELL)
+@for_each(SHELL_BLOCKS)
 def test_every_command_parses(block):
     for command in block.commands():
-        for words in ours(command):
+        for words in raylway_commands(command):
             parse(words)
         for target in re.findall(r"^make (\S+)", command, re.MULTILINE):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
 
 
-@parametrized([block for block in SHELL if block.mark])
-def test_a_command_that_no_test_runs_is_one_of_the_program(block):
-    """Of Ray's own commands, too, it is checked that they take what is given."""
+@for_each([block for block in SHELL_BLOCKS if block.mark])
+def test_commands_of_ray_that_no_test_runs_parse(block):
     from ray.scripts.scripts import cli
 
     for command in block.commands():
-        for words in RAY.findall(command):
+        for words in RAY_COMMAND.findall(command):
             group: Any = cli
             context = group.make_context("ray", shlex.split(words))
             while hasattr(group, "commands"):
@@ -91,8 +90,8 @@ def test_a_command_that_no_test_runs_is_one_of_the_program(block):
                 context = group.make_context(name, rest, parent=context)
 
 
-@on_documents
-def test_every_command_in_the_text_exists(document):
+@for_each_document
+def test_every_command_in_a_code_span_exists(document):
     for span in documents.spans(document):
         words = shlex.split(re.split(r" [>|] ", span)[0]) if span.startswith("raylway ") else []
         if "COMMAND" in words:
@@ -110,12 +109,14 @@ def test_every_command_in_the_text_exists(document):
 
 def test_every_command_is_in_a_document():
     spans = {" ".join(span.split()[:2]) for document in DOCUMENTS for span in documents.spans(document)}
-    lines = {f"raylway {words[0]}" for block in SHELL for words in ours(block.text) if words}
+    lines = {
+        f"raylway {words[0]}" for block in SHELL_BLOCKS for words in raylway_commands(block.text) if words
+    }
     assert {f"raylway {command}" for command in COMMANDS} - spans - lines == set()
 
 
-@on_documents
-def test_every_link_leads_somewhere(document):
+@for_each_document
+def test_every_link_has_a_target(document):
     for link in documents.links(document):
         if link.startswith(("https://", "http://")):
             continue
@@ -125,8 +126,8 @@ def test_every_link_leads_somewhere(document):
         assert not anchor or anchor in documents.anchors(target), link
 
 
-@on_documents
-def test_every_path_and_name_exists(document):
+@for_each_document
+def test_every_path_and_python_name_exists(document):
     for span in documents.spans(document):
         if re.fullmatch(r"[\w./-]+", span) and span.startswith(FOLDERS):
             assert (ROOT / span).exists(), span
@@ -134,7 +135,7 @@ def test_every_path_and_name_exists(document):
             pkgutil.resolve_name(span)  # raises if there is no such name
 
 
-@on_documents
+@for_each_document
 def test_every_key_exists(document):
     """A code span such as `training.epochs` or `model.kind: mf`."""
     sections = {path.split(".")[0] for path in SECTIONS}
@@ -145,8 +146,8 @@ def test_every_key_exists(document):
             assert path in {*KEYS, *SECTIONS}, span
 
 
-@parametrized([block for block in EVERY if block.language == "yaml"])
-def test_every_project_in_yaml_is_valid(block):
+@for_each([block for block in BLOCKS if block.language == "yaml"])
+def test_every_yaml_block_is_a_valid_project_or_part_of_one(block):
     fragment = yaml.safe_load(block.text)
     assert set(fragment) <= set(Project.model_fields), "a block of YAML is a project or a part of one"
     base = BASES.get(block.document.stem, "income")
@@ -155,7 +156,7 @@ def test_every_project_in_yaml_is_valid(block):
 
 
 def merged(document: Any, fragment: Any) -> Any:
-    """A document with the values of a fragment; a section that names its kind, and a sweep, are replaced."""
+    """The document with the values of the fragment. Sections with a kind, and sweeps, are replaced whole."""
     if not isinstance(document, Mapping) or not isinstance(fragment, Mapping):
         return fragment
     if {"kind", "type", "encode", "space"} & set(fragment):
@@ -163,18 +164,18 @@ def merged(document: Any, fragment: Any) -> Any:
     return {**document, **{key: merged(document.get(key), value) for key, value in fragment.items()}}
 
 
-@parametrized([block for block in EVERY if block.language in ("json", "python")])
-def test_every_document_and_program_is_well_formed(block):
+@for_each([block for block in BLOCKS if block.language in ("json", "python")])
+def test_every_json_and_python_block_is_well_formed(block):
     if block.language == "python":
         compile(block.text, str(block), "exec")
         return
     decoder, text = json.JSONDecoder(), block.text.strip()
-    while text:  # a request and its answer may follow one another
+    while text:  # a block may have a request and its response
         _, end = decoder.raw_decode(text)
         text = text[end:].strip()
 
 
-@parametrized(EVERY)
+@for_each(BLOCKS)
 def test_every_block_has_a_known_language(block):
     assert block.language in ("sh", "yaml", "json", "python", "text", "mermaid"), block
     assert block.mark is None or block.language == "sh"
@@ -189,14 +190,14 @@ def test_the_project_in_the_readme_is_the_shipped_one():
     assert project.text == (ROOT / "configs" / "smoke.yaml").read_text()
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    """Each folder and file of app/ has a line, and each line is one of them."""
+def test_the_tree_in_the_readme_is_complete():
+    """Each folder and file of app/ has a line, and each line is a folder or file of app/."""
     (tree,) = [block for block in documents.blocks(README, "text") if block.text.startswith("app/ ")]
     named = {line.split()[0] for line in tree.text.splitlines() if re.match(r"  \S", line)}
-    there = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "app").iterdir()}
-    assert named == there - {"__init__.py", "__main__.py", "__pycache__/"}
-    top = {line.split()[0] for line in tree.text.splitlines() if not line.startswith(" ")}
-    assert all((ROOT / name).exists() for name in top)
+    actual = {f"{path.name}/" if path.is_dir() else path.name for path in (ROOT / "app").iterdir()}
+    assert named == actual - {"__init__.py", "__main__.py", "__pycache__/"}
+    top_folders = {line.split()[0] for line in tree.text.splitlines() if not line.startswith(" ")}
+    assert all((ROOT / name).exists() for name in top_folders)
 
 
 def test_every_page_is_linked_from_the_readme():

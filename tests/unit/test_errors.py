@@ -12,12 +12,12 @@ ray::ServeReplica:income:endpoint.initialize_and_get_metadata() (pid=1, ip=127.0
 app.errors.UserError: the variants differ in
   column age
 
-Some advice of Ray's: see https://docs.ray.io
+Advice from Ray: see https://docs.ray.io
 """
 
 
 def wrapped() -> Exception:
-    """As Ray raises what was raised in a task."""
+    """A UserError as Ray raises it after it was raised in a task."""
     error = RayTaskError(
         "read",
         "Traceback ...\napp.errors.UserError: row 7: is ragged\nTo retry, set max_retries",
@@ -26,7 +26,7 @@ def wrapped() -> Exception:
     return pickle.loads(pickle.dumps(error)).as_instanceof_cause()
 
 
-def test_the_root_of_an_error_is_what_was_raised_first():
+def test_the_first_cause_of_an_error_is_the_exception_that_was_raised_first():
     assert str(first_cause(wrapped())) == "row 7: is ragged"
     inner = ValueError("no\nmore")
     outer = RuntimeError("outer")
@@ -36,7 +36,7 @@ def test_the_root_of_an_error_is_what_was_raised_first():
     assert describe(KeyError()) == "KeyError: no message"
 
 
-def test_a_user_error_of_a_worker_is_raised_as_itself():
+def test_a_user_error_from_a_worker_is_raised_without_its_wrappers():
     with pytest.raises(UserError) as caught, unwrap_user_errors():
         raise wrapped() from RuntimeError("Ray Data's own")
     assert type(caught.value) is UserError
@@ -45,9 +45,9 @@ def test_a_user_error_of_a_worker_is_raised_as_itself():
         raise ValueError("ours")
 
 
-def test_the_reason_in_a_text_is_the_last_exception_and_not_the_last_line():
+def test_a_traceback_is_described_by_its_last_exception_not_its_last_line():
     assert describe_traceback(TRACE) == "the variants differ in\n  column age"
     other = TRACE.replace("app.errors.UserError: the variants differ in\n  column age", "ValueError: bad")
     assert describe_traceback(other) == "ValueError: bad"
-    assert describe_traceback("it just said this") == "it just said this"
+    assert describe_traceback("no traceback at all") == "no traceback at all"
     assert describe_traceback("") == "no message"

@@ -1,4 +1,4 @@
-"""Imports run one way, and nothing happens at import: read from the source, not from what is loaded."""
+"""Imports follow the layers of `app`, and importing has no side effects. The tests read the source files."""
 
 import ast
 import functools
@@ -13,7 +13,7 @@ NAMES = {
     for file in sorted(APP.rglob("*.py"))
 }
 
-# From the bottom up: a room (a folder of `app`, or a file in it) may import those in lines above its own.
+# Layers, lowest first. A room (a folder of `app`, or a file in it) may import rooms of lower layers only.
 LAYERS: tuple[set[str], ...] = (
     {"errors"},
     {"config", "state", "setup"},
@@ -28,7 +28,7 @@ LAYERS: tuple[set[str], ...] = (
     {"__main__"},
 )
 HEIGHT = {room: height for height, layer in enumerate(LAYERS) for room in layer}
-# What only the commands may use, though it is low: the rest is handed a project, a console, a cluster.
+# Low modules that only COMMANDS may import; other code gets the project, console or cluster as an argument.
 FOR_COMMANDS = {
     "app.config.projectfile",
     "app.console",
@@ -38,10 +38,10 @@ FOR_COMMANDS = {
     "app.cluster.session",
 }
 COMMANDS = {"api", "cli", "cluster", "jobs", "__main__"}
-# Where private parts of a library may be used; tests/unit/test_private_hooks.py holds each to its signature.
+# Where private parts of a library may be used; tests/unit/test_private_hooks.py checks their signatures.
 PRIVATE_ROOMS = ("app.cluster.", "app.serving.control.", "app.training.workers.", "app.tuning.")
 LIBRARIES = {"ray", "optuna", "mlflow"}
-NOT_PRIVATE = {"_exit", "_mapping", "_replace"}  # documented, in spite of the underscore
+NOT_PRIVATE = {"_exit", "_mapping", "_replace"}  # documented, despite the underscore
 UNPICKLERS = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 
@@ -63,28 +63,28 @@ def imports(module: str) -> Iterator[str]:
             assert not node.level, "imports are absolute"
             assert node.module
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in NAMES else node.module
+                name = f"{node.module}.{alias.name}"
+                yield name if name in NAMES else node.module
 
 
-def test_there_is_something_to_read():
+def test_modules_and_their_imports_are_found():
     assert {"app.cli.main", "app.data.features", "app.tasks", "app.training.loop"} <= set(NAMES)
     assert "app.evaluation.metrics" in imports("app.tasks.tabular.task")
     assert "app.jobs.pipeline" in imports("app.cli.train"), "imports inside functions count"
 
 
-def test_every_module_has_its_layer():
+def test_every_room_has_a_layer():
     assert {room(name) for name in NAMES if name != "app"} == set(HEIGHT)
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_imports_run_one_way(module):
+def test_a_module_imports_lower_layers_only(module):
     for imported in imports(module):
         if not imported.startswith("app.") or room(imported) == room(module):
             continue
         source, target = room(module), room(imported)
         assert HEIGHT[target] < HEIGHT[source], f"{module} must not import {imported}"
-        assert imported not in FOR_COMMANDS or source in COMMANDS, f"{imported} is for the commands alone"
+        assert imported not in FOR_COMMANDS or source in COMMANDS, f"{imported} is for the commands only"
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if room(name) != "registry"])
@@ -109,7 +109,7 @@ def own_names() -> set[str]:
 def private_parts(module: str) -> Iterator[str]:
     """Private names of libraries that a module imports, reads, or passes as a keyword.
 
-    An attribute counts as a library's if `app` defines none of that name.
+    A private attribute counts as a library's if `app` defines no such name.
     """
     for node in ast.walk(tree(module)):
         names = []
@@ -135,38 +135,41 @@ def private_parts(module: str) -> Iterator[str]:
 def test_private_parts_are_found():
     parts = {part for module in NAMES for part in private_parts(module)}
     assert {"ray._private.state.state", "ray._raylet.Config", "_internal", "_trial_id"} <= parts
-    assert "ray.serve._private.router" in parts, "a name in a string"
+    assert "ray.serve._private.router" in parts, "names in strings count"
     assert not parts & {"_exit", "_mapping", "_loader"}
 
 
 @pytest.mark.parametrize("module", [name for name in NAMES if not name.startswith(PRIVATE_ROOMS)])
-def test_private_parts_of_libraries_are_used_in_few_rooms(module):
+def test_private_parts_of_libraries_are_used_in_private_rooms_only(module):
     assert list(private_parts(module)) == []
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_nothing_unpickles(module):
+def test_no_module_unpickles(module):
     assert not [name for name in imports(module) if name.split(".")[0] in UNPICKLERS]
     for called in calls(module):
         assert called not in {"torch.load", "torch.save", "numpy.load", "np.load", "pd.read_pickle"}, called
 
 
 def calls(module: str) -> Iterator[str]:
+    """The functions that a module calls, as written."""
     yield from (ast.unparse(node.func) for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
 
 
-def test_only_the_cluster_starts_ray():
+def test_only_the_cluster_session_starts_ray():
     assert [name for name in NAMES if "ray.init" in calls(name)] == ["app.cluster.session"]
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_nothing_happens_at_import(module):
-    done = [
+def test_importing_a_module_runs_no_statement_with_side_effects(module):
+    side_effects = [
         ast.unparse(statement)
         for statement in tree(module).body
         if isinstance(statement, ast.Expr | ast.For | ast.While | ast.With | ast.Try | ast.Delete)
         and not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
     ]
     if module == "app.registry":  # MLflow reads these when it is first imported
-        done = [line for line in done if not line.startswith("os.environ.setdefault('MLFLOW_")]
-    assert done == []
+        side_effects = [
+            line for line in side_effects if not line.startswith("os.environ.setdefault('MLFLOW_")
+        ]
+    assert side_effects == []

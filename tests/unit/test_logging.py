@@ -1,4 +1,4 @@
-"""An unexpected error is logged with its traceback: read from the source of `app`."""
+"""An unexpected error is logged with its traceback. The tests read the source files of `app`."""
 
 import ast
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ LEVELS = {"debug", "info", "warning", "error", "critical"}
 
 
 def handlers(node: ast.AST) -> Iterator[ast.ExceptHandler]:
-    """The handlers below a node that catch every error."""
+    """The handlers in a node that catch every error."""
     for child in ast.walk(node):
         if isinstance(child, ast.ExceptHandler):
             kind = ast.unparse(child.type) if child.type else "BaseException"
@@ -43,7 +43,7 @@ def faults(module: ast.Module) -> Iterator[str]:
         for handler in handlers(loop):
             leaves = any(isinstance(node, ast.Raise | ast.Return | ast.Break) for node in ast.walk(handler))
             if not leaves and not list(logs(handler)):
-                yield f"line {handler.lineno}: the loop continues after an error that nothing shows"
+                yield f"line {handler.lineno}: the loop continues after an error without logging it"
 
 
 @pytest.mark.parametrize("module", NAMES)
@@ -52,7 +52,7 @@ def test_an_unexpected_error_is_logged_with_its_traceback(module):
 
 
 @pytest.mark.parametrize(
-    ("body", "found"),
+    ("body", "is_fault"),
     [
         ("log.exception('failed')", False),
         ("log.warning('failed', exc_info=True)", False),
@@ -62,6 +62,6 @@ def test_an_unexpected_error_is_logged_with_its_traceback(module):
         ("count += 1", True),
     ],
 )
-def test_a_loop_that_hides_an_error_is_found(body, found):
+def test_a_loop_that_hides_an_error_is_found(body, is_fault):
     loop = f"while True:\n    try:\n        work()\n    except Exception as error:\n        {body}\n"
-    assert bool(list(faults(ast.parse(loop)))) == found
+    assert bool(list(faults(ast.parse(loop)))) == is_fault

@@ -100,7 +100,7 @@ SIGNATURES = {
     "ray.tune.search.optuna:OptunaSearch.save": "(self, checkpoint_path)",
     "ray.tune.search.optuna:OptunaSearch.suggest": "(self, trial_id)",
 }
-"""Parameters of each private function, and of each method that Raylway overrides, without annotations."""
+"""Parameters, without annotations, of each private function and of each method that Raylway overrides."""
 
 CONSTANTS = {
     "ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR": "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
@@ -128,10 +128,10 @@ CLASSES = (
     "ray.train.v2._internal.execution.scaling_policy:ScalingDecision",
     "psycopg.errors:_WaitTimeout",
 )
-"""Private classes that are subclassed, or tested for with isinstance."""
+"""Private classes that Raylway subclasses or uses in isinstance."""
 
 CODE = (
-    # What Raylway sets or overrides has an effect only as long as Ray's and Optuna's code contains this.
+    # What Raylway sets or overrides works only as long as the code of Ray and Optuna contains these texts.
     ("ray._private.auto_init_hook:auto_init_ray", "enable_auto_connect"),
     ("ray._private.services:get_node_ip_address", "ray_constants.ENABLE_RAY_CLUSTER"),
     ("ray._private.utils:get_ray_address_file", '"ray_current_cluster"'),
@@ -204,8 +204,8 @@ CODE = (
 def parameters(function) -> str:
     """The signature without annotations, and without the parameter that Ray adds to methods of actors."""
     signature = inspect.signature(inspect.unwrap(function))
-    kept = [p for p in signature.parameters.values() if p.name != "_ray_trace_ctx"]
-    bare = [p.replace(annotation=p.empty) for p in kept]
+    named = [p for p in signature.parameters.values() if p.name != "_ray_trace_ctx"]
+    bare = [p.replace(annotation=p.empty) for p in named]
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
@@ -216,9 +216,9 @@ def source(name: str) -> str:
 
 
 def test_every_private_part_that_is_used_is_in_this_file():
-    here = Path(__file__).read_text()
+    text = Path(__file__).read_text()
     parts = {part.rpartition(".")[2] for module in NAMES for part in private_parts(module)}
-    assert [part for part in sorted(parts) if part not in here] == []
+    assert [part for part in sorted(parts) if part not in text] == []
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -242,7 +242,7 @@ def test_a_private_class_exists(name):
 
 
 @pytest.mark.parametrize(("name", "text"), CODE)
-def test_ray_uses_what_is_set_or_overridden(name, text):
+def test_the_code_of_ray_and_optuna_uses_what_raylway_sets_or_overrides(name, text):
     assert text in source(name)
 
 
@@ -253,7 +253,7 @@ def test_a_row_of_the_actor_table_has_the_fields_that_are_read():
 
 
 def test_the_errors_of_a_lost_cluster_exist():
-    """`app.cli.failures` knows them by name, because importing Ray takes seconds."""
+    """`app.cli.failures` has only their names, because importing Ray takes seconds."""
     for name in failures.LOST_PROCESS_ERRORS:
         module, _, attribute = name.rpartition(".")
         assert issubclass(getattr(pkgutil.resolve_name(module), attribute), Exception)
@@ -268,7 +268,7 @@ def test_the_guard_removes_every_header_that_controls_serve():
     assert {header.replace("_", "-").encode() for header in headers} == guard.CONTROL_HEADERS
 
 
-def test_the_autoscaling_policy_is_called_with_what_it_reads():
+def test_the_autoscaling_context_has_the_fields_that_the_policy_reads():
     from ray.serve.config import AutoscalingContext
 
     assert "aggregated_metrics" in dir(AutoscalingContext)
@@ -279,15 +279,15 @@ def test_the_autoscaling_policy_is_called_with_what_it_reads():
 
 
 def environment_variables() -> list[str]:
-    """Every variable of Ray's, Tune's or MLflow's that a command or a cluster of Raylway sets."""
+    """Every variable of Ray, Tune or MLflow that a command or a cluster of Raylway sets."""
     names = {*flags.FLAGS, *session.local_environment(Path("/tmp")), *tuner.TUNE_ENVIRONMENT}
     names |= {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"}  # app.cluster.local
     return sorted(name for name in names if re.match(r"(RAY|TUNE|MLFLOW|SPT)_", name))
 
 
 @pytest.fixture(scope="module")
-def known() -> set[str]:
-    """Environment variables in Ray's and MLflow's Python code: whole strings, outside of comments."""
+def python_names() -> set[str]:
+    """Environment variables in the Python code of Ray and MLflow: string literals outside of comments."""
     unused = {"rllib", "tests", "thirdparty_files", "llm"}
     files = [file for file in RAY.rglob("*.py") if unused.isdisjoint(file.relative_to(RAY).parts)]
     mlflow = Path(importlib.util.find_spec("mlflow").origin)
@@ -301,22 +301,22 @@ def known() -> set[str]:
 
 @pytest.fixture(scope="module")
 def binaries() -> bytes:
-    """Ray's compiled parts. The core has a string RAY_<name> for each entry of its table of settings."""
+    """Ray's compiled code. It contains a string RAY_<name> for each setting of Ray's core."""
     return b"".join((RAY / name).read_bytes() for name in ("_raylet.so", "core/src/ray/raylet/raylet"))
 
 
 @pytest.mark.parametrize("name", environment_variables())
-def test_an_environment_variable_is_known(name, known, binaries):
-    assert name in known or f"{name}\0".encode() in binaries, f"nothing in Ray or MLflow reads {name}"
+def test_ray_or_mlflow_reads_each_environment_variable(name, python_names, binaries):
+    assert name in python_names or f"{name}\0".encode() in binaries, f"nothing in Ray or MLflow reads {name}"
 
 
-def test_an_unknown_environment_variable_would_be_found(known, binaries):
-    assert "RAY_SERVE_HAPROXY_NBTHREADS" not in known
+def test_an_environment_variable_that_nothing_reads_would_be_found(python_names, binaries):
+    assert "RAY_SERVE_HAPROXY_NBTHREADS" not in python_names
     assert b"RAY_worker_nicenesses\0" not in binaries
 
 
-def test_serve_takes_each_flag():
-    """Serve reads its flags into constants when it is imported: each must have the value that is set here.
+def test_serve_reads_each_flag():
+    """Serve reads its flags into constants at import. Each constant must have the value that Raylway sets.
 
     A constant has the name of its flag, with or without RAY_SERVE_.
     """
@@ -326,17 +326,17 @@ def test_serve_takes_each_flag():
         "from ray.serve._private import constants\n"
         "print(json.dumps({name: str(value) for name, value in vars(constants).items()}))\n"
     )
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert ran.returncode == 0, ran.stderr
-    constants = json.loads(ran.stdout.splitlines()[-1])
+    assert process.returncode == 0, process.stderr
+    constants = json.loads(process.stdout.splitlines()[-1])
     for name, value in environment.items():
         if not name.startswith("RAY_SERVE_"):
             continue
         spellings = {value, f"{value}.0", *({"1": ["True"], "0": ["False"]}.get(value, []))}
         actual = {constants.get(name), constants.get(name.removeprefix("RAY_SERVE_"))}
         assert spellings & actual, f"{name} is {value}, but Serve's constant is {actual}"
-    # The guard calls an endpoint directly, which is right only if both run in one event loop.
+    # The guard calls the endpoint directly, which requires that both run in one event loop.
     assert constants["RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"] == "False"
     assert constants["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "True"

@@ -1,5 +1,7 @@
-"""A change of a module that a stage uses makes its output anew, and no other change does: for every stage and
-every family, on a copy of the application."""
+"""The key of a stage changes with each module that the stage uses, and with no other module.
+
+The tests change a copy of the application, for every stage and every family.
+"""
 
 import pytest
 
@@ -38,32 +40,32 @@ UNUSED = {
     "bundle": "tasks.{other}.graph tasks.{other}.packager registry.versions console state.audit",
     "compress": "tasks.{other}.packager jobs.compress registry.versions state.audit",
 }
-OTHER = dict(zip(FAMILIES, [*list(FAMILIES)[1:], *FAMILIES], strict=False))
-"""A family beside each."""
+OTHER_FAMILY = dict(zip(FAMILIES, [*list(FAMILIES)[1:], *FAMILIES], strict=False))
+"""For each family, a different one."""
 
 
 @pytest.fixture
-def changed(tmp_path, monkeypatch):
-    """Changes a module of a copy of the application, which takes the place of the real one."""
+def change(tmp_path, monkeypatch):
+    """Change a module in a copy of the application, from which fingerprints are computed."""
     copy_application(tmp_path)
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
     monkeypatch.setattr(tokens, "version", lambda encoder: "version")
 
-    def change(module):
+    def change_module(module):
         path = tmp_path.joinpath("app", *module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         file.write_text(f"{file.read_text()}# changed\n")
         forget_code()
 
     forget_code()
-    yield change
+    yield change_module
     forget_code()
 
 
 def modules(names: str, family: str) -> list[str]:
-    """The names for a family. A family may do without some of the modules that others have."""
-    every = [name.format(family=family, other=OTHER[family]) for name in names.split()]
-    return [name for name in every if not name.startswith("tasks.") or is_module(name)]
+    """The module names for a family, without the modules that this family does not have."""
+    all_names = [name.format(family=family, other=OTHER_FAMILY[family]) for name in names.split()]
+    return [name for name in all_names if not name.startswith("tasks.") or is_module(name)]
 
 
 def is_module(name: str) -> bool:
@@ -73,21 +75,23 @@ def is_module(name: str) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_stage_is_done_anew_if_what_it_uses_has_changed_and_only_then(family, stage, changed, tmp_path):
+def test_the_key_of_a_stage_changes_with_the_modules_that_it_uses_and_no_others(
+    family, stage, change, tmp_path
+):
     example = example_of(family)
     project = example.project(next(iter(example.MODELS)), tmp_path)
     prepared = Prepared(tmp_path / "prepared", cached=True)
     keys = [STAGES[stage](project, prepared)]
     for module in modules(UNUSED[stage], family):
-        changed(module)
+        change(module)
     assert STAGES[stage](project, prepared) == keys[0]
     for module in modules(USED[stage], family):
-        changed(module)
+        change(module)
         keys.append(STAGES[stage](project, prepared))
         assert keys[-1] not in keys[:-1], module
 
 
-def test_another_release_of_a_library_is_another_key(monkeypatch):
+def test_another_release_of_a_library_changes_the_fingerprint(monkeypatch):
     before = fingerprint.fingerprint("app.tasks.tabular.graph")
     monkeypatch.setattr(fingerprint, "_version", lambda name: "99" if name == "onnx" else before[name])
     assert fingerprint.fingerprint("app.tasks.tabular.graph") == before | {"onnx": "99"}

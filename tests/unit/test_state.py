@@ -1,6 +1,8 @@
-"""Random sequences of commands on traffic, registry and audit log, with kills between any two writes and
-clocks that step: what must always hold does. Without Ray: Serve's applications and MLflow's aliases are in
-dicts."""
+"""Random sequences of commands on traffic, registry and audit log, with kills between writes and clock steps.
+
+Invariants are checked after each command. Ray and MLflow are not used: Serve's applications and MLflow's
+aliases are dicts.
+"""
 
 import contextlib
 import shutil
@@ -33,11 +35,11 @@ NAME = "income"
 
 
 class Killed(BaseException):
-    """In place of SIGKILL: from then on the command writes nothing."""
+    """Replaces SIGKILL: after it, the command writes nothing."""
 
 
 class World:
-    """What the commands write to, besides SQL: it counts the writes, and kills the command at one of them."""
+    """The state outside of SQL. It counts the writes of a command, and kills the command at one of them."""
 
     def __init__(self):
         self.applications: dict[str, SimpleNamespace] = {}
@@ -46,29 +48,30 @@ class World:
         """Versions that no replica can load."""
         self.num_versions = 0
         self.now = 1_000_000.0
-        self._left: int | None = None
+        self._writes_left: int | None = None
+        """Writes until the command is killed; None: never."""
 
     def write(self):
-        """Before each write."""
-        if self._left is not None:
-            self._left -= 1
-            if self._left < 0:
+        """Called before each write. Raises Killed if the command must be killed now."""
+        if self._writes_left is not None:
+            self._writes_left -= 1
+            if self._writes_left < 0:
                 raise Killed
 
     @contextlib.contextmanager
-    def killing(self, after):
-        """A command that is killed after so many writes; never, if None."""
-        self._left = after
+    def killing(self, num_writes):
+        """Kill the command in the block after this number of writes, or never if it is None."""
+        self._writes_left = num_writes
         try:
             yield
         except Killed:
             pass
         finally:
-            self._left = None
+            self._writes_left = None
 
 
 class Registry:
-    """MLflow's client, as far as aliases go."""
+    """The part of MLflow's client that concerns aliases."""
 
     def __init__(self, world):
         self._world = world
@@ -77,7 +80,7 @@ class Registry:
         return SimpleNamespace(aliases=dict(self._world.aliases))
 
     def search_model_versions(self, *_, **__):
-        return []  # only for an error's text
+        return []  # used for the text of an error only
 
     def set_registered_model_alias(self, name, alias, number):
         self._world.write()
@@ -89,6 +92,8 @@ class Registry:
 
 
 class Commands(RuleBasedStateMachine):
+    """Commands and monitoring in random order, and the invariants."""
+
     def __init__(self):
         super().__init__()
         self.world = world = World()
@@ -118,7 +123,7 @@ class Commands(RuleBasedStateMachine):
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
         self.audit, self.records, self.follower = Audit(), Records(), Follower(lambda: 0.0)
         self.read: traffic.TrafficEntry | None = None
-        """What a slow writer has read."""
+        """The entry that a slow writer has read."""
 
     def teardown(self):
         self.audit.close()
@@ -126,7 +131,7 @@ class Commands(RuleBasedStateMachine):
         self.patch.undo()
         shutil.rmtree(self.folder)
 
-    # What the commands meet
+    # Replacements of Serve and of the registry
 
     def _counted(self, function):
         def counted(*arguments, **options):
@@ -154,15 +159,15 @@ class Commands(RuleBasedStateMachine):
         self.world.applications.pop(application, None)
 
     def _refresh(self, name, entry):
-        held = traffic.read_current(self.audit, name)
-        assert held.number >= entry
-        if broken := {v.version for v in held.traffic.variants.values()} & self.world.broken:
-            raise UserError(f"{name} does not take it in: {broken}")
+        current = traffic.read_current(self.audit, name)
+        assert current.number >= entry
+        if broken := {v.version for v in current.traffic.variants.values()} & self.world.broken:
+            raise UserError(f"{name} cannot load {broken}")
 
-    # What people and programs do
+    # Commands and monitoring
 
     @initialize()
-    def begin(self):
+    def register_first(self):
         self.register(broken=False)
 
     @rule(broken=st.booleans())
@@ -197,79 +202,83 @@ class Commands(RuleBasedStateMachine):
         with contextlib.suppress(UserError, ValueError):
             serving = Serving.model_validate({"variants": variants, "follow": True, "policy": policy})
             before = traffic.read_current(self.audit, NAME)
-            wanted, _ = registered.registered_traffic(NAME, serving)
+            target, _ = registered.registered_traffic(NAME, serving)
             done = False
             with self.world.killing(kill):
                 try:
                     with traffic.endpoint_lock(NAME, wait=False):
-                        deploy._replace(serving, NAME, wanted, "http://127.0.0.1:1")
+                        deploy._replace(serving, NAME, target, "http://127.0.0.1:1")
                     done = True
                 except UserError:
                     after = traffic.read_current(self.audit, NAME)
-                    assert (after and after[1:]) == (before and before[1:]), "undone"
+                    assert (after and after[1:]) == (before and before[1:]), (
+                        "a refused deployment is rolled back"
+                    )
             if done:
-                held = traffic.read_current(self.audit, NAME)
-                assert (held.traffic, held.serving) == (wanted, serving)
-                self._all_needed_run(held)
+                current = traffic.read_current(self.audit, NAME)
+                assert (current.traffic, current.serving) == (target, serving)
+                self._check_applications(current)
 
-    @rule(kill=st.none() | st.integers(0, 3), weight=st.sampled_from([0, 5, 1e308]), of=st.booleans())
-    def change_weights(self, kill, weight, of):
-        name = CHAMPION if of else CHALLENGER
+    @rule(
+        kill=st.none() | st.integers(0, 3), weight=st.sampled_from([0, 5, 1e308]), of_champion=st.booleans()
+    )
+    def change_weights(self, kill, weight, of_champion):
+        name = CHAMPION if of_champion else CHALLENGER
         before = traffic.read_current(self.audit, NAME)
         with self.world.killing(kill), contextlib.suppress(UserError):
             served = weights.set_weights(NAME, {name: weight})
-            held = traffic.read_current(self.audit, NAME)
-            assert held.traffic == served
-            assert held.traffic.variants[name].weight == weight
-            kept = {n: v for n, v in before.traffic.variants.items() if n != name}
-            assert kept.items() <= held.traffic.variants.items(), "what is not named keeps its weight"
-            assert held.serving == before.serving
+            current = traffic.read_current(self.audit, NAME)
+            assert current.traffic == served
+            assert current.traffic.variants[name].weight == weight
+            others = {n: v for n, v in before.traffic.variants.items() if n != name}
+            assert others.items() <= current.traffic.variants.items(), "other variants keep their weights"
+            assert current.serving == before.serving
 
     @rule(kill=st.none() | st.integers(0, 8))
-    def look(self, kill):
-        held = traffic.read_current(self.audit, NAME)
-        if held is None or held.serving is None:
+    def watch(self, kill):
+        before = traffic.read_current(self.audit, NAME)
+        if before is None or before.serving is None:
             return
         with self.world.killing(kill):
             promotion.finish(self.audit, NAME)
-            self.follower.follow(self.audit, NAME, held)
+            self.follower.follow(self.audit, NAME, before)
             workers.stop_abandoned_workers(self.audit, NAME)
-            now = traffic.read_current(self.audit, NAME)
+            current = traffic.read_current(self.audit, NAME)
             if NAME in self.follower.faults:
-                assert now.traffic == held.traffic, "what is served goes on"
+                assert current.traffic == before.traffic, "a fault leaves the traffic unchanged"
             else:
-                served = {n: v.version for n, v in now.traffic.variants.items()}
-                assert served == {n: v for n, v in self.world.aliases.items() if n in held.serving.variants}
-                self._all_needed_run(now)
+                served = {n: v.version for n, v in current.traffic.variants.items()}
+                assert served == {n: v for n, v in self.world.aliases.items() if n in before.serving.variants}
+                self._check_applications(current)
 
     @rule()
-    def begin_to_think(self):
+    def slow_writer_reads(self):
         self.read = traffic.read_current(self.audit, NAME)
 
     @precondition(lambda self: self.read is not None)
     @rule(kill=st.none() | st.integers(0, 1), weight=st.sampled_from([3, 4]))
-    def write_what_was_thought(self, kill, weight):
+    def slow_writer_writes(self, kill, weight):
         read, self.read = self.read, None
         before = self.audit.last(NAME, traffic.ACTIONS)
-        wanted = traffic.with_weights(read.traffic, dict.fromkeys(read.traffic.weights, weight))
+        target = traffic.with_weights(read.traffic, dict.fromkeys(read.traffic.weights, weight))
         with self.world.killing(kill):
             try:
-                traffic.update(self.audit, NAME, read, wanted)
+                traffic.update(self.audit, NAME, read, target)
             except Conflict:
                 assert before.number != read.number
             else:
-                assert before.number == read.number or wanted == read.traffic, "nobody's change is lost"
+                assert before.number == read.number or target == read.traffic, "no change is lost"
 
     @rule(kill=st.none() | st.integers(0, 1), seed=st.integers(0, 3))
     def rebalance(self, kill, seed):
-        held = traffic.read_current(self.audit, NAME)
-        if held is None:
+        current = traffic.read_current(self.audit, NAME)
+        if current is None:
             return
         random = np.random.default_rng(seed)
-        rewards = {v.version: (50, 50 * random.random()) for v in held.traffic.variants.values()}
+        rewards = {v.version: (50, 50 * random.random()) for v in current.traffic.variants.values()}
         self.patch.setattr(self.records, "rewards", lambda model, since: rewards)
         with self.world.killing(kill):
-            bandit.rebalance(self.audit, self.records, NAME, held)
+            bandit.rebalance(self.audit, self.records, NAME, current)
 
     @rule(kill=st.none() | st.integers(0, 4))
     def undeploy(self, kill):
@@ -286,29 +295,30 @@ class Commands(RuleBasedStateMachine):
     def step_the_clock(self, seconds):
         self.world.now += seconds
 
-    # What must always hold
+    # Invariants
 
-    def _all_needed_run(self, held):
-        needed = {v.workers for v in held.traffic.variants.values()} - {None}
-        assert set(self.world.applications) == needed | {NAME}, "no worker too many, none too few"
+    def _check_applications(self, entry):
+        """The applications are the endpoint and the workers of its variants."""
+        needed = {v.workers for v in entry.traffic.variants.values()} - {None}
+        assert set(self.world.applications) == needed | {NAME}
 
     @invariant()
-    def the_log_is_whole(self):
+    def the_audit_log_has_no_gap(self):
         numbers = [entry.number for entry in self.audit.entries()]
         assert numbers == list(range(1, len(numbers) + 1))
 
     @invariant()
-    def what_holds_can_be_answered(self):
-        held = traffic.read_current(self.audit, NAME)
-        if held is not None:
-            assert 0 < sum(held.traffic.weights.values()) < np.inf
+    def the_weights_of_the_current_traffic_are_valid(self):
+        current = traffic.read_current(self.audit, NAME)
+        if current is not None:
+            assert 0 < sum(current.traffic.weights.values()) < np.inf
 
     @invariant()
-    def aliases_are_those_of_the_log(self):
+    def the_aliases_are_those_of_the_last_promotion(self):
         last = self.audit.last(NAME, promotion.PROMOTIONS)
-        if last is None or last.action != promotion.PROMOTING:  # else whoever comes next finishes it
-            given = self.audit.last(NAME, (promotion.PROMOTED,))
-            champion = given.details["version"] if given else "1"
+        if last is None or last.action != promotion.PROMOTING:  # else the next command finishes it
+            promoted = self.audit.last(NAME, (promotion.PROMOTED,))
+            champion = promoted.details["version"] if promoted else "1"
             assert self.world.aliases.get(CHAMPION, champion) == champion
             assert self.world.aliases.get(CHALLENGER) != champion
 
@@ -325,6 +335,6 @@ Commands.TestCase.settings = settings(
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # to shrink takes minutes
+    phases=[Phase.generate],  # shrinking takes minutes
 )
 TestCommands = Commands.TestCase
