@@ -1,4 +1,4 @@
-"""Set-up, from a copy of the few files that it needs, by a Python that sees nothing else."""
+"""Set-up in a copy of the few files that it needs, with a Python without site-packages."""
 
 import contextlib
 import hashlib
@@ -53,7 +53,7 @@ def copy(tmp_path):
 
 @pytest.fixture
 def programs(tmp_path):
-    """The folder that is the whole PATH, with these programs in it."""
+    """Create a folder with these programs, which is the whole PATH."""
 
     def make(*names: str) -> str:
         (tmp_path / "bin").mkdir()
@@ -65,7 +65,7 @@ def programs(tmp_path):
 
 
 def python(copy: Path, path: str, *arguments: str) -> subprocess.CompletedProcess:
-    # -S: without site-packages, as before anything is installed.
+    # -S: without site-packages, as in a fresh checkout.
     return subprocess.run(
         [sys.executable, "-S", *arguments],
         cwd=copy, env={"PATH": path}, capture_output=True, text=True, timeout=60,
@@ -73,19 +73,21 @@ def python(copy: Path, path: str, *arguments: str) -> subprocess.CompletedProces
 
 
 @pytest.mark.parametrize(
-    ("there", "missing", "package"),
+    ("installed", "missing", "package"),
     [([], "g++", "g++"), (["make"], "g++", "g++"), (["g++"], "make", "make")],
 )
-def test_a_missing_compiler_is_one_line_that_names_the_package(copy, programs, there, missing, package):
-    done = python(copy, programs(*there), *INSTALL)
+def test_a_missing_compiler_is_an_error_of_one_line_that_names_the_package(
+    copy, programs, installed, missing, package
+):
+    done = python(copy, programs(*installed), *INSTALL)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: building Horovod needs '{missing}', which was not found")
     assert f"apt-get install {package};" in line
-    assert not (copy / ".venv").exists(), "asked for before anything is made"
+    assert not (copy / ".venv").exists(), "compilers are checked before anything is created"
 
 
-def test_nothing_is_done_when_nothing_has_changed(copy, programs):
+def test_a_repeated_set_up_does_nothing_if_nothing_has_changed(copy, programs):
     path = programs()  # no compiler, no pip: any step would fail
     assert python(copy, path, "-c", STAMP).returncode == 0
     done = python(copy, path, *INSTALL)
@@ -106,7 +108,7 @@ def test_nothing_is_done_when_nothing_has_changed(copy, programs):
         "app/data/sources/recipes.py",
     ],
 )
-def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):
+def test_a_change_of_a_file_that_it_depends_on_repeats_the_set_up(copy, programs, name):
     path = programs()
     python(copy, path, "-c", STAMP)
     with (copy / name).open("a") as file:
@@ -116,7 +118,7 @@ def test_a_change_of_what_it_depends_on_is_noticed(copy, programs, name):
     assert "building Horovod needs" in done.stderr
 
 
-def test_a_moved_checkout_is_noticed(copy, programs):
+def test_a_moved_checkout_repeats_the_set_up(copy, programs):
     path = programs()
     python(copy, path, "-c", STAMP)
     moved = copy.rename(copy.with_name("moved"))
@@ -124,14 +126,14 @@ def test_a_moved_checkout_is_noticed(copy, programs):
 
 
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 12, 1)])
-def test_another_python_is_one_line_that_says_which(copy, programs, version):
-    pretend = (
+def test_another_python_is_an_error_of_one_line_that_names_the_needed_one(copy, programs, version):
+    program = (
         "import sys, platform, runpy\n"
         f"sys.version_info = (*{version}, 'final', 0)\n"
         f"platform.python_version = lambda: '{'.'.join(map(str, version))}'\n"
         "runpy.run_module('app.setup.install', run_name='__main__')\n"
     )
-    done = python(copy, programs("g++", "make"), "-c", pretend)
+    done = python(copy, programs("g++", "make"), "-c", program)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
     assert line == (
@@ -153,8 +155,8 @@ except horovod.UserError as error:
 """
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy, tmp_path, right):
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_source_archive_with_another_hash_is_refused_before_its_code_runs(copy, tmp_path, is_pinned):
     ran = tmp_path / "ran"
     links, folder = tmp_path / "links", tmp_path / "fetched"
     links.mkdir()
@@ -171,9 +173,9 @@ def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy,
             info.size = len(text)
             archive.addfile(info, io.BytesIO(text.encode()))
     digest = hashlib.sha256((links / "small-1.0.tar.gz").read_bytes()).hexdigest()
-    pinned = digest if right else "0" * 64
+    pinned = digest if is_pinned else "0" * 64
     done = python(copy, "/usr/bin:/bin", "-c", DOWNLOAD, sys.executable, str(folder), str(links), pinned)
-    if right:
+    if is_pinned:
         assert done.stdout.strip() == str(folder / "small-1.0.tar.gz"), done.stdout + done.stderr
         return
     (line,) = done.stdout.strip().splitlines()
@@ -183,8 +185,10 @@ def test_a_source_archive_is_refused_before_it_runs_if_its_hash_is_another(copy,
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("damage", ["cut off", "other content", "a file more", "a file less", "no record"])
-def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
+@pytest.mark.parametrize(
+    "damage", ["truncated", "changed content", "added file", "missing file", "no record"]
+)
+def test_a_damaged_wheel_is_refused_with_one_line(tmp_path, damage):
     files = {"small.py": b"BUILD = 1\n", "small-1.0.dist-info/METADATA": b"Name: small\n"}
     record = "".join(f"{name},{_digest(content)},{len(content)}\n" for name, content in files.items())
     record += "small-1.0.dist-info/RECORD,,\n"
@@ -199,13 +203,13 @@ def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
     write(whole)
     _verify(wheel)
     match damage:
-        case "cut off":
+        case "truncated":
             wheel.write_bytes(wheel.read_bytes()[:-30])
-        case "other content":
+        case "changed content":
             write({**whole, "small.py": b"BUILD = 2\n"})
-        case "a file more":
+        case "added file":
             write({**whole, "more.py": b""})
-        case "a file less":
+        case "missing file":
             write({name: content for name, content in whole.items() if name != "small.py"})
         case "no record":
             write(files)
@@ -215,12 +219,12 @@ def test_a_damaged_wheel_is_refused_in_one_line(tmp_path, damage):
 
 
 def test_a_wheel_replaces_one_of_the_same_version(copy):
-    """As when Horovod is built again with other patches."""
+    """This happens when Horovod is built again with other patches."""
     install = (
         "import pathlib, sys; from app.setup.horovod import install_wheel as f; f(pathlib.Path(sys.argv[1]))"
     )
     venv.create(copy / ".venv")
-    (copy / ".venv" / PACKAGES / "pip").symlink_to(Path(pip.__file__).parent)  # which ensurepip takes 6 s for
+    (copy / ".venv" / PACKAGES / "pip").symlink_to(Path(pip.__file__).parent)  # ensurepip takes 6 s
     for build in ("first", "second"):
         wheel = copy / build / "small-1.0-py3-none-any.whl"
         wheel.parent.mkdir()
@@ -243,7 +247,7 @@ def test_a_wheel_replaces_one_of_the_same_version(copy):
 PARALLEL = """
 import os, subprocess, sys, time
 from app.setup.processes import run, run_in_parallel
-# A process of its own below each task's: as pip starts a build, and a build starts compilers.
+# Each task's process starts another one, as pip starts a build and a build starts compilers.
 sleep = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'import time; time.sleep(600)'])"
 def wait():
     run([sys.executable, "-S", "-c", sleep])
@@ -260,30 +264,30 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
-def test_a_task_that_fails_ends_the_other_and_is_the_one_that_is_reported(copy):
-    began = time.monotonic()
+def test_a_task_that_fails_ends_the_other_and_its_error_is_reported(copy):
+    started = time.monotonic()
     done = python(copy, "/usr/bin:/bin", "-c", PARALLEL.format(second="fail"))
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - started < 30
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == "no space left"
     assert "failed:" in done.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_that_was_started(copy, number):
+def test_a_signal_ends_all_processes_of_the_tasks(copy, number):
     script = PARALLEL.format(second="wait")
     handler = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
     with subprocess.Popen(
         [sys.executable, "-S", "-c", handler + script], cwd=copy, stderr=subprocess.PIPE, text=True
     ) as process:
         deadline = time.monotonic() + 30
-        while len(started := descendants(process)) < 4:
+        while len(processes := descendants(process)) < 4:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)
         process.communicate(timeout=30)
-    _, left = psutil.wait_procs(started, timeout=10)
-    assert not left
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    assert not alive
     assert process.returncode != 0
 
 
@@ -299,7 +303,7 @@ with install._locked(install.LOCK):
 """
 
 
-def test_a_second_set_up_waits_for_the_first_and_finds_its_work(copy, programs):
+def test_a_second_set_up_waits_for_the_first_and_has_nothing_left_to_do(copy, programs):
     path = programs("g++", "make")
     with subprocess.Popen(
         [sys.executable, "-S", "-c", LOCKED, "hold"],
@@ -311,5 +315,5 @@ def test_a_second_set_up_waits_for_the_first_and_finds_its_work(copy, programs):
         ) as second:
             assert second.stdout.readline().startswith("Waiting for another set-up of ")
             first.communicate()
-            assert second.communicate(timeout=30)[0] == "", "nothing is left to do"
+            assert second.communicate(timeout=30)[0] == ""
             assert second.returncode == 0

@@ -36,7 +36,7 @@ def test_entries_have_a_number_and_an_author(audit):
     assert audit.entries(model="flights") == []
 
 
-def test_the_newest_entry_up_to_a_time(audit):
+def test_the_newest_entry_up_to_a_time_is_found(audit):
     entries = [audit.add("traffic", "income", {"n": n}) for n in range(3)]
     audit.add("traffic", "flights", {"n": 9})
     assert audit.last("income", ["traffic"]) == entries[2]
@@ -45,7 +45,7 @@ def test_the_newest_entry_up_to_a_time(audit):
     assert list(audit.newest_first("income", ["traffic"])) == entries[::-1]
 
 
-def test_the_newest_entry_is_the_one_written_last_whatever_the_clock_is(audit, monkeypatch):
+def test_the_newest_entry_is_the_one_written_last_even_if_the_clock_went_back(audit, monkeypatch):
     for at in (100.0, 300.0, 200.0):
         monkeypatch.setattr("app.state.audit.time.time", lambda at=at: at)
         audit.add("traffic", "income", {"at": at})
@@ -134,12 +134,12 @@ def test_entries_cut_off_the_end_are_detected(audit):
     cut_off(2)
     with pytest.raises(BrokenLog, match="ends before its entry 3, but it had 4"):
         audit.entries()
-    for n in range(4):  # other entries in their place, and more
+    for n in range(4):  # add other entries in their place, and more
         audit.add("traffic", "income", {"n": -n})
     with pytest.raises(BrokenLog, match=r"entry 4$"):
         audit.entries()
     shutil.rmtree(audit_head.folder())
-    assert len(audit.entries()) == 6, "the log is trusted as it is"
+    assert len(audit.entries()) == 6, "without a stored head, the end of the log cannot be checked"
 
 
 def test_the_log_is_checked_against_a_head_stored_elsewhere(audit):
@@ -178,7 +178,7 @@ def test_a_changed_head_is_detected(audit, damage):
         audit.entries()
 
 
-def test_a_kill_between_an_entry_and_its_head_is_no_fault(audit, monkeypatch):
+def test_a_kill_between_writing_an_entry_and_its_head_does_not_break_the_log(audit, monkeypatch):
     audit.add("traffic", "income", {"n": 0})
     with monkeypatch.context() as patch:
         patch.setattr(audit_head, "store", lambda head: None)
@@ -201,7 +201,7 @@ def test_each_database_has_its_own_head(audit, tmp_path, monkeypatch):
 
 
 def test_machines_that_share_a_database_store_a_head_each(audit, tmp_path, monkeypatch):
-    """As with PostgreSQL: one log, several state directories."""
+    """Several state directories with one log, as with PostgreSQL."""
     monkeypatch.setenv("RAYLWAY_DATABASE_URL", f"sqlite:///{tmp_path / 'production.db'}")
     for n in range(3):
         for machine in ("one", "two"):
@@ -216,17 +216,17 @@ def test_machines_that_share_a_database_store_a_head_each(audit, tmp_path, monke
     assert heads == [5, 6]
 
 
-def test_an_entry_is_written_even_if_its_head_cannot_be(audit, monkeypatch):
-    def full(head):
+def test_an_entry_is_written_even_if_its_head_cannot_be_stored(audit, monkeypatch):
+    def fail(head):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(audit_head, "store", full)
+    monkeypatch.setattr(audit_head, "store", fail)
     assert audit.add("traffic", "income", {"n": 0}).number == 1
 
 
 @pytest.fixture
 def since(audit):
-    """The third of six entries. The stored head is the sixth."""
+    """The head after the third of six entries. The stored head is the sixth."""
     entries = [audit.add("traffic", "income" if n % 2 else "flights", {"n": n}) for n in range(6)]
     return Head(3, entries[2].seal)
 
@@ -250,7 +250,7 @@ def test_entries_since_an_entry_are_checked_from_it_on(audit, since, monkeypatch
     assert read == [4, 5, 6]
     read.clear()
     assert audit.head() == audit_head.load()
-    assert read == [], "the stored head is the newest entry"
+    assert read == [], "the stored head is the newest entry, so no entry is read"
 
 
 def test_entries_that_this_machine_has_not_checked_are_checked(audit, since):

@@ -29,8 +29,8 @@ def test_threads_that_open_a_new_database_at_once_find_all_tables():
 
 
 def test_entries_survive_other_connections_that_open_and_close_the_file():
-    """SQLite's locks belong to the process: opening and closing the file beside them would drop them, and the
-    next process that leaves would remove the write-ahead log with what is not in the database yet."""
+    """SQLite's locks belong to the process. If other code of the process opens and closes the file, it drops
+    them; the next process that closes the database then removes the write-ahead log with its commits."""
     script = "from app.state.audit import Audit; print(len(Audit().entries()))"
 
     def num_entries_of_another_process() -> int:

@@ -1,4 +1,4 @@
-"""What is stored of feedback, without a database."""
+"""The decision which feedback is stored, without a database."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -27,7 +27,7 @@ def test_feedback_beyond_the_hourly_limit_is_quarantined():
     assert decided(FEEDBACK, num_sent=10) == (FeedbackStatus.QUARANTINED, State.EXCESS, 10)
 
 
-def test_equal_feedback_is_a_duplicate_and_different_feedback_a_contradiction():
+def test_equal_feedback_is_a_duplicate_and_different_feedback_a_conflict():
     stored = StoredFeedback(FEEDBACK, State.COUNTS)
     assert decided(FEEDBACK, stored, num_sent=10) == (FeedbackStatus.DUPLICATE, None, 10)
     different = replace(FEEDBACK, content={"reward": 0.0})
@@ -43,12 +43,12 @@ def test_more_outcomes_are_merged_with_the_stored_ones():
     assert change.feedback.content == {"outcomes": ["yes", "no"]}
 
 
-def test_early_feedback_counts_once_its_prediction_was_made_before_it():
+def test_early_feedback_counts_only_if_its_prediction_was_made_before_it():
     stored = StoredFeedback(EARLY, State.EARLY)
     assert decided(FEEDBACK, stored) == (FeedbackStatus.DUPLICATE, None, 0)
     late_prediction = replace(FEEDBACK, content={"reward": 0.0}, predicted_at=101.0)
     assert decided(late_prediction, stored, num_sent=1) == (FeedbackStatus.STORED, State.COUNTS, 1), (
-        "it is replaced"
+        "feedback from before the prediction is replaced"
     )
 
 
@@ -72,5 +72,5 @@ def test_excess_feedback_is_replaced():
         ({"reward": 1}, {"reward": 0}, None),
     ],
 )
-def test_merge(first, second, merged):
+def test_feedback_is_merged_unless_it_contradicts(first, second, merged):
     assert merge(first, second) == merged

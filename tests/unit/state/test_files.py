@@ -26,7 +26,7 @@ def test_a_file_is_replaced_by_one_rename(tmp_path):
     assert names(tmp_path) == ["page.html", "reports"]
 
 
-def test_the_mode_of_a_file(tmp_path):
+def test_a_file_has_the_given_mode_or_that_of_the_umask(tmp_path):
     files.write(tmp_path / "public", "x")
     files.write(tmp_path / "secret", "x", mode=0o600)
     assert ((tmp_path / "public").stat().st_mode & 0o777) == 0o666 & ~umask()
@@ -34,7 +34,7 @@ def test_the_mode_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-def test_an_atomic_block_places_its_draft(tmp_path, is_folder):
+def test_the_target_of_an_atomic_block_appears_at_its_end(tmp_path, is_folder):
     target = tmp_path / "deep" / "target"
     with files.atomic(target) as draft:
         assert draft.parent == target.parent
@@ -62,7 +62,7 @@ def test_an_atomic_block_that_raises_leaves_nothing(tmp_path, is_folder, error):
     assert names(tmp_path) == []
 
 
-def test_private_paths_are_those_of_one_path(tmp_path):
+def test_private_paths_of_a_path_are_found_and_no_others(tmp_path):
     path = tmp_path / "x"
     private = [files.private_path(path) for _ in range(2)]
     for other in (*private, files.private_path(tmp_path / "x-y"), tmp_path / ".x-short"):
@@ -87,7 +87,7 @@ def test_remove_follows_no_link(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_copy_and_sha256(tmp_path):
+def test_a_copy_has_the_sha256_of_its_content(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
     files.copy(tmp_path / "a", tmp_path / "b")
     assert files.sha256(tmp_path / "b") == hashlib.sha256(b"content").hexdigest()

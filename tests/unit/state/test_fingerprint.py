@@ -32,7 +32,7 @@ def test_a_module_outside_the_application_is_refused():
             dependencies(name)
 
 
-def test_the_data_files_of_a_package_belong_to_its_source(tmp_path, monkeypatch):
+def test_a_changed_data_file_changes_the_fingerprint_of_its_package_only(tmp_path, monkeypatch):
     for name, content in (
         ("app/__init__.py", ""),
         ("app/sql/__init__.py", ""),

@@ -14,7 +14,7 @@ from app.tuning import study as studies
 
 @pytest.fixture
 def open_umask():
-    """Others must not read our files even with an open umask."""
+    """A umask that would let all users read and write new files."""
     umask = os.umask(0)
     yield
     os.umask(umask)
@@ -26,7 +26,7 @@ def modes(folder):
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_other_users_can_read_nothing_of_the_state(home, open_umask, monkeypatch, exists):
-    """Whether the state directory is new, or existed and was open to all."""
+    """The state directory is new, or exists and is open to all."""
     monkeypatch.delenv("RAYLWAY_DATABASE_URL", raising=False)
     if exists:
         home.mkdir()
@@ -41,8 +41,8 @@ def test_other_users_can_read_nothing_of_the_state(home, open_umask, monkeypatch
     stages.produce(home / "store" / "x", lambda draft: (draft / "rows.csv").write_text("1"))
     if not exists:
         assert home.stat().st_mode & 0o777 == 0o700
-    others = {path: mode for path, mode in modes(home).items() if len(path.parts) == 1 and mode & 0o077}
-    assert others == {}
+    readable = {path: mode for path, mode in modes(home).items() if len(path.parts) == 1 and mode & 0o077}
+    assert readable == {}
     assert {"production.db", "mlflow.db", "optuna.db", "logs"} <= {path.name for path in home.iterdir()}
 
 

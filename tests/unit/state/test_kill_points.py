@@ -1,5 +1,5 @@
-"""Commands that write to the registry, the audit log and files are killed before each of their writes, in a
-forked process, and run again: the state is complete, and as if they had not been killed."""
+"""Kill commands that write to the registry, the audit log and files before each of their writes, in a forked
+process, and run them again: the state is complete, as if they had not been killed."""
 
 import shutil
 import subprocess
@@ -41,7 +41,7 @@ def key(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory, bundles):
-    """State directories with none, one and two versions: the second is the challenger."""
+    """State directories by their number of versions, 0 to 2; the second version is the challenger."""
     folders = {}
     for number in range(3):
         folder = tmp_path_factory.mktemp(f"versions-{number}") / "home"
@@ -102,7 +102,9 @@ class Killed:
         writes = killer.writes(self._log)
         for number in range(1, len(writes) + 1):
             self._restore()
-            assert killer.fork(command, killer.Watcher([self.home], number)) is None, "it was not killed"
+            assert killer.fork(command, killer.Watcher([self.home], number)) is None, (
+                "the command was not killed"
+            )
             current = killer.fork(lambda: (command(), state())[1])
             assert without_repetitions(current) == without_repetitions(expected), (
                 f"killed before {writes[number - 1]}"
@@ -121,7 +123,7 @@ def killed(templates, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_first_registration(killed, bundles):
+def test_a_killed_first_registration_completes_when_it_is_repeated(killed, bundles):
     def check(current: dict[str, Any]) -> None:
         ((_, aliases, _),) = current["versions"].values()
         assert aliases == [CHAMPION]
@@ -130,18 +132,18 @@ def test_the_first_registration(killed, bundles):
 
 
 @pytest.mark.slow
-def test_the_registration_of_a_challenger(killed, bundles):
+def test_a_killed_registration_of_a_challenger_completes_when_it_is_repeated(killed, bundles):
     def check(current: dict[str, Any]) -> None:
         assert [v[1] for v in current["versions"].values()] == [[CHALLENGER], [CHAMPION]]
 
     assert killed(1).kill_at_each_write(lambda: registered(NAME, bundles[1], "second").number, check) >= 6
 
 
-def test_promote(killed):
+def test_a_killed_promote_completes_when_it_is_repeated(killed):
     assert killed(2).kill_at_each_write(lambda: promotion.promote(NAME, "2").number) >= 2
 
 
-def test_sign(killed, key):
+def test_a_killed_sign_completes_when_it_is_repeated(killed, key):
     def check(current: dict[str, Any]) -> None:
         assert [v[2] for v in current["versions"].values()] == [False, True]
 

@@ -9,7 +9,7 @@ from app.state import locks
 from app.state.locks import Busy, exclusive
 
 
-def test_a_lock_excludes_others_and_names_its_holder():
+def test_a_lock_excludes_other_holders_and_the_error_names_its_holder():
     with exclusive("income"):
         message = r"the lock income must be free, but process \d+ .* holds it"
         with pytest.raises(Busy, match=message), exclusive("income", wait=False):
@@ -20,7 +20,7 @@ def test_a_lock_excludes_others_and_names_its_holder():
         pass
 
 
-def test_a_waiter_is_told_the_holder_once_and_gets_the_lock_next():
+def test_a_waiter_gets_one_message_that_names_the_holder_and_then_the_lock():
     messages, order = [], []
 
     def wait():

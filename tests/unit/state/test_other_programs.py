@@ -1,4 +1,4 @@
-"""Other programs on our state: MLflow's and Optuna's own tools, and tools that copy files."""
+"""Other programs on the state of Raylway: the tools of MLflow and Optuna, and tools that copy files."""
 
 import http.server
 import json
@@ -72,7 +72,7 @@ def run(*command: str | Path) -> str:
 
 
 def test_mlflow_opens_the_champion_and_writes_a_file_beside_it(bundles, home):
-    """The command in the README, and then the next candidate."""
+    """Loads the champion as the README shows, and then registers the next candidate."""
     registered("opened", bundles[0])
     mlflow.set_tracking_uri(connection.uri())
     mlflow.set_registry_uri(connection.uri())
@@ -86,7 +86,7 @@ def test_mlflow_opens_the_champion_and_writes_a_file_beside_it(bundles, home):
     assert (second.number, second.aliases) == ("2", (versions.CHALLENGER,))
 
 
-def test_commands_of_mlflow(bundles, home, tmp_path):
+def test_a_version_survives_the_commands_of_mlflow(bundles, home, tmp_path):
     registered("commanded", bundles[0])
     run_id = connection.client().get_model_version("commanded", "1").run_id
     path = source("commanded").name
@@ -121,7 +121,7 @@ def test_a_copy_of_the_state_directory_works_in_its_new_place(bundles, home, tmp
     assert restored.path == tmp_path / "restored" / "bundles" / original.identity
 
 
-def test_optuna_dashboard_beside_a_sweep(home):
+def test_a_sweep_continues_after_a_user_changed_its_study_in_optuna_dashboard(home):
     rate = {"rate": FloatDistribution(0.0, 1.0)}
 
     def opened():
@@ -172,7 +172,7 @@ def request(url: str, method: str = "GET", body: bytes | None = None) -> None:
 
 
 class Store(http.server.BaseHTTPRequestHandler):
-    """A store of artifacts in a folder, with the interface of MLflow's server."""
+    """An artifact store in a folder, with the HTTP interface of MLflow's server."""
 
     folder: Path
     """Set in the class of each server."""
@@ -220,16 +220,18 @@ def store(tmp_path):
         server.shutdown()
 
 
-def test_a_remote_store(bundles, home, store, monkeypatch):
+def test_a_remote_store_keeps_bundles_and_an_interrupted_upload_is_repeated(
+    bundles, home, store, monkeypatch
+):
     monkeypatch.setenv("RAYLWAY_STORE", store)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     first = registered("elsewhere", bundles[0])
     entry = connection.client().get_model_version("elsewhere", "1")
     assert entry.source.startswith(store)
-    assert versions.resolve("elsewhere", "1") == first, "the same folder at each call"
-    fetched = first.path.stat().st_ino
+    assert versions.resolve("elsewhere", "1") == first, "each call returns the same folder"
+    inode = first.path.stat().st_ino
     versions.resolve("elsewhere", "1")
-    assert first.path.stat().st_ino == fetched, "fetched once"
+    assert first.path.stat().st_ino == inode, "the bundle is fetched once"
     shutil.rmtree(home / "bundles")  # as on another machine
     assert intact_champion("elsewhere") == first
     # An interrupted upload: the manifest, which comes last, is missing.

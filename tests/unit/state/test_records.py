@@ -25,7 +25,9 @@ def test_predictions_are_read_as_they_were_stored(records):
     first, second = records.predictions("income")
     assert (first.request_id, second.request_id) == ("a", "b")
     assert first.rows == [{"age": 39, "workclass": None}]
-    assert first.answer == [{"probability": 0.1}], "float32 is written with its own shortest digits"
+    assert first.answer == [{"probability": 0.1}], (
+        "a float32 is stored with the fewest digits that identify it"
+    )
     assert records.predictions("income", ["b"]) == [second]
 
 
@@ -57,7 +59,7 @@ def test_an_empty_batch_writes_nothing(records):
     assert records.add([]) == 0
 
 
-def test_equal_feedback_is_a_duplicate_and_different_feedback_a_contradiction(records):
+def test_equal_feedback_is_a_duplicate_and_different_feedback_a_conflict(records):
     assert records.add_feedback([feedback("a")], 10) == [FeedbackStatus.STORED]
     batch = [feedback("a"), feedback("a", {"reward": 0.0}), feedback("b"), feedback("b")]
     assert records.add_feedback(batch, 10) == [
@@ -96,9 +98,11 @@ def test_feedback_beyond_the_hourly_limit_is_quarantined(records):
     ]
     assert {f.request_id for f in records.feedback("income")} == {"old", "0", "1", "6"}
     assert {f.request_id for f in records.feedback("income", quarantined=True)} == {"2", "3", "5"}
-    assert records.add_feedback([feedback("2")], 2) == [FeedbackStatus.QUARANTINED], "a second time too"
+    assert records.add_feedback([feedback("2")], 2) == [FeedbackStatus.QUARANTINED], (
+        "a repetition is quarantined too"
+    )
     assert records.add_feedback([feedback("2", {"reward": 0.0})], 3) == [FeedbackStatus.STORED], (
-        "it does not keep later feedback out"
+        "quarantined feedback does not block later feedback"
     )
 
 
@@ -160,7 +164,7 @@ def test_one_of_concurrent_equal_feedbacks_is_stored(records):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(v.value for v in statuses) == ["stored"] * 20 + ["stored before"] * 60
+    assert sorted(status.value for status in statuses) == ["stored"] * 20 + ["stored before"] * 60
     assert len(records.feedback("income")) == 20
 
 
@@ -187,22 +191,22 @@ def test_the_audit_log_can_be_opened_first(records):
     assert add(records, prediction("a")) == 1
 
 
-def test_connections_with_and_without_parts_find_all_tables(tmp_path):
+def test_concurrent_connections_with_and_without_parts_find_all_tables(tmp_path):
     databases = [database.connect(*parts) for parts in ((), (record_tables.PART,)) for _ in range(4)]
-    faults = []
+    errors = []
 
-    def read(one):
+    def read(db):
         try:
-            with one.connect() as connection:
+            with db.connect() as connection:
                 connection.execute(sqlalchemy.text("SELECT count(*) FROM schema_versions"))
         except Exception as error:
-            faults.append(error)
+            errors.append(error)
 
-    threads = [threading.Thread(target=read, args=(one,)) for one in databases]
+    threads = [threading.Thread(target=read, args=(db,)) for db in databases]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for one in databases:
-        one.dispose()
-    assert faults == []
+    for db in databases:
+        db.dispose()
+    assert errors == []

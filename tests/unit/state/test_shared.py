@@ -6,7 +6,7 @@ from app.errors import UserError
 from app.state import shared
 
 
-def test_all_nodes_must_see_the_state_directory_and_share_a_database(home, tmp_path, monkeypatch):
+def test_several_nodes_must_see_the_same_folders_and_share_a_database(home, tmp_path, monkeypatch):
     output = tmp_path / "answers"
 
     def require(*nodes: str, blind_to: Path | None = None) -> None:

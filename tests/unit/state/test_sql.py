@@ -11,7 +11,7 @@ def test_predictions_are_inserted_in_the_order_of_the_columns(dialect):
     assert f"({', '.join(PREDICTION_COLUMNS)})" in statement
     clause = record_tables.insert_predictions(dialect)
     assert isinstance(clause, sqlalchemy.TextClause)
-    assert list(clause.compile().params) == ["batch"], "and no parameter in a comment"
+    assert list(clause.compile().params) == ["batch"], "comments must contain no parameter"
 
 
 def test_an_unknown_statement_is_an_error():

@@ -69,7 +69,7 @@ def test_a_failure_leaves_the_previous_folder(home, error, exists):
     kept = [stages.current(target) / "out.txt"] if exists else []
     assert list(target.parent.rglob("*.txt")) == kept
     assert list(target.parent.glob("[!.]*")) == ([target] if exists else [])
-    assert len(list(target.parent.glob(".*"))) == len(kept), "neither a draft nor a lock"
+    assert len(list(target.parent.glob(".*"))) == len(kept), "no draft and no lock is left"
 
 
 def test_the_target_does_not_exist_while_it_is_built(home):
@@ -82,7 +82,7 @@ def test_the_target_does_not_exist_while_it_is_built(home):
         drafts.append(draft.stat().st_ino)
 
     assert stages.produce(target, build)
-    assert [target.stat().st_ino] == drafts, "placed by one rename, not copied file by file"
+    assert [target.stat().st_ino] == drafts, "the draft is renamed, not copied"
 
 
 def test_a_reader_keeps_its_folder_while_the_target_is_built_again(home):
@@ -106,7 +106,7 @@ def test_a_target_that_is_a_folder_is_used_and_can_be_built_again(home):
     assert (target / "out.txt").read_text() == "second"
 
 
-def test_the_next_build_removes_what_dead_processes_left(home):
+def test_the_next_build_removes_the_drafts_of_dead_processes(home):
     target = stages.folder("train", "k")
     for other in (files.private_path(target), files.private_path(target)):
         (other / "k").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_a_lock_whose_file_was_removed_still_excludes(home):
     building = threading.Lock()
 
     def build(draft: Path) -> None:
-        assert building.acquire(blocking=False), "two build at once"
+        assert building.acquire(blocking=False), "two builds run at once"
         time.sleep(0.002)
         building.release()
 
@@ -161,7 +161,7 @@ def test_a_lock_whose_file_was_removed_still_excludes(home):
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_killed_build_leaves_the_previous_folder_or_the_new_one(home, tmp_path, fresh):
-    """Killed before each of its writes of a folder with many files."""
+    """The build writes a folder with many files, and is killed before each of its writes."""
     target = stages.folder("train", "k")
 
     def build(text: str, fresh: bool) -> None:
@@ -186,8 +186,10 @@ def test_a_killed_build_leaves_the_previous_folder_or_the_new_one(home, tmp_path
         stages.drop(target)
         if fresh:
             build("first", fresh=False)
-        assert killer.fork(second, killer.Watcher([home], number, private=True)) is None, "not killed"
+        assert killer.fork(second, killer.Watcher([home], number, private=True)) is None, (
+            "the build was not killed"
+        )
         assert content() in ([["first"] * 20, ["second"] * 20] if fresh else [None, ["second"] * 20])
         build("third", fresh=True)
         assert content() == ["third"] * 20
-        assert len(list(target.parent.glob(".k-*"))) <= 2, "what the killed builds left is removed"
+        assert len(list(target.parent.glob(".k-*"))) <= 2, "drafts of killed builds are removed"
