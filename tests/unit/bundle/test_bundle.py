@@ -18,12 +18,12 @@ def sealed(tmp_path_factory):
 
 @pytest.fixture
 def copy(sealed, tmp_path):
-    """A bundle to break."""
+    """A bundle that a test may damage."""
     return shutil.copytree(sealed, tmp_path / "bundle")
 
 
 def refusal(path) -> str:
-    """The message with which `verify` and `Bundle` refuse a bundle, which names its folder."""
+    """The message with which both `verify` and `Bundle` refuse a bundle. It names the folder."""
     with pytest.raises(BrokenBundle) as verified:
         verify(path)
     with pytest.raises(BrokenBundle) as opened:
@@ -40,15 +40,15 @@ def test_the_manifest_lists_every_file_and_the_facts(sealed):
     assert {"git_commit", "python"} <= set(manifest)
 
 
-def test_opens_with_its_schema_and_predicts(sealed):
+def test_a_bundle_opens_with_its_schema_and_predicts(sealed):
     opened = Bundle(sealed)
     probabilities = opened.predict(columns_of(opened.schema, ROWS))
     assert probabilities.shape == (len(ROWS),)
     assert probabilities.dtype == np.float32
     assert ((probabilities > 0) & (probabilities < 1)).all()
     assert len(set(probabilities)) == len(ROWS)
-    known = {i.name: i.known for i in opened.schema.inputs}
-    assert known == {
+    known_values = {i.name: i.known for i in opened.schema.inputs}
+    assert known_values == {
         "age": None,
         "hours-per-week": None,
         "education": EDUCATION,
@@ -57,7 +57,7 @@ def test_opens_with_its_schema_and_predicts(sealed):
     }
 
 
-def test_a_draft_predicts_the_same(sealed, tmp_path):
+def test_an_unsealed_bundle_predicts_the_same(sealed, tmp_path):
     opened = Bundle(sealed)
     columns = columns_of(opened.schema, ROWS)
     expected = opened.predict(columns)
@@ -68,8 +68,8 @@ def test_a_draft_predicts_the_same(sealed, tmp_path):
 
 def test_a_row_is_predicted_the_same_in_any_batch(sealed):
     opened = Bundle(sealed)
-    alone = [opened.predict(columns_of(opened.schema, [row]))[0] for row in ROWS]
-    np.testing.assert_allclose(opened.predict(columns_of(opened.schema, ROWS)), alone, atol=1e-6)
+    one_by_one = [opened.predict(columns_of(opened.schema, [row]))[0] for row in ROWS]
+    np.testing.assert_allclose(opened.predict(columns_of(opened.schema, ROWS)), one_by_one, atol=1e-6)
 
 
 def test_an_absent_key_is_missing(sealed):
@@ -97,14 +97,14 @@ def test_inputs_are_float64_and_strings_without_null():
     np.testing.assert_array_equal(feed["float"], [1.5, np.nan])
 
 
-def test_predicts_its_own_example(sealed):
+def test_a_bundle_predicts_its_own_example(sealed):
     example = json.loads((sealed / "example.json").read_text())
     assert example["rows"][0] == ROWS[0]
     assert example["rows"][1]["workclass"] is None
     Bundle(sealed).check_example()
 
 
-def test_another_prediction_for_its_example_is_refused(copy):
+def test_a_bundle_with_another_prediction_for_its_example_is_refused(copy):
     example = json.loads((copy / "example.json").read_text())
     example["probability"][0] += 0.001
     (copy / "example.json").write_text(json.dumps(example))
@@ -134,26 +134,26 @@ FOREIGN = ["model.pkl", "hook.py", "deep/extra.txt", f"deep/{MANIFEST}", ".DS_St
 def test_files_of_other_programs_are_neither_refused_nor_opened_nor_copied(sealed, copy, tmp_path, name):
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text("not a file that a bundle could open")
-    opened, whole = Bundle(copy), Bundle(sealed)
-    columns = columns_of(whole.schema, ROWS)
-    np.testing.assert_array_equal(opened.predict(columns), whole.predict(columns))
+    opened, original = Bundle(copy), Bundle(sealed)
+    columns = columns_of(original.schema, ROWS)
+    np.testing.assert_array_equal(opened.predict(columns), original.predict(columns))
     assert identity_of(copy) == identity_of(sealed)
     (tmp_path / "private").mkdir()
     manifest.copy(copy, tmp_path / "private")
     private = {file.name for file in (tmp_path / "private").iterdir()}
-    assert private == {*whole.manifest["files"], MANIFEST}
+    assert private == {*original.manifest["files"], MANIFEST}
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "schema.json", "example.json"])
 def test_a_required_file_must_be_in_the_manifest(copy, name):
-    """Otherwise a file that is not sealed would be opened."""
+    """Otherwise the bundle would open a file that no hash protects."""
     sealed = verify(copy)
     del sealed["files"][name]
     (copy / MANIFEST).write_bytes(manifest.encoded(sealed))
     assert f"{name} is not in the manifest" in refusal(copy)
 
 
-def test_equal_contents_have_the_same_identity_and_another_contract_has_another(sealed, copy):
+def test_equal_contents_have_the_same_identity_and_another_contract_another_one(sealed, copy):
     facts = {"seed": 0, "data_version": "c0ffee", "decision": PASSED}
     seal(copy, facts)
     assert identity_of(copy) == identity_of(sealed)
@@ -200,10 +200,10 @@ def test_a_folder_without_a_manifest_is_refused(copy, tmp_path):
         assert f"is not a bundle: it has no {MANIFEST}" in refusal(path)
 
 
-def test_has_no_pickle(sealed):
+def test_a_bundle_has_no_pickle(sealed):
     files = [file for file in sealed.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} == {".json", ".onnx", ".parquet"}
     for file in files:
         head = file.read_bytes()[:2]
-        assert head[:1] != b"\x80", f"{file.name} begins like a pickle"
+        assert head[:1] != b"\x80", f"{file.name} starts like a pickle"
         assert head != b"PK", f"{file.name} is an archive, as torch.save makes"

@@ -22,9 +22,9 @@ MODEL = "income"
 
 def served(**variants: dict[str, Any]) -> Traffic:
     """A traffic of variants, version 1 by default."""
-    located = {"version": "1", "path": "/bundles/1", "identity": "f" * 64}
+    defaults = {"version": "1", "path": "/bundles/1", "identity": "f" * 64}
     return Traffic.model_validate(
-        {"salt": "1", "policy": "weighted", "variants": {n: {**located, **v} for n, v in variants.items()}}
+        {"salt": "1", "policy": "weighted", "variants": {n: {**defaults, **v} for n, v in variants.items()}}
     )
 
 
@@ -33,7 +33,7 @@ def settings(**values: Any) -> Serving:
     return Serving.model_validate({"variants": variants, **values})
 
 
-def said(audit: Audit) -> list[str]:
+def sentences(audit: Audit) -> list[str]:
     return list(audit_text.sentences(audit.entries()))
 
 
@@ -47,7 +47,7 @@ BOTH = served(champion={"weight": 90}, challenger={"weight": 10})
 
 
 @pytest.mark.parametrize(
-    ("wanted", "serving", "sentence"),
+    ("changed", "serving", "sentence"),
     [
         (
             served(champion={"weight": 80}, challenger={"weight": 20}),
@@ -78,18 +78,18 @@ BOTH = served(champion={"weight": 90}, challenger={"weight": 10})
         (BOTH.model_copy(update={"salt": "2"}), settings(salt="2"), "serving: salt 1 -> 2"),
     ],
 )
-def test_a_line_shows_the_settings_that_changed(audit, wanted, serving, sentence):
+def test_a_line_shows_the_settings_that_changed(audit, changed, serving, sentence):
     place(audit, MODEL, BOTH, settings())
     place(audit, "flights", served(champion={"weight": 1}), settings(port=9000))
-    place(audit, MODEL, wanted, serving)
-    assert said(audit)[-1] == sentence
+    place(audit, MODEL, changed, serving)
+    assert sentences(audit)[-1] == sentence
 
 
 def test_the_first_line_of_an_endpoint_shows_what_is_served(audit):
     place(audit, MODEL, BOTH, settings(host="0.0.0.0", auth="local"))
     audit.add(traffic.UNDEPLOY_ACTION, MODEL, {})
     place(audit, MODEL, served(champion={"weight": 1}), settings())
-    assert said(audit) == [
+    assert sentences(audit) == [
         "serves champion (version 1, weight 90), challenger (version 1, weight 10); "
         "serving: auth none -> local, host 127.0.0.1 -> 0.0.0.0",
         "removed the endpoint",
@@ -108,7 +108,7 @@ def test_actions_of_the_registry_are_sentences(audit):
     audit.add(promotion.PROMOTING, MODEL, {"version": "2", "before": "1"})
     audit.add(promotion.PROMOTED, MODEL, {"version": "2", "before": "1"})
     audit.add("sign", MODEL, {"version": "2"})
-    assert said(audit) == [
+    assert sentences(audit) == [
         "registered version 1 as champion",
         "registered version 2",
         "starts to make version 2 the champion instead of 1",
@@ -117,12 +117,12 @@ def test_actions_of_the_registry_are_sentences(audit):
     ]
 
 
-def test_entries_of_other_versions_of_raylway_are_shown_as_they_are(audit):
+def test_entries_that_this_release_cannot_read_are_shown_as_json(audit):
     audit.add("traffic", MODEL, {"weights": {"champion": 1}})
     audit.add("pause", MODEL, {"hours": 1})
     place(audit, MODEL, served(champion={"weight": 1}), settings())
-    assert said(audit)[:2] == ['traffic {"weights": {"champion": 1}}', 'pause {"hours": 1}']
-    assert said(audit)[2].startswith("traffic {")
+    assert sentences(audit)[:2] == ['traffic {"weights": {"champion": 1}}', 'pause {"hours": 1}']
+    assert sentences(audit)[2].startswith("traffic {")
 
 
 def test_a_long_line_is_wrapped_in_its_column(audit):
@@ -135,7 +135,7 @@ def test_a_long_line_is_wrapped_in_its_column(audit):
     column = first.index("serves")
     assert others[0][:column].isspace()
     assert all(len(line) <= 100 for line in (first, *others))
-    assert any('[red]   note {"[bold]": "xxx' in line for line in others), "no markup"
+    assert any('[red]   note {"[bold]": "xxx' in line for line in others), "text is not read as markup"
 
 
 def output(*arguments: str) -> str:
@@ -144,7 +144,7 @@ def output(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_log_is_one_json_document(audit):
+def test_the_command_prints_one_json_document_or_a_line_for_each_entry(audit):
     place(audit, MODEL, BOTH, settings())
     audit.add("sign", "flights", {"version": "2"})
     document = json.loads(output("audit", "--json"))

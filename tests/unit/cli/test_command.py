@@ -1,4 +1,4 @@
-"""What all commands share: the console with its log, signals and exit codes."""
+"""The parts that all commands share: the console with its log, signals and exit codes."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from app.errors import Interrupted, UserError
 
 @pytest.fixture(autouse=True)
 def sigterm():
-    """The handler of SIGTERM after the test is that of before."""
+    """Restore the handler of SIGTERM after the test."""
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -25,7 +25,7 @@ def log_of(home) -> str:
     return log.read_text()
 
 
-def test_other_output_goes_to_the_log_that_is_named(home, capfd):
+def test_output_of_libraries_goes_to_the_log_and_the_command_names_the_log(home, capfd):
     with command.running("train") as console:
         os.write(1, b"chatter of a library\n")
         console.print("for the user")
@@ -41,7 +41,7 @@ def test_a_quiet_command_does_not_name_its_log(home, capfd):
     assert capfd.readouterr().out == "{}\n"
 
 
-def test_a_defect_is_one_line_and_its_traceback_is_in_the_log(home, capfd, monkeypatch):
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_in_the_log(home, capfd, monkeypatch):
     # pytest's own sys.stderr does not write to file descriptor 2.
     monkeypatch.setattr(sys, "stderr", open(2, "w", buffering=1, closefd=False))  # noqa: SIM115
     with pytest.raises(typer.Exit) as exit_, command.running("train"):
@@ -53,12 +53,12 @@ def test_a_defect_is_one_line_and_its_traceback_is_in_the_log(home, capfd, monke
     assert "Traceback" in log_of(home)
 
 
-def test_a_failure_of_the_disk_is_a_users_error(home):
+def test_a_full_disk_is_a_user_error(home):
     with pytest.raises(UserError, match="must have space left"), command.running("train"):
         raise OSError(28, "No space left on device", "/x")
 
 
-def test_a_users_error_is_passed_on(home):
+def test_a_user_error_is_raised_unchanged(home):
     with pytest.raises(UserError, match=r"^wrong$"), command.running("train"):
         raise UserError("wrong")
 
@@ -74,7 +74,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(home, capfd):
     assert capfd.readouterr().out.endswith("stopped; run it again\n")
 
 
-def test_an_interrupted_training_says_what_was_kept(home, capfd):
+def test_an_interrupted_training_names_the_checkpoint_that_is_kept(home, capfd):
     with pytest.raises(typer.Exit) as exit_, command.running("train", hint="run it again"):
         raise Interrupted("a checkpoint at step 7", signal.SIGINT)
     assert exit_.value.exit_code == 128 + signal.SIGINT

@@ -35,7 +35,7 @@ def in_a_worker(error: Exception) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "text"),
     [
         (failed(errno.ENOSPC, "/x/y"), "/x/y: must have space left, but: No space left on device. Free some"),
         (failed(errno.ENOSPC), "the disk: must have space left, but: "),
@@ -76,10 +76,10 @@ def in_a_worker(error: Exception) -> Exception:
         ),
     ],
 )
-def test_a_failure_is_reported_with_what_to_do(error, says):
+def test_a_failure_is_reported_with_advice(error, text):
     message = explain(error)
     assert message is not None
-    assert says in message
+    assert text in message
     assert "\n" not in message
 
 
@@ -96,17 +96,17 @@ def test_a_failure_is_reported_with_what_to_do(error, says):
         wrapped(UserError("for the user")),
     ],
 )
-def test_a_defect_has_no_message(error):
+def test_other_errors_have_no_message(error):
     assert explain(error) is None
 
 
-def test_an_error_that_was_handled_before_is_no_cause():
+def test_an_error_that_was_handled_before_is_not_a_cause():
     defect = KeyError("ours")
     defect.__context__ = failed(errno.EACCES, "/x")
     assert explain(defect) is None
 
 
-def test_the_state_directory_is_named_by_its_variable(home):
+def test_the_message_for_the_state_directory_names_its_variable(home):
     message = explain(failed(errno.EROFS, str(home / "logs" / "x")))
     assert message == (
         f"RAYLWAY_HOME: must be a folder that you can write to; it is {home}, but: {home}/logs/x: Read-only "
@@ -124,18 +124,18 @@ def test_the_password_of_a_server_is_not_shown():
     assert "secret" not in message
 
 
-def damage(file: Path) -> None:
+def overwrite_pages(file: Path) -> None:
     with file.open("r+b") as stream:
         stream.seek(4096)
         stream.write(b"\xff" * 3 * 4096)
 
 
-@pytest.mark.parametrize("how", [lambda file: file.write_bytes(b"x" * 20_000), damage])
-def test_a_damaged_database_is_named(home, how):
+@pytest.mark.parametrize("damage_file", [lambda file: file.write_bytes(b"x" * 20_000), overwrite_pages])
+def test_a_damaged_database_is_named(home, damage_file):
     with Audit() as audit:
         audit.add("sign", "income", {"version": "1"})
     (home / "mlflow.db").write_bytes((home / "production.db").read_bytes())
-    how(home / "production.db")
+    damage_file(home / "production.db")
     with Audit() as audit, pytest.raises(sqlalchemy.exc.DatabaseError) as caught:
         audit.entries()
     message = explain(caught.value)
@@ -144,7 +144,7 @@ def test_a_damaged_database_is_named(home, how):
 
 
 @pytest.mark.parametrize("command", ["audit", "up", "down", "token x"])
-def test_a_state_directory_that_is_a_file_is_refused_in_one_line(home, command):
+def test_a_state_directory_that_is_a_file_is_refused_with_one_line(home, command):
     home.write_text("")
     done = raylway(*command.split())
     assert (done.returncode, done.stdout) == (2, "")

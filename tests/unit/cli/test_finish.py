@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 
-# What a library registers runs after all that Python does: this one brings the process down.
+# An exit handler of a C library runs after those of Python. This one aborts the process.
 BROKEN = """
 import atexit, ctypes, sys
 libc = ctypes.CDLL(None)
@@ -27,33 +27,33 @@ def run(code: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, text=True, timeout=120, cwd=ROOT, **options)
 
 
-def ended(code: str) -> tuple[int, str]:
-    done = run(FINISHED + code)
-    return done.returncode, done.stdout
+def run_finished(code: str) -> tuple[int, str]:
+    """Exit code and output of a process that creates Finish and then runs the code."""
+    process = run(FINISHED + code)
+    return process.returncode, process.stdout
 
 
-def test_without_a_status_the_process_ends_as_any_other():
-    status, said = ended("")
-    assert (status, said) == (-signal.SIGABRT, "done\na handler of Python's\n")
+def test_without_a_status_the_exit_handlers_of_libraries_run():
+    assert run_finished("") == (-signal.SIGABRT, "done\na handler of Python's\n")
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_the_status_is_not_lost_to_what_libraries_do_at_the_end(status):
-    assert ended(f"finish.status = {status}") == (status, "done\na handler of Python's\n")
+def test_with_a_status_the_process_exits_before_the_handlers_of_libraries(status):
+    assert run_finished(f"finish.status = {status}") == (status, "done\na handler of Python's\n")
 
 
-def test_what_could_not_be_said_is_no_success():
+def test_output_that_cannot_be_written_is_a_failure():
     with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
         assert run(FINISHED + "finish.status = 0", stdout=full).returncode != 0
 
 
 @pytest.mark.parametrize(("file", "status"), [("smoke", 0), ("none", 2)])
-def test_commands_end_so(file, status):
+def test_commands_exit_with_their_status(file, status):
     arguments = ["raylway", "check", f"configs/{file}.yaml"]
     assert run(f"sys.argv = {arguments}\nfrom app.cli.main import main\nmain()").returncode == status
 
 
 @pytest.mark.parametrize(("selected", "status"), [("salt", 0), ("no_such_test", 5)])
-def test_tests_end_so(selected, status):
+def test_a_test_run_exits_with_its_status(selected, status):
     arguments = ["tests/unit/serving/traffic/test_routing.py", "-q", "-p", "no:cacheprovider", "-k", selected]
     assert run(f"import pytest\nsys.exit(pytest.main({arguments}))").returncode == status

@@ -15,7 +15,7 @@ from tests.commands import raylway
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").glob("*.yaml"))
-MUST = "must be a whole number from"
+MUST_BE = "must be a whole number from"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_every_shipped_project_is_valid(config):
     assert not sweep or (sweep[0], sweep[-1].split()[0]) == ("sweep:", "size:")
 
 
-def test_a_set_overrides_a_key():
+def test_set_overrides_a_key():
     done = raylway("check", "configs/smoke.yaml", "--set", "training.num_workers=7", "--set", "name=other")
     assert done.returncode == 0
     assert ": valid: other, " in done.stdout
@@ -42,7 +42,7 @@ def test_a_set_overrides_a_key():
 
 
 @pytest.mark.parametrize("command", ["check", "train", "serve"])
-def test_a_faulty_project_is_told_before_anything_starts(faulty, command, home):
+def test_a_faulty_project_is_refused_before_anything_starts(faulty, command, home):
     done = raylway(command, str(faulty))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
@@ -52,7 +52,7 @@ def test_a_faulty_project_is_told_before_anything_starts(faulty, command, home):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["configs/none.yaml"], "error: configs/none.yaml: no such project file"),
         (
@@ -63,29 +63,29 @@ def test_a_faulty_project_is_told_before_anything_starts(faulty, command, home):
         (["pyproject.toml"], "error: pyproject.toml: "),
     ],
 )
-def test_a_users_mistake_is_one_message_and_exit_code_2(arguments, says):
+def test_a_user_error_is_a_message_and_exit_code_2(arguments, message):
     done = raylway("check", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(says)
+    assert done.stderr.startswith(message)
     assert "Traceback" not in done.stderr
 
 
-def test_a_path_with_brackets_is_told_as_it_is(tmp_path):
+def test_a_path_with_brackets_is_printed_unchanged(tmp_path):
     file = tmp_path / "a[b].yaml"
     file.write_text((ROOT / "configs" / "smoke.yaml").read_text())
     done = raylway("check", str(file))
     assert done.stdout.startswith(f"{file}: valid: ")
 
 
-def listed(help_text: str) -> set[str]:
-    """The commands in a help text, of the box that lists them."""
+def listed_commands(help_text: str) -> set[str]:
+    """The commands that a help text lists."""
     (box,) = re.findall(r"─ Commands ─.*?╰", help_text, re.DOTALL)
     return set(re.findall(r"^│ ([a-z]\S*) ", box, re.MULTILINE))
 
 
 def test_help_lists_every_command():
     done = raylway("--help")
-    assert (done.returncode, listed(done.stdout)) == (0, set(COMMANDS))
+    assert (done.returncode, listed_commands(done.stdout)) == (0, set(COMMANDS))
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,20 @@ def test_help_lists_every_command():
 )
 def test_the_help_of_a_group_lists_its_commands(group):
     done = raylway(group, "--help")
-    assert (done.returncode, listed(done.stdout)) == (0, set(COMMANDS[group]))
+    assert (done.returncode, listed_commands(done.stdout)) == (0, set(COMMANDS[group]))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_parameter_has_a_help_text(name):
     command = typer.main.get_command(main.command_line()).commands[name]
-    for each in [command, *getattr(command, "commands", {}).values()]:
-        assert each.help, each.name
-        for parameter in each.params:
-            assert parameter.help, f"{each.name}: {parameter.name}"
+    for cmd in [command, *getattr(command, "commands", {}).values()]:
+        assert cmd.help, cmd.name
+        for parameter in cmd.params:
+            assert parameter.help, f"{cmd.name}: {parameter.name}"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         ("chek", "no such command 'chek'. Did you mean 'check'?; it takes audit, check, "),
         ("check", "check: missing argument 'file'; it takes file, --set, --help (see `"),
@@ -119,11 +119,11 @@ def test_every_command_and_parameter_has_a_help_text(name):
         ("train x --fresh=1", "error: option '--fresh' does not take a value; see --help"),
     ],
 )
-def test_a_command_line_that_cannot_be_is_one_line_and_exit_code_2(arguments, says):
+def test_an_invalid_command_line_is_one_line_and_exit_code_2(arguments, message):
     done = raylway(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
-    assert says in done.stderr
+    assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -134,7 +134,7 @@ def test_a_command_without_arguments_shows_its_help(command):
     assert "Usage:" in done.stdout
 
 
-def test_the_table_of_commands_needs_nothing_heavy():
+def test_the_table_of_commands_imports_no_large_library():
     code = "import sys, app.cli.main; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     loaded = set(done.stdout.split())
@@ -158,7 +158,7 @@ def test_the_table_of_commands_needs_nothing_heavy():
     ],
     ids=" ".join,
 )
-def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name, home, monkeypatch):
+def test_an_invalid_model_name_is_refused_by_every_command(command, name, home, monkeypatch):
     from app.cluster import session
 
     monkeypatch.setattr(session, "session", contextlib.nullcontext)
@@ -173,7 +173,7 @@ def test_a_name_that_no_model_can_have_is_refused_by_every_command(command, name
 @pytest.mark.parametrize(
     "command", ["token x --hours={}", "traffic income --champion {}", "traffic a --b={}"]
 )
-def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
+def test_a_number_outside_its_range_is_refused_with_one_line(command, value, home):
     with pytest.raises(
         UserError, match=rf"^--(hours|champion|b): must be a number from .*; it is '{value}'$"
     ):
@@ -182,17 +182,20 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
 
 
 @pytest.mark.parametrize(
-    ("command", "says"),
+    ("command", "message"),
     [
         *(
             (
                 ["predict", "m", "--input", "a", "--output", "b", "--k", k],
-                f"--k: {MUST} 1 to 100; it is {k!r}",
+                f"--k: {MUST_BE} 1 to 100; it is {k!r}",
             )
             for k in ("0", "101", str(10**30), "many", "1_0", "1.0", " 5 ", "\uff15", "nan", "")
         ),
         *(
-            (["sweep", "configs/smoke.yaml", "--trials", n], f"--trials: {MUST} 1 to 1,000,000,000; it is ")
+            (
+                ["sweep", "configs/smoke.yaml", "--trials", n],
+                f"--trials: {MUST_BE} 1 to 1,000,000,000; it is ",
+            )
             for n in ("0", "1.5", "1_0", "9" * 5000)
         ),
         (
@@ -207,8 +210,8 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(command, value, home):
         ),
     ],
 )
-def test_an_option_that_is_no_number_or_time_is_refused_in_one_line(command, says, home):
+def test_an_option_that_is_not_a_number_or_time_is_refused_with_one_line(command, message, home):
     with pytest.raises(UserError) as caught:
         main.command_line()(command, standalone_mode=False)
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(message)
     assert not home.exists()

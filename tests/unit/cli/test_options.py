@@ -1,4 +1,4 @@
-"""Parsers of options, and what they refuse."""
+"""Parsers of options, and the values that they refuse."""
 
 import pytest
 

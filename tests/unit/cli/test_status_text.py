@@ -1,4 +1,4 @@
-"""The endpoints' status as a person sees it."""
+"""The status of endpoints as text for people."""
 
 import io
 from typing import Any
@@ -37,7 +37,7 @@ def shown(*documents: dict[str, Any]) -> list[str]:
     return [" ".join(line.split()) for line in screen.file.getvalue().splitlines()]
 
 
-def test_nothing_is_served():
+def test_without_endpoints_nothing_is_served():
     assert shown() == ["nothing is served"]
 
 
@@ -49,7 +49,7 @@ def test_an_endpoint_is_a_table_of_its_variants():
     assert watch == "watch: last round 1 s ago, 0 failures"
 
 
-def test_shadows_workers_and_missing_numbers():
+def test_a_row_marks_shadows_and_workers_and_leaves_missing_numbers_empty():
     idle = {**VARIANT, "shadow": True, "p50_s": None, "p99_s": None, "error_rate": None, "workers": [1, 2]}
     row = shown({**ENDPOINT, "variants": {"heavy": idle}})[2]
     assert row == "heavy (1 workers) 2 shadow 12.3"

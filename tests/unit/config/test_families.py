@@ -1,4 +1,4 @@
-"""What the rest of a project file must be for its model."""
+"""Rules that connect the model of a project with its other sections."""
 
 import copy
 
@@ -40,7 +40,7 @@ def test_every_kind_belongs_to_one_family():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_does_not_fit_a_recommender_is_refused(changes, message):
+def test_a_section_that_does_not_fit_a_recommender_is_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         project(**changes)
 

@@ -1,4 +1,4 @@
-"""Every key of a project file, given values of every kind that a file can hold."""
+"""Messages for invalid values: every key of a project file is set to values of every type that YAML has."""
 
 import copy
 import datetime
@@ -14,11 +14,11 @@ from app.config import projectfile
 from app.errors import UserError
 
 ROOT = Path(__file__).parents[3]
-BAD: list[Any] = [
+VALUES: list[Any] = [
     None, True, 0, -1, 1.5, 10**30, 10**400, -(10**30), float("inf"), float("nan"), 1e308, 5e-324,
     "", "o'brien", "x" * 300, [], [1], [None], ["a", "a"], {}, {"a": 1}, {1: 2}, datetime.date(2020, 1, 1),
 ]  # fmt: skip
-LIBRARIES = re.compile(
+LIBRARY_WORDS = re.compile(
     r"[Ii]nput should|after validation|validation error|constrained|function-|literal\[|\[key\]|pydantic|"
     r"[Vv]alue error|"
     r"valid (list|string|integer|number|boolean|dictionary)|instance of|dictionary|NoneType|\bNone\b|"
@@ -44,8 +44,8 @@ SWEEP = {
 TRAINING = {"early_stopping": {"patience": 2}, "num_workers": [1, 2]}
 
 
-def whole(name: str, **sections: Any) -> dict[str, Any]:
-    """A shipped project with every key, also those that it leaves at their defaults."""
+def complete_project(name: str) -> dict[str, Any]:
+    """A shipped project with every key, including those that its file leaves at their defaults."""
     document = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     document |= {"sweep": SWEEP} if name == "smoke" else {}
     document["training"] |= TRAINING if name == "smoke" else {}
@@ -53,33 +53,35 @@ def whole(name: str, **sections: Any) -> dict[str, Any]:
     return projectfile.Project.model_validate(document).model_dump(mode="json")
 
 
-def places(value: Any, at: tuple = ()) -> Iterator[tuple]:
-    if at:
-        yield at
-    for key, below in (
+def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The paths of all values in a document; a path has the keys and indices that lead to the value."""
+    if path:
+        yield path
+    for key, child in (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     ):
-        yield from places(below, (*at, key))
+        yield from paths(child, (*path, key))
 
 
-def with_value(document: dict, at: tuple, value: Any) -> dict:
+def with_value(document: dict, path: tuple, value: Any) -> dict:
+    """A copy of the document with another value at the path."""
     document = copy.deepcopy(document)
-    place: Any = document
-    for part in at[:-1]:
-        place = place[part]
-    place[at[-1]] = value
+    parent: Any = document
+    for part in path[:-1]:
+        parent = parent[part]
+    parent[path[-1]] = value
     return document
 
 
 @pytest.fixture
 def message(tmp_path, monkeypatch):
-    """What a person is told of a document; empty if it is taken."""
+    """The message with which a document is refused; empty if it is accepted."""
     file = tmp_path / "bad.yaml"
     file.write_text("{}")
     monkeypatch.chdir(tmp_path)
 
-    def of(document: dict) -> str:
-        # Written as YAML and parsed again, thousands of documents would take minutes.
+    def message_of(document: dict) -> str:
+        # Parsing thousands of documents from YAML would take minutes.
         monkeypatch.setattr(projectfile, "_parsed", lambda text, source: (document, {}, {}))
         try:
             projectfile.load("bad.yaml")
@@ -87,36 +89,35 @@ def message(tmp_path, monkeypatch):
             return str(error)
         return ""
 
-    return of
+    return message_of
 
 
-def test_the_documents_are_valid(message):
+def test_the_complete_projects_are_valid(message):
     for name in ("smoke", "tweets", "movies"):
-        assert message(whole(name)) == ""
+        assert message(complete_project(name)) == ""
 
 
 @pytest.mark.parametrize("name", ["smoke", "tweets", "movies"])
-def test_a_fault_is_told_without_a_librarys_words(name, message):
-    document = whole(name)
-    done: set[tuple] = set()
-    for at in places(document):
-        if name != "smoke" and at[0] in ("training", "serving", "sweep"):
+def test_a_message_has_the_form_of_a_fault_and_no_words_of_a_library(name, message):
+    document = complete_project(name)
+    tried: set[tuple] = set()
+    for path in paths(document):
+        if name != "smoke" and path[0] in ("training", "serving", "sweep"):
             continue
-        shape = tuple(0 if isinstance(part, int) else part for part in at)
-        if at[:2] == ("data", "columns") and len(at) > 2:
-            shape = ("data", "columns", document["data"]["columns"][at[2]]["type"], *at[3:])
-        if at[0] == "features" and len(at) > 1:
-            shape = ("features", document["features"][at[1]]["encode"], *at[2:])
-        if shape in done:
+        shape = tuple(0 if isinstance(part, int) else part for part in path)
+        if path[:2] == ("data", "columns") and len(path) > 2:
+            shape = ("data", "columns", document["data"]["columns"][path[2]]["type"], *path[3:])
+        if path[0] == "features" and len(path) > 1:
+            shape = ("features", document["features"][path[1]]["encode"], *path[2:])
+        if shape in tried:
             continue
-        done.add(shape)
-        for value in BAD:
-            said = message(with_value(document, at, value))
-            for line in said.splitlines():
+        tried.add(shape)
+        for value in VALUES:
+            for line in message(with_value(document, path, value)).splitlines():
                 assert line.startswith("bad.yaml:"), line
                 assert len(line) < 1500, line
-                told = line.replace("o'brien", "").removeprefix("bad.yaml:1: ")
-                assert not LIBRARIES.search(told), f"{at} = {value!r:.60}: {line}"
+                text = line.replace("o'brien", "").removeprefix("bad.yaml:1: ")
+                assert not LIBRARY_WORDS.search(text), f"{path} = {value!r:.60}: {line}"
 
 
 @pytest.mark.parametrize("value", [10**30, 10**400, 1e308, float("inf"), float("nan"), 2**63])
@@ -132,9 +133,9 @@ def test_a_fault_is_told_without_a_librarys_words(name, message):
         "serving.autoscaling.max_replicas", "serving.autoscaling.downscale_delay_s",
     ],
 )  # fmt: skip
-def test_a_number_beyond_its_type_is_refused_in_one_line(key, value, message):
-    document = whole("smoke")
+def test_a_number_outside_its_range_is_refused_with_one_line(key, value, message):
+    document = complete_project("smoke")
     document["features"]["age"] = {"encode": "quantile"}
-    said = message(with_value(document, tuple(key.split(".")), value))
-    assert said.startswith(f"bad.yaml:1: {key}: must be ")
-    assert "\n" not in said
+    line = message(with_value(document, tuple(key.split(".")), value))
+    assert line.startswith(f"bad.yaml:1: {key}: must be ")
+    assert "\n" not in line

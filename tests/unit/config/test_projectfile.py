@@ -40,7 +40,7 @@ def file(tmp_path):
 
 
 def faults(file: Path, *overrides: str) -> list[str]:
-    """The lines of the error, the file's folder left out."""
+    """The lines of the error, without the folder of the file."""
     with pytest.raises(UserError) as caught:
         projectfile.load(file, overrides)
     return str(caught.value).replace(f"{file.parent}/", "").splitlines()
@@ -48,7 +48,7 @@ def faults(file: Path, *overrides: str) -> list[str]:
 
 def edit(file: Path, old: str, new: str) -> None:
     text = file.read_text()
-    assert text.count(old) == 1, "the edit must be of one place"
+    assert text.count(old) == 1, "the text to replace must occur once"
     file.write_text(text.replace(old, new))
 
 
@@ -61,7 +61,7 @@ MERGED = "m0: &m0 {x: 1}\n" + "".join(
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         (BOMB, "more than 100,000 keys"),
         (MERGED, "more than 100,000 keys"),
@@ -73,27 +73,27 @@ MERGED = "m0: &m0 {x: 1}\n" + "".join(
     ],
     ids=["aliases", "merges", "brackets", "lists", "itself", "bytes", "digits"],
 )
-def test_a_small_file_does_not_keep_the_parser_busy(file, text, told):
+def test_a_file_that_would_be_expensive_to_parse_is_refused(file, text, message):
     file.write_text(text)
     (fault,) = faults(file)
-    assert told in fault
+    assert message in fault
     if len(text) < 1_000 and "\n" not in text:
         file.write_text(TEXT)
         (fault,) = faults(file, f"a={text.removeprefix('a: ')}")
-        assert told in fault
+        assert message in fault
         assert fault.startswith("--set a")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_project_loads_and_is_called_like_its_file(config):
+def test_every_shipped_project_loads_and_has_the_name_of_its_file(config):
     assert projectfile.load(config).name == config.stem
 
 
-def test_there_are_shipped_projects():
+def test_shipped_projects_are_found():
     assert {"income.yaml", "smoke.yaml"} <= {config.name for config in CONFIGS}
 
 
-def test_loads_what_is_written_and_fills_in_defaults(file):
+def test_a_project_has_the_values_of_its_file_and_defaults(file):
     project = projectfile.load(file)
     assert project.data.columns["age"].type == "number"
     assert project.model.hidden == [4]
@@ -101,14 +101,14 @@ def test_loads_what_is_written_and_fills_in_defaults(file):
 
 
 @pytest.mark.parametrize("workers", [2, (1, 3)])
-def test_is_the_same_after_a_way_through_json(file, workers):
+def test_a_project_is_the_same_after_json(file, workers):
     project = projectfile.load(file, [f"training.num_workers={json.dumps(workers)}"])
     assert project.training.num_workers == workers
     assert Project.model_validate_json(project.model_dump_json()) == project
 
 
 @pytest.mark.parametrize("section", ["data", "model", "training", "serving"])
-def test_is_frozen_at_every_level(file, section):
+def test_a_project_is_frozen_at_every_level(file, section):
     project = projectfile.load(file)
     with pytest.raises(ValidationError):
         project.name = "other"
@@ -163,14 +163,14 @@ def test_is_frozen_at_every_level(file, section):
         ("learning_rate: 0.1", "learning_rate: .inf", "small.yaml:16: training.learning_rate: "),
     ],
 )
-def test_a_fault_tells_its_line_its_key_and_what_is_allowed(file, old, new, expected):
+def test_a_fault_names_its_line_its_key_and_the_allowed_values(file, old, new, expected):
     edit(file, old, new)
     (line,) = faults(file)
     assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "where", "came"),
+    ("old", "new", "position", "message"),
     [
         ("epochs: 2", "epochs: soon", "small.yaml:14: training.epochs: ", "it is 'soon'"),
         ("epochs: 2", "epochs: 2.5", "small.yaml:14: training.epochs: ", "it is 2.5"),
@@ -184,14 +184,14 @@ def test_a_fault_tells_its_line_its_key_and_what_is_allowed(file, old, new, expe
         ("  num_workers: 1", "  num_workers: 0", "small.yaml:13: training.num_workers: ", "it is 0"),
     ],
 )  # fmt: skip
-def test_a_wrong_value_tells_what_is_allowed_and_what_came(file, old, new, where, came):
+def test_the_fault_of_a_wrong_value_names_the_value_and_the_allowed_ones(file, old, new, position, message):
     edit(file, old, new)
     (line,) = faults(file)
-    assert line.startswith(where)
-    assert came in line
+    assert line.startswith(position)
+    assert message in line
 
 
-def test_all_faults_are_told_at_once(file):
+def test_all_faults_are_reported_together(file):
     edit(file, "epochs: 2", "epochs: soon")
     edit(file, "kind: mlp", "kind: mlp, depth: 3")
     edit(file, "  batch_size: 8\n", "")
@@ -257,25 +257,25 @@ def test_sections_must_fit_one_another(file, old, new, expected):
     assert faults(file) == [expected]
 
 
-def test_split_must_leave_something_to_train_on(file):
+def test_a_split_must_leave_training_rows(file):
     edit(file, "features:", "  split: {validation: 0.5, test: 0.5}\nfeatures:")
     (line,) = faults(file)
     assert line.startswith("small.yaml:8: data.split: ")
     assert "train" in line
 
 
-def test_replicas_must_be_in_order(file):
+def test_min_replicas_must_not_exceed_max_replicas(file):
     edit(file, "serving:", "serving:\n  autoscaling: {min_replicas: 3, max_replicas: 2}")
     assert faults(file) == ["small.yaml:18: serving.autoscaling: max_replicas must be at least min_replicas"]
 
 
-def test_a_key_that_stands_twice_is_refused_with_both_lines(file):
+def test_a_repeated_key_is_refused_with_both_lines(file):
     edit(file, "  batch_size: 8", "  epochs: 5\n  batch_size: 8")
     assert faults(file) == ["small.yaml:15: training.epochs: must occur once; keep this one or line 14"]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"", "must be a mapping with the keys compression, data"),
         (b"# only a remark\n", "must be a mapping"),
@@ -288,9 +288,9 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(file):
         (b"\xff\xfe\x00\x01PAR1", "cannot be read as a text file"),
     ],
 )
-def test_a_file_that_is_no_mapping_is_refused(file, content, says):
+def test_a_file_that_is_not_a_mapping_is_refused(file, content, message):
     file.write_bytes(content)
-    assert faults(file)[0].startswith(f"small.yaml: {says}")
+    assert faults(file)[0].startswith(f"small.yaml: {message}")
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
@@ -301,7 +301,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert faults(tmp_path / "folder")[0].startswith("folder: cannot be read as a text file")
 
 
-def test_set_replaces_and_adds_keys_with_yaml_values(file):
+def test_overrides_replace_and_add_keys_with_yaml_values(file):
     project = projectfile.load(
         file,
         ["training.epochs=7", "seed=3", "model.hidden=[8, 4]", "gate.minimum.auc=0.7",
@@ -319,28 +319,28 @@ def test_set_replaces_and_adds_keys_with_yaml_values(file):
     assert project.model.dropout == 0.25
 
 
-def test_the_last_set_of_a_key_wins(file):
+def test_the_last_override_of_a_key_wins(file):
     assert projectfile.load(file, ["training.epochs=7", "training.epochs=9"]).training.epochs == 9
 
 
 @pytest.mark.parametrize("override", ["training.epochs", "=3", "training..epochs=3", ".=1", ""])
-def test_a_malformed_set_is_refused_with_its_form(file, override):
+def test_a_malformed_override_is_refused_with_the_form_that_it_must_have(file, override):
     (line,) = faults(file, override)
     assert line.startswith(f"--set {override}: must be of the form key.key=value")
 
 
-def test_a_set_whose_value_is_no_yaml_is_refused(file):
+def test_an_override_whose_value_is_not_yaml_is_refused(file):
     assert faults(file, "training.epochs=[1")[0].startswith("--set training.epochs: is not valid YAML")
 
 
-def test_a_set_below_a_value_is_refused(file):
+def test_an_override_of_a_key_below_a_value_is_refused(file):
     assert faults(file, "training.epochs.first=1") == [
         "--set training.epochs.first=1: 'epochs' is a value, so it has no keys"
     ]
 
 
 @pytest.mark.parametrize(
-    ("override", "says"),
+    ("override", "message"),
     [
         ("training.epochs=soon", "training.epochs: "),
         ("training.epochz=1", "training.epochz: unknown key (did you mean epochs?)"),
@@ -353,12 +353,12 @@ def test_a_set_below_a_value_is_refused(file):
         ("serving.autoscaling.min_replicas=4", "serving.autoscaling: "),
     ],
 )
-def test_a_fault_of_a_set_is_not_blamed_on_a_line_of_the_file(file, override, says):
+def test_the_fault_of_an_override_names_no_line_of_the_file(file, override, message):
     (line,) = faults(file, override)
-    assert line.startswith(f"--set: {says}")
+    assert line.startswith(f"--set: {message}")
 
 
-def test_periodic_numbers_take_one_column(file):
+def test_periodic_embeddings_need_encodings_of_one_column(file):
     edit(file, "hidden: [4]", "hidden: [4], numbers: {embed: periodic}")
     assert projectfile.load(file).model.numbers.frequencies == 32
     edit(file, "age: {encode: min_max}", "age: {encode: piecewise_linear}")
@@ -368,7 +368,7 @@ def test_periodic_numbers_take_one_column(file):
     ]
 
 
-def test_says_how_a_number_may_be_embedded(file):
+def test_the_fault_of_an_unknown_embedding_lists_the_known_ones(file):
     edit(file, "hidden: [4]", "hidden: [4], numbers: {embed: polynomial}")
     (fault,) = faults(file)
     assert fault.startswith("small.yaml:11: model.numbers: ")
@@ -380,7 +380,7 @@ def test_a_label_may_be_a_number_beyond_a_threshold(file):
     assert projectfile.load(file).data.label.outcome == "above 15"
 
 
-def test_names_are_all_columns_that_are_read(file):
+def test_data_names_has_all_columns_that_are_read(file):
     edit(file, 'positive: "yes"}', 'positive: "yes"}\n  split: {by: time, column: day}')
     assert projectfile.load(file).data.names == ["age", "town", "bought", "day"]
 
@@ -402,7 +402,7 @@ def tweets(tmp_path):
     return file
 
 
-def test_a_text_classifier_takes_a_text_and_classes(tweets):
+def test_a_project_with_a_text_classifier_loads(tweets):
     project = projectfile.load(tweets)
     assert project.data.label.classes == ["bad", "good"]
     assert project.features["words"].max_length == 32
@@ -444,13 +444,13 @@ def test_a_text_classifier_takes_a_text_and_classes(tweets):
         ("max_length: 32", "max_length: 2", "9: features.words.max_length: "),
     ],
 )
-def test_a_text_project_must_fit_together(tweets, old, new, expected):
+def test_the_sections_of_a_text_project_must_fit_one_another(tweets, old, new, expected):
     edit(tweets, old, new)
     (line,) = faults(tweets)
     assert line.startswith(f"small.yaml:{expected}")
 
 
-def test_a_tabular_model_takes_no_text(file):
+def test_a_tabular_model_accepts_no_text_column(file):
     edit(file, "town: {type: category}", "town: {type: text}")
     edit(file, "town: {encode: one_hot}", "town: {encode: tokens}")
     (line,) = faults(file)
@@ -460,24 +460,24 @@ def test_a_tabular_model_takes_no_text(file):
 @pytest.mark.parametrize(
     ("written", "read"),
     [
-        *((each, each) for each in ("no", "YES", "on", "1:30", "010", "1", "1.50", "1e3", "true", "0x1F")),
-        *((each, each) for each in ("2013-01-01", "18_0")),
+        *((text, text) for text in ("no", "YES", "on", "1:30", "010", "1", "1.50", "1e3", "true", "0x1F")),
+        *((text, text) for text in ("2013-01-01", "18_0")),
         ("'1'", "1"),
         ('">50K"', ">50K"),
     ],
 )
-def test_a_text_is_taken_as_it_is_written(file, written, read):
+def test_a_string_keeps_its_spelling_even_if_it_looks_like_another_type(file, written, read):
     edit(file, '"yes"', written)
     assert projectfile.load(file).data.label.positive == read
     assert projectfile.load(file, [f"data.label.positive={written}"]).data.label.positive == read
 
 
-def test_a_text_that_needs_quotes_is_told_so(file):
+def test_the_fault_of_a_string_that_needs_quotes_names_them(file):
     edit(file, '"yes"', ">50K")
     assert faults(file)[-1].endswith("put text that starts with such a character in quotes")
 
 
-def test_texts_in_lists_and_keys_are_taken_as_they_are_written(file):
+def test_strings_in_lists_and_keys_keep_their_spelling(file):
     edit(file, "town: {type: category}", "2013: {type: category, values: [no, 1, 02, 3.10, off]}")
     edit(file, "town: {encode", "2013: {encode")
     edit(file, "version: champion", "version: 1")
@@ -488,13 +488,13 @@ def test_texts_in_lists_and_keys_are_taken_as_they_are_written(file):
     assert project.data.missing == ["-9", "n/a", ".5"]
 
 
-def test_numbers_are_decimal(file):
+def test_numbers_with_a_leading_zero_are_decimal(file):
     project = projectfile.load(file, ["training.epochs=010", "training.learning_rate=1e-3", "seed=0"])
     assert (project.training.epochs, project.training.learning_rate) == (10, 0.001)
 
 
 @pytest.mark.parametrize("written", ["18_0", "'18_0'"])
-def test_an_underscore_is_no_part_of_a_number(file, written):
+def test_a_number_with_an_underscore_is_refused(file, written):
     assert faults(file, f"training.epochs={written}") == [
         "--set: training.epochs: must be a number without underscores; it is '18_0'"
     ]
@@ -504,7 +504,7 @@ def test_an_underscore_is_no_part_of_a_number(file, written):
 
 
 @pytest.mark.parametrize("written", ["null", "~"])
-def test_what_is_no_text_is_told_how_to_write_it(tweets, written):
+def test_null_in_place_of_a_string_is_refused_with_advice(tweets, written):
     edit(tweets, "[bad, good]", f"[{written}, good]")
     (line,) = faults(tweets)
     advice = f'"{written}"'
@@ -513,7 +513,7 @@ def test_what_is_no_text_is_told_how_to_write_it(tweets, written):
     assert projectfile.load(tweets).data.label.classes == [written, "good"]
 
 
-def test_the_classes_that_a_message_names_can_be_written_so(tweets):
+def test_the_classes_that_a_message_suggests_are_valid(tweets):
     edit(tweets, "classes: [bad, good]", "positive: good")
     (line,) = faults(tweets)
     edit(tweets, "positive: good", line.partition("such as ")[2])
@@ -521,7 +521,7 @@ def test_the_classes_that_a_message_names_can_be_written_so(tweets):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ("column: bought", "column: __label__", "the column '__label__' cannot be used: names between"),
         (
@@ -532,13 +532,13 @@ def test_the_classes_that_a_message_names_can_be_written_so(tweets):
         ("{type: category}", "{type: category, values: [a, '']}", "columns.town.values: '' means a"),
     ],
 )
-def test_columns_that_cannot_be_used_are_refused(file, old, new, says):
+def test_unusable_columns_are_refused(file, old, new, message):
     edit(file, old, new)
     (line,) = faults(file)
-    assert says in line
+    assert message in line
 
 
-def test_classes_must_not_be_columns_of_the_answers(tweets):
+def test_classes_must_not_be_columns_of_the_predictions(tweets):
     edit(tweets, "[bad, good]", "[label, good]")
     (line,) = faults(tweets)
     assert "'label' is a column of the answers; rename" in line
