@@ -35,11 +35,11 @@ def prefix(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(prefix):
-    """Starts an owner; returns its process, the cluster's directory, the guardian and a member."""
+    """Start an owner. Returns its process, the directory of the cluster, the guardian and a member."""
     started = []
 
-    def start(how: str = ""):
-        command = [sys.executable, "-c", OWNER, prefix, how]
+    def start(mode: str = ""):
+        command = [sys.executable, "-c", OWNER, prefix, mode]
         owner = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         directory, *pids = owner.stdout.readline().split()
         processes = [psutil.Process(int(pid)) for pid in pids]

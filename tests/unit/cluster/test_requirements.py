@@ -90,8 +90,8 @@ def test_constraints_have_a_tested_version():
 @pytest.mark.parametrize(
     ("module", "call"), [("session", "session().__enter__()"), ("local", "up()"), ("session", "main()")]
 )
-def test_nothing_starts_with_another_version(tmp_path, module, call):
-    """Each way to start or join a cluster ends before it imports Ray or writes a file."""
+def test_no_cluster_starts_or_is_joined_with_another_version_of_ray(tmp_path, module, call):
+    """Each way to start or join a cluster raises before it imports Ray or writes a file."""
     code = (
         "import sys\n"
         "from importlib import metadata\n"
@@ -103,7 +103,7 @@ def test_nothing_starts_with_another_version(tmp_path, module, call):
         "except (Exception, SystemExit) as error:\n"
         "    print(error, 'ray' in sys.modules)\n"
     )
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env={"RAYLWAY_HOME": str(tmp_path / "home")},
         cwd=ROOT,
@@ -111,7 +111,7 @@ def test_nothing_starts_with_another_version(tmp_path, module, call):
         text=True,
         timeout=60,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert "ray must be version 2.60.x" in ran.stdout
-    assert ran.stdout.endswith(" False\n"), "Ray was imported"
+    assert process.returncode == 0, process.stderr
+    assert "ray must be version 2.60.x" in process.stdout
+    assert process.stdout.endswith(" False\n"), "Ray must not be imported"
     assert not (tmp_path / "home").exists()

@@ -219,13 +219,13 @@ def test_the_commands_sigterm_handler_stays_when_ray_starts():
     def handler(*_):
         pass
 
-    before = signal.signal(signal.SIGTERM, handler)
+    original = signal.signal(signal.SIGTERM, handler)
     try:
         with session._keeping_sigterm():
             signal.signal(signal.SIGTERM, lambda *_: None)  # as ray.init does
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, original)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', "null"])
@@ -274,7 +274,7 @@ def test_the_environment_is_changed_for_the_block_and_restored(monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_what_another_thread_sets_during_the_block_stays(monkeypatch):
+def test_a_variable_that_another_thread_sets_during_the_block_is_kept(monkeypatch):
     monkeypatch.setenv("RAYLWAY_TEST_BOTH", "before")
     monkeypatch.delenv("RAYLWAY_TEST_THREAD", raising=False)
 
@@ -290,7 +290,7 @@ def test_what_another_thread_sets_during_the_block_stays(monkeypatch):
 
 
 def test_other_threads_never_miss_a_variable(monkeypatch):
-    """The environment is not emptied, not even for a moment."""
+    """The environment is never empty, not even for a moment."""
     monkeypatch.setenv("RAYLWAY_TEST_KEPT", "kept")
     done, missed = threading.Event(), []
 

@@ -1,4 +1,4 @@
-"""Which rows a model may have learned from."""
+"""The rows from which a model may have learned."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""What prepare does with a block; the whole stage is tested on a cluster."""
+"""The functions of prepare for one block. Integration tests run the whole stage on a cluster."""
 
 import json
 from collections import Counter
@@ -44,20 +44,20 @@ BLOCK = pa.table(
 )
 
 
-def test_by_time_and_threshold_the_late_rows_are_the_test_part():
+def test_with_a_split_by_time_and_a_threshold_the_latest_rows_are_the_test_part():
     counted = _count_times(BLOCK, FLIGHTS.data)
     starts = split.part_starts(counted["time"].to_numpy(), counted["rows"].to_numpy(), FLIGHTS.data.split)
     table = _label_and_part(BLOCK, FLIGHTS, starts)
     rows = {row["distance"]: row for row in table.to_pylist()}
-    assert sorted(rows) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 11], "without the rows that have no label"
+    assert sorted(rows) == [0, 1, 2, 3, 4, 5, 6, 8, 9, 11], "rows without a label are dropped"
     assert [rows[i][LABEL] for i in (0, 1, 2, 3)] == [1, 0, 1, 0], "15 is not above 15"
     assert [i for i in sorted(rows) if rows[i][PART] == split.PARTS.index("test")] == [0, 1]
     assert [i for i in sorted(rows) if rows[i][PART] == split.PARTS.index("validation")] == [2, 3]
     assert set(table.column_names) == {"distance", "delay", LABEL, PART, split.TIME}
-    kept = {
+    columns = {
         part: _select(table, 0, _dropped_columns(part, FLIGHTS.data)).column_names for part in split.PARTS
     }
-    assert kept == {
+    assert columns == {
         "train": ["distance", LABEL],
         "validation": ["distance", LABEL],
         "test": ["distance", LABEL, split.TIME],
@@ -65,16 +65,16 @@ def test_by_time_and_threshold_the_late_rows_are_the_test_part():
 
 
 @pytest.mark.parametrize(
-    ("counts", "says"),
+    ("counts", "message"),
     [
         ({"not above 15": 7}, "'delay' must have two values or more, but it is constant: 'not above 15'"),
         ({"yes": 1, "no": 2}, "'above 15' must occur in 'delay', which has 'no' (2 rows), 'yes' (1 rows)"),
     ],
 )
-def test_a_label_that_cannot_be_learnt_is_refused(counts, says):
+def test_a_label_that_cannot_be_learned_is_refused(counts, message):
     with pytest.raises(UserError) as caught:
         _require_learnable(Counter(counts), Label(column="delay", above=15))
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("counts", [[99_996, 4], [99_986, 14], [1, 10**9], [3, 5, 2]])

@@ -62,7 +62,7 @@ def test_texts_are_truncated_to_the_length_in_the_file(tokenizer):
     assert lengths.tolist() == [5, 6, 2, 2]
     assert ids.shape == (4, 6)
     assert ids[0].tolist() == [2, *ids[0, 1:4], 3, 0]
-    assert ids[1, -1] == 3, "the token for the end of the text stays"
+    assert ids[1, -1] == 3, "a truncated text keeps its end token"
 
 
 def test_no_texts_have_no_tokens(tokenizer):

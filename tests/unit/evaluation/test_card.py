@@ -33,16 +33,16 @@ EVALUATION = {
 
 def tables(text: str) -> list[list[list[str]]]:
     """The tables of a Markdown text, as rows of cells."""
-    found: list[list[list[str]]] = [[]]
+    parsed: list[list[list[str]]] = [[]]
     for line in text.splitlines():
         if line.startswith("|"):
-            found[-1].append([cell.strip() for cell in line.strip("|").split("|")])
-        elif found[-1]:
-            found.append([])
-    return [table for table in found if table]
+            parsed[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+        elif parsed[-1]:
+            parsed.append([])
+    return [table for table in parsed if table]
 
 
-def test_names_the_model_the_label_the_data_and_every_input():
+def test_a_card_names_the_model_the_label_the_data_and_every_input():
     text = render(Project.model_validate(PROJECT), SUMMARY, EVALUATION)
     assert text.startswith("# income: mlp\n")
     assert "the probability that `income` is `>50K`" in text
@@ -55,13 +55,13 @@ def test_names_the_model_the_label_the_data_and_every_input():
         assert f"- `{name}`: {PROJECT['data']['columns'][name]['type']}, {encoding['encode']}\n" in text
 
 
-def test_names_the_sample_where_the_source_is_one():
+def test_a_card_names_the_sample_if_the_source_is_one():
     project = copy.deepcopy(PROJECT)
     project["data"]["source"] = {"sample": "adult"}
     assert "- source: sample adult" in render(Project.model_validate(project), SUMMARY, EVALUATION)
 
 
-def test_has_the_metrics_of_the_model_and_every_baseline():
+def test_a_card_has_the_metrics_of_the_model_and_every_baseline():
     quality, calibration = tables(render(Project.model_validate(PROJECT), SUMMARY, EVALUATION))
     head, rule, *rows = quality
     assert {len(row) for row in quality} == {len(head)}
@@ -75,7 +75,7 @@ def test_has_the_metrics_of_the_model_and_every_baseline():
     assert calibration[2] == ["0.100", "0.000", "0.200"]
 
 
-def test_a_label_of_classes_has_a_table_of_classes_and_of_slices(tmp_path):
+def test_the_card_for_a_label_of_classes_has_tables_of_classes_and_slices(tmp_path):
     project = Project.model_validate(texts.project(tmp_path))
     summary = {
         "data_version": "c0ffee" * 8,

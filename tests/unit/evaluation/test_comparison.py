@@ -43,22 +43,22 @@ MOVIES = {
 
 
 def changed(base=PROJECT, **changes) -> Project:
-    """A project with some values replaced, by key with `__` for the dot; None removes the key."""
+    """The project with some keys changed. `__` in a name stands for a dot; None removes the key."""
     document = copy.deepcopy(base)
     for key, value in changes.items():
         *path, last = key.split("__")
-        place = document
+        section = document
         for part in path:
-            place = place.setdefault(part, {})
+            section = section.setdefault(part, {})
         if value is None:
-            del place[last]
+            del section[last]
         else:
-            place[last] = value
+            section[last] = value
     return Project.model_validate(document)
 
 
 def parts_of(project: Project, table: pd.DataFrame):
-    """The part of each row as `prepare` divides them, and where the later parts begin."""
+    """The part of each row, as `prepare` assigns it, and the times at which the later parts start."""
     data, starts = project.data, None
     if data.split.by == "time":
         times = table[split.TIME].to_numpy()
@@ -93,7 +93,7 @@ def compared(tmp_path, candidate: Project, incumbent: Project, table: pd.DataFra
     (prepared / "project.json").write_text(candidate.model_dump_json())
     result = compare(Prepared(prepared, cached=True), SimpleNamespace(path=prepared), opened, evaluate)
     for _, rows in calls:
-        assert not rows & seen, "evaluated on a row on which it was trained"
+        assert not rows & seen, "a model must not be evaluated on rows that it was trained on"
     return result, calls
 
 
@@ -111,9 +111,9 @@ def test_another_seed_is_compared_on_the_same_rows(tmp_path):
 
 def test_one_more_column_is_compared_on_the_same_rows(tmp_path):
     incumbent = changed()
-    before = partition_of(incumbent.data, None)
+    partition = partition_of(incumbent.data, None)
     candidate = changed(**MORE)
-    candidate = candidate.model_copy(update={"data": with_partition_key(candidate.data, before)})
+    candidate = candidate.model_copy(update={"data": with_partition_key(candidate.data, partition)})
     result, _ = compared(tmp_path, candidate, incumbent)
     assert isinstance(result, Comparison)
     assert result.num_rows == result.num_test_rows
@@ -137,7 +137,7 @@ def test_rows_on_which_the_champion_was_trained_are_left_out(tmp_path, candidate
     assert result.num_rows / result.num_test_rows == pytest.approx(share, abs=0.05)
 
 
-def test_too_few_unseen_rows_are_no_comparison(tmp_path):
+def test_too_few_unseen_rows_are_not_compared(tmp_path):
     result, calls = compared(tmp_path, changed(data__split={"seed": 1}), changed(), TABLE.head(2000))
     assert isinstance(result, NotComparable)
     assert f"a comparison needs {MIN_ROWS}" in result.reason
@@ -145,7 +145,7 @@ def test_too_few_unseen_rows_are_no_comparison(tmp_path):
     assert not calls
 
 
-def test_too_few_rows_of_a_label_are_no_comparison(tmp_path):
+def test_too_few_rows_of_a_label_are_not_compared(tmp_path):
     rare = TABLE.assign(**{LABEL: (TABLE.index % 250 == 0).astype(np.float32)})
     result, _ = compared(tmp_path, changed(data__split={"seed": 1}), changed(), rare)
     assert isinstance(result, NotComparable)
@@ -221,11 +221,11 @@ AS_CATEGORY = {**COLUMNS, "age": {"type": "category"}}
         ),
     ],
 )
-def test_the_contract_decides_whether_the_champion_is_comparable(candidate, incumbent, expected):
+def test_differences_of_contracts_are_named(candidate, incumbent, expected):
     assert differences(candidate, incumbent) == expected
 
 
-def test_another_contract_is_not_evaluated(tmp_path):
+def test_models_with_different_contracts_are_not_evaluated(tmp_path):
     flipped = changed(data__label={"column": "income", "positive": "<=50K"})
     result, calls = compared(tmp_path, flipped, changed())
     assert isinstance(result, NotComparable)

@@ -37,7 +37,7 @@ CHAMPION = comparison({"auc": 0.9, "accuracy": 0.81})
         ),
     ],
 )
-def test_passes_with_the_figures_that_it_was_compared_with(gate, champion, reason):
+def test_a_candidate_that_passes_has_the_compared_figures_as_reason(gate, champion, reason):
     decision = decide(gate, CANDIDATE, BASELINES, champion)
     assert decision.passed
     assert decision.reason == reason
@@ -63,16 +63,16 @@ def test_passes_with_the_figures_that_it_was_compared_with(gate, champion, reaso
         ),
     ],
 )
-def test_fails_with_every_reason(gate, champion, reason):
+def test_a_candidate_that_fails_has_every_reason(gate, champion, reason):
     decision = decide(gate, CANDIDATE, BASELINES, champion)
     assert not decision.passed
     assert decision.reason == reason
 
 
-def test_a_tie_with_a_baseline_fails_and_with_the_champion_or_a_minimum_passes():
-    tied = {"auc": 0.5}
-    assert not decide(Gate(beat=["constant"]), tied, BASELINES, None).passed
-    assert decide(Gate(beat=[], minimum={"auc": 0.5}), tied, BASELINES, comparison(tied, tied)).passed
+def test_a_tie_with_a_baseline_fails_and_a_tie_with_the_champion_or_a_minimum_passes():
+    score = {"auc": 0.5}
+    assert not decide(Gate(beat=["constant"]), score, BASELINES, None).passed
+    assert decide(Gate(beat=[], minimum={"auc": 0.5}), score, BASELINES, comparison(score, score)).passed
 
 
 @pytest.mark.parametrize(("value", "passed"), [(0.75, True), (0.7500001, True), (0.7499, False)])
@@ -88,10 +88,10 @@ def test_a_metric_that_is_not_a_number_does_not_pass():
     assert not decide(Gate(beat=[]), CANDIDATE, {}, nan).passed
 
 
-def test_on_a_part_of_the_rows_both_are_judged_by_that_part():
-    some = comparison({"auc": 0.84}, {"auc": 0.85}, num_rows=300)
+def test_candidate_and_champion_are_compared_by_their_scores_on_the_compared_rows():
+    on_some_rows = comparison({"auc": 0.84}, {"auc": 0.85}, num_rows=300)
     rows = "on the 300 of 1,000 test rows that neither was trained on"
-    decision = decide(Gate(beat=[]), CANDIDATE, {}, some)
+    decision = decide(Gate(beat=[]), CANDIDATE, {}, on_some_rows)
     assert decision.passed
     assert decision.reason == f"auc 0.9000 (champion 0.8400 and candidate 0.8500 {rows})"
     decision = decide(
@@ -101,13 +101,13 @@ def test_on_a_part_of_the_rows_both_are_judged_by_that_part():
     assert decision.reason == f"auc 0.8500 is below the champion's 0.8600 {rows}"
 
 
-def test_without_a_comparison_the_other_criteria_decide_and_the_reason_says_so():
-    none = NotComparable("its contract differs")
-    decision = decide(Gate(), CANDIDATE, BASELINES, none)
+def test_without_a_comparison_the_other_criteria_decide_and_the_reason_names_the_obstacle():
+    not_comparable = NotComparable("its contract differs")
+    decision = decide(Gate(), CANDIDATE, BASELINES, not_comparable)
     assert decision.passed
     assert decision.reason == (
         "auc 0.9000 (constant 0.5000); not compared with the champion: its contract differs"
     )
-    decision = decide(Gate(minimum={"auc": 0.95}), CANDIDATE, BASELINES, none)
+    decision = decide(Gate(minimum={"auc": 0.95}), CANDIDATE, BASELINES, not_comparable)
     assert not decision.passed
     assert decision.reason.endswith("0.9500; not compared with the champion: its contract differs")

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-import sklearn.metrics as theirs
+import sklearn.metrics as sklearn_metrics
 
 from app.config import BINARY_METRICS
 from app.evaluation.metrics import auc, evaluate_binary, reliability
@@ -14,23 +14,23 @@ def predictions(seed: int, count: int = 400) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_agrees_with_scikit_learn(seed, threshold):
+def test_metrics_agree_with_scikit_learn(seed, threshold):
     labels, probabilities = predictions(seed)
     predicted = probabilities >= threshold
     results = evaluate_binary(labels, probabilities, threshold)
     expected = {
-        "auc": theirs.roc_auc_score(labels, probabilities),
-        "accuracy": theirs.accuracy_score(labels, predicted),
-        "precision": theirs.precision_score(labels, predicted),
-        "recall": theirs.recall_score(labels, predicted),
-        "f1": theirs.f1_score(labels, predicted),
-        "log_loss": theirs.log_loss(labels, probabilities),
-        "brier": theirs.brier_score_loss(labels, probabilities),
+        "auc": sklearn_metrics.roc_auc_score(labels, probabilities),
+        "accuracy": sklearn_metrics.accuracy_score(labels, predicted),
+        "precision": sklearn_metrics.precision_score(labels, predicted),
+        "recall": sklearn_metrics.recall_score(labels, predicted),
+        "f1": sklearn_metrics.f1_score(labels, predicted),
+        "log_loss": sklearn_metrics.log_loss(labels, probabilities),
+        "brier": sklearn_metrics.brier_score_loss(labels, probabilities),
     }
     assert {name: results[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
-def test_by_hand():
+def test_metrics_agree_with_values_by_hand():
     results = evaluate_binary(np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.5, 0.9]))
     assert results == pytest.approx(
         {
@@ -72,7 +72,7 @@ def test_certain_and_right_predictions_are_perfect():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_shares_of_the_bins_sum_to_1_and_their_means_to_the_whole(seed):
+def test_shares_of_the_bins_sum_to_1_and_their_weighted_means_to_the_overall_means(seed):
     labels, probabilities = predictions(seed)
     bins = reliability(labels, probabilities)
     assert sum(b["share"] for b in bins) == pytest.approx(1)

@@ -68,7 +68,7 @@ def test_a_tie_across_rank_k_is_a_miss():
     assert hit_rate(np.array([10.0, 10.5]), 10) == 0.5
 
 
-def test_chance_hits_k_of_n():
+def test_random_scores_hit_k_of_n():
     random = np.random.default_rng(0)
     users, items = 4000, 100
     places = ranks(

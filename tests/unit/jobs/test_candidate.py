@@ -38,7 +38,7 @@ def test_a_candidate_is_a_sealed_bundle_with_its_metrics(task, trained):
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["baselines"] == {"constant": {"auc": 0.5}}
     assert metrics["onnx_difference"] < 1e-4
-    assert candidate.build(task.project, task, trained, {}) == folder, "it is built once"
+    assert candidate.build(task.project, task, trained, {}) == folder, "the bundle is built once"
 
 
 def test_baselines_are_computed_once(task, monkeypatch):

@@ -55,7 +55,7 @@ def project(**changes) -> Project:
 
 @pytest.fixture
 def name(request) -> str:
-    """The name of the test's own model."""
+    """A model name that only this test uses."""
     return f"judged-{zlib.crc32(request.node.name.encode())}"
 
 

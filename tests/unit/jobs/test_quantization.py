@@ -34,7 +34,7 @@ def shared_home(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def home(shared_home, monkeypatch):
-    """One state directory for all tests here, with the prepared rows in it."""
+    """One state directory for all tests of the module, with the prepared rows."""
     monkeypatch.setenv("RAYLWAY_HOME", str(shared_home))
     return shared_home
 
@@ -62,12 +62,12 @@ def test_the_int8_version_is_a_bundle_with_its_cost_on_the_card(bundle):
         "decision": bundles.PASSED,
     }
     assert "## Compression" in (compressed.path / "card.md").read_text()
-    assert quantization.compress(bundle).path == compressed.path, "it is built once"
+    assert quantization.compress(bundle).path == compressed.path, "the int8 bundle is built once"
     with pytest.raises(UserError, match="is an int8 bundle already"):
         quantization.compress(compressed.path)
 
 
-def test_its_matrix_products_are_of_integers(bundle):
+def test_the_int8_version_multiplies_integers(bundle):
     import onnx
 
     graph = onnx.load(quantization.compress(bundle).path / "model.onnx").graph
@@ -105,7 +105,7 @@ def test_a_bundle_that_loses_too_much_is_refused(tmp_path, encoder, prepared, mo
 def test_the_int8_version_of_a_rejected_bundle_is_not_registered(
     tmp_path, shared_home, encoder, prepared, monkeypatch, passed, status, message, aliases
 ):
-    """Even if the gate would let the int8 version itself pass."""
+    """This holds even if the int8 version itself would pass the gate."""
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
     shutil.copytree(shared_home / "stages", tmp_path / "home" / "stages")
     path = texts.build(
@@ -120,7 +120,7 @@ def test_the_int8_version_of_a_rejected_bundle_is_not_registered(
     assert [list(version.aliases) for version in versions.versions("moods")] == aliases
 
 
-def test_without_its_test_part_a_bundle_is_not_compressed(tmp_path, bundle, monkeypatch):
+def test_a_bundle_whose_test_part_is_missing_is_not_compressed(tmp_path, bundle, monkeypatch):
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path))
     with pytest.raises(UserError, match="was removed; run `raylway train` again"):
         quantization.compress(bundle)

@@ -121,7 +121,7 @@ def test_a_champion_that_changed_after_the_decision_is_detected(bundles):
         assert registration.register("raced", run.id, sealed[0], uris[0]).number == "1", "it is registered"
 
 
-def test_concurrent_registrations(bundles, tmp_path, monkeypatch):
+def test_concurrent_registrations_give_each_bundle_one_version(bundles, tmp_path, monkeypatch):
     """The first registrations of a state directory, in several processes: each bundle has one version, and
     one is the champion."""
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""The contract that every family of models keeps, held by one suite for all of them.
+"""The contract that every family of models must keep: one suite for all families.
 
 The last family is the smallest possible one, in tests/unit/tasks/smallest: a folder of `app.tasks` and an
 entry of FAMILIES are all that it needs.
@@ -82,7 +82,7 @@ def test_the_settings_name_what_the_family_gives(built):
     assert set(model.baselines) == set(evaluation["baselines"])
 
 
-def test_a_project_survives_json(built):
+def test_a_project_is_the_same_after_json(built):
     project = built.task.project
     assert type(project).model_validate_json(project.model_dump_json()) == project
 
@@ -95,11 +95,11 @@ def test_arrays_have_a_row_for_each_row_and_do_not_change(built):
     arrays, again = built.task.arrays(frame), built.task.arrays(frame)
     for name, array in arrays.items():
         assert len(array) == len(frame) > 0
-        assert array.flags.writeable, "PyTorch shares the memory, and warns of what it could not write to"
+        assert array.flags.writeable, "PyTorch shares the memory, and warns if it is read-only"
         np.testing.assert_array_equal(array, again[name])
 
 
-def test_a_network_follows_from_the_seed(built):
+def test_a_network_is_determined_by_the_seed(built):
     networks = []
     for seed in (0, 0, 1):
         with torch.random.fork_rng():
@@ -172,17 +172,17 @@ def test_the_bundle_answers_like_the_network(built):
     assert answer.dtype == np.float32
     assert answer.shape == expected.shape
     np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=MAX_DIFFERENCE)
-    assert len(np.unique(answer)) > 20, "equal answers would say nothing"
+    assert len(np.unique(answer)) > 20, "equal answers would prove nothing"
     np.testing.assert_allclose(answer_of(built.bundle, test[4:5]), answer[4:5], rtol=1e-4, atol=1e-5)
 
 
-def test_the_bundle_answers_its_own_example(built):
+def test_the_bundle_predicts_its_own_example(built):
     built.bundle.check_example()
     example = json.loads((built.bundle.path / "example.json").read_text())
     assert len(answer_of(built.bundle, columns_of(built.bundle.schema, example["rows"]))) > 0
 
 
-def test_the_bundle_is_sealed_with_all_that_made_it(built):
+def test_the_bundle_is_sealed_with_all_its_files(built):
     manifest = verify(built.bundle.path)
     assert {"model.onnx", "model.safetensors", "schema.json", "project.json", "metrics.json"} <= set(
         manifest["files"]
@@ -194,7 +194,7 @@ def test_the_bundle_is_sealed_with_all_that_made_it(built):
     assert all(torch.equal(weights[name], value) for name, value in built.network.state_dict().items())
 
 
-def test_the_schema_has_the_inputs_and_what_is_predicted(built):
+def test_the_schema_has_the_inputs_and_the_prediction(built):
     schema, project = built.packager.schema(), built.task.project
     assert Schema.model_validate_json(schema.model_dump_json()) == schema == built.bundle.schema
     assert schema.name == project.name
@@ -248,7 +248,7 @@ def keys(built: Built, **changes) -> dict[str, str]:
     }
 
 
-def test_a_stage_that_is_done_is_not_done_again(built, monkeypatch):
+def test_a_finished_stage_is_not_repeated(built, monkeypatch):
     monkeypatch.setenv("RAYLWAY_HOME", str(built.home))
     scores = candidate.baselines(built.task)
     assert scores == evaluation_of(built)["baselines"]
@@ -257,7 +257,7 @@ def test_a_stage_that_is_done_is_not_done_again(built, monkeypatch):
     assert (path, path.stat().st_mtime_ns) == (built.bundle.path, before)
 
 
-def test_another_seed_and_other_settings_make_stages_of_their_own(built):
+def test_other_seeds_and_settings_have_other_stages(built):
     before, seed = keys(built), keys(built, seed=7)
     assert len(set(before.values())) == 4
     assert all(before[stage] != seed[stage] for stage in ("baselines", "train", "bundle"))

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, undamaged, enough to resume from, and pruned to the settings."""
+"""Checkpoints are complete, undamaged, enough to resume from, and pruned as the settings require."""
 
 import contextlib
 import itertools
@@ -86,7 +86,7 @@ def test_a_resumed_optimizer_makes_the_same_steps(tmp_path):
 
 
 def test_without_the_optimizer_state_the_steps_differ():
-    """Shows that the test above can fail."""
+    """This shows that the test above can fail."""
     whole, (network, optimizer) = started(), started()
     steps(*whole, 0, 9)
     steps(network, optimizer, 0, 4)
@@ -124,7 +124,7 @@ def test_a_checkpoint_is_only_safetensors_and_json(tmp_path):
 
 
 def test_later_steps_do_not_change_what_is_written(tmp_path, monkeypatch):
-    """The write is delayed until two hundred more steps are made."""
+    """The write starts only after two hundred more steps."""
     network, optimizer = started()
     steps(network, optimizer, 0, 2)
     write, before = checkpoint.write, {n: t.clone() for n, t in network.state_dict().items()}
@@ -185,26 +185,26 @@ def write_forever(folder, first: int, pipe) -> None:
 
 
 def test_a_writer_killed_at_any_moment_leaves_an_undamaged_checkpoint(tmp_path):
-    dice, last = random.Random(0), 0
+    rng, last = random.Random(0), 0
     servers = multiprocessing.get_context("forkserver")  # imports PyTorch once
     servers.set_forkserver_preload([__name__])
     for _ in range(KILLS):
-        ours, theirs = servers.Pipe(duplex=False)
-        writer = servers.Process(target=write_forever, args=(tmp_path, last + 1, theirs))
+        receiver, sender = servers.Pipe(duplex=False)
+        writer = servers.Process(target=write_forever, args=(tmp_path, last + 1, sender))
         writer.start()
-        theirs.close()
-        ours.recv(), ours.recv()
-        time.sleep(dice.uniform(0, 0.1))
+        sender.close()
+        receiver.recv(), receiver.recv()
+        time.sleep(rng.uniform(0, 0.1))
         writer.kill()
         writer.join()
-        begun = 0
+        last_started = 0
         with contextlib.suppress(EOFError):
             while True:
-                begun = ours.recv()
+                last_started = receiver.recv()
         latest = kept(tmp_path).latest(lambda note: None)
         groups, state = checkpoint.read(latest)
-        # Every checkpoint but the last one begun is there, because `save` waits for the previous write.
-        assert state["step"] >= max(begun - 1, last + 1)
+        # All checkpoints but the last one started are complete: `save` waits for the previous write.
+        assert state["step"] >= max(last_started - 1, last + 1)
         for tensors in groups.values():
             assert len(tensors) == 4
             assert all((tensor == state["step"]).all() for tensor in tensors.values())
@@ -225,7 +225,7 @@ DAMAGE = {
     "a flipped bit in the tensors": lambda f: flip(f / "model.safetensors"),
     "a flipped bit in the state": lambda f: flip(f / "state.json"),
     "a flipped bit in the manifest": lambda f: flip(f / MANIFEST),
-    "cut tensors": lambda f: (f / "optimizer.safetensors").write_bytes(b"{"),
+    "truncated tensors": lambda f: (f / "optimizer.safetensors").write_bytes(b"{"),
     "an empty state": lambda f: (f / "state.json").write_bytes(b""),
     "an empty manifest": lambda f: (f / MANIFEST).write_bytes(b""),
     "a manifest of nothing": lambda f: (f / MANIFEST).write_text("{}"),
@@ -237,7 +237,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=list(DAMAGE))
-def test_a_damaged_checkpoint_is_noted_and_the_one_before_is_used(tmp_path, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, damage):
     checkpoints = kept(tmp_path, keep_last=3)
     for epoch in (1, 2, 3):
         save(checkpoints, epoch, score=epoch / 10)
@@ -272,7 +272,7 @@ SCORES = [0.5, 0.9, 0.7, 0.9, 0.8, 0.6]
         ({"keep_last": 9, "keep_best": 1}, [1, 2, 3, 4, 5, 6]),
     ],
 )
-def test_the_last_and_the_best_are_kept_and_of_equals_the_first(tmp_path, settings, left):
+def test_the_last_and_the_best_are_kept_and_the_first_of_equals(tmp_path, settings, left):
     checkpoints = kept(tmp_path, **settings)
     for epoch, score in enumerate(SCORES, 1):
         save(checkpoints, epoch, score=score)
@@ -291,7 +291,7 @@ def test_checkpoints_within_an_epoch_count_as_last_but_not_as_best(tmp_path):
 
 
 def test_the_newest_write_removes_checkpoints_at_later_positions(tmp_path):
-    """Half as many steps make an epoch of twice as many workers; and the last two are damaged."""
+    """With twice as many workers, an epoch has half as many steps. The last two checkpoints are damaged."""
     checkpoints = kept(tmp_path, keep_last=2)
     save(checkpoints, 1, score=0.5)
     save(checkpoints, 1, 900)

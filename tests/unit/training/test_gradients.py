@@ -64,13 +64,13 @@ def test_frozen_parameters_are_not_in_the_buffer():
 
 
 class Exchange:
-    """An exchange that doubles a buffer when it is waited for; records names and sizes."""
+    """An exchange that doubles a buffer when it is awaited. It records names and sizes."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[str, int]] = []
+        self.started: list[tuple[str, int]] = []
 
     def begin(self, buffer: Tensor, name: str):
-        self.begun.append((name, buffer.numel()))
+        self.started.append((name, buffer.numel()))
         return lambda: buffer.mul_(2)
 
 
@@ -90,12 +90,12 @@ def test_buckets_are_sent_during_the_backward_pass_and_become_the_gradients():
     network, plain, exchange = Network(), Network(), Exchange()
     ours = overlapped(network, exchange)
     for _ in range(2):
-        exchange.begun.clear()
+        exchange.started.clear()
         ours.zero()
         plain.zero_grad()
         with ours.accumulating(last=True):
             ours.loss(*BATCH).backward()
-        assert exchange.begun == BUCKETS, "all exchanges begin before the first wait"
+        assert exchange.started == BUCKETS, "all exchanges start before the first wait"
         ours.reduce()
         (2 * plain.loss(*BATCH)).backward()
         for one, other in zip(gradients_of(network), gradients_of(plain), strict=True):
@@ -108,7 +108,7 @@ def test_the_last_of_several_passes_sends_the_sum_of_all():
     for i in range(3):
         with ours.accumulating(last=i == 2):
             ours.loss(*BATCH).backward()
-        assert exchange.begun == (BUCKETS if i == 2 else [])
+        assert exchange.started == (BUCKETS if i == 2 else [])
         plain.loss(*BATCH).backward()
     ours.reduce()
     for one, other in zip(gradients_of(network), gradients_of(plain), strict=True):
@@ -121,11 +121,11 @@ def test_a_parameter_that_the_loss_does_not_use_has_a_gradient_of_zero():
     ours.loss(*BATCH).backward()
     ours.reduce()
     ours.zero()
-    exchange.begun.clear()
+    exchange.started.clear()
     network.layers(torch.ones(1, 5)).sum().backward()  # without the table
-    assert exchange.begun == BUCKETS[:2]
+    assert exchange.started == BUCKETS[:2]
     ours.reduce()
-    assert exchange.begun == BUCKETS
+    assert exchange.started == BUCKETS
     assert not network.table.weight.grad.any()
 
 
@@ -137,7 +137,7 @@ def test_buckets_are_filled_up_to_a_size(bucket_bytes, sizes):
     ours = overlapped(network, exchange, bucket_bytes)
     ours.loss(*BATCH).backward()
     ours.reduce()
-    assert [size for _, size in exchange.begun] == sizes
+    assert [size for _, size in exchange.started] == sizes
 
 
 def sized(count: int, frozen: int = 0) -> nn.Module:
@@ -156,7 +156,7 @@ def sized(count: int, frozen: int = 0) -> nn.Module:
         (MIN_OVERLAPPED_PARAMETERS - 1, MIN_OVERLAPPED_PARAMETERS, False),
     ],
 )
-def test_auto_goes_by_the_number_of_parameters_that_learn(backend, size, frozen, expected):
+def test_auto_depends_on_the_number_of_trainable_parameters(backend, size, frozen, expected):
     assert overlaps(training(backend=backend), sized(size, frozen)) is expected
 
 

@@ -54,7 +54,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def train(prepared, tmp_path):
-    """Trains in a folder; returns the network's parameters, the history and the observer."""
+    """Train in a folder. Returns the parameters of the network, the history and the observer."""
 
     def run(name="run", observer=None, **training):
         observer = observer or Recorder()
@@ -117,7 +117,7 @@ def test_a_finished_training_makes_no_more_steps(train):
 
 
 @pytest.mark.parametrize("after", [4, STEPS])
-def test_a_requested_checkpoint_is_on_disk_when_the_observer_hears_of_it(train, tmp_path, after):
+def test_a_requested_checkpoint_is_on_disk_when_the_observer_is_called(train, tmp_path, after):
     class Saving(Recorder):
         def saved(self):
             super().saved()
@@ -144,7 +144,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_is_not_saved(train):
     assert not [event for event in recorder.events if event[0] == "epoch"]
 
 
-def test_early_stopping_finishes_the_training_and_says_so(train):
+def test_early_stopping_finishes_the_training_and_reports_it(train):
     early = {"epochs": 9, "early_stopping": {"patience": 1, "min_delta": 0.5}}
     _, history, recorder = train(**early)
     assert len(history) == 2

@@ -30,7 +30,7 @@ def test_the_cosine_falls_from_the_peak_to_0():
     assert all(before > after for before, after in itertools.pairwise(values))
 
 
-def test_the_line_falls_evenly():
+def test_the_linear_schedule_falls_evenly():
     assert rates(training(schedule="linear"), 4) == pytest.approx([0.2, 0.15, 0.1, 0.05, 0])
 
 

@@ -1,4 +1,4 @@
-"""Where a training resumes, and with what: also with another number of ranks."""
+"""The position and state with which a training resumes, also with another number of ranks."""
 
 import pytest
 import torch

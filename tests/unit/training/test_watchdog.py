@@ -34,9 +34,9 @@ def process(script: str):
 
 def test_a_process_that_hangs_is_killed_in_time_and_prints_its_threads():
     with process("dog.beat()\ndef stuck():\n    threading.Event().wait()\nstuck()") as hung:
-        began = time.monotonic()
+        started = time.monotonic()
         assert hung.wait(10) == -signal.SIGKILL
-        assert TIMEOUT_S <= time.monotonic() - began + 0.05 < 3 * TIMEOUT_S
+        assert TIMEOUT_S <= time.monotonic() - started + 0.05 < 3 * TIMEOUT_S
         output = hung.stderr.read()
     assert "no step for 1 s" in output
     assert "in stuck" in output
@@ -53,7 +53,7 @@ def test_a_process_with_a_closed_stderr_is_killed_too():
 
 
 @pytest.mark.parametrize("end", ["dog.stop()\ntime.sleep(1.5)", ""], ids=["stopped", "ended"])
-def test_a_process_that_makes_steps_is_left_alone(end):
+def test_a_process_that_makes_steps_is_not_killed(end):
     with process(BEATS + end) as busy:
         assert busy.wait(15) == 0
         assert busy.stderr.read() == ""

@@ -31,9 +31,9 @@ def space(parameters: dict, **sweep) -> Space:
     return Space(project(parameters, **sweep))
 
 
-def drawn(of: Space, count: int = 50) -> list[dict]:
+def drawn(swept: Space, count: int = 50) -> list[dict]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    return [dict(of.suggest(study.ask())) for _ in range(count)]
+    return [dict(swept.suggest(study.ask())) for _ in range(count)]
 
 
 # Points
@@ -53,8 +53,8 @@ def test_a_point_has_a_value_within_each_range():
 
 
 def test_a_point_makes_the_project_with_its_values():
-    of = space({"training.learning_rate": RATE, "model.hidden": HIDDEN})
-    point_project = of.project({"training.learning_rate": 0.05, "model.hidden": "[16, 16]"})
+    swept = space({"training.learning_rate": RATE, "model.hidden": HIDDEN})
+    point_project = swept.project({"training.learning_rate": 0.05, "model.hidden": "[16, 16]"})
     assert point_project.training.learning_rate == 0.05
     assert point_project.model.hidden == [16, 16]
     before = projectfile.load("configs/smoke.yaml")
@@ -65,23 +65,23 @@ def test_a_point_makes_the_project_with_its_values():
 
 def test_a_whole_branch_can_be_chosen_without_leftovers_of_the_old_one():
     branches = [{"kind": "linear"}, {"kind": "tabm", "hidden": [8], "members": 2}]
-    of = space({"model": {"type": "choice", "values": branches}})
-    assert [of.project(p).model.kind for p in of.points()] == ["linear", "tabm"]
+    swept = space({"model": {"type": "choice", "values": branches}})
+    assert [swept.project(p).model.kind for p in swept.points()] == ["linear", "tabm"]
 
 
 def test_a_parameter_is_left_out_if_its_condition_does_not_hold():
     scale = {"type": "choice", "values": [0.1, 0.2], "when": {"model.numbers.embed": "periodic"}}
     dropout = {"type": "choice", "values": [0.1, 0.3], "when": {"model.numbers.scale": [0.1, 0.5]}}
     embed = {"type": "choice", "values": ["none", "periodic"]}
-    of = space({"model.numbers.embed": embed, "model.numbers.scale": scale, "model.dropout": dropout})
-    assert list(of.points()) == [
+    swept = space({"model.numbers.embed": embed, "model.numbers.scale": scale, "model.dropout": dropout})
+    assert list(swept.points()) == [
         {"model.numbers.embed": "none"},
         {"model.numbers.embed": "periodic", "model.numbers.scale": 0.1, "model.dropout": 0.1},
         {"model.numbers.embed": "periodic", "model.numbers.scale": 0.1, "model.dropout": 0.3},
         {"model.numbers.embed": "periodic", "model.numbers.scale": 0.2},
     ]
-    assert of.size() == 4
-    assert {frozenset(p) for p in drawn(of)} == {frozenset(p) for p in of.points()}
+    assert swept.size() == 4
+    assert {frozenset(p) for p in drawn(swept)} == {frozenset(p) for p in swept.points()}
 
 
 def test_a_condition_may_name_a_key_of_the_project_or_its_default():
@@ -93,11 +93,11 @@ def test_a_condition_may_name_a_key_of_the_project_or_its_default():
 
 
 def test_set_values_are_in_every_project():
-    of = space(
+    swept = space(
         {"training.learning_rate": RATE}, set={"training.num_workers": 1, "training.horovod.autotune": True}
     )
-    assert of.base.training.num_workers == 1
-    assert of.project({"training.learning_rate": 0.01}).training.horovod.autotune
+    assert swept.base.training.num_workers == 1
+    assert swept.project({"training.learning_rate": 0.01}).training.horovod.autotune
 
 
 @pytest.mark.parametrize(
@@ -117,19 +117,19 @@ def test_size(parameter, size):
 
 def test_a_large_space_is_not_counted_completely():
     numbers = {"type": "int", "low": 1, "high": 1000}
-    of = space({"training.batch_size": numbers, "training.epochs": numbers, "seed": numbers})
-    assert of.describe()[-1] == "size: more than 100,000 points"
+    swept = space({"training.batch_size": numbers, "training.epochs": numbers, "seed": numbers})
+    assert swept.describe()[-1] == "size: more than 100,000 points"
 
 
 def test_the_description_names_ranges_conditions_and_constraints():
-    of = space(
+    swept = space(
         {
             "training.learning_rate": RATE,
             "model.dropout": {"type": "float", "low": 0, "high": 0.5, "when": {"model.kind": "mlp"}},
         },
         constraints=["training.learning_rate < 0.05"],
     )
-    assert of.describe() == [
+    assert swept.describe() == [
         "training.learning_rate: float from 0.001 to 0.1, logarithmic",
         'model.dropout: float from 0 to 0.5, when model.kind is "mlp"',
         "where training.learning_rate < 0.05",
@@ -156,8 +156,8 @@ def test_the_description_names_ranges_conditions_and_constraints():
     ],
 )
 def test_constraints(constraint, holds):
-    of = space({"training.learning_rate": RATE}, constraints=[constraint])
-    assert of.admits({"training.learning_rate": 0.01}) is holds
+    swept = space({"training.learning_rate": RATE}, constraints=[constraint])
+    assert swept.admits({"training.learning_rate": 0.01}) is holds
 
 
 @pytest.mark.parametrize(
@@ -253,10 +253,10 @@ STEPS = {"type": "float", "low": 0.1, "high": 1.0, "step": 0.2}
     ],
 )
 def test_a_range_ends_at_its_last_step(parameter, values, top):
-    of = space({"training.learning_rate": parameter})
-    assert [p["training.learning_rate"] for p in of.points()] == values
-    assert of.sweep.space["training.learning_rate"].top == top
-    assert {round(p["training.learning_rate"], 6) for p in drawn(of)} <= set(values)
+    swept = space({"training.learning_rate": parameter})
+    assert [p["training.learning_rate"] for p in swept.points()] == values
+    assert swept.sweep.space["training.learning_rate"].top == top
+    assert {round(p["training.learning_rate"], 6) for p in drawn(swept)} <= set(values)
 
 
 @pytest.mark.parametrize(
@@ -280,17 +280,17 @@ def test_a_range_ends_at_its_last_step(parameter, values, top):
     ],
 )
 def test_the_values_of_a_listed_point_must_be_in_their_ranges(parameter, value, allowed):
-    of = space({"training.batch_size": parameter}, points=[{"training.batch_size": value}])
-    of.project = lambda point: of.base  # whether the project is valid or not
+    swept = space({"training.batch_size": parameter}, points=[{"training.batch_size": value}])
+    swept.project = lambda point: swept.base  # whether the project is valid or not
     if allowed:
-        of.check()
+        swept.check()
         return
     with pytest.raises(UserError, match=r"sweep\.points\.0\.training\.batch_size: must be "):
-        of.check()
+        swept.check()
 
 
-def test_a_listed_point_is_checked_with_random_values_for_what_it_leaves_out():
-    """And not with the project's own values, which the search never tries."""
+def test_a_listed_point_is_checked_with_random_values_for_its_missing_parameters():
+    """The values of the project are not used, because the search never tries them."""
     sizes = {"type": "int", "low": 64, "high": 128}
     parameters = {"training.batch_size": sizes, "training.epochs": {"type": "int", "low": 1, "high": 4}}
     limit = ["training.batch_size * training.epochs <= 128"]
@@ -370,21 +370,21 @@ def test_a_point_that_is_accepted_is_tried_as_it_is():
         if others and random.random() < 0.5:
             parameters[others[0]]["when"] = {first: random_value(random, parameters[first])}
         point = {k: random_value(random, p) for k, p in parameters.items() if random.random() < 0.8}
-        of = space(parameters, points=[point])
-        of.project = lambda point, of=of: of.base  # whether the project is valid or not
+        swept = space(parameters, points=[point])
+        swept.project = lambda point, swept=swept: swept.base  # whether the project is valid or not
         try:
-            of.check()
+            swept.check()
         except UserError:
             continue
         accepted += 1
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=0, n_startup_trials=1))
-        encoded = of.encode(point)
+        encoded = swept.encode(point)
         for number in range(3):
             study.enqueue_trial(dict(encoded))
             trial = study.ask()
-            tried = of.suggest(trial)
+            tried = swept.suggest(trial)
             assert all(tried[key] == value for key, value in encoded.items() if key in tried)
-            optuna.trial.create_trial(params=dict(tried), distributions=of.distributions(tried), value=0.0)
+            optuna.trial.create_trial(params=dict(tried), distributions=swept.distributions(tried), value=0.0)
             study.tell(trial, float(number))
     assert accepted > 20
 
@@ -392,5 +392,5 @@ def test_a_point_that_is_accepted_is_tried_as_it_is():
 def test_a_large_space_with_conditions_is_counted_quickly():
     numbers = {"type": "int", "low": 1, "high": 10**6}
     many = {"training.epochs": numbers, "training.batch_size": {**numbers, "when": {"model.dropout": 0.1}}}
-    of = space({"model.dropout": {"type": "choice", "values": [0.0, 0.1]}, **many})
-    assert of.describe()[-1] == "size: more than 100,000 points"
+    swept = space({"model.dropout": {"type": "choice", "values": [0.0, 0.1]}, **many})
+    assert swept.describe()[-1] == "size: more than 100,000 points"

@@ -67,7 +67,7 @@ def test_an_interrupted_trial_waits_and_keeps_its_number_and_values():
 
 
 def test_a_repeated_call_has_the_effect_of_one():
-    """A call is repeated if the answer of the database is lost."""
+    """A call is repeated if the response of the database was lost."""
     with opened() as study:
         assert study.begin({"rate": 0.5}, RATE, "a") == study.begin({"rate": 0.5}, RATE, "a") == 0
         assert study.begin({"rate": 0.5}, RATE, "b") == 1

@@ -1,4 +1,4 @@
-"""What a sweep derives from stored trials: the best, rungs, planned points, and the report."""
+"""Results that a sweep derives from stored trials: the best, rungs, planned points, and the report."""
 
 import pytest
 from optuna import create_study, create_trial
@@ -62,7 +62,7 @@ def test_the_best_of_several_objectives_are_the_pareto_front():
         (None, True, "FAIL"),
     ],
 )
-def test_how_a_trial_ended(result, error, state):
+def test_the_end_of_a_trial_is_described(result, error, state):
     assert state_of(result, error).name == state
 
 

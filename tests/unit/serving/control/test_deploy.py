@@ -43,7 +43,7 @@ def audit():
 
 @pytest.fixture(autouse=True)
 def cluster(monkeypatch, fake_serve):
-    """A cluster of one node; what happens to the server is in the events of `fake_serve`."""
+    """A cluster of one node. Events of the server are added to those of `fake_serve`."""
     events = fake_serve.events
 
     def open_gateway(gateway):

@@ -92,4 +92,4 @@ def test_the_previous_server_is_restored_if_the_new_one_cannot_start(fake_serve,
     assert (ports, fake_serve.events) == ([9001, 9000], [])
     with pytest.raises(UserError, match="cannot start"):
         grpc_server.update(make_gateway(grpc_port=9001), None)
-    assert fake_serve.events == [("delete", GRPC)], "there is none to restore"
+    assert fake_serve.events == [("delete", GRPC)], "no previous server has to be restored"

@@ -9,7 +9,7 @@ from app.serving.control.replicas import MAX_ATTEMPTS, broadcast, refresh, try_b
 
 
 class Answers:
-    """In the place of `broadcast`: raises or returns the results in turn, and then the last one again."""
+    """Replaces `broadcast`: raises or returns the results in turn, and then repeats the last one."""
 
     def __init__(self, *results):
         self.results, self.num_calls = results, 0

@@ -17,7 +17,7 @@ def make_gateway(port=8000, max_wait_s=10.0):
 
 @pytest.fixture
 def events(monkeypatch):
-    """What happens to a server that does not run yet; each step can be replaced by a test."""
+    """The steps that start a server, in order. A test may replace each of them."""
     events = []
     monkeypatch.setattr(server, "_start_or_reload", lambda frontend: events.append(("start", frontend.port)))
     monkeypatch.setattr(grpc_server, "update", lambda gateway, previous: events.append(("grpc", previous)))
@@ -59,7 +59,7 @@ def test_the_first_start_requires_a_free_port(monkeypatch):
 
 
 @pytest.mark.parametrize(("num_nodes", "host"), [(1, "127.0.0.1"), (2, "0.0.0.0")])
-def test_replicas_listen_for_other_nodes_only_if_there_are_some(monkeypatch, num_nodes, host):
+def test_replicas_listen_on_all_interfaces_only_if_there_are_other_nodes(monkeypatch, num_nodes, host):
     started = []
     monkeypatch.setattr(server, "is_running", lambda: False)
     monkeypatch.setattr(preflight, "require_free_port", lambda *_: None)
@@ -71,7 +71,7 @@ def test_replicas_listen_for_other_nodes_only_if_there_are_some(monkeypatch, num
 
 
 class Controller:
-    """Serve's controller: the proxies of the nodes, whose reload has the results in turn."""
+    """Stands in for Serve's controller; a reload of a proxy returns the results in turn."""
 
     def __init__(self, *results):
         self.results, self.num_reloads = list(results), 0
@@ -84,7 +84,7 @@ class Controller:
 
 @pytest.fixture
 def reload_results(monkeypatch):
-    """Lets each reload of HAProxy on the only node return, or raise, the next result."""
+    """Make each reload of HAProxy on the only node return or raise the next result."""
 
     def use(*results):
         controller = Controller()
@@ -107,7 +107,7 @@ def reload_results(monkeypatch):
     return use
 
 
-def test_haproxy_is_asked_again_after_it_has_died(reload_results):
+def test_haproxy_is_reloaded_again_after_it_has_died(reload_results):
     controller = reload_results(RayError("connection refused"), RayError("connection refused"), None)
     server._reload()
     assert controller.num_reloads == 3

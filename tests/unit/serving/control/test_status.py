@@ -36,7 +36,7 @@ def audit():
 
 @pytest.fixture
 def states(monkeypatch):
-    """The states that the replicas answer with, by application."""
+    """The states that the replicas return, by application."""
     states = {}
     monkeypatch.setattr(status, "try_broadcast", lambda name, deployment, method: states.get(name, []))
     return states

@@ -79,7 +79,7 @@ def test_the_time_limit_is_for_the_whole_body():
     )
 
 
-def test_the_oldest_unfinished_body_makes_room_for_a_new_one():
+def test_the_oldest_unfinished_body_is_dropped_for_a_new_one():
     async def scene():
         unfinished = UnfinishedBodies(max_unfinished=2)
         paused = [Client(b"x", None, b"y") for _ in range(2)]

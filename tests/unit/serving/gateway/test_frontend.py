@@ -37,7 +37,7 @@ FRONTENDS = [
 @pytest.mark.parametrize("secured", [True, False])
 @pytest.mark.parametrize(("current", "requested"), list(itertools.permutations(FRONTENDS, 2)))
 def test_an_endpoint_with_another_frontend_is_refused(current, requested, secured):
-    """In any order, and whether or not the endpoints require tokens."""
+    """This holds in any order, and whether or not the endpoints require tokens."""
     for backend in (OPEN, SECURED):
         with pytest.raises(UserError) as refused:
             require_compatible(

@@ -31,7 +31,7 @@ def start(**settings):
 
 
 def test_a_port_in_use_is_an_error():
-    """Serve would otherwise report a server as healthy that another process answers for."""
+    """Otherwise another process would answer on the port, and Serve would report its server as healthy."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         error = start(port=other.getsockname()[1], tls=None)
     assert isinstance(error, RuntimeError)

@@ -126,7 +126,7 @@ def test_the_deployment_is_looked_up_for_every_request(monkeypatch):
 
 @pytest.fixture
 def direct_path(monkeypatch):
-    """The path of a process in which Serve has called nothing yet."""
+    """The direct path of a process in which Serve has not called the middlewares yet."""
     path = guard.DirectPath()
     monkeypatch.setattr(guard, "DIRECT_PATH", path)
     return path

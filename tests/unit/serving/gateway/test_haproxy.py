@@ -51,7 +51,7 @@ def test_without_a_secret_haproxy_does_not_start(configuration, monkeypatch):
 
 
 def test_the_program_executes_haproxy_with_the_edited_configuration(configuration):
-    """The variable that leads Serve to the program must not lead the program to itself."""
+    """The variable that makes Serve start the program must not make the program start itself."""
     edited = edit(configuration.read_text(), {})
     done = run(configuration, RAY_SERVE_HAPROXY_BINARY_PATH="/nowhere/raylway-haproxy")
     assert done.returncode == 0, done.stderr

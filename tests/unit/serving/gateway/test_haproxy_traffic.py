@@ -224,7 +224,7 @@ def test_unfinished_bodies_with_a_token_leave_places_for_others(create_proxy):
 
 
 def test_requests_beyond_the_places_wait_and_are_answered(create_proxy):
-    """As many as arrive while the replica stalls, if the stall is shorter than the time they may wait."""
+    """The replica stalls for less than the maximum wait, so all waiting requests are answered."""
     proxy = create_proxy()
     waiting = [proxy.send(2, b"{}", TOKEN) for _ in range(5 * MAX_CONCURRENT_REQUESTS)]
     proxy.wait_until_full()
@@ -332,7 +332,7 @@ def test_a_replica_answers_only_its_own_haproxy(create_proxy):
 
 
 def test_a_process_that_took_the_port_of_a_replica_does_not_answer(create_proxy):
-    """Neither a stranger nor a replica of another cluster; the next health check marks it as down."""
+    """The process is a stranger or a replica of another cluster. The next health check marks it as down."""
 
     async def stranger(scope, receive, send):
         await Response(b'"a stranger"').send(send, "r")

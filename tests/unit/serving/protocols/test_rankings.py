@@ -37,14 +37,14 @@ def encoded(answer: Answer, *rest: Any) -> bytes:
     return rows.encode(answer, rows.predictions(answer, *rest))
 
 
-def test_a_request_may_say_how_many_items_it_wants(contract):
+def test_k_is_the_number_of_items_in_the_answer(contract):
     assert parse(contract, rows=[{"who": "u1"}]).k is None
     assert parse(contract, rows=[{"who": "u1"}], k=3).k == 3
     assert parse(contract, rows=[{"who": "nobody"}], k=None).k is None
 
 
 @pytest.mark.parametrize("k", [0, -1, NUM_ITEMS + 1, 2.5, "3", True])
-def test_too_many_items_or_none_are_refused(contract, k):
+def test_an_invalid_k_is_refused(contract, k):
     with pytest.raises(Refused) as refused:
         parse(contract, rows=[{"who": "u1"}], k=k)
     assert refused.value.status == 422
@@ -58,7 +58,7 @@ def test_a_row_must_be_a_user_and_nothing_else(contract, row):
     assert refused.value.status == 422
 
 
-def test_an_unknown_user_is_refused_where_the_contract_says_so(bundle):
+def test_an_unknown_user_is_refused_if_the_contract_refuses_unseen_values(bundle):
     (user,) = bundle.schema.inputs
     strict = user.model_copy(update={"contract": user.contract.model_copy(update={"unseen": "refuse"})})
     contract = Contract(bundle.schema.model_copy(update={"inputs": [strict]}), max_rows=8)
@@ -67,7 +67,7 @@ def test_an_unknown_user_is_refused_where_the_contract_says_so(bundle):
         parse(contract, rows=[{"who": "nobody"}])
 
 
-def test_the_answer_has_the_best_items_first_and_says_who_is_unknown(bundle):
+def test_the_answer_has_the_best_items_first_and_marks_unknown_users(bundle):
     answer = answer_of(bundle, "u1", "nobody")
     document = orjson.loads(encoded(answer, bundle.schema, 3))
     assert document["item"] == "what"
@@ -80,14 +80,14 @@ def test_the_answer_has_the_best_items_first_and_says_who_is_unknown(bundle):
     assert len(ten["items"]) == 10
 
 
-def test_a_user_who_has_had_many_items_gets_what_is_left(bundle):
+def test_a_user_with_many_seen_items_gets_the_remaining_ones(bundle):
     (prediction,) = orjson.loads(encoded(answer_of(bundle, "u1"), bundle.schema, NUM_ITEMS))["predictions"]
     assert len(prediction["items"]) == len(prediction["scores"]) == NUM_ITEMS - 11
     assert "" not in prediction["items"]
 
 
 @pytest.mark.parametrize("binary", [False, True])
-def test_open_inference(bundle, contract, binary):
+def test_a_request_of_the_open_inference_protocol_is_answered(bundle, contract, binary):
     request = {
         "inputs": [{"name": "who", "datatype": "BYTES", "shape": [2, 1], "data": ["u1", "nobody"]}],
         "parameters": {"k": 2, "binary_data_output": binary},

@@ -49,15 +49,15 @@ def test_the_table_names_every_action():
 
 
 def test_metadata_names_the_versions_or_the_one_of_the_path(variants):
-    made = call(services(variants))
-    assert document(run(actions.metadata(made)))["versions"] == ["1", "2"]
-    made.version = "2"
-    described = document(run(actions.metadata(made)))
+    prediction_call = call(services(variants))
+    assert document(run(actions.metadata(prediction_call)))["versions"] == ["1", "2"]
+    prediction_call.version = "2"
+    described = document(run(actions.metadata(prediction_call)))
     assert described["versions"] == ["2"]
     assert {tensor["name"] for tensor in described["inputs"]} == set(ROWS[0])
 
 
-def test_ready(variants):
+def test_a_ready_model_is_reported_as_ready(variants):
     assert document(run(actions.ready(call(services(variants))))) == {"name": "income", "ready": True}
 
 
@@ -69,9 +69,9 @@ def test_the_openapi_document_has_feedback_only_where_records_are_kept(variants)
 
 def test_predict_answers_records_and_offers_the_same_predictions(variants):
     parts = services(variants, recorder=Recorder())
-    made = call(parts, BODY)
-    made.principal = Principal("ann", frozenset(), float("inf"))
-    answer = document(run(actions.predict(made)))
+    prediction_call = call(parts, BODY)
+    prediction_call.principal = Principal("ann", frozenset(), float("inf"))
+    answer = document(run(actions.predict(prediction_call)))
     (recorded,), (copy,) = parts.recorder.predictions, parts.shadows.copies
     assert answer["variant"] == recorded.variant == variants.choose("u-1")
     assert [p["positive"] for p in answer["predictions"]] == [p["positive"] for p in recorded.answer]

@@ -34,7 +34,7 @@ def test_the_load_of_a_thread_is_the_share_of_time_that_it_is_busy():
     assert load.share() > 0.5
 
 
-def test_an_autoscaler_that_does_not_ask_is_a_fault():
+def test_an_autoscaler_that_does_not_read_the_load_is_a_fault():
     now = [0.0]
     load = ThreadLoad(lambda: now[0])
     now[0] += MAX_INTERVAL_S

@@ -18,12 +18,12 @@ def query(variants, unit=None):
     return rows.parse(json.dumps({"rows": ROWS[:2], "unit": unit}).encode(), variants.contract)
 
 
-def test_the_unit_is_the_bodys_then_the_headers_then_the_request_id(variants):
+def test_the_unit_comes_from_the_body_else_the_header_else_the_request_id(variants):
     for unit, header, chosen in [("u-1", "u-2", "u-1"), (None, "u-2", "u-2"), (None, "", REQUEST_ID)]:
-        made = call(services(variants), x_raylway_unit=header)
-        made.choose(query(variants, unit))
-        assert (made.unit, made.variant) == (chosen, variants.choose(chosen))
-        assert (made.is_forced, made.num_rows) == (False, 2)
+        routed = call(services(variants), x_raylway_unit=header)
+        routed.choose(query(variants, unit))
+        assert (routed.unit, routed.variant) == (chosen, variants.choose(chosen))
+        assert (routed.is_forced, routed.num_rows) == (False, 2)
 
 
 def test_a_header_unit_of_too_many_characters_is_refused(variants):
@@ -54,32 +54,32 @@ def test_a_version_or_variant_that_is_not_served_is_refused(variants):
 def test_variants_that_are_loaded_while_the_body_arrives_answer(variants, tmp_path):
     later = loaded(tmp_path, champion=1)
     parts = services(variants)
-    made = call(parts, b"{}")
+    routed = call(parts, b"{}")
     parts.loader.loaded = later
-    assert made.loaded is variants
-    assert run(made.read_body()) == b"{}"
-    assert made.loaded is later
+    assert routed.loaded is variants
+    assert run(routed.read_body()) == b"{}"
+    assert routed.loaded is later
 
 
 @pytest.mark.parametrize(
     "headers", [{"content_type": "text/plain"}, {"content_encoding": "gzip"}, {"content_type": "image/png"}]
 )
 def test_a_body_of_another_type_is_refused_without_being_read(variants, headers):
-    made = call(services(variants), b"{}", **headers)
+    routed = call(services(variants), b"{}", **headers)
     with pytest.raises(Refused, match="the body must be application/json, not compressed") as refused:
-        run(made.read_body())
+        run(routed.read_body())
     assert refused.value.status == 415
-    assert not made.request.body.is_read
+    assert not routed.request.body.is_read
 
 
-def test_a_prediction_of_the_replica_is_the_bundles(variants):
-    made = call(services(variants))
-    made.choose(query(variants))
+def test_a_prediction_of_the_replica_has_the_values_of_the_bundle(variants):
+    routed = call(services(variants))
+    routed.choose(query(variants))
     columns = query(variants).columns
-    answer = made.answer(run(made.predict(columns)))
-    assert answer.probabilities.tolist() == variants.bundles[made.variant].predict(columns).tolist()
-    assert (answer.model, answer.variant, answer.request_id) == ("income", made.variant, REQUEST_ID)
-    assert answer.version == variants.versions[made.variant]
+    answer = routed.answer(run(routed.predict(columns)))
+    assert answer.probabilities.tolist() == variants.bundles[routed.variant].predict(columns).tolist()
+    assert (answer.model, answer.variant, answer.request_id) == ("income", routed.variant, REQUEST_ID)
+    assert answer.version == variants.versions[routed.variant]
 
 
 def test_workers_that_do_not_answer_are_a_503_to_be_repeated(variants):
@@ -91,8 +91,8 @@ def test_workers_that_do_not_answer_are_a_503_to_be_repeated(variants):
         bundles={},
         workers=dict.fromkeys(("champion", "challenger"), SimpleNamespace(predict=fail)),
     )
-    made = call(services(apart))
-    made.choose(query(variants))
+    routed = call(services(apart))
+    routed.choose(query(variants))
     with pytest.raises(Refused, match="does not answer now; try again") as refused:
-        run(made.predict({}))
+        run(routed.predict({}))
     assert (refused.value.status, refused.value.headers) == (503, {"retry-after": "1"})

@@ -29,7 +29,7 @@ class Local(Replica):
 
 @pytest.fixture(autouse=True)
 def process_settings():
-    """A replica sets them for its own process."""
+    """A replica sets these values for its own process."""
     before = sys.getswitchinterval()
     yield
     sys.setswitchinterval(before)
@@ -70,8 +70,8 @@ def test_a_replica_reports_hooks_without_effect_and_logs_them_once(home, tmp_pat
 
 def test_a_replica_starts_while_the_database_is_away_and_joins_it_later(home, tmp_path, monkeypatch):
     deployed = DeployedVariant(version="1", weight=1, path=build(tmp_path / "1", seed=1))
-    wanted = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
-    with Audit() as audit, traffic.set_with_rollback(audit, "income", wanted, SERVING):
+    initial = Traffic(salt="1", policy="weighted", variants={"champion": deployed})
+    with Audit() as audit, traffic.set_with_rollback(audit, "income", initial, SERVING):
         pass
 
     async def run():

@@ -1,4 +1,4 @@
-"""The way of a request to its action, without Ray and without a server."""
+"""Routing of a request to its action, without Ray and without a server."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ BODY = json.dumps({"rows": ROWS}).encode()
 
 
 class Authenticator:
-    """Knows the bearer of each token."""
+    """Has a principal for each token."""
 
     def __init__(self, **scopes):
         self._scopes = scopes
@@ -32,7 +32,7 @@ class Authenticator:
 
 
 class Limiter:
-    """Everybody has to wait."""
+    """Admits no request."""
 
     async def admit(self, principal):
         return 0.4
@@ -87,7 +87,7 @@ def test_a_version_that_is_not_served_is_a_404(variants):
         assert answer(services(variants), path, BODY, method=method).status == 404
 
 
-def test_without_a_good_token_nothing_is_read(variants):
+def test_without_a_valid_token_the_body_is_not_read(variants):
     parts = services(variants, authenticator=Authenticator(ann=["predict"]))
     refused = request("/predict", BODY)
     assert run(Endpoint(parts).respond(refused)).status == 401
@@ -106,7 +106,7 @@ def test_each_action_needs_its_scope(variants):
     assert answer(parts, "/feedback", b"{}", authorization="eve").status == 404
 
 
-def test_asking_for_a_variant_needs_the_scope_admin(variants):
+def test_a_forced_variant_needs_the_scope_admin(variants):
     parts = services(variants, authenticator=Authenticator(ann=["predict"], root=["predict", "admin"]))
     for path, headers in [("/versions/2/predict", {}), ("/predict", {"x_raylway_variant": "challenger"})]:
         assert answer(parts, path, BODY, authorization="ann", **headers).status == 403
@@ -139,7 +139,7 @@ def test_refused_requests_are_logged_and_others_only_if_the_project_says_so(vari
     ]
 
 
-def test_a_defect_is_counted_and_logged_as_a_500_and_raised(variants, caplog, monkeypatch):
+def test_an_unexpected_error_is_counted_and_logged_as_a_500_and_raised(variants, caplog, monkeypatch):
     async def fail(call):
         raise ZeroDivisionError("in an action")
 

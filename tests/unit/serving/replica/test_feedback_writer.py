@@ -64,7 +64,7 @@ def test_the_queue_is_bounded_in_bytes(writer, monkeypatch):
 
 
 def test_the_feedback_of_a_closed_event_loop_does_not_affect_others(writer):
-    """As in a replica that stops while feedback waits."""
+    """A replica stops while feedback waits."""
     loop = asyncio.new_event_loop()
     task = loop.create_task(writer.add(feedback("gone")))
     loop.run_until_complete(asyncio.sleep(0))

@@ -14,7 +14,7 @@ from tests.bundles import ROWS, build, schema
 
 @pytest.fixture
 def variants(tmp_path):
-    """Two variants with bundles of their own."""
+    """Two variants with different bundles."""
     return {
         name: DeployedVariant(version=str(number), weight=1, path=build(tmp_path / name, seed=number))
         for number, name in enumerate(("champion", "challenger"), start=1)
@@ -39,7 +39,7 @@ def test_a_single_variant_answers_every_unit(variants):
     dark = variants["challenger"].model_copy(update={"weight": 0})
     loaded = Loaded(make_traffic({"champion": variants["champion"], "challenger": dark}), max_rows=8)
     assert {loaded.choose(f"user-{number}") for number in range(100)} == {"champion"}
-    assert loaded.versions == {"champion": "1", "challenger": "2"}, "a client may ask for it by version"
+    assert loaded.versions == {"champion": "1", "challenger": "2"}, "a client may request it by version"
 
 
 def test_bundles_are_reused_and_new_ones_are_verified(variants):

@@ -22,7 +22,7 @@ def audit():
         yield audit
 
 
-def of(version, tmp_path):
+def traffic_of(version, tmp_path):
     variants = {"champion": DeployedVariant(version=version, weight=1, path=tmp_path)}
     return Traffic(salt="1", policy="weighted", variants=variants)
 
@@ -59,20 +59,20 @@ loader_backoff = loader.Backoff
 
 def test_a_newer_traffic_is_exchanged_for_the_loaded_one(audit, opener, tmp_path):
     async def run():
-        first = place(audit, MODEL, of("1", tmp_path))
+        first = place(audit, MODEL, traffic_of("1", tmp_path))
         loading = Loader(MODEL, audit, opener)
         assert (loading.entry, loading.loaded.version, loading.fault) == (first, "1", None)
-        assert not await loading.update(), "nothing has changed"
-        second = place(audit, MODEL, of("2", tmp_path))
+        assert not await loading.update(), "an unchanged entry is not opened again"
+        second = place(audit, MODEL, traffic_of("2", tmp_path))
         assert await loading.update()
         assert (loading.entry, loading.loaded.version) == (second, "2")
-        assert opener.opened == [("1", None), ("2", "1")], "what was loaded can be taken over"
+        assert opener.opened == [("1", None), ("2", "1")], "the new traffic can reuse what was loaded"
 
     asyncio.run(run())
 
 
 def test_without_a_traffic_that_can_be_loaded_there_is_no_loader(audit, opener, tmp_path):
-    place(audit, MODEL, of("1", tmp_path))
+    place(audit, MODEL, traffic_of("1", tmp_path))
     opener.broken["1"] = UserError("a broken bundle")
     with pytest.raises(UserError, match="a broken bundle"):
         asyncio.run(loader_of(audit, opener))
@@ -90,15 +90,17 @@ def test_a_traffic_that_cannot_be_loaded_is_a_fault_and_is_tried_again_after_a_p
     audit, opener, tmp_path, clock, caplog, error, fault
 ):
     async def run():
-        first = place(audit, MODEL, of("1", tmp_path))
+        first = place(audit, MODEL, traffic_of("1", tmp_path))
         loading = Loader(MODEL, audit, opener)
-        place(audit, MODEL, of("2", tmp_path))
+        place(audit, MODEL, traffic_of("2", tmp_path))
         opener.broken["2"] = error
         for _ in range(3):
             assert not await loading.update()
         assert (loading.entry, loading.loaded.version, loading.fault) == (first, "1", fault)
-        assert len(opener.opened) == 2, "not tried again before the pause is over"
-        assert len([r for r in caplog.records if "is not loaded" in r.message]) == 1, "logged once"
+        assert len(opener.opened) == 2, "it is not tried again before the pause is over"
+        assert len([r for r in caplog.records if "is not loaded" in r.message]) == 1, (
+            "the error is logged once"
+        )
         assert not await loading.update(retry_now=True)
         assert len(opener.opened) == 3
         clock.s += 2 * FIRST_DELAY_S
@@ -111,8 +113,8 @@ def test_a_traffic_that_cannot_be_loaded_is_a_fault_and_is_tried_again_after_a_p
 
 def test_an_audit_log_that_ends_before_the_loaded_entry_is_a_fault(audit, opener, tmp_path, monkeypatch):
     async def run():
-        place(audit, MODEL, of("1", tmp_path))
-        place(audit, MODEL, of("2", tmp_path))
+        place(audit, MODEL, traffic_of("1", tmp_path))
+        place(audit, MODEL, traffic_of("2", tmp_path))
         loading = Loader(MODEL, audit, opener)
         older = traffic.read_current(audit, MODEL)._replace(number=loading.entry - 1)
         monkeypatch.setattr(traffic, "read_current", lambda *_: older)
@@ -125,9 +127,9 @@ def test_an_audit_log_that_ends_before_the_loaded_entry_is_a_fault(audit, opener
 
 def test_of_two_updates_at_once_one_loads(audit, opener, tmp_path):
     async def run():
-        place(audit, MODEL, of("1", tmp_path))
+        place(audit, MODEL, traffic_of("1", tmp_path))
         loading = Loader(MODEL, audit, opener)
-        place(audit, MODEL, of("2", tmp_path))
+        place(audit, MODEL, traffic_of("2", tmp_path))
         assert sorted(await asyncio.gather(loading.update(), loading.update())) == [False, True]
         assert len(opener.opened) == 2
 

@@ -84,7 +84,9 @@ def test_a_traffic_that_fails_to_load_is_rolled_back_with_its_settings(audit):
 
     with pytest.raises(UserError, match="broken"):
         fail_to_load()
-    assert traffic.read_current(audit, "income") == (3, make_traffic(), SERVING), "in a new entry"
+    assert traffic.read_current(audit, "income") == (3, make_traffic(), SERVING), (
+        "the rollback is a new entry"
+    )
     with traffic.set_with_rollback(audit, "income", make_traffic(version="5"), SERVING) as number:
         assert traffic.read_current(audit, "income") == (number, make_traffic(version="5"), SERVING)
     assert traffic.read_current(audit, "income").traffic == make_traffic(version="5")
@@ -169,7 +171,7 @@ def test_with_weights_refuses_invalid_weights(weights, message):
 
 @pytest.mark.parametrize(("weights", "message"), [*INVALID_WEIGHTS, (None, "at least one variant")])
 def test_a_traffic_with_invalid_weights_cannot_be_constructed(weights, message):
-    """Neither by its constructor, nor from JSON, nor as a changed copy."""
+    """The constructor, JSON and a changed copy all refuse the weights."""
     variants = (
         {
             name: variant.model_copy(update={"weight": weights.get(name, variant.weight)})

@@ -42,7 +42,7 @@ def project(name: str, folder: Path) -> Project:
 
 
 def table() -> pa.Table:
-    """Users of two kinds, each of whom had 12 of the 20 items of their kind."""
+    """Interactions of users of two kinds, each with 12 of the 20 items of that kind."""
     random = np.random.default_rng(0)
     rows = [
         (f"u{user}", f"i{item + user % 2 * NUM_ITEMS // 2}", float(1 + item % 5), float(place))
@@ -54,7 +54,7 @@ def table() -> pa.Table:
 
 
 def answers(task: Task, network: Recommender, frame: pd.DataFrame) -> np.ndarray:
-    """The scores of what a bundle must answer, (users, items)."""
+    """The scores that a bundle must return, (users, items)."""
     users = torch.from_numpy(task.catalogue.user_indices(frame[task.columns.user]))
     with torch.no_grad():
         scores = network(users).masked_fill(task.seen_in("train", "validation")[users], LOWEST)

@@ -7,7 +7,7 @@ from scipy import sparse
 from app.tasks.recommender.baselines import ease, item_knn, popularity
 
 HAD = sparse.csr_matrix(np.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 0]], dtype=np.float64))
-"""Three users, four items; nobody had the last one."""
+"""Three users and four items; no user has the last item."""
 
 
 def test_popularity_counts_users():
@@ -21,7 +21,7 @@ def test_item_knn_by_hand():
     assert scores[2] == pytest.approx([cosine, cosine + 0.5, cosine, 0])
 
 
-def test_item_knn_takes_the_nearest_alone():
+def test_item_knn_uses_only_the_nearest_neighbours():
     scores = item_knn(HAD, neighbours=1)
     assert scores[0] == pytest.approx([2 / np.sqrt(6), 2 / np.sqrt(6), 2 / np.sqrt(6), 0])
 
@@ -36,7 +36,7 @@ def test_ease_is_the_ridge_regression_of_each_item_on_the_others(penalty):
         assert scores[:, item] == pytest.approx(others @ ridge)
 
 
-def test_ease_learns_the_tastes_and_popularity_does_not(build):
+def test_ease_learns_the_two_kinds_of_users_and_popularity_does_not(build):
     evaluation = json.loads((build("recommender", "mf").bundle.path / "metrics.json").read_text())
     assert evaluation["baselines"]["ease"]["hr@10"] > 0.75
     assert evaluation["baselines"]["popularity"]["hr@10"] < 0.75

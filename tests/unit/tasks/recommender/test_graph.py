@@ -19,7 +19,7 @@ def built(build, request) -> Built:
     return build("recommender", request.param)
 
 
-def test_ranks_the_items_that_a_user_has_not_had(built):
+def test_the_graph_ranks_the_items_that_a_user_has_not_seen(built):
     catalogue = built.task.catalogue
     users = [f"u{i}" for i in range(NUM_USERS)]
     ranking = built.bundle.rank({"who": np.array(users, dtype=object)})
@@ -45,7 +45,7 @@ def test_an_unknown_user_gets_the_most_popular_items(built):
         assert ranking.scores[row].tolist() == catalogue.popularity
 
 
-def test_takes_the_user_by_the_columns_name(built):
+def test_the_input_has_the_name_of_the_user_column(built):
     session = onnxruntime.InferenceSession(built.bundle.path / "model.onnx")
     assert [(i.name, i.type, i.shape) for i in session.get_inputs()] == [("who", "tensor(string)", ["rows"])]
     assert {o.name: o.type for o in session.get_outputs()} == {
@@ -64,7 +64,7 @@ def test_the_graph_of_another_network_is_refused(built):
         difference(other, built.task.catalogue, seen, built.bundle.path / "model.onnx", users)
 
 
-def test_other_scores_for_its_example_are_refused(built, tmp_path):
+def test_a_bundle_with_other_scores_for_its_example_is_refused(built, tmp_path):
     path = shutil.copytree(built.bundle.path, tmp_path / "bundle")
     example = json.loads((path / "example.json").read_text())
     scores = (np.array(example["scores"]) + 1).tolist()

@@ -28,7 +28,7 @@ def test_a_bundle_is_evaluated_like_its_network(built):
 
 
 def test_a_champion_of_other_data_ranks_by_its_own_catalogue(built, tmp_path):
-    """It does not know one user and one item of the test part."""
+    """One user and one item of the test part are unknown to the champion."""
     rows = example.table()
     for column, missing in (("who", "u3"), ("what", "i5")):
         rows = rows.filter(pa.compute.not_equal(rows[column], missing))

@@ -24,7 +24,7 @@ def task_with(prepared: Prepared, **changes: Any) -> Task:
     return Task(Project.model_validate({**example.PROJECT, "model": model}), prepared)
 
 
-def test_negatives_are_never_items_that_the_user_had(prepared):
+def test_negatives_are_never_items_of_the_user(prepared):
     task = task_with(prepared)
     arrays = tensors(task, "train")
     users, _, _, negatives, allowed = task.batch(arrays, torch.arange(100))
@@ -43,7 +43,7 @@ def test_recent_interactions_count_more(prepared):
 
 
 @pytest.mark.parametrize("changes", [{"loss": "softmax"}, {"loss": "bpr"}, {"negatives": 1000}], ids=str)
-def test_every_loss_learns_the_tastes(prepared, changes):
+def test_every_loss_learns_the_two_kinds_of_users(prepared, changes):
     task = task_with(prepared, **changes)
     metrics = validate(task, train(task))
     # A user has 10 or 11 items of the own kind left, of 30 or 31 in all: chance gives 10 / 30.
@@ -55,13 +55,13 @@ def test_explicit_feedback_learns_ratings(build):
     built = build("recommender", "mf of ratings")
     assert built.task.score == "r2"
     _, metrics = built.validation
-    assert metrics["r2"] > 0.5, "every user rates an item the same"
+    assert metrics["r2"] > 0.5, "every user rates an item equally"
     assert metrics["loss"] == pytest.approx(metrics["rmse"] ** 2)
     evaluation = built.packager.evaluate(built.bundle)
     assert set(evaluation["model"]) == {"hr@10", "ndcg@10", "mrr", "rmse", "r2"}
 
 
-def test_validation_ranks_the_items_that_the_user_has_not_had_in_training(prepared):
+def test_validation_ranks_the_items_that_the_user_has_not_seen_in_training(prepared):
     task = task_with(prepared)
     network, arrays = task.network().eval(), tensors(task, "validation")
     with torch.no_grad():

@@ -28,7 +28,7 @@ def project(name: str, folder: Path) -> Project:
 
 
 def people(count: int, seed: int) -> pd.DataFrame:
-    """People whose age, hours, education and missing workclass say much about their income."""
+    """People whose income depends on their age, hours, education and a missing workclass."""
     random = np.random.default_rng(seed)
     frame = pd.DataFrame(
         {
@@ -50,6 +50,6 @@ def table() -> pa.Table:
 
 
 def answers(task: Task, network: torch.nn.Module, frame: pd.DataFrame) -> np.ndarray:
-    """What a bundle must answer, (rows,)."""
+    """The probabilities that a bundle must return, (rows,)."""
     with torch.no_grad():
         return network(torch.from_numpy(task.preprocessor.transform(frame))).numpy()

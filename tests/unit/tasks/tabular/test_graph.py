@@ -154,7 +154,7 @@ def test_the_graph_answers_like_the_network(exported, count):
     np.testing.assert_allclose(
         probabilities[:, 0], expected(model, preprocessor, frame), atol=MAX_DIFFERENCE / 10
     )
-    assert count < 1000 or probabilities.std() > 0.001, "equal answers would say nothing"
+    assert count < 1000 or probabilities.std() > 0.001, "equal answers would prove nothing"
     assert difference(model, preprocessor, path, frame) <= MAX_DIFFERENCE / 10
 
 
@@ -173,7 +173,7 @@ def test_a_column_may_have_an_inner_name_of_the_graph(tmp_path, names):
     difference(model, preprocessor, path, rows(preprocessor, 50))
 
 
-def test_takes_each_raw_column_by_name_and_type(mixed):
+def test_the_graph_has_an_input_for_each_raw_column(mixed):
     _, _, path = mixed
     graph = open_graph(path)
     assert {i.name: (i.type, i.shape) for i in graph.get_inputs()} == {
@@ -192,7 +192,7 @@ def test_values_beyond_ascii_are_distinguished(mixed):
     )
     probabilities = run(open_graph(path), frame)[:, 0]
     np.testing.assert_allclose(probabilities, expected(model, preprocessor, frame), atol=1e-6)
-    assert probabilities[1] == probabilities[2], "both are unseen"
+    assert probabilities[1] == probabilities[2], "both values are unseen"
     assert len(set(probabilities)) == 3
 
 

@@ -1,4 +1,4 @@
-"""What every network on rows keeps, and the networks by hand."""
+"""Properties of every network on rows, and the output of networks by hand."""
 
 from typing import Literal
 
@@ -43,7 +43,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @every_model
 @every_layout
 @pytest.mark.parametrize("count", [1, 7])
-def test_gives_a_finite_probability_for_each_row(kind, layout, count):
+def test_a_network_gives_a_finite_probability_for_each_row(kind, layout, count):
     probabilities = build(kind, layout)(matrix(layout, count))
     assert probabilities.shape == (count,)
     assert probabilities.dtype == torch.float32

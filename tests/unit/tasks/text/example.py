@@ -30,7 +30,7 @@ def table() -> pa.Table:
 
 
 def answers(task: Task, network: TextClassifier, frame: pd.DataFrame) -> np.ndarray:
-    """What a bundle must answer, (rows, classes): one text at a time, without padding."""
+    """The probabilities that a bundle must return, (rows, classes): one text at a time, without padding."""
     tokenizer = tokens.load(task.prepared.path / tokens.TOKENIZER_FILE)
     probabilities = []
     for text in frame[task.column]:

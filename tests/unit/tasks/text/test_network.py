@@ -29,7 +29,7 @@ def batch(rows: int = 4, length: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens.pad(ids, lengths)
 
 
-def test_gives_a_probability_for_each_class():
+def test_a_network_gives_a_probability_for_each_class():
     probabilities = network().eval()(*batch())
     assert probabilities.shape == (4, 3)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(4))
@@ -69,7 +69,7 @@ def test_a_frozen_and_a_trained_encoder_predict_the_same():
     )
 
 
-def test_learns_the_meaning_of_a_word():
+def test_a_network_learns_the_meaning_of_a_word():
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     ids = torch.randint(4, 40, (96, 6), generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,7 @@ def test_with_a_frozen_encoder_only_the_head_is_trained():
     assert sum(p.numel() for g in groups for p in g["params"]) == 16 * 3 + 3
 
 
-def test_an_encoder_is_loaded_without_its_pooler_and_silently(tmp_path, capfd):
+def test_an_encoder_is_loaded_without_its_pooler_and_without_output(tmp_path, capfd):
     folder = encoders.build(tmp_path / "tiny")
     encoder = load_encoder(folder)
     saved = load_file(folder / "model.safetensors")
@@ -119,6 +119,6 @@ def test_an_encoder_is_loaded_without_its_pooler_and_silently(tmp_path, capfd):
 
 
 def test_importing_the_network_imports_little():
-    """Every rank imports it, and the whole of transformers would take seconds."""
+    """Every rank imports the network, and importing all of transformers takes seconds."""
     assert text.BertModel.__module__ == "transformers.models.bert.modeling_bert"
     assert "transformers.models.t5" not in sys.modules

@@ -22,7 +22,7 @@ def test_a_batch_is_padded_to_its_longest_text(built):
     assert (y.dtype, weight.tolist()) == (torch.int64, [1, 1])
 
 
-def test_balanced_classes_weigh_the_same(built):
+def test_balanced_classes_have_equal_total_weights(built):
     training = built.task.project.training.model_copy(update={"class_weights": "balanced"})
     task = Task(built.task.project.model_copy(update={"training": training}), built.task.prepared)
     arrays = tensors(task, "train")
@@ -30,7 +30,7 @@ def test_balanced_classes_weigh_the_same(built):
     assert sums == pytest.approx([len(arrays["y"]) / 3] * 3, rel=0.01)
 
 
-def test_its_outputs_are_in_the_order_of_the_rows(built):
+def test_outputs_are_in_the_order_of_the_rows(built):
     arrays = tensors(built.task, "validation")
     with torch.no_grad():
         probabilities, labels = built.task.outputs(built.network, arrays)

@@ -11,9 +11,9 @@ from app.training.workers.elastic import FreeResources
 
 @pytest.fixture
 def policy(monkeypatch):
-    """Makes the policy of 2 to 8 workers; `free` is the number of free CPUs of each node."""
+    """Create the policy for 2 to 8 workers; `free` is the number of free CPUs of each node."""
 
-    def make(free, draining=()):
+    def create(free, draining=()):
         state = SimpleNamespace(
             available_resources_per_node=lambda: {node: {"CPU": n} for node, n in free.items()},
             get_draining_nodes=lambda: dict.fromkeys(draining, 0),
@@ -23,7 +23,7 @@ def policy(monkeypatch):
         monkeypatch.setattr(FreeResources, "_maybe_send_resource_request", lambda self: None)
         return FreeResources(ScalingConfig(num_workers=(2, 8), elastic_resize_monitor_interval_s=0))
 
-    return make
+    return create
 
 
 def running_on(*nodes):

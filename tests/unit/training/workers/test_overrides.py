@@ -44,13 +44,13 @@ def listener(monkeypatch):
 
 
 def start_group(actor: Actor, is_elastic: bool) -> None:
-    """What Ray's controller does once the workers have started."""
+    """Do what Ray's controller does once the workers have started."""
     state = SimpleNamespace(placement_group_handle=SimpleNamespace(placement_group=None))
     group = SimpleNamespace(get_worker_group_state=lambda: state)
     elastic.Transitions(actor, is_elastic).after_worker_group_start(group)
 
 
-def test_what_ray_has_not_called_is_found_by_caller():
+def test_overrides_that_ray_has_not_called_are_listed_by_caller():
     assert overrides.not_called("driver") == IN_DRIVER
     assert overrides.not_called("controller") == IN_CONTROLLER
     assert overrides.not_called("controller", "elastic controller") == IN_BOTH
@@ -76,11 +76,11 @@ def test_a_group_that_starts_without_an_override_reports_it(listener):
     assert listener.not_called() == IN_BOTH
 
 
-def test_a_group_that_starts_without_the_callback_is_noticed(listener):
+def test_a_group_that_starts_without_the_callback_is_reported(listener):
     assert listener.not_called() == ["Transitions.after_worker_group_start"]
 
 
-def test_overrides_that_were_not_called_are_logged_told_and_recorded(caplog):
+def test_overrides_that_were_not_called_are_logged_reported_and_recorded(caplog):
     notes = []
     overrides.report(["Trainer._create_default_callbacks"], notes.append)
     assert "Ray Train did not call Trainer._create_default_callbacks" in notes[0]
