@@ -1,5 +1,7 @@
 """A small real bundle: a hand-made preprocessor and an untrained network, exported and sealed."""
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,23 @@ def schema(education: list[str] = EDUCATION) -> Schema:
 def build(folder: Path, seed: int) -> Path:
     """Create a sealed bundle in `folder`; each seed gives another model."""
     folder.mkdir()
+    for name, content in _files(seed).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@functools.cache
+def _files(seed: int) -> dict[str, bytes]:
+    """The bundle's files by name. An export takes a second, so each process makes one for each seed."""
     fitted = preprocessor(EDUCATION)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = MultiLayerPerceptron(fitted.layout, [8], dropout=0.0)
-    graph.export(model, fitted, folder / "model.onnx")
-    (folder / "schema.json").write_text(schema().model_dump_json())
-    bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
-    pd.DataFrame(ROWS).to_parquet(folder / "reference.parquet", index=False)
-    seal(folder, {"seed": seed, "data_version": "c0ffee", "decision": PASSED})
-    return folder
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        graph.export(model, fitted, folder / "model.onnx")
+        (folder / "schema.json").write_text(schema().model_dump_json())
+        bundle.write_example(bundle.Bundle(folder, sealed=False), pd.DataFrame(ROWS))
+        pd.DataFrame(ROWS).to_parquet(folder / "reference.parquet", index=False)
+        seal(folder, {"seed": seed, "data_version": "c0ffee", "decision": PASSED})
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
