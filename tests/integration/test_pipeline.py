@@ -303,7 +303,7 @@ def test_predict_writes_the_predictions_of_the_bundle_beside_the_rows(trained, r
         np.testing.assert_allclose(answered.loc[valid, "probability"], expected[valid], rtol=1e-6)
     twice = tmp_path / "twice"
     done = raylway("predict", "smoke", "--input", str(output), "--output", str(twice))
-    assert "the answers end in _2" in done.stdout
+    assert "the prediction columns end in _2" in done.stdout
     both = pd.read_parquet(twice)
     assert both["probability"].equals(both["probability_2"])
     ragged = tmp_path / "ragged.csv"
