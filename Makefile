@@ -10,11 +10,12 @@ setup:
 demo: setup
 	@$(BIN)/raylway demo
 
+# Two processes: one runs the integration tests, the other one unit tests in the meantime.
 test: setup
-	@$(BIN)/python -m pytest -m "not slow and not gpu"
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --no-loadscope-reorder
 
 test-unit: setup
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest tests/unit -n 2
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not gpu"

@@ -1,9 +1,24 @@
-"""For all tests: the process exits with the status of the tests, even if a thread of Ray aborts at exit."""
+"""For all tests: the exit status, and who runs which test if there are several processes."""
+
+import pytest
 
 from app.cli.finish import Finish
 
-_FINISH = Finish()
+_FINISH = Finish()  # the process exits with the status of the tests, even if a thread of Ray aborts at exit
 
 
 def pytest_sessionfinish(session, exitstatus):
     _FINISH.status = int(exitstatus)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process runs all integration tests, which share a cluster; the others take files of unit tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "integration" if file.startswith("tests/integration/") else file
+
+    return Scheduler(config, log)

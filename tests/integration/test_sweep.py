@@ -162,10 +162,10 @@ def test_optuna_dashboard_shows_the_study(swept):
 
 def test_trials_can_have_several_horovod_workers(ray_cluster):
     progress = run(
-        project("pairs", set={**SMALL, "training.num_workers": 2}, trials=2, scheduler=NO_SCHEDULER)
+        project("pairs", set={**SMALL, "training.num_workers": 2}, trials=1, scheduler=NO_SCHEDULER)
     )
-    assert states(progress) == ["COMPLETE", "COMPLETE"]
-    assert all(len(trial.user_attrs["history"][0]) == 2 for trial in progress.trials)
+    assert states(progress) == ["COMPLETE"]
+    assert len(progress.trials[0].user_attrs["history"][0]) == 2
 
 
 def test_four_trials_of_half_a_cpu_train_at_once_on_two_cpus(ray_cluster):
@@ -175,8 +175,8 @@ def test_four_trials_of_half_a_cpu_train_at_once_on_two_cpus(ray_cluster):
         nonlocal max_running
         max_running = max(max_running, len(progress.running))
 
-    halves = {**SMALL, "training.num_cpus": 0.5, "training.epochs": 400}
-    assert len(run(project("halves", set=halves, trials=5), watch=watch).trials) == 5
+    halves = {**SMALL, "training.num_cpus": 0.5, "training.epochs": 300}
+    assert len(run(project("halves", set=halves, trials=4), watch=watch).trials) == 4
     assert max_running == 4
 
 
@@ -184,27 +184,27 @@ def test_features_can_be_swept_and_each_preparation_runs_once(ray_cluster, home)
     before = set((home / "stages" / "prepare").glob("[!.]*"))
     encoding = {"features.age.encode": {"type": "choice", "values": ["min_max", "quantile"]}}
     progress = run(
-        project("encodings", {**RATE, **encoding}, search="random", trials=6, scheduler=NO_SCHEDULER)
+        project("encodings", {**RATE, **encoding}, search="random", trials=4, scheduler=NO_SCHEDULER)
     )
-    assert states(progress) == ["COMPLETE"] * 6
+    assert states(progress) == ["COMPLETE"] * 4
     used = {trial.params["features.age.encode"] for trial in progress.trials}
     assert len(set((home / "stages" / "prepare").glob("[!.]*")) - before) <= len(used)
 
 
 def test_the_value_of_folds_is_their_mean(ray_cluster):
-    progress = run(project("folds", folds=2, trials=2, scheduler=NO_SCHEDULER))
-    for trial in progress.trials:
-        folds = [max(m["validation_auc"] for m in history) for history in trial.user_attrs["history"]]
-        assert len(folds) == 2
-        assert folds[0] != folds[1]
-        assert trial.value == pytest.approx(sum(folds) / 2)
+    (trial,) = run(project("folds", folds=2, trials=1, scheduler=NO_SCHEDULER)).trials
+    folds = [max(m["validation_auc"] for m in history) for history in trial.user_attrs["history"]]
+    assert len(folds) == 2
+    assert folds[0] != folds[1]
+    assert trial.value == pytest.approx(sum(folds) / 2)
 
 
 def test_several_objectives_give_a_pareto_front(ray_cluster):
     hidden = {"model.hidden": {"type": "choice", "values": [[4], [64, 64]]}}
-    overrides = {"objectives": ["auc", "size_mb", "latency_ms"], "search": "nsga2", "trials": 5}
-    progress = run(project("front", {**RATE, **hidden}, **overrides))
-    assert states(progress) == ["COMPLETE"] * 5
+    points = [{"model.hidden": value} for value in hidden["model.hidden"]["values"]]
+    overrides = {"objectives": ["auc", "size_mb", "latency_ms"], "search": "nsga2", "trials": 3}
+    progress = run(project("front", {**RATE, **hidden}, points=points, **overrides))
+    assert states(progress) == ["COMPLETE"] * 3
     sizes = {trial.params["model.hidden"]: trial.values[1] for trial in progress.trials}
     assert sizes["[4]"] < sizes["[64, 64]"]
     best = {trial.number for trial in progress.best()}
@@ -226,9 +226,9 @@ def test_a_grid_tries_every_allowed_point_once(ray_cluster):
 @pytest.mark.parametrize("search", ["gp", "cmaes", "random"])
 def test_other_searches_complete_all_trials(ray_cluster, search):
     space = {**RATE, "training.weight_decay": {"type": "float", "low": 0.0, "high": 0.1}}
-    progress = run(project(search, space, search=search, startup_trials=2, trials=4, scheduler=NO_SCHEDULER))
-    assert states(progress) == ["COMPLETE"] * 4
-    assert len({trial.params["training.learning_rate"] for trial in progress.trials}) == 4
+    progress = run(project(search, space, search=search, startup_trials=2, trials=3, scheduler=NO_SCHEDULER))
+    assert states(progress) == ["COMPLETE"] * 3
+    assert len({trial.params["training.learning_rate"] for trial in progress.trials}) == 3
 
 
 def test_successive_halving_stores_stopped_trials_as_pruned(ray_cluster):
@@ -268,7 +268,7 @@ def test_population_based_training_replaces_the_networks_of_bad_trials(ray_clust
 
 
 def test_a_warm_start_reads_an_earlier_study_and_given_points_come_first(ray_cluster):
-    run(project("earlier", trials=4, scheduler=NO_SCHEDULER))
+    run(project("earlier", trials=2, scheduler=NO_SCHEDULER))
     point = {"training.learning_rate": 0.0123}
     progress = run(project("later", warm_start=["earlier"], points=[point], trials=2, startup_trials=2))
     assert progress.trials[0].params == point or progress.trials[1].params == point
@@ -297,7 +297,7 @@ def test_a_trial_that_diverges_is_stored_as_failed_and_the_sweep_continues(ray_c
 
 
 def test_a_killed_trial_runs_again_and_is_stored_as_failed_after_the_second_kill(ray_cluster):
-    slow = {**SMALL, "training.epochs": 400}
+    slow = {**SMALL, "training.epochs": 200}
     killed: list[int] = []
 
     def watch(progress: Progress) -> None:
@@ -372,10 +372,10 @@ def finished(study: optuna.Study) -> list[int]:
 )
 def test_a_stopped_sweep_resumes_with_the_same_trials(sweeping, number):
     name = f"stopped-{number.name.lower()}"
-    overrides = [f"sweep.study={name}", "sweep.trials=4", "training.epochs=30"]
+    overrides = [f"sweep.study={name}", "sweep.trials=3", "training.epochs=30"]
     with sweeping(*overrides) as process:
         for line in process.stdout:
-            if "trial " in line and "(2/4)" in line:
+            if "trial " in line and "(1/3)" in line:
                 break
         process.send_signal(number)
         rest = process.stdout.read()
@@ -384,13 +384,13 @@ def test_a_stopped_sweep_resumes_with_the_same_trials(sweeping, number):
         assert code == 128 + number
         assert "run the command again to continue" in rest
     before = {t.number: (t.state, t.values) for t in studies.load(name).trials if t.state.is_finished()}
-    assert 2 <= len(before) < 4
+    assert 1 <= len(before) < 3
     with sweeping(*overrides) as process:
         output = process.stdout.read()
         assert process.wait(10) == 0, output
     study = studies.load(name)
-    assert len(study.trials) == 4
-    assert finished(study) == list(range(4))
+    assert len(study.trials) == 3
+    assert finished(study) == list(range(3))
     assert before.items() <= {t.number: (t.state, t.values) for t in study.trials}.items()
 
 
@@ -401,18 +401,18 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
     token = Path(reach.cluster.token_path).read_text()
     client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
     command = (
-        f"python -m app sweep {SMOKE} --set sweep.study=job --set sweep.trials=5 --set training.epochs=20"
+        f"python -m app sweep {SMOKE} --set sweep.study=job --set sweep.trials=3 --set training.epochs=20"
     )
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": [".venv"]})
     deadline = time.monotonic() + 120
-    while "(1/5)" not in client.get_job_logs(job):
+    while "(1/3)" not in client.get_job_logs(job):
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(0.5)
     client.stop_job(job)
     while client.get_job_status(job).value == "RUNNING":
         time.sleep(0.5)
     assert "run the command again to continue" in client.get_job_logs(job)
-    assert 1 <= len(finished(studies.load("job"))) < 5
+    assert 1 <= len(finished(studies.load("job"))) < 3
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": [".venv"]})
     while client.get_job_status(job).value in ("PENDING", "RUNNING"):
         assert time.monotonic() < deadline + 120

@@ -46,7 +46,8 @@ def prepared(shared_home, encoder):
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory, encoder, prepared):
-    return texts.build(tmp_path_factory.mktemp("bundles") / "moods", texts.project(encoder), prepared)
+    project = {**texts.project(encoder), "gate": {"metric": "macro_f1", "beat": []}}
+    return texts.build(tmp_path_factory.mktemp("bundles") / "moods", project, prepared)
 
 
 def test_the_int8_version_is_a_bundle_with_its_cost_on_the_card(bundle):
@@ -103,14 +104,13 @@ def test_a_bundle_that_loses_too_much_is_refused(tmp_path, encoder, prepared, mo
     ],
 )
 def test_the_int8_version_of_a_rejected_bundle_is_not_registered(
-    tmp_path, shared_home, encoder, prepared, monkeypatch, passed, status, message, aliases
+    tmp_path, shared_home, mlflow_tables, bundle, monkeypatch, passed, status, message, aliases
 ):
     """This holds even if the int8 version itself would pass the gate."""
     monkeypatch.setenv("RAYLWAY_HOME", str(tmp_path / "home"))
     shutil.copytree(shared_home / "stages", tmp_path / "home" / "stages")
-    path = texts.build(
-        tmp_path / "moods", {**texts.project(encoder), "gate": {"metric": "macro_f1", "beat": []}}, prepared
-    )
+    shutil.copy(mlflow_tables, tmp_path / "home" / "mlflow.db")
+    path = shutil.copytree(bundle, tmp_path / "moods")
     facts = {name: value for name, value in manifest_of(path).items() if name not in ("files", "decision")}
     seal(path, {**facts, "decision": {"passed": passed, "reason": "poor"}})
     command = [sys.executable, "-m", "app", "compress", str(path), "--register"]
