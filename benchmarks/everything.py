@@ -124,7 +124,7 @@ def _start(folder: Path) -> Run:
     port = free_ports(1)[0]
     settings = [
         f"serving.port={port}", "serving.auth=local", "serving.follow=true", "serving.num_cpus=0.1",
-        "serving.autoscaling={min_replicas: 2, max_replicas: 2}", 
+        "serving.autoscaling={min_replicas: 2, max_replicas: 2}",
         "serving.limits.feedback_per_hour=1000000000",
         "training.num_workers=1", "training.num_cpus=0.5", "training.epochs=2", "gate.tolerance=1",
     ]  # fmt: skip
