@@ -20,7 +20,7 @@ KINDS = ("number", "category", "text", "label", "time")
         (pa.timestamp("s"), {"time"}),
         (pa.list_(pa.string()), set()),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_kinds_that_a_type_fits(column_type, kinds):
     assert {kind for kind in KINDS if fits(column_type, kind)} == kinds
