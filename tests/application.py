@@ -14,5 +14,11 @@ def copy_application(folder: Path) -> Path:
 
 def forget_code() -> None:
     """Clear the caches of fingerprints, which otherwise read the code once per process."""
-    for cached in (fingerprint._source, fingerprint._code, fingerprint._imports):
+    forget_sources()
+    fingerprint._imports.cache_clear()
+
+
+def forget_sources() -> None:
+    """The same after changes that leave all imports as they were: reading those takes most of the time."""
+    for cached in (fingerprint._source, fingerprint._code):
         cached.cache_clear()

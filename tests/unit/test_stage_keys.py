@@ -11,7 +11,7 @@ from app.data.prepare import Prepared
 from app.jobs import candidate, quantization
 from app.state import fingerprint
 from app.training import trainer
-from tests.application import copy_application, forget_code
+from tests.application import copy_application, forget_code, forget_sources
 from tests.documents import ROOT
 from tests.families import example_of
 
@@ -55,7 +55,7 @@ def change(tmp_path, monkeypatch):
         path = tmp_path.joinpath("app", *module.split("."))
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         file.write_text(f"{file.read_text()}# changed\n")
-        forget_code()
+        forget_sources()
 
     forget_code()
     yield change_module

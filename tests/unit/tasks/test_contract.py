@@ -25,7 +25,7 @@ from app.state import fingerprint
 from app.tasks.onnx import MAX_DIFFERENCE
 from app.training import trainer
 from tests import families
-from tests.application import copy_application, forget_code
+from tests.application import copy_application, forget_code, forget_sources
 from tests.documents import ROOT
 from tests.families import Built, example_of, tensors
 from tests.unit.tasks.smallest.settings import Threshold
@@ -279,8 +279,8 @@ def test_the_keys_follow_the_code_of_the_family(family, build, application):
         file = application / "tasks" / family / f"{module}.py"
         source = file.read_text()
         file.write_text(f"{source}# changed\n")
-        forget_code()
+        forget_sources()
         after = keys(built)
         file.write_text(source)
-        forget_code()
+        forget_sources()
         assert {stage for stage in before if before[stage] != after[stage]} == depending, module
