@@ -89,7 +89,7 @@ class Shadow:
             except Exception as error:
                 self.num_dropped += len(copies)
                 is_expected = isinstance(error, TimeoutError | RayError)
-                reason = str(error).splitlines()[:1]
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 log.warning(
                     "the shadow %s does not answer: %s", self._variant, reason, exc_info=not is_expected
                 )
