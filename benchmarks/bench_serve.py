@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import httpx
 import pandas as pd
 import psutil
 from load import NotAnswered, Target, closed_loop, open_loop
+from ratios import ratio
 
 from app.cluster.ports import free_ports
 from app.data.sources import samples
@@ -70,6 +70,7 @@ Rounds = dict[str, list[float]]
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(MEASURES)}")
@@ -96,14 +97,14 @@ def requests_per_s(rounds: int) -> dict[str, Any]:
     servers = {"ours": ours, "fastapi": fastapi, "bentoml": bentoml, "mlserver": mlserver, "mlflow": mlflow}
     per_s = _closed_loops(servers, rounds)
     peers = [name for name in servers if name != "ours"]
-    ratios = [_ratio(f"requests_per_s_vs_{peer}", per_s["ours"], per_s[peer]) for peer in peers]
+    ratios = [ratio(GOALS, f"requests_per_s_vs_{peer}", per_s["ours"], per_s[peer]) for peer in peers]
     return {name: figures for ratio in ratios for name, figures in ratio.items()}
 
 
 def routing(rounds: int) -> dict[str, Any]:
     """Requests per second of two variants, against one."""
     per_s = _closed_loops({"routed": ours, "unrouted": one_variant}, rounds)
-    return _ratio("routed_vs_unrouted", per_s["routed"], per_s["unrouted"])
+    return ratio(GOALS, "routed_vs_unrouted", per_s["routed"], per_s["unrouted"])
 
 
 def half_load(rounds: int) -> dict[str, Any]:
@@ -115,16 +116,14 @@ def half_load(rounds: int) -> dict[str, Any]:
                 per_s = closed_loop(target, seconds=LOAD_S).requests_per_s / 2
                 latency = open_loop(target, per_s=per_s, seconds=LOAD_S)
             p99_s[name].append(latency.p99_s)
-            _print(
-                f"{name} at {per_s:,.0f}/s: p50 {latency.p50_s * 1e3:.2f} p99 {latency.p99_s * 1e3:.2f} ms"
-            )
-    return _ratio("p99_at_half_load_vs_fastapi", p99_s["ours"], p99_s["fastapi"])
+            print(f"{name} at {per_s:,.0f}/s: p50 {latency.p50_s * 1e3:.2f} p99 {latency.p99_s * 1e3:.2f} ms")
+    return ratio(GOALS, "p99_at_half_load_vs_fastapi", p99_s["ours"], p99_s["fastapi"])
 
 
 def authentication(rounds: int) -> dict[str, Any]:
     """Requests per second with tokens, against without."""
     per_s = _closed_loops({"with tokens": authenticated, "without": ours}, rounds)
-    return _ratio("authenticated_vs_not", per_s["with tokens"], per_s["without"])
+    return ratio(GOALS, "authenticated_vs_not", per_s["with tokens"], per_s["without"])
 
 
 def texts(rounds: int) -> dict[str, Any]:
@@ -136,8 +135,8 @@ def texts(rounds: int) -> dict[str, Any]:
         for name, server in (("ours", our_texts), ("fastapi", fastapi_texts)):
             with server() as target:
                 per_s[name].append(_highest_rate(target))
-            _print(f"{name}: {per_s[name][-1]:,.0f} texts/s")
-    return _ratio("texts_per_s_vs_fastapi_torch", per_s["ours"], per_s["fastapi"])
+            print(f"{name}: {per_s[name][-1]:,.0f} texts/s")
+    return ratio(GOALS, "texts_per_s_vs_fastapi_torch", per_s["ours"], per_s["fastapi"])
 
 
 def _highest_rate(target: Target) -> float:
@@ -327,7 +326,7 @@ def _environment(peer: str) -> Path:
     folder = cache / PACKAGES[peer][0]
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _print(f"installing {PACKAGES[peer][0]}")
+        print(f"installing {PACKAGES[peer][0]}")
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([folder / "bin" / "pip", "install", "-q", *PACKAGES[peer]], check=True)
         (folder / "complete").touch()
@@ -345,7 +344,7 @@ def _closed_loops(servers: dict[str, Callable[[], Any]], rounds: int) -> Rounds:
             with server() as target:
                 result = closed_loop(target, seconds=LOAD_S)
             per_s[name].append(result.requests_per_s)
-            _print(f"{name}: {result.requests_per_s:,.0f} requests/s, p99 {result.p99_s * 1e3:.1f} ms")
+            print(f"{name}: {result.requests_per_s:,.0f} requests/s, p99 {result.p99_s * 1e3:.1f} ms")
     return per_s
 
 
@@ -379,21 +378,6 @@ def _raylway(*arguments: Any) -> str:
 
 def _set(*settings: str) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
-
-
-def _ratio(name: str, ours: list[float], peers: list[float]) -> dict[str, Any]:
-    goal, better = GOALS[name]
-    value = statistics.median(ours) / statistics.median(peers)
-    by_round = [a / b for a, b in zip(ours, peers, strict=True)]
-    holds = value <= goal if better == "lower" else value >= goal
-    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
-    entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": holds}
-    _print(f"{name}: {entry}")
-    return {name: entry}
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

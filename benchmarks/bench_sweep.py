@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ratios import entry
 
 TRIALS = 64
 PROCESSES = 2
@@ -52,6 +53,7 @@ GOALS = {
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
@@ -80,9 +82,9 @@ def pool(arguments: argparse.Namespace) -> dict[str, Any]:
         ours.append(_timed(lambda: _sweep(project)))  # noqa: B023
         project = _project(f"theirs-{round_}", space, set=settings, seed=2 * round_ + 1, trials=TRIALS)
         theirs.append(_timed(lambda: _optuna(project)))  # noqa: B023
-        _print(f"{TRIALS} trials: ours {ours[-1]:.1f} s, Optuna in a pool {theirs[-1]:.1f} s")
+        print(f"{TRIALS} trials: ours {ours[-1]:.1f} s, Optuna in a pool {theirs[-1]:.1f} s")
     value = statistics.median(ours) / statistics.median(theirs)
-    return _entry("wall_time_vs_optuna_pool", value, [a / b for a, b in zip(ours, theirs, strict=True)])
+    return entry(GOALS, "wall_time_vs_optuna_pool", value, [a / b for a, b in zip(ours, theirs, strict=True)])
 
 
 def trivial(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,8 +94,8 @@ def trivial(arguments: argparse.Namespace) -> dict[str, Any]:
     for round_ in range(arguments.rounds):
         project = _project(f"trivial-{round_}", {"training.learning_rate": RATE}, set=settings, trials=TRIALS)
         seconds.append(_timed(lambda: _sweep(project)) / TRIALS)  # noqa: B023
-        _print(f"a trivial trial: {seconds[-1]:.3f} s")
-    return _entry("seconds_per_trivial_trial", statistics.median(seconds), seconds)
+        print(f"a trivial trial: {seconds[-1]:.3f} s")
+    return entry(GOALS, "seconds_per_trivial_trial", statistics.median(seconds), seconds)
 
 
 def search(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -114,11 +116,11 @@ def search(arguments: argparse.Namespace) -> dict[str, Any]:
             _project(f"tpe-{seed}", SPACE, set=settings, seed=2 * seed, sweep_seed=2 * seed + 1, **tpe)
         )
         shares.append(_epochs(by_tpe) / _epochs(by_random))
-        _print(
+        print(
             f"seed {seed}: random {best:.4f} in {_epochs(by_random)} epochs; TPE with ASHA "
             f"{by_tpe.best()[0].values[0]:.4f} in {_epochs(by_tpe)} ({len(by_tpe.trials)} trials)"
         )
-    return _entry("epochs_to_the_best_of_random_search", statistics.median(shares), shares)
+    return entry(GOALS, "epochs_to_the_best_of_random_search", statistics.median(shares), shares)
 
 
 MEASURES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
@@ -141,7 +143,7 @@ def _project(
 def _sweep(project: Any) -> Any:
     from app.tuning import tuner
 
-    return tuner.run(project, lambda _: None, _print)
+    return tuner.run(project, lambda _: None, print)
 
 
 def _optuna(project: Any) -> None:
@@ -210,18 +212,6 @@ def _timed(call: Callable[[], Any]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
-
-
-def _entry(name: str, value: float, by_round: list[float]) -> dict[str, Any]:
-    goal, better = GOALS[name]
-    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
-    entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": value <= goal}
-    _print(f"{name}: {entry}")
-    return {name: entry}
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ratios import ratio
 
 BIN = Path(sys.executable).parent
 PEER = Path(__file__).with_name("train_peer.py")
@@ -49,6 +50,7 @@ Rounds = dict[str, list[float]]
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help=f"comma-separated, from {', '.join(MEASURES)}")
@@ -90,8 +92,8 @@ def checkpointing(rounds: int) -> dict[str, Any]:
         between = _ours(project, prepared, alternate=True)["between_s"]
         for i, kind in enumerate(epoch_s):
             epoch_s[kind].append(statistics.median(between[i + 2 :: 2]))  # the first two warm up
-            _print(f"epoch {kind} report and checkpoint: {epoch_s[kind][-1] * 1e3:.0f} ms")
-    return _ratio("epoch_with_checkpoint_vs_without", epoch_s["with"], epoch_s["without"])
+            print(f"epoch {kind} report and checkpoint: {epoch_s[kind][-1] * 1e3:.0f} ms")
+    return ratio(GOALS, "epoch_with_checkpoint_vs_without", epoch_s["with"], epoch_s["without"])
 
 
 def blocking(rounds: int) -> dict[str, Any]:
@@ -102,8 +104,11 @@ def blocking(rounds: int) -> dict[str, Any]:
         ("minilm", "configs/tweets.yaml", FEW_TWEETS),
     ):
         seconds = _blocked(*_prepared(file, settings), rounds=max(rounds, 10))
-        ratios |= _ratio(
-            f"blocked_by_checkpoint_vs_synchronous_{name}", seconds["background"], seconds["synchronous"]
+        ratios |= ratio(
+            GOALS,
+            f"blocked_by_checkpoint_vs_synchronous_{name}",
+            seconds["background"],
+            seconds["synchronous"],
         )
     return ratios
 
@@ -117,8 +122,8 @@ def scaling(rounds: int) -> dict[str, Any]:
             model = "model={kind: mlp, hidden: [512, 512]}"
             run = _ours(*_prepared("configs/income.yaml", (model, *settings)))
             rows_per_s[workers].append(statistics.median(run["rows_per_s"][1:]))
-            _print(f"{workers} workers: {rows_per_s[workers][-1]:,.0f} rows/s")
-    return _ratio("two_workers_vs_one", rows_per_s["2"], rows_per_s["1"])
+            print(f"{workers} workers: {rows_per_s[workers][-1]:,.0f} rows/s")
+    return ratio(GOALS, "two_workers_vs_one", rows_per_s["2"], rows_per_s["1"])
 
 
 def start(rounds: int) -> dict[str, Any]:
@@ -128,8 +133,8 @@ def start(rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         start_s["ours"].append(_ours(project, prepared)["start_s"])
         start_s["torchrun"].append(_peer("ddp", project, prepared)["start_s"])
-        _print(f"first step done: ours {start_s['ours'][-1]:.1f} s, torchrun {start_s['torchrun'][-1]:.1f} s")
-    return _ratio("start_vs_torchrun", start_s["ours"], start_s["torchrun"])
+        print(f"first step done: ours {start_s['ours'][-1]:.1f} s, torchrun {start_s['torchrun'][-1]:.1f} s")
+    return ratio(GOALS, "start_vs_torchrun", start_s["ours"], start_s["torchrun"])
 
 
 MEASURES: dict[str, Callable[[int], dict[str, Any]]] = {
@@ -148,9 +153,9 @@ def _step_times(name: str, file: str, settings: tuple[str, ...], rounds: int, ho
         step_s["ours"].append(statistics.median(_ours(project, prepared)["step_s"][1:]))
         for peer in ("ddp", horovod):
             step_s[peer].append(statistics.median(_peer(peer, project, prepared)["step_s"][1:]))
-        _print(f"step of {name}: " + ", ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in step_s.items()))
-    return _ratio(f"step_time_vs_ddp_{name}", step_s["ours"], step_s["ddp"]) | _ratio(
-        f"step_time_vs_horovodrun_{name}", step_s["ours"], step_s[horovod]
+        print(f"step of {name}: " + ", ".join(f"{k} {v[-1] * 1e3:.2f} ms" for k, v in step_s.items()))
+    return ratio(GOALS, f"step_time_vs_ddp_{name}", step_s["ours"], step_s["ddp"]) | ratio(
+        GOALS, f"step_time_vs_horovodrun_{name}", step_s["ours"], step_s[horovod]
     )
 
 
@@ -275,26 +280,11 @@ def _blocked(project: Any, prepared: Any, rounds: int) -> Rounds:
         checkpoint.write(folder, checkpoint.Snapshot(groups, {**state, "step": 1}))
         blocked_s["synchronous"].append(time.perf_counter() - started)
     medians = {kind: statistics.median(seconds) for kind, seconds in blocked_s.items()}
-    _print(
+    print(
         f"a checkpoint blocks for {medians['background'] * 1e3:.1f} ms, "
         f"synchronously for {medians['synchronous'] * 1e3:.1f} ms"
     )
     return blocked_s
-
-
-def _ratio(name: str, ours: list[float], peers: list[float]) -> dict[str, Any]:
-    goal, better = GOALS[name]
-    value = statistics.median(ours) / statistics.median(peers)
-    by_round = [a / b for a, b in zip(ours, peers, strict=True)]
-    holds = value <= goal if better == "lower" else value >= goal
-    figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
-    entry = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": holds}
-    _print(f"{name}: {entry}")
-    return {name: entry}
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
 
 
 def _ignore(_: Any) -> None:

@@ -287,6 +287,8 @@ def bursts(run: Run, rng: random.Random) -> None:
         result = asyncio.run(hammer(target, connections=BURST_CONNECTIONS, seconds=10))
         for status, count in result.statuses.items():
             run.counts[f"burst: {status}"] += count
+            if status not in (200, 429, 503):
+                run.fault(f"burst: {count} answers {status}")
     except (OSError, asyncio.IncompleteReadError) as error:
         run.counts[f"burst: {type(error).__name__}"] += 1  # a process was killed meanwhile
     finally:
