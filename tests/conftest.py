@@ -1,10 +1,18 @@
 """For all tests: the exit status, and who runs which test if there are several processes."""
 
+import signal
+
 import pytest
 
 from app.cli.finish import Finish
 
 _FINISH = Finish()  # the process exits with the status of the tests, even if a thread of Ray aborts at exit
+
+
+def pytest_sessionstart(session):
+    # A process of pytest-xdist ignores Ctrl-C, and every process that a test starts would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -401,18 +401,18 @@ def test_a_ray_job_sweeps_and_a_stopped_one_resumes(home, reach):
     token = Path(reach.cluster.token_path).read_text()
     client = JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"})
     command = (
-        f"python -m app sweep {SMOKE} --set sweep.study=job --set sweep.trials=3 --set training.epochs=20"
+        f"python -m app sweep {SMOKE} --set sweep.study=job --set sweep.trials=4 --set training.epochs=30"
     )
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": [".venv"]})
     deadline = time.monotonic() + 120
-    while "(1/3)" not in client.get_job_logs(job):
+    while "(1/4)" not in client.get_job_logs(job):
         assert time.monotonic() < deadline, client.get_job_logs(job)
         time.sleep(0.5)
     client.stop_job(job)
     while client.get_job_status(job).value == "RUNNING":
         time.sleep(0.5)
     assert "run the command again to continue" in client.get_job_logs(job)
-    assert 1 <= len(finished(studies.load("job"))) < 3
+    assert 1 <= len(finished(studies.load("job"))) < 4
     job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(ROOT), "excludes": [".venv"]})
     while client.get_job_status(job).value in ("PENDING", "RUNNING"):
         assert time.monotonic() < deadline + 120
