@@ -20,5 +20,5 @@ def entry(goals: Goals, name: str, value: float, by_round: Sequence[float]) -> d
     holds = value <= goal if better == "lower" else value >= goal
     figures = {"value": value, "low": min(by_round), "high": max(by_round), "goal": goal}
     shown = {k: round(v, 3) for k, v in figures.items()} | {"better": better, "holds": holds}
-    print(f"{name}: {shown}", flush=True)
+    print(f"{name}: {shown}")
     return {name: shown}

@@ -234,8 +234,8 @@ def _environ(values: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        kept = [name for name, value in changes.items() if os.environ.get(name) == value]
-        _update_environ({name: previous.get(name) for name in kept})
+        unchanged = [name for name, value in changes.items() if os.environ.get(name) == value]
+        _update_environ({name: previous.get(name) for name in unchanged})
 
 
 def _update_environ(changes: Mapping[str, str | None]) -> None:

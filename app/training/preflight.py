@@ -107,8 +107,8 @@ def require(training: Training) -> None:
 
     Skips the inspection for a training on the CPU without Adasum, which the installation always supports.
     """
-    is_supported = training.device == "cpu" and not training.horovod.adasum
-    if not is_supported and (messages := faults(training, inspect())):
+    needs_inspection = training.device != "cpu" or training.horovod.adasum
+    if needs_inspection and (messages := faults(training, inspect())):
         raise UserError("\n".join(messages))
 
 

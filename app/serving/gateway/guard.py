@@ -88,8 +88,8 @@ def middlewares() -> list[Middleware]:
 class Guard:
     """Cleans the headers of a request and passes it to the deployment of this process, which reads the body.
 
-    In a process without a deployment of Raylway, the request goes on to Serve with its whole body. An example
-    is the proxy on the head node, which Serve uses while no replica runs.
+    In a process without a deployment of Raylway, it passes the request with its whole body to Serve. An
+    example is the proxy on the head node, which Serve uses while no replica runs.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def _fit_group(
 ) -> list[int]:
     """Run Ray Train once; returns the signals received, the first of which stops the ranks.
 
-    Raises Interrupted if a signal comes while no ranks run: there is no one to write a checkpoint.
+    Raises Interrupted if a signal comes while no ranks run, so that none can write a checkpoint.
     """
     training = project.training
     worker_resources, note = resources(project, training.min_workers)
